@@ -1,4 +1,4 @@
-"""Reward functions, one file per reward. Import as `postgen.rewards`; nothing heavy is imported before it is used."""
+"""Reward functions, one file per reward. Import them as `postgen.rewards`; heavy modules are imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from its module, once."""
+    """Import a public name from its module on first use, and keep it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'postgen.rewards' has no attribute {name!r}")
     value = getattr(import_module(f"postgen.rewards.{_HOMES[name]}"), name)

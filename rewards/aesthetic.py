@@ -1,4 +1,4 @@
-"""The improved aesthetic predictor "sac+logos+ava1": a chain of linear layers on the image feature of CLIP L/14."""
+"""The improved aesthetic predictor "sac+logos+ava1": a chain of linear layers on the image embedding of CLIP L/14."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ HEAD = (
 
 
 def linear_chain(width: int) -> nn.Sequential:
-    """Return width-1024-128-64-16-1 with nothing between the layers, dropouts left out.
+    """Return linear layers of sizes width-1024-128-64-16-1 without activations; dropouts are left out.
 
-    The published head and that of ImageReward have this form; without activations it is one affine map, kept in its
-    published pieces.
+    The published head and the head of ImageReward have this form. Without activations the chain is one affine map. It
+    is kept as separate layers so that the published weights load.
     """
     sizes = (width, 1024, 128, 64, 16, 1)
     return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
 
 
 def chain_state(state: State, prefix: str = "layers.") -> State:
-    """Rename the published layers 0, 2, 4, 6, 7 (dropouts take the numbers between) to 0 ... 4."""
+    """Rename the published layers 0, 2, 4, 6, 7 (the indices between are dropouts) to 0 ... 4."""
     places = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}
     parts = {name: name.removeprefix(prefix).split(".") for name in state}
     return {".".join((places.get(p[0], p[0]), *p[1:])): state[name] for name, p in parts.items()}
@@ -37,12 +37,12 @@ def chain_state(state: State, prefix: str = "layers.") -> State:
 
 @promptless
 class Aesthetic(ClipReward):
-    """How beautiful frames are thought to be, about 1 to 10; the prompt plays no part.
+    """Predict how beautiful people find the frames, about 1 to 10; the prompt is not used.
 
     Args:
         model: Hub id or local folder of CLIP L/14.
-        head: https address, or local path, of the published head (Apache-2.0).
-        tokenizer, frames, reduce, device, dtype: as `ClipReward`.
+        head: https address or local path of the published head (Apache-2.0).
+        tokenizer, frames, reduce, device, dtype: see `ClipReward`.
     """
 
     name = "aesthetic"
@@ -53,14 +53,14 @@ class Aesthetic(ClipReward):
         self.head = head
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return the tower and the head."""
+        """Return the places of the image encoder and the head."""
         return ((self.model, ""), (self.head, ""))
 
     def build(self) -> nn.Module:
-        """Read the image tower of CLIP and the head.
+        """Load CLIP's image encoder and the head.
 
         Raises:
-            UserError: one of them cannot be found or does not fit.
+            UserError: a file cannot be found, or its weights do not fit.
         """
         from transformers import CLIPVisionModelWithProjection
 
@@ -71,11 +71,11 @@ class Aesthetic(ClipReward):
         return whole
 
     def pixels(self, frames_N3HW: Tensor) -> Tensor:
-        """Crop as torchvision does, with which the head was trained."""
+        """Prepare the frames for CLIP; the crop rounds as torchvision does, because the head was trained with it."""
         return clip_pixels(frames_N3HW, self.net.config.image_size, half_even=True)
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the head's score of the unit image feature."""
+        """Return the head's score of each frame's normalised image embedding, (B,K)."""
         features = self.image_features(frames_BK3HW.flatten(0, 1)).to(self.dtype)
         scores: Tensor = self.net.head(features)
         return scores.float().view(frames_BK3HW.shape[:2])

@@ -1,17 +1,18 @@
-"""What a reward is: the contract of a reward function, the base of those that hold a network, and the named wrapper.
+"""The contract of a reward function, the base class of rewards with a network, and the wrapper that names a reward.
 
-A reward function is called by keyword, with a batch in and one number per clip out:
+A reward function is called by keyword. It receives a batch and returns one number per clip:
 
     r(prompts, completions, *, fps=None, latents=None, trainer_state=None, log_extra=None, log_metric=None,
       log_reasons=None, **columns) -> list[float | None]
 
-`completions` are float32 tensors (F,3,H,W) in [0,1], F = 1 for images; sizes may differ within a batch. Larger is
-better. None says that this clip cannot be scored, `log_reasons` takes why: one text or None a clip; a failure raises.
-`columns` are the other columns of the data set, one value a row. A function gets only the arguments that its signature
-names, or all of them with `**columns`. It may be `async def`. An attribute `groupwise = True` asks for the rows of one
-prompt at a time; `streams = True` (`streaming`) says that it takes long videos as `postgen.video.Footage`, a window at
-a time; `needs_prompts = False` (`promptless`) that a clip without a prompt can be scored too, `prompt_columns`
-(`prompted_by`) which columns stand in for one. Without those, a function needs prompts that asks for them.
+`completions` are float32 tensors (F,3,H,W) in [0,1], F = 1 for images; sizes may differ within a batch. A larger score
+is better. None means that the clip cannot be scored; the function may pass the reasons to `log_reasons`, one text or
+None per clip. On failure the function raises. `columns` are the other columns of the dataset, one value per row. A
+function receives only the arguments that its signature names, or all of them if it has `**columns`. It may be
+`async def`. These attributes of the function are optional: `groupwise = True` requests all rows of one prompt in one
+call; `streams = True` (set by `streaming`) accepts long videos as `postgen.video.Footage`, read in windows;
+`needs_prompts = False` (set by `promptless`) accepts clips without a prompt; `prompt_columns` (set by `prompted_by`)
+names the columns that can replace a prompt. By default a function needs prompts if its signature requires `prompts`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from postgen.rewards.weights import absent
 from postgen.video import Footage
 
 Clip = Tensor | Footage
-"""A clip (F,3,H,W), or a long video that is read where it is looked at."""
+"""A clip (F,3,H,W), or a long video whose frames are read when they are needed."""
 
 Scores = Sequence[float | None] | Tensor
 """One number per clip of a batch."""
@@ -38,29 +39,30 @@ Scores = Sequence[float | None] | Tensor
 GIVEN = frozenset(
     {"prompts", "completions", "fps", "latents", "trainer_state", "log_extra", "log_metric", "log_reasons"}
 )
-"""Arguments of a reward function that its caller gives, beside the columns of the data."""
+"""Arguments of a reward function that its caller passes in addition to the columns of the dataset."""
 
 _VIDEO_FORMS = ("videos", "images", "frames_pil")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def streaming(function: Function) -> Function:
-    """Say of a reward function, or of a class of one, that it takes a `postgen.video.Footage` in place of a clip.
+    """Mark a reward function or class as one that accepts a `postgen.video.Footage` in place of a clip.
 
-    It must go through its frames by `windows`, `picked` or `frames`. Any other gets such a video as one tensor.
+    The function must read the frames with `windows`, `picked` or `frames`. A function without this mark receives the
+    whole video as one tensor.
     """
     function.streams = True  # type: ignore[attr-defined]
     return function
 
 
 def promptless(function: Function) -> Function:
-    """Say of a reward function, or of a class of one, that it scores clips without prompts too, which are "" then."""
+    """Mark a reward function or class as one that also scores clips without a prompt; it receives "" for these."""
     function.needs_prompts = False  # type: ignore[attr-defined]
     return function
 
 
 def prompted_by(*columns: str) -> Callable[[Function], Function]:
-    """Say of a reward function, or of a class of one, that a value in one of these columns stands in for a prompt."""
+    """Mark a reward function or class as one for which a value in one of these columns can replace a prompt."""
 
     def mark(function: Function) -> Function:
         function.prompt_columns = columns  # type: ignore[attr-defined]
@@ -70,7 +72,7 @@ def prompted_by(*columns: str) -> Callable[[Function], Function]:
 
 
 def unfit(clip: Clip, frames: int, side: int = 1) -> str | None:
-    """Say that a clip has too few frames, or too few pixels at its shorter side; None if it has enough."""
+    """Return a message if a clip has too few frames or too few pixels on its shorter side, else None."""
     if len(clip) >= frames and min(clip.shape[-2:]) >= side:
         return None
     least = [f"{frames} frames"] * (frames > 1) + [f"{side} px a side"] * (side > 1)
@@ -80,21 +82,22 @@ def unfit(clip: Clip, frames: int, side: int = 1) -> str | None:
 
 
 class RewardModel(ABC):
-    """Base of the rewards that hold a network: it is built at its first use, moved by `load` and `offload`.
+    """Base class of rewards with a network: built on first use, moved between devices by `load` and `offload`.
 
-    A subclass sets `name`, writes `build`, and `__call__` with the signature of a reward function. One with several
-    outputs names them in `outputs` and returns a dict of lists; it is scored once a batch, whatever of it is used.
+    A subclass sets `name` and implements `build` and `__call__`, which has the signature of a reward function. A
+    subclass with several outputs names them in `outputs` and returns a dict of lists. The runner calls it once per
+    batch, even if several of its outputs are used.
 
     Args:
-        device: where to compute when `load` names no other device.
-        dtype: of the weights; float32 scores are what the published numbers were made with.
+        device: device of the network if `load` names no other.
+        dtype: dtype of the weights; the published scores were computed in float32.
     """
 
     name: str
     outputs: tuple[str, ...] = ()
     groupwise: bool = False
     batch_bytes: int | None = None
-    """Most bytes of clips (float32) in one call; None takes the runner's."""
+    """Largest size of the clips (float32) of one call in bytes; None uses the limit of the runner."""
 
     __call__: Callable[..., Any]
 
@@ -111,28 +114,28 @@ class RewardModel(ABC):
         """
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return where its published weights are: each a model and a file as `weights.absent` takes them."""
+        """Return where the published weights are: pairs of model and file, as `weights.absent` takes them."""
         return ()
 
     def lacking(self) -> str | None:
-        """Say in one line what it needs and this machine does not have, None where it could be used at once.
+        """Return one line that names what this reward needs and this machine lacks; None if nothing is missing.
 
-        Nothing is read: weights that are damaged, or of another model, show at the first use.
+        No file is read: damaged weights, or weights of another model, are only found at the first use.
         """
         return next((told for place in self.needed() if (told := absent(*place))), None)
 
     @property
     def net(self) -> Any:
-        """The network, ready to use on `device`."""
+        """The network on `device`; it is built on first access."""
         if self._net is None:
             self.load()
         return self._net
 
     def load(self, device: torch.device | str | None = None) -> None:
-        """Bring the network to a device (None: where it was last), building it if this is the first time.
+        """Move the network to a device (None: the current one); build it first if necessary.
 
         Raises:
-            UserError: as `build`.
+            UserError: see `build`.
         """
         self.device = self.device if device is None else torch.device(device)
         if self._net is None:
@@ -140,7 +143,7 @@ class RewardModel(ABC):
         self._net.to(self.device, self.dtype)
 
     def offload(self) -> None:
-        """Give the accelerator's memory back; the next use, or `load`, brings the network to `device` again."""
+        """Move the network to the CPU to free the accelerator's memory; call `load` before the next use."""
         if self._net is not None:
             self._net.to("cpu")
 
@@ -149,19 +152,19 @@ class Reward:
     """A reward function with its name: what `get_reward` returns and `RewardRunner` takes.
 
     Args:
-        function: a reward function, or an object that is called like one.
-        name: how it is named in tables and metrics; None takes the function's own name.
-        output: which output of a function with several (`outputs`) this is a view of.
+        function: a reward function, or a callable object with the same signature.
+        name: the name in tables and metrics; None uses the function's own name.
+        output: the output to use, for a function with several `outputs`.
 
     Raises:
-        UserError: it cannot be called, takes neither prompts nor completions, or has no such output.
+        UserError: the object is not callable, takes neither prompts nor completions, or has no such output.
     """
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None, output: str | None = None) -> None:
         self.name = name or _name_of(function)
         if not callable(function):
             raise UserError(
-                f"the reward {self.name} is no function: it must be called as r(prompts, completions, ...)"
+                f"the reward {self.name} is not callable: it must be called as r(prompts, completions, ...)"
             )
         outputs = tuple(getattr(function, "outputs", ()))
         if (output is None) != (not outputs) or (output is not None and output not in outputs):
@@ -178,10 +181,12 @@ class Reward:
         self._prompt_columns = tuple(_said(function, "prompt_columns", ()))
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
         if not self._takes_all and not {"prompts", "completions", *_VIDEO_FORMS} & set(self._parameters):
-            raise UserError(f"the reward {self.name} takes neither prompts nor completions: it could score nothing")
+            raise UserError(
+                f"the reward {self.name} takes neither prompts nor completions: add one of them to its arguments"
+            )
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[Clip], **columns: Any) -> list[float | None]:
-        """Score a batch directly: no failure is caught. For a reward that is not async."""
+        """Score a batch without catching failures. Only for rewards that are not async."""
         with torch.no_grad():
             raw = self.function(**self.arguments({"prompts": prompts, "completions": completions, **columns}))
         return self.read(raw, len(completions))
@@ -190,27 +195,27 @@ class Reward:
         return f"Reward({self.name!r})"
 
     def load(self, device: torch.device | str | None = None) -> None:
-        """Bring a reward that holds a network to a device."""
+        """Move a reward with a network to a device; other rewards ignore the call."""
         if hasattr(self.function, "load"):
             self.function.load(device)
 
     def lacking(self) -> str | None:
-        """Say in one line what it needs and this machine does not have, None where it could be used at once."""
+        """Return one line that names what the reward needs and this machine lacks; None if nothing is missing."""
         if parts := getattr(self.function, "parts", ()):
             return next((told for part in parts if (told := part.lacking())), None)
         own: Callable[[], str | None] | None = getattr(self.function, "lacking", None)
         return None if own is None else own()
 
     def offload(self) -> None:
-        """Let a reward that holds a network give its accelerator memory back."""
+        """Free the accelerator memory of a reward with a network; other rewards ignore the call."""
         if hasattr(self.function, "offload"):
             self.function.offload()
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether the function, or one that it is composed of, scores no clip without a prompt.
+        """Whether the function, or one of the functions that it is composed of, scores no clip without a prompt.
 
-        It says so itself (`promptless`); one that says nothing does when it asks for the prompts.
+        The mark `promptless` decides. A function without this mark needs prompts if its signature requires them.
         """
         if self._needs_prompts is not None:
             return bool(self._needs_prompts)
@@ -220,11 +225,11 @@ class Reward:
         return asked is not None and asked.default is asked.empty
 
     def lacks_prompt(self, prompt: str | None, columns: Mapping[str, Any]) -> bool:
-        """Whether a clip cannot be scored because it has no prompt, nor a column that stands in for one.
+        """Whether a clip cannot be scored because it has neither a prompt nor a column that can replace one.
 
         Args:
-            prompt: of the clip.
-            columns: its further columns.
+            prompt: prompt of the clip.
+            columns: the other columns of the clip.
         """
         if prompt is not None or not self.needs_prompts:
             return False
@@ -233,10 +238,10 @@ class Reward:
         return all(columns.get(name) is None for name in self._prompt_columns)
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Find out before anything is scored whether the function's arguments can be given.
+        """Check, before anything is scored, that all required arguments of the function are available.
 
         Raises:
-            UserError: it needs a column that is not there.
+            UserError: the function needs a column that the data does not have.
         """
         known = GIVEN | set(_VIDEO_FORMS) | set(columns)
         for part in getattr(self.function, "parts", ()):
@@ -250,9 +255,10 @@ class Reward:
                 )
 
     def arguments(self, available: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of the available arguments that the function takes, clips in the form it names.
+        """Select the arguments that the function takes, with the clips in the form that the function names.
 
-        Code that is not ours gets clips and latents of its own: what it writes there, the next reward must not see.
+        Functions from outside postgen receive copies of clips and latents, so that changes made in place do not
+        reach the next reward.
         """
         clips = available["completions"]
         forms = [f for f in _VIDEO_FORMS if f in self._parameters and f not in available]
@@ -267,10 +273,10 @@ class Reward:
         return taken | {form: _as_form(form, available["completions"], self.name) for form in forms}
 
     def read(self, raw: Any, count: int) -> list[float | None]:
-        """Turn what the function returned into numbers; None where it gave None or no finite number.
+        """Convert what the function returned to numbers; None and values that are not finite become None.
 
         Raises:
-            ValueError: another number of scores than of clips, or something that is no score.
+            ValueError: the number of scores differs from the number of clips, or a value is not a score.
         """
         if self.output is not None:
             if not isinstance(raw, Mapping) or self.output not in raw:
@@ -296,7 +302,7 @@ def _name_of(function: Any) -> str:
 
 
 def _said(function: Any, name: str, otherwise: Any) -> Any:
-    """What a function says of itself, the one inside a partial, or the method by which an object is called."""
+    """Return an attribute of a function, of the function in a partial, or of the `__call__` of an object."""
     while isinstance(function, functools.partial) and not hasattr(function, name):
         function = function.func
     call = None if inspect.isroutine(function) else getattr(function, "__call__", None)  # noqa: B004
@@ -304,14 +310,14 @@ def _said(function: Any, name: str, otherwise: Any) -> Any:
 
 
 def _home(function: Callable[..., Any]) -> str:
-    """The module of a function, of the class of an object, or of what options are bound to."""
+    """Return the module of a function, of the class of an object, or of the function in a partial."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__module__", None) or type(function).__module__)
 
 
 def _as_form(form: str, completions: Sequence[Tensor], name: str) -> list[Any]:
-    """The clips as the argument `videos` (as they are), `images` (3,H,W) or `frames_pil` (a list of pictures each)."""
+    """Return the clips as `videos` (unchanged), `images` (3,H,W) or `frames_pil` (one list of PIL images per clip)."""
     if form == "videos":
         return list(completions)
     if form == "images":

@@ -1,4 +1,4 @@
-"""A batch as rewards see it: sliced into pieces that fit the memory, with places for what they log."""
+"""The batch that rewards receive: split into micro-batches that fit into memory, with a store for what rewards log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = list[int]
 """Indices of clips in a batch."""
 
 RESERVED = GIVEN | {"must_score"}
-"""What columns cannot be named: arguments that the runner or its caller gives."""
+"""Names that a column must not have, because the runner or its caller passes arguments of these names."""
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Batch:
     """N clips with their prompts and columns.
 
     Raises:
-        UserError: something has another number of rows, or a clip another form than (F,3,H,W).
+        UserError: a value has the wrong number of rows, or a clip is not of the form (F,3,H,W).
     """
 
     prompts: list[str | None]
@@ -53,16 +53,16 @@ class Batch:
         return len(self.completions)
 
     def unprompted(self, reward: Reward) -> Rows:
-        """Return the rows that a reward cannot score because they have no prompt."""
+        """Return the rows that a reward cannot score because they have neither a prompt nor a replacement for it."""
         rows = [row for row, prompt in enumerate(self.prompts) if prompt is None]
         return [r for r in rows if reward.lacks_prompt(None, {n: values[r] for n, values in self.columns.items()})]
 
     def fps_of(self, row: int) -> float | None:
-        """Frames per second of one clip."""
+        """Return the frames per second of one clip."""
         return self.fps[row] if isinstance(self.fps, Sequence) else self.fps
 
     def rows(self, rows: Rows) -> dict[str, Any]:
-        """Return the arguments of a reward function for some rows, which have one frame rate."""
+        """Return the arguments of a reward function for the given rows, which must share one frame rate."""
         return {
             **{name: [values[row] for row in rows] for name, values in self.columns.items()},
             "prompts": [self.prompts[row] or "" for row in rows],
@@ -74,9 +74,10 @@ class Batch:
 
 
 def micro_batches(batch: Batch, most_bytes: int, groupwise: bool, left_out: Rows) -> list[Rows]:
-    """Cut a batch into pieces of one frame rate with at most so many bytes of clips (4 a value), one clip at least.
+    """Split a batch into micro-batches of one frame rate and at most `most_bytes` bytes of clips (4 per value).
 
-    A groupwise reward gets the rows of one prompt in one piece, however large. Rows of `left_out` are in none.
+    A micro-batch has at least one clip. A groupwise reward receives all rows of one prompt in one micro-batch,
+    whatever their size. Rows in `left_out` are skipped.
     """
     groups: dict[Any, Rows] = {}
     for row in sorted({*range(len(batch))} - {*left_out}):
@@ -98,9 +99,9 @@ def micro_batches(batch: Batch, most_bytes: int, groupwise: bool, left_out: Rows
 
 
 class Notes:
-    """What rewards hand to `log_extra(column, values)`, `log_metric(name, value)` and `log_reasons(texts)`.
+    """Collect the calls `log_extra(column, values)`, `log_metric(name, value)` and `log_reasons(texts)` of rewards.
 
-    It is joined over the pieces.
+    The values of all micro-batches are joined.
     """
 
     def __init__(self, count: int) -> None:
@@ -110,7 +111,7 @@ class Notes:
         self._sums: dict[str, tuple[float, int]] = {}
 
     def loggers(self, rows: Rows, reward: str) -> dict[str, Callable[..., None]]:
-        """Return the three functions for a call of a reward with these rows."""
+        """Return the three logging functions for one call of a reward with these rows."""
 
         def log_reasons(texts: Sequence[str | None]) -> None:
             if len(texts) != len(rows):
@@ -135,5 +136,5 @@ class Notes:
         return {"log_extra": log_extra, "log_metric": log_metric, "log_reasons": log_reasons}
 
     def metrics(self) -> dict[str, float]:
-        """Return the means."""
+        """Return the mean of each metric over the clips."""
         return {name: total / weight for name, (total, weight) in self._sums.items()}

@@ -1,8 +1,8 @@
-"""BRISQUE: quality of a picture without a reference, from the statistics of its local contrasts.
+"""BRISQUE: quality of a picture without a reference, from the statistics of its local contrast.
 
-Mittal, Moorthy, Bovik 2012 (IEEE TIP 21(12)): contrasts divided by their local deviation, and the products of
-neighbours, are fitted with (asymmetric) generalised Gaussians at two scales; 36 numbers go to a support vector
-regression. In torch: batched, on any device, differentiable.
+Mittal, Moorthy, Bovik 2012 (IEEE TIP 21(12)). The contrast is divided by its local deviation. (Asymmetric) generalised
+Gaussians are fitted to it and to the products of neighbouring pixels, at two scales. The resulting 36 features are the
+input of a support vector regression. This implementation is in torch: batched, on any device, differentiable.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from postgen.rewards.pictures import luma
 
 _SIDE, _SIGMA = 7, 7 / 6
 _ALPHAS = (0.2, 10.0)
-"""Least and greatest shape of a fitted distribution."""
+"""Smallest and largest shape parameter of a fitted distribution."""
 
 
 @functools.cache
 def constants() -> dict[str, Any]:
-    """Return the published regression: `gamma`, `rho`, 770 `vectors` with `coefficients`, and the features' ranges.
+    """Load the published regression: `gamma`, `rho`, 770 `vectors` with `coefficients`, and the features' ranges.
 
-    They are those of LIVE (University of Texas at Austin) as the package `brisque` 0.2.0 carries them; notice in
-    `data/NOTICE.md`.
+    The values are those of LIVE (University of Texas at Austin), as distributed in the package `brisque` 0.2.0. The
+    licence notice is in `data/NOTICE.md`.
     """
     path = Path(__file__).parent / "data" / "brisque.json"
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ class Regression(nn.Module):
 
 
 def contrasts(grey_NHW: Tensor) -> Tensor:
-    """Return (grey - local mean) / (local deviation + 1/255), with zeros beyond the border."""
+    """Return (grey - local mean) / (local deviation + 1/255); the border is padded with zeros."""
     place = torch.arange(_SIDE, device=grey_NHW.device, dtype=grey_NHW.dtype) - _SIDE // 2
     line = torch.exp(-place.square() / (2 * _SIGMA**2))
     window = (line[:, None] * line / line.sum() ** 2)[None, None]
@@ -71,7 +71,7 @@ def contrasts(grey_NHW: Tensor) -> Tensor:
 
 
 def neighbours(x_NHW: Tensor) -> list[Tensor]:
-    """Return the products with the neighbour to the right, below, and on the two diagonals."""
+    """Return the products of each pixel with its right, lower and two diagonal neighbours."""
     return [
         x_NHW[:, :, :-1] * x_NHW[:, :, 1:],
         x_NHW[:, :-1] * x_NHW[:, 1:],
@@ -81,12 +81,12 @@ def neighbours(x_NHW: Tensor) -> list[Tensor]:
 
 
 def _log_ratio(alpha: Tensor) -> Tensor:
-    """Log of Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)), which grows with a."""
+    """Log of Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a)); this function increases with a."""
     return 2 * torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha)
 
 
 def fitted_shape(ratio_N: Tensor) -> Tensor:
-    """Return the shape whose ratio of moments is the given one, by halving the interval 50 times.
+    """Return the shape parameter that has the given ratio of moments, by 50 bisection steps.
 
     The gradient is that of the inverse function.
     """
@@ -104,7 +104,7 @@ def fitted_shape(ratio_N: Tensor) -> Tensor:
 
 
 def fit(x_NHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fit an asymmetric generalised Gaussian: shape, mean, and squared spread left and right of 0, each (N,)."""
+    """Fit an asymmetric generalised Gaussian; return shape, mean, squared spread left and right of 0, each (N,)."""
     x = x_NHW.flatten(1)
     left = (x.square() * (x < 0)).sum(1) / (x < 0).sum(1).clamp(min=1)
     right = (x.square() * (x >= 0)).sum(1) / (x >= 0).sum(1).clamp(min=1)
@@ -118,7 +118,7 @@ def fit(x_NHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def features(grey_NHW: Tensor) -> Tensor:
-    """Return the 36 features (N,36) of grey pictures in [0,1]: 18 at full size, 18 at half."""
+    """Return the 36 features (N,36) of grey pictures in [0,1]: 18 at full size, 18 at half size."""
     found = []
     half = round(grey_NHW.shape[1] / 2), round(grey_NHW.shape[2] / 2)
     for grey in (grey_NHW, interpolate(grey_NHW[:, None], half, mode="bicubic", align_corners=False)[:, 0]):
@@ -134,11 +134,11 @@ def features(grey_NHW: Tensor) -> Tensor:
 class Brisque(FrameReward):
     """1 - BRISQUE / 100: about 0.9 for clean natural pictures, 0.2 for blurred ones.
 
-    It was made for photographs, and likes texture: a policy may learn grain.
+    BRISQUE was made for photographs and prefers texture: a policy trained on this reward may learn to add grain.
 
     Args:
-        least: clips whose shorter side is below so many px cannot be scored; the statistics need about 128.
-        frames, reduce, device, dtype: as `FrameReward`.
+        least: smallest shorter side in px; smaller clips get None. The statistics need about 128 px.
+        frames, reduce, device, dtype: see `FrameReward`.
     """
 
     name = "brisque"
@@ -150,13 +150,13 @@ class Brisque(FrameReward):
         self.least = least
 
     def build(self) -> nn.Module:
-        """Make the regression from its table."""
+        """Build the regression from the published constants."""
         return Regression()
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[Clip], *, log_reasons: Any = None
     ) -> list[float | None]:
-        """Score clips of any sizes; small ones get None."""
+        """Score clips of any size; clips that are too small get None."""
         if log_reasons is not None:
             log_reasons([unfit(clip, 1, self.least) for clip in completions])
         rows = [row for row, clip in enumerate(completions) if min(clip.shape[-2:]) >= self.least]
@@ -167,7 +167,7 @@ class Brisque(FrameReward):
         return scores
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return 1 - score / 100; computed in float32 whatever the weights' type."""
+        """Return 1 - score / 100, (B,K); always computed in float32."""
         grey = luma(frames_BK3HW.flatten(0, 1))
         raw: Tensor = self.net.float()(features(grey))
         return 1 - raw.view(frames_BK3HW.shape[:2]) / 100

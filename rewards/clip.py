@@ -1,7 +1,8 @@
-"""What the CLIP rewards share: the network in transformers' form, open_clip's names and shapes, and the two features.
+"""Shared parts of the CLIP rewards: the network in transformers, conversion from open_clip, and the two embeddings.
 
-CLIP: arXiv 2103.00020. open_clip publishes the same networks under other names; `from_open_clip` maps them. Padding of
-the text is of no account: its mask is causal, and the feature is read at the first end token.
+CLIP: arXiv 2103.00020. open_clip publishes the same networks with other weight names; `from_open_clip` maps them.
+Padding of the text does not change the result: the text mask is causal, and the embedding is read at the first end
+token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ VIT_H_14: dict[str, Any] = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
-"""open_clip's ViT-H-14, the network of HPSv2, PickScore and LAION's CLIP H/14, in open_clip's own form."""
+"""open_clip's configuration of ViT-H-14, the network of HPSv2, PickScore and LAION's CLIP H/14."""
 
 H_14_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -54,16 +55,16 @@ _WHOLE = {
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
-# Stored as (in, out), to be applied from the right.
+# open_clip stores these matrices as (in, out), for multiplication from the right.
 _TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 _IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)(?:\.|_)(weight|bias)")
 
 
 def clip_config(shape: Mapping[str, Any]) -> CLIPConfig:
-    """Return transformers' configuration of a network given in open_clip's form (`model_cfg` of its JSON file).
+    """Convert an open_clip configuration (`model_cfg` of its JSON file) to that of transformers.
 
     Raises:
-        UserError: it is no plain vision transformer with a plain text transformer.
+        UserError: the network is not a plain vision transformer with a plain text transformer.
     """
     from transformers import CLIPConfig
 
@@ -72,7 +73,7 @@ def clip_config(shape: Mapping[str, Any]) -> CLIPConfig:
         ["hf_model_name"] * bool(text.get("hf_model_name"))
     )
     if odd:
-        raise UserError(f"only plain open_clip vision transformers are known, this one has {', '.join(odd)}")
+        raise UserError(f"only plain open_clip vision transformers are supported, this one has {', '.join(odd)}")
     common = {"hidden_act": "quick_gelu" if shape.get("quick_gelu") else "gelu", "projection_dim": shape["embed_dim"]}
     return CLIPConfig(
         projection_dim=shape["embed_dim"],
@@ -93,7 +94,7 @@ def clip_config(shape: Mapping[str, Any]) -> CLIPConfig:
             "num_attention_heads": text["heads"],
             "vocab_size": text["vocab_size"],
             "max_position_embeddings": text["context_length"],
-            # The last two of the vocabulary; transformers reads the text feature at the first end token.
+            # The last two tokens of the vocabulary; transformers reads the text embedding at the first end token.
             "bos_token_id": text["vocab_size"] - 2,
             "eos_token_id": text["vocab_size"] - 1,
         },
@@ -101,7 +102,7 @@ def clip_config(shape: Mapping[str, Any]) -> CLIPConfig:
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> State:
-    """Rename open_clip's weights to those of `CLIPModel`; names that it does not know stay, to be reported."""
+    """Rename open_clip's weights to those of `CLIPModel`. Unknown names are kept, so that loading reports them."""
     renamed: State = {}
     for name, weight in state.items():
         if name == "attn_mask":
@@ -125,10 +126,10 @@ def _in_block(start: str, part: str, kind: str, weight: Tensor) -> State:
 
 
 def open_clip_net(path: Path, shape: Mapping[str, Any]) -> nn.Module:
-    """Read an open_clip checkpoint into a `CLIPModel` of this shape.
+    """Load an open_clip checkpoint into a `CLIPModel` of the given shape.
 
     Raises:
-        UserError: the file cannot be read or is that of another network.
+        UserError: the file cannot be read, or its weights are those of another network.
     """
     from transformers import CLIPModel
 
@@ -137,22 +138,22 @@ def open_clip_net(path: Path, shape: Mapping[str, Any]) -> nn.Module:
 
 
 def open_clip_settings(model: str) -> dict[str, Any]:
-    """Read the `open_clip_config.json` beside open_clip's weights: shape (`model_cfg`) and `preprocess_cfg`.
+    """Read the `open_clip_config.json` next to open_clip's weights: shape (`model_cfg`) and `preprocess_cfg`.
 
     Raises:
-        UserError: there is none, or it asks for another preparation of pictures than bicubic, cropped or squashed.
+        UserError: the file is missing, or its preprocessing is not bicubic resizing with a crop or a squash.
     """
     path = find_file(model, "open_clip_config.json")
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     seen = settings.setdefault("preprocess_cfg", {})
     for key, allowed in (("resize_mode", ("shortest", "squash")), ("interpolation", ("bicubic",))):
         if seen.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path} asks for {key}={seen[key]!r}: known are {', '.join(allowed)}")
+            raise UserError(f"{path} asks for {key}={seen[key]!r}: supported are {', '.join(allowed)}")
     return settings
 
 
 def open_clip_pixels(frames_N3HW: Tensor, side: int, seen: Mapping[str, Any]) -> Tensor:
-    """Return what a network of open_clip sees, by its `preprocess_cfg`."""
+    """Preprocess frames for an open_clip network, as its `preprocess_cfg` states."""
     if seen.get("resize_mode", "shortest") == "squash":
         sized = resize(frames_N3HW, side, side)
     else:
@@ -161,12 +162,12 @@ def open_clip_pixels(frames_N3HW: Tensor, side: int, seen: Mapping[str, Any]) ->
 
 
 class ClipReward(FrameReward):
-    """Base of the rewards that compare a frame with a text, or look at a frame, through CLIP.
+    """Base class of the rewards that compare a frame with a text, or rate a frame, with CLIP.
 
     Args:
         model: Hub id or local folder.
-        tokenizer: Hub id or local folder; None takes it from `model`.
-        frames, reduce, device, dtype: as `FrameReward`.
+        tokenizer: Hub id or local folder; None uses the tokenizer of `model`.
+        frames, reduce, device, dtype: see `FrameReward`.
     """
 
     model: str
@@ -178,14 +179,14 @@ class ClipReward(FrameReward):
         self._tokenizer: Any = None
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return CLIP."""
+        """Return the place of the CLIP model."""
         return ((self.model, ""),)
 
     def build(self) -> nn.Module:
-        """Read a `CLIPModel`.
+        """Load a `CLIPModel`.
 
         Raises:
-            UserError: it cannot be found.
+            UserError: the model cannot be found.
         """
         from transformers import CLIPModel
 
@@ -193,16 +194,16 @@ class ClipReward(FrameReward):
         return net
 
     def pixels(self, frames_N3HW: Tensor) -> Tensor:
-        """Return the frames as this network wants them."""
+        """Preprocess the frames for this network."""
         return clip_pixels(frames_N3HW, self.net.config.vision_config.image_size)
 
     def image_features(self, frames_N3HW: Tensor) -> Tensor:
-        """Return unit vectors (N,D) of frames in [0,1]."""
+        """Return the normalised image embeddings (N,D) of frames in [0,1]."""
         states = self.net.vision_model(self.pixels(frames_N3HW).to(self.dtype)).pooler_output
         return normalize(self.net.visual_projection(states).float(), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Return unit vectors (B,D) of texts, cut after the network's context length."""
+        """Return the normalised text embeddings (B,D); texts are truncated to the context length of the network."""
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(self.tokenizer or self.model)
         length = self.net.config.text_config.max_position_embeddings
@@ -211,6 +212,6 @@ class ClipReward(FrameReward):
         return normalize(self.net.text_projection(states).float(), dim=-1)
 
     def cosines(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine of each frame with its clip's prompt, (B,K)."""
+        """Return the cosine similarity of each frame and the prompt of its clip, (B,K)."""
         images = self.image_features(frames_BK3HW.flatten(0, 1)).unflatten(0, frames_BK3HW.shape[:2])
         return torch.einsum("bkd,bd->bk", images, self.text_features(prompts))

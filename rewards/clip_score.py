@@ -1,4 +1,4 @@
-"""CLIP score: how well frames fit the prompt (arXiv 2104.08718, without its weight 2.5 and its floor at 0)."""
+"""CLIP score: how well frames match the prompt (arXiv 2104.08718, without its weight 2.5 and its lower bound 0)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from postgen.rewards.weights import find_file
 
 
 class ClipScore(ClipReward):
-    """Cosine of frame and prompt, about .15 to .35 with OpenAI's L/14.
+    """Cosine similarity of frame and prompt, about .15 to .35 with OpenAI's L/14.
 
     Args:
         model: Hub id or local folder of a `CLIPModel`; OpenAI's L/14 (MIT) by default.
         open_clip: file of open_clip weights in `model`, for instance `open_clip_model.safetensors`; shape and
-            preparation of pictures are read from `open_clip_config.json` beside it. None reads transformers' layout.
-        tokenizer, frames, reduce, device, dtype: as `ClipReward`.
+            preprocessing are read from the `open_clip_config.json` next to it. None loads transformers' layout.
+        tokenizer, frames, reduce, device, dtype: see `ClipReward`.
     """
 
     name = "clip_score"
@@ -30,14 +30,14 @@ class ClipScore(ClipReward):
         self._settings: dict[str, Any] = {}
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return the network in either layout."""
+        """Return the place of the network, in transformers' or open_clip's layout."""
         return ((self.model, self.open_clip or ""),)
 
     def build(self) -> nn.Module:
-        """Read the network in either layout.
+        """Load the network from transformers' or open_clip's layout.
 
         Raises:
-            UserError: it cannot be found or does not fit.
+            UserError: the network cannot be found, or its weights do not fit.
         """
         if self.open_clip is None:
             return super().build()
@@ -45,7 +45,7 @@ class ClipScore(ClipReward):
         return open_clip_net(find_file(self.model, self.open_clip), self._settings["model_cfg"])
 
     def pixels(self, frames_N3HW: Tensor) -> Tensor:
-        """Return the frames as this network wants them."""
+        """Preprocess the frames for this network."""
         if self.open_clip is None:
             return super().pixels(frames_N3HW)
         return open_clip_pixels(
@@ -53,5 +53,5 @@ class ClipScore(ClipReward):
         )
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosines."""
+        """Return the cosine similarities (B,K)."""
         return self.cosines(frames_BK3HW, prompts)

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: of single frames, of a threshold, behind guards."""
+"""Rewards composed of other rewards: applied per frame, compared with a threshold, or limited by guards."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 from postgen.rewards.registry import Source, get_reward, get_rewards
 
 _FAR = 1e9
-"""No score of a clip is so far from 0."""
+"""Bound for numbers that are compared with scores; every score is closer to 0 than this."""
 _SHARED = ("fps", "trainer_state", "log_extra", "log_metric", "log_reasons")
 
 
 def per_frame(reward: Source, *, frames: int = 4, reduce: str = "mean", name: str | None = None) -> Reward:
-    """Make a reward of clips from a reward of images: it scores clips of one frame each.
+    """Turn a reward of images into a reward of clips: the frames are scored as clips of one frame each.
 
     Args:
         reward: the reward of images.
-        frames: how many frames of a clip, at equal distances, the first and the last among them.
-        reduce: mean, min or mean-std of their scores; a clip with a frame that has none gets none.
-        name: None takes the inner name.
+        frames: number of frames per clip, equally spaced, including the first and the last.
+        reduce: how the frame scores are joined: mean, min or mean-std. A clip gets None if one of its frames does.
+        name: None uses the name of the inner reward.
 
     Raises:
-        UserError: an unknown reward, fewer than one frame, an unknown `reduce`.
+        UserError: an unknown reward, fewer than one frame, or an unknown `reduce`.
     """
     return Reward(_PerFrame(get_reward(reward), frames, reduce, name))
 
 
 def thresholded(reward: Source, bound: float, *, name: str | None = None) -> Reward:
-    """Make a binary reward: 1 where another one is above `bound`, else 0 (arXiv:2505.07818).
+    """Make a binary reward: 1 where another reward is above `bound`, else 0 (arXiv:2505.07818).
 
     Raises:
         UserError: an unknown reward.
@@ -45,16 +45,16 @@ def thresholded(reward: Source, bound: float, *, name: str | None = None) -> Rew
 def guarded(
     reward: Source, guards: Sequence[Source] | Source, *, worst: float = 0.0, name: str | None = None
 ) -> Reward:
-    """Let a reward count only as far as guards in [0,1] allow: worst + (value - worst) * the smallest guard.
+    """Limit a reward by guards in [0,1]: worst + (value - worst) * the smallest guard.
 
     Args:
-        reward: what is to be raised.
-        guards: rewards whose 1 is "fine" and whose 0 is "not at all", as those of `postgen.rewards.guards`.
-        worst: what a clip gets that fails a guard; not above what the reward gives to bad clips.
-        name: None takes the inner name.
+        reward: the reward to be maximised.
+        guards: rewards that are 1 for a sound clip and 0 for an unacceptable one, as in `postgen.rewards.guards`.
+        worst: score of a clip for which a guard is 0; choose it no higher than the reward's scores of bad clips.
+        name: None uses the name of the inner reward.
 
     Raises:
-        UserError: an unknown reward, no guard, or one of them is async.
+        UserError: an unknown reward, no guard, or an async reward.
     """
     parts = [get_reward(reward), *get_rewards(guards)]
     if len(parts) == 1:
@@ -63,14 +63,14 @@ def guarded(
 
 
 class _Composed(ABC):
-    """A reward that calls others; what they need is looked for in `parts`."""
+    """A reward that calls the rewards in `parts`; `Reward` reads the requirements of the parts from there."""
 
-    streams = True  # a part that does not read long videos in windows gets them whole
+    streams = True  # `Reward` passes the whole video to a part that cannot read long videos in windows
 
     def __init__(self, parts: Sequence[Reward], name: str | None) -> None:
         remote = [part.name for part in parts if part.is_async]
         if remote:
-            raise UserError(f"{remote[0]} is async: rewards are composed of those that are not")
+            raise UserError(f"{remote[0]} is async: rewards can only be composed of rewards that are not async")
         self.parts = tuple(parts)
         self.name = name or parts[0].name
         self.groupwise = any(part.groupwise for part in parts)
@@ -99,7 +99,7 @@ class _PerFrame(_Composed):
         pictures = [uniform_frames(clip, self.frames).split(1) for clip in completions]
         row_of = [row for row, split in enumerate(pictures) for _ in split]
         columns = {k: v if k in _SHARED or v is None else [v[row] for row in row_of] for k, v in columns.items()}
-        # Values for the log belong to rows that the caller does not have.
+        # Logged values would belong to single frames, for which the caller has no rows.
         columns.pop("log_extra", None)
         columns.pop("log_reasons", None)
         flat = [picture for split in pictures for picture in split]

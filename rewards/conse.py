@@ -1,8 +1,9 @@
-"""ConSE: an offline stand-in for text-video alignment (arXiv 1312.5650), from an image classifier and a text encoder.
+"""ConSE: an offline proxy for text-video alignment (arXiv 1312.5650), from an image classifier and a text encoder.
 
-The classes that EfficientNet-Lite0 sees in a frame, as sentences, are averaged in the space of MiniLM and compared
-with the prompt. Both networks come from packages, nothing is downloaded. It hardly sees direction, number, or who does
-what, and knows only ImageNet's classes: never use it as the only reward, and never call it CLIP.
+EfficientNet-Lite0 predicts classes for a frame. The MiniLM embeddings of sentences about these classes are averaged
+and compared with the embedding of the prompt. Both networks come from packages; nothing is downloaded. The reward
+hardly measures direction, number, or who does what, and knows only ImageNet's classes: never use it as the only
+reward, and never report it as CLIP.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from postgen.rewards.pictures import centre_crop, resize, shorter_side
 from postgen.rewards.weights import fill, pretrained, read_state, tokenizer_of
 
 TOP = 10
-"""How many classes are averaged."""
+"""Number of classes that are averaged."""
 
 
 def class_sentences() -> list[str]:
@@ -34,11 +35,11 @@ def class_sentences() -> list[str]:
 
 
 class Conse(FrameReward):
-    """Cosine of what is seen in a frame with the prompt, about 0.05 to 0.6.
+    """Cosine similarity of the predicted classes of a frame and the prompt, about 0.05 to 0.6.
 
     Args:
-        top: how many classes are averaged, weighted with their probabilities.
-        frames, reduce, device, dtype: as `FrameReward`.
+        top: number of classes that are averaged, weighted by their probabilities.
+        frames, reduce, device, dtype: see `FrameReward`.
     """
 
     name = "conse"
@@ -51,7 +52,7 @@ class Conse(FrameReward):
         self._classes: Tensor | None = None
 
     def lacking(self) -> str | None:
-        """Say which of the packages is not here."""
+        """Return a message that names a missing package; None if both packages are installed."""
         try:
             for name in ("efficientnet-lite0", "minilm"):
                 locate(name)
@@ -60,10 +61,10 @@ class Conse(FrameReward):
         return None
 
     def build(self) -> nn.Module:
-        """Read both networks from their packages.
+        """Load both networks from their packages.
 
         Raises:
-            UserError: a package is not installed, or its file is another one.
+            UserError: a package is not installed, or its file has other contents than expected.
         """
         from transformers import AutoModel
 
@@ -74,7 +75,7 @@ class Conse(FrameReward):
         return nn.ModuleDict({"seen": seen, "text": text})
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
-        """Return MiniLM's unit vectors (N,384): the mean over the words."""
+        """Return MiniLM's normalised embeddings (N,384), the mean over the tokens."""
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
         mask = tokens["attention_mask"][..., None]
@@ -82,7 +83,7 @@ class Conse(FrameReward):
         return normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosines."""
+        """Return the cosine similarities (B,K)."""
         net = self.net
         if self._classes is None or self._classes.device != frames_BK3HW.device:
             self._classes = self.sentences(class_sentences())

@@ -1,6 +1,7 @@
-"""Do the depth maps that come with a clip belong to it: do they move with its pixels, and have its edges?
+"""Check that the depth maps of a clip match it: they must move with the pixels and share the edges of the picture.
 
-For models that give a depth video beside the picture. Nothing is estimated but the motion, by matching blocks.
+This reward is for models that generate a depth video beside the picture. It estimates nothing but the motion, by block
+matching.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch.nn import functional
 from postgen.rewards.base import unfit
 
 _CHANGE = (0.06, 0.2)
-"""Change of the log depth of a pixel along its motion that is fine, and that is not."""
+"""Change of log depth of a pixel along its motion: good up to the first value, bad from the second."""
 _FLICKER = (0.02, 0.08)
-"""The same for the change of the whole map's median from one pair of frames to the next."""
+"""The same for the change of the median over the map, from one pair of frames to the next."""
 _STEP = 0.06
-"""Step of the inverse depth between neighbours that makes an outline, as a part of the frame's nearest twentieth."""
+"""Difference of inverse depth between neighbours that counts as an outline, relative to its 0.95 quantile."""
 _STRONG = 0.9
-"""Quantile of a frame's colour gradients from which they are edges."""
+"""Quantile of a frame's colour gradients above which they count as edges."""
 _FOUND = (0.25, 0.95)
-"""Share of the outlines that lies at edges, beyond chance: bad, and fine."""
+"""Share of outline pixels that lie on edges, beyond chance: bad up to the first value, good from the second."""
 _SIDE, _REACH, _BLOCK = 96, 6, 7
-"""Blocks of 7 px are looked for within 6 px, in a picture of at most 96 px."""
+"""Block matching uses blocks of 7 px and a search range of 6 px, in a picture of at most 96 px."""
 
 
 def depth_consistency(
@@ -35,20 +36,20 @@ def depth_consistency(
     flow: Sequence[Tensor | None] | None = None,
     log_reasons: Any = None,
 ) -> list[float | None]:
-    """Score depth maps against their clip: the smaller of `carried` and `outlined`.
+    """Score depth maps against their clips: the minimum of `carried` and `outlined`.
 
     Args:
         completions: clips (F,3,H,W) in [0,1].
-        depth: column of (F,H,W), distances in any unit that is the same for all frames; infinite at the sky, not
-            positive or NaN where nothing is known.
-        flow: column of (F-1,2,H,W) in pixels, u right and v down, from a frame to the next; None matches blocks.
-        log_reasons: gets why a clip has no score.
+        depth: column of (F,H,W): distances in any unit that is the same for all frames; infinite for the sky; NaN or
+            not positive where the depth is unknown.
+        flow: column of (F-1,2,H,W) in px, u right and v down, from a frame to the next; None uses block matching.
+        log_reasons: receives the reasons of missing scores.
 
     Returns:
-        One score in [0,1] a clip; None for a single frame.
+        One score in [0,1] per clip; None for a single frame.
 
     Raises:
-        ValueError: depth or flow of another size than the clip.
+        ValueError: depth or flow does not have the size of the clip.
     """
     if log_reasons is not None:
         log_reasons([unfit(clip, 2) for clip in completions])
@@ -70,20 +71,22 @@ def _score(clip: Tensor, depth: Tensor, flow: Tensor | None) -> float | None:
 
 
 def _ramp(value: Tensor, fine_bad: tuple[float, float]) -> Tensor:
-    """1 up to the first bound, 0 from the second on."""
+    """1 up to the first bound, 0 from the second bound on, linear between them."""
     fine, bad = fine_bad
     return ((bad - value) / (bad - fine)).clamp(0, 1)
 
 
 def carried(depth_FHW: Tensor, flow_F2HW: Tensor) -> float:
-    """How far pixels keep their depth on their way to the next frame, in [0,1].
+    """Return how well pixels keep their depth when they move to the next frame, in [0,1].
 
-    The smaller of two means: over the pixels (the standing and the moving ones apart, whichever is worse), and over
-    the frames, of how evenly the median changes. Outlines, and pixels that leave the picture, are left out.
+    The result is the minimum of two terms. The first is the mean over the pixels, computed for static and moving
+    pixels separately; the worse one counts. The second is the mean over the frames of how evenly the median depth
+    changes. Outlines, and pixels that leave the picture, are excluded.
     """
     known = depth_FHW.isfinite() & (depth_FHW > 0)
     log = torch.where(known, depth_FHW, 1.0).log()
     calm = known & ~_widened(_outlines(depth_FHW))
+    # Sample the next frame's depth at the end point of each pixel's motion.
     height, width = log.shape[1:]
     ys, xs = (torch.arange(n, device=log.device) for n in (height, width))
     to_x, to_y = xs + flow_F2HW[:, 0], ys[:, None] + flow_F2HW[:, 1]
@@ -94,6 +97,7 @@ def carried(depth_FHW: Tensor, flow_F2HW: Tensor) -> float:
     use = calm[:-1] & (after_calm > 0.99) & (grid.abs() < 1).all(-1)
     change = torch.where(use, after - log[:-1], torch.nan)
     kept = _ramp(change.abs().nan_to_num(0), _CHANGE)
+    # Score moving and static pixels separately, so that a large static background cannot hide errors.
     moving = flow_F2HW.norm(dim=1) > 0.5
     groups = [part for part in (use & moving, use & ~moving) if part.any()]
     if not groups:
@@ -104,9 +108,10 @@ def carried(depth_FHW: Tensor, flow_F2HW: Tensor) -> float:
 
 
 def outlined(clip: Tensor, depth_FHW: Tensor) -> float:
-    """Whether the outlines of the depth lie within a pixel of edges of the picture, in [0,1].
+    """Return how many depth outlines lie within a pixel of picture edges, as a score in [0,1].
 
-    1 when 95 % do beyond chance, 0 when 25 % do. 0 for maps without any outline: nothing ties them to the picture.
+    The score is 1 if 95 % do beyond chance, and 0 if 25 % do. Maps without any outline get 0, because nothing relates
+    them to the picture.
     """
     outline = _outlines(depth_FHW)
     colour = functional.avg_pool2d(clip.float(), 3, 1, 1)
@@ -124,7 +129,7 @@ def outlined(clip: Tensor, depth_FHW: Tensor) -> float:
 
 
 def _outlines(depth_FHW: Tensor) -> Tensor:
-    """Pixels with a step to the pixel right or below. Inverse depth is linear on every plane: those have no steps."""
+    """Mark pixels with a depth step to the right or below. Inverse depth is linear on a plane, so planes have none."""
     inverse = torch.where(depth_FHW > 0, 1 / depth_FHW, torch.nan)
     bound = _STEP * _quantile(inverse, 0.95)
     right = (inverse[..., 1:] - inverse[..., :-1]).abs() > bound
@@ -133,7 +138,7 @@ def _outlines(depth_FHW: Tensor) -> Tensor:
 
 
 def _quantile(maps_FHW: Tensor, part: float) -> Tensor:
-    """Quantile of each frame (F,1,1) without unknown pixels; one by one, as torch takes only so many values."""
+    """Return a quantile of each frame (F,1,1), ignoring NaN; frame by frame, because torch limits the input size."""
     return torch.stack([frame.flatten().nanquantile(part) for frame in maps_FHW])[:, None, None]
 
 
@@ -142,9 +147,10 @@ def _widened(mask_FHW: Tensor) -> Tensor:
 
 
 def block_motion(clip: Tensor) -> Tensor:
-    """Motion (F-1,2,H,W) in whole pixels of a picture of at most 96 px, by the least difference of 7 px blocks.
+    """Estimate the motion (F-1,2,H,W) in px by matching blocks of 7 px in a picture reduced to at most 96 px.
 
-    Up to 6 of these pixels a frame. Where nothing distinguishes the blocks, the smallest motion is taken.
+    The search covers up to 6 px of the reduced picture per frame, in whole px. Where blocks do not differ, the
+    smallest motion is chosen.
     """
     height, width = clip.shape[-2:]
     scale = min(1.0, _SIDE / max(height, width))

@@ -1,4 +1,4 @@
-"""VBench's dynamic degree (arXiv 2311.17982): does a clip move at all?"""
+"""VBench's dynamic degree (arXiv 2311.17982): whether a clip shows motion at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from postgen.rewards.flow import FlowReward
 from postgen.rewards.frames import in_windows
 
 _RATE = 8.0
-"""Frames per second at which VBench looks at a video."""
+"""Frames per second at which VBench samples a video."""
 
 
 def fastest(flow_N2HW: Tensor) -> Tensor:
-    """Return the mean length of the longest twentieth of each frame's flow, in px."""
+    """Return the mean length, in px, of the longest 5 % of the flow vectors of each frame pair."""
     lengths = flow_N2HW.norm(dim=1).flatten(1)
     longest: Tensor = lengths.topk(max(1, int(lengths.shape[1] * 0.05)), dim=1).values
     return longest.mean(1)
@@ -26,16 +26,16 @@ def fastest(flow_N2HW: Tensor) -> Tensor:
 
 @promptless
 class DynamicDegree(FlowReward):
-    """1 for a clip that moves, 0 for one that stands still; or by degrees.
+    """Return 1 for a clip with motion and 0 for a static clip, or a graded value between 0 and 1.
 
-    A pair of frames moves when the fastest twentieth of its pixels goes further than 6 px of 256 px (shorter side).
-    VBench calls a clip dynamic when a quarter of its frames do, round(4 n / 16) of n; for n of 1 or 2 that is none, so
-    that every such clip would pass: at least one pair is asked for here. With DIS instead of VBench's RAFT clips near
-    the threshold may fall on the other side.
+    A pair of frames moves if the fastest 5 % of its pixels move more than 6 px at 256 px (shorter side). VBench calls
+    a clip dynamic if a quarter of its frames move, round(4 n / 16) of n. For n of 1 or 2 this number is 0, so that
+    every such clip would pass; this class therefore requires at least one pair. It uses DIS by default where VBench
+    uses RAFT, so clips near the threshold may be classified differently.
 
     Args:
-        graded: give how far the pair that decides gets towards the threshold, instead of whether it passes.
-        flow, weights, device, dtype: as `FlowReward`.
+        graded: return the ratio of the deciding pair's motion to the threshold, at most 1, instead of 0 or 1.
+        flow, weights, device, dtype: see `FlowReward`.
     """
 
     name = "dynamic_degree"
@@ -56,12 +56,12 @@ class DynamicDegree(FlowReward):
 
         Args:
             prompts: unused.
-            completions: clips of any sizes; one of a single frame, or below 12 px (RAFT: 128 px), cannot be scored.
-            fps: frames per second; every round(fps / 8)-th frame is looked at. None looks at all.
-            log_reasons: gets why a clip has no score.
+            completions: clips of any size; clips of too few frames, or smaller than 12 px (RAFT: 128 px), get None.
+            fps: frames per second; every round(fps / 8)-th frame is used. None uses all frames.
+            log_reasons: receives the reasons of missing scores.
 
         Raises:
-            UserError: a frame rate that is not above 0.
+            UserError: the frame rate is not above 0.
         """
         if fps is not None and fps <= 0:
             raise UserError(f"fps must be above 0, got {fps}")

@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 (arXiv 1905.11946, the variant without squeeze-and-excitation), as its published weights want it.
+"""EfficientNet-Lite0 (arXiv 1905.11946, without squeeze-and-excitation), compatible with the published weights.
 
-TensorFlow's "SAME" padding puts the odd pixel to the right and below.
+TensorFlow's "SAME" padding puts the extra pixel on the right and at the bottom.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SIDE = 224
 
 
 class SameConv(nn.Conv2d):
-    """Convolution whose output has ceil(size / stride) px."""
+    """Convolution whose output has ceil(size / stride) px per side."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pad and convolve."""
+        """Pad the input and convolve it."""
         margins: list[int] = []
         for axis in (-1, -2):
             kernel, stride, size = self.kernel_size[axis], self.stride[axis], input.shape[axis]
@@ -40,7 +40,7 @@ def _norm(width: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """Widen, convolve each channel, narrow; added to the input where the sizes agree."""
+    """Inverted residual block: expand, depthwise convolution, project; with a skip connection if the sizes agree."""
 
     def __init__(self, into: int, out: int, kernel: int, stride: int, widening: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The classifier of ImageNet-1k; module names are those of the published file."""
+    """The ImageNet-1k classifier; its module names are those of the published file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class EfficientNetLite0(nn.Module):
         self.act = nn.ReLU6()
 
     def features(self, frames_N3HW: Tensor) -> Tensor:
-        """Return the means (N,320) over the picture of what the last block gives: features of Frechet distances."""
+        """Return the spatial mean (N,320) of the last block's output, the features for Frechet distances."""
         return self._seen(frames_N3HW).mean((2, 3))
 
     def _seen(self, frames_N3HW: Tensor) -> Tensor:

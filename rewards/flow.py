@@ -1,6 +1,7 @@
-"""Optical flow for the rewards of motion: OpenCV's DIS, which needs no weights, or torchvision's RAFT.
+"""Optical flow for the motion rewards: OpenCV's DIS, which needs no weights, or torchvision's RAFT.
 
-Flow is in px: what frame t has at (x, y), frame t + 1 has at (x + u, y + v). DIS: arXiv 1603.03590; RAFT: 2003.12039.
+Flow is in px: the point at (x, y) in frame t is at (x + u, y + v) in frame t + 1. DIS: arXiv 1603.03590;
+RAFT: 2003.12039.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from postgen.rewards.weights import absent, fill, find_file, read_state
 FLOWS = ("dis", "raft")
 
 _LEAST = {"dis": 12, "raft": 128}
-"""Smallest side, in px, that the method takes."""
+"""Smallest side, in px, that each method accepts."""
 
 
 def dis_flow(frames_F3HW: Tensor) -> Tensor:
-    """Return the flow between neighbouring frames (F-1,2,H,W) by dense inverse search, on the CPU.
+    """Compute the flow between consecutive frames (F-1,2,H,W) with dense inverse search (DIS), on the CPU.
 
     Raises:
         UserError: OpenCV is not installed.
@@ -45,11 +46,11 @@ def dis_flow(frames_F3HW: Tensor) -> Tensor:
 
 
 def raft(weights: str | None) -> nn.Module:
-    """Return torchvision's large RAFT.
+    """Load torchvision's large RAFT.
 
     Args:
-        weights: local file or https address of its weights; None takes those trained on FlyingChairs and
-            FlyingThings, as VBench's are, from torchvision's own place.
+        weights: local file or https address of the weights; None downloads torchvision's weights, which like
+            VBench's were trained on FlyingChairs and FlyingThings.
 
     Raises:
         UserError: torchvision is not installed, or the weights cannot be found or do not fit.
@@ -63,13 +64,13 @@ def raft(weights: str | None) -> nn.Module:
 def _raft_weights(weights: str | None) -> str:
     try:
         from torchvision.models.optical_flow import Raft_Large_Weights
-    except (ImportError, RuntimeError) as error:  # the second when it was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision was built for another torch
         raise UserError("flow='raft' needs torchvision: pip install torchvision, or give flow='dis'") from error
     return weights or str(Raft_Large_Weights.C_T_V1.url)
 
 
 def raft_flow(net: nn.Module, frames_F3HW: Tensor, updates: int = 20) -> Tensor:
-    """Return the flow between neighbouring frames (F-1,2,H,W), borders filled up to multiples of 8 px."""
+    """Compute the flow between consecutive frames (F-1,2,H,W); borders are padded to multiples of 8 px."""
     height, width = frames_F3HW.shape[-2:]
     below, right = -height % 8, -width % 8
     edges = (right // 2, right - right // 2, below // 2, below - below // 2)
@@ -79,7 +80,7 @@ def raft_flow(net: nn.Module, frames_F3HW: Tensor, updates: int = 20) -> Tensor:
 
 
 def carried(values_NCHW: Tensor, flow_N2HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values where the flow leads to, (N,C,H,W), and where that is inside the frame, (N,H,W)."""
+    """Sample values at the end points of the flow, (N,C,H,W); also return which of them are in the frame, (N,H,W)."""
     height, width = flow_N2HW.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     to = torch.stack((x + flow_N2HW[:, 0], y + flow_N2HW[:, 1]), -1)
@@ -90,24 +91,24 @@ def carried(values_NCHW: Tensor, flow_N2HW: Tensor) -> tuple[Tensor, Tensor]:
 
 @streaming
 class FlowReward(RewardModel):
-    """Base of the rewards of motion: a subclass scores a clip with `flows`.
+    """Base class of the motion rewards: a subclass scores a clip with `flows`.
 
     Args:
         flow: "dis" or "raft".
-        weights: of RAFT, see `raft`.
-        device, dtype: as `RewardModel`; DIS runs on the CPU.
+        weights: weights of RAFT, see `raft`.
+        device, dtype: see `RewardModel`; DIS runs on the CPU.
     """
 
     def __init__(self, flow: str = "dis", weights: str | None = None, **place: Any) -> None:
         super().__init__(**place)
         if flow not in FLOWS:
-            raise UserError(f"unknown flow {flow!r}: known are {', '.join(FLOWS)}")
+            raise UserError(f"unknown flow {flow!r}: allowed are {', '.join(FLOWS)}")
         if weights is not None and flow != "raft":
-            raise UserError(f"flow={flow!r} has no weights: give flow='raft' with them")
+            raise UserError(f"flow={flow!r} has no weights: use flow='raft' with them")
         self.flow, self.weights = flow, weights
 
     def lacking(self) -> str | None:
-        """Say that OpenCV, or RAFT with its weights, is not here."""
+        """Return a message if OpenCV, or RAFT with its weights, is missing; None otherwise."""
         if self.flow == "dis":
             return None if find_spec("cv2") else "it needs OpenCV: pip install 'postgen[rewards]'"
         try:
@@ -116,19 +117,19 @@ class FlowReward(RewardModel):
             return str(error)
 
     def build(self) -> nn.Module:
-        """Read RAFT; for DIS there is nothing to read.
+        """Load RAFT; DIS has no network.
 
         Raises:
-            UserError: as `raft`.
+            UserError: see `raft`.
         """
         return raft(self.weights) if self.flow == "raft" else nn.Identity()
 
     def unfit(self, clip: Clip, frames: int) -> str | None:
-        """Say that a clip is too short or too small, None if it is not."""
+        """Return a message if a clip is too short or too small; None otherwise."""
         return unfit(clip, frames, _LEAST[self.flow])
 
     def flows(self, frames_F3HW: Tensor) -> Tensor:
-        """Return the flow between neighbouring frames (F-1,2,H,W), float32 on the CPU."""
+        """Compute the flow between consecutive frames (F-1,2,H,W), float32 on the CPU."""
         if self.flow == "dis":
             return dis_flow(frames_F3HW)
         return raft_flow(self.net, frames_F3HW.to(self.device, self.dtype)).float().cpu()

@@ -1,4 +1,4 @@
-"""How smoothly things move: does each point keep its velocity from frame to frame? Ours, not a published measure."""
+"""Smoothness of motion: whether points keep their velocity from frame to frame. Our measure, not a published one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from postgen.rewards.flow import FlowReward, carried
 from postgen.rewards.frames import in_windows
 
 _STILL = 0.005
-"""Part of the frame's shorter side: velocities below it count as this much, so that noise of the flow is no jerk."""
+"""Least velocity, relative to the frame's shorter side, so that noise of the flow does not count as a jerk."""
 
 
 def smoothness(flow_N2HW: Tensor, shorter: int) -> float:
     """Return 1 - mean of |v' - v| / (|v'| + |v| + c) over points that move or jump, in [0,1].
 
-    v is a point's flow from frame t to t + 1, v' that from t + 1 to t + 2 at the place it went to. The mean is
-    weighted with the denominator, so that the still background counts little.
+    v is the flow of a point from frame t to t + 1; v' is the flow from t + 1 to t + 2 at the position that the point
+    has reached. The mean is weighted by the denominator, so that the static background has little weight.
     """
     return smoothness_along([flow_N2HW], shorter)
 
 
 def smoothness_along(flows: Iterable[Tensor], shorter: int) -> float:
-    """As `smoothness`, of flow (N,2,H,W) in windows, each beginning with the last one of the window before."""
+    """Compute `smoothness` of flow (N,2,H,W) in windows; each window starts with the last flow of the one before."""
     sums = [_sums(flow, shorter) for flow in flows]
     change, size = (torch.stack(part).double().sum() if len(part) > 1 else part[0] for part in zip(*sums, strict=True))
     return 1 - float(change / size.clamp(min=1e-6))
@@ -42,12 +42,12 @@ def _sums(flow_N2HW: Tensor, shorter: int) -> tuple[Tensor, Tensor]:
 
 @promptless
 class FlowSmoothness(FlowReward):
-    """1 for even motion, less for jerks, jumps and flicker; in [0,1].
+    """Return 1 for even motion and less for jerks, jumps and flicker; in [0,1].
 
-    A frozen clip gets 1 too: pair it with `dynamic_degree` or `motion_floor`. A bounce is a jerk.
+    A frozen clip gets 1 too: combine this reward with `dynamic_degree` or `motion_floor`. A bounce counts as a jerk.
 
     Args:
-        flow, weights, device, dtype: as `FlowReward`.
+        flow, weights, device, dtype: see `FlowReward`.
     """
 
     name = "flow_smoothness"
@@ -55,7 +55,7 @@ class FlowSmoothness(FlowReward):
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[Clip], *, log_reasons: Any = None
     ) -> list[float | None]:
-        """Score clips of any sizes; one of fewer than three frames, or below 12 px (RAFT: 128 px), gets None."""
+        """Score clips of any size; clips of fewer than three frames, or below 12 px (RAFT: 128 px), get None."""
         self.load()
         if log_reasons is not None:
             log_reasons([self.unfit(clip, 3) for clip in completions])

@@ -1,4 +1,4 @@
-"""Rewards of single pictures, applied to clips: some frames of each are scored, and the scores joined into one."""
+"""Rewards of single frames, applied to clips: some frames of a clip are scored, and their scores are joined."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "min": lambda x: x.amin(-1),
     "mean-std": lambda x: x.mean(-1) - x.std(-1, correction=0),
 }
-"""Name -> function of scores (..., K) over the frames. min and mean-std punish a clip for its single bad frames."""
+"""Name -> function of scores (..., K) over the frames. min and mean-std penalise a clip for single bad frames."""
 
 
 def uniform_frames(clip: Clip, count: int) -> Tensor:
-    """Return `count` frames at equal distances, the first and the last among them; all when there are no more.
+    """Return `count` equally spaced frames, including the first and the last; all frames if the clip has no more.
 
     Args:
-        clip: (F,3,H,W), or a video that is read where it is looked at.
-        count: at least 1; one frame is the first.
-
+        clip: (F,3,H,W), or a long video whose frames are read when they are needed.
+        count: at least 1; for 1, the first frame is returned.
     >>> uniform_frames(torch.arange(9.0).view(9, 1, 1, 1), 3).flatten().tolist()
     [0.0, 4.0, 8.0]
     """
@@ -41,7 +40,7 @@ def _uniform(length: int, count: int) -> Tensor:
 
 
 def in_windows(clip: Clip, overlap: int = 0, step: int = 1) -> Iterator[Tensor]:
-    """Yield every `step`-th frame of a clip: in one piece, or of a `Footage` in its windows."""
+    """Yield every `step`-th frame of a clip: a tensor in one piece, a `Footage` in windows."""
     if isinstance(clip, Footage):
         yield from clip.windows(overlap, step)
     else:
@@ -49,31 +48,31 @@ def in_windows(clip: Clip, overlap: int = 0, step: int = 1) -> Iterator[Tensor]:
 
 
 def mean_over(parts: Sequence[tuple[float, int]]) -> float:
-    """Return the mean of (mean, how many) of the windows of a clip."""
+    """Return the mean over a clip from the (mean, count) of each of its windows."""
     if len(parts) == 1:
         return parts[0][0]
     return sum(mean * count for mean, count in parts) / sum(count for _, count in parts)
 
 
 def check_frames(frames: int, reduce: str) -> None:
-    """Check the two settings of a reward of frames.
+    """Check the two settings of a reward of single frames.
 
     Raises:
-        UserError: fewer than one frame, or an unknown way to join the scores.
+        UserError: fewer than one frame, or an unknown way of joining the scores.
     """
     check_number("frames", frames, 1, whole=True)
     if not isinstance(reduce, str) or reduce not in REDUCTIONS:
-        raise UserError(f"unknown reduce {shown(reduce)}: known are {', '.join(REDUCTIONS)}")
+        raise UserError(f"unknown reduce {shown(reduce)}: allowed are {', '.join(REDUCTIONS)}")
 
 
 @streaming
 class FrameReward(RewardModel):
-    """Base of the rewards that score single pictures: a subclass writes `frame_scores`.
+    """Base class of the rewards that score single frames: a subclass implements `frame_scores`.
 
     Args:
-        frames: how many frames of a clip are scored (`uniform_frames`).
+        frames: number of frames per clip that are scored (`uniform_frames`).
         reduce: how their scores are joined, a name from `REDUCTIONS`.
-        device, dtype: as `RewardModel`.
+        device, dtype: see `RewardModel`.
     """
 
     def __init__(self, *, frames: int = 4, reduce: str = "mean", **place: Any) -> None:
@@ -83,10 +82,10 @@ class FrameReward(RewardModel):
 
     @abstractmethod
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score the K frames of B clips of one size, float32 in [0,1] on `device`, with one prompt a clip: (B,K)."""
+        """Score K frames (float32 in [0,1], on `device`) of each of B clips of one size, with a prompt each: (B,K)."""
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[Clip]) -> list[float | None]:
-        """Score clips of any sizes, each size as one batch."""
+        """Score clips of any size; clips of one size form a batch."""
         picked: dict[int, Tensor] = {}
         rows_of: dict[torch.Size, list[int]] = {}
         scores: list[float | None] = [None] * len(completions)

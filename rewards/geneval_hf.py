@@ -1,7 +1,7 @@
-"""GenEval (arXiv 2310.11513) on transformers' Mask2Former: are the objects there, so many, so coloured, so placed?
+"""GenEval (arXiv 2310.11513) on transformers' Mask2Former: checks objects, their number, colours and positions.
 
 The official detector is mmdet's Mask2Former with other weights, so scores differ: report them as `geneval_hf`, never
-beside official numbers. Colours are told by CLIP L/14 on the object cut out before grey.
+beside official numbers. CLIP L/14 classifies the colour of an object, cut out on a grey background.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from postgen.rewards.weights import fill, find_file, pretrained, read_state
 CONFIDENCE, COUNTING_CONFIDENCE = 0.3, 0.9
 MOST_OBJECTS = 16
 MARGIN = 0.1
-"""Part of the two sizes that a distance must exceed before it is a position."""
+"""A distance must exceed this part of the sum of both sizes to count as a position."""
 GREY = 0.6
 SIDE = 384
 
@@ -55,17 +55,17 @@ class Thing:
 
 
 Things = Mapping[str, Sequence[Thing]]
-"""Class -> objects, surest first."""
+"""Class name -> detected objects, highest score first."""
 
 
 def detected(class_logits_QC: Tensor, mask_logits_QHW: Tensor, size: tuple[int, int], confidence: float) -> Things:
-    """Turn the answers for one frame into objects, as Mask2Former's post-processing does.
+    """Turn the predictions for one frame into objects, as Mask2Former's post-processing does.
 
     Args:
-        class_logits_QC: of Q queries over the classes and "nothing".
-        mask_logits_QHW: at any resolution.
+        class_logits_QC: logits of Q queries over the classes and "no object".
+        mask_logits_QHW: logits of the masks, at any resolution.
         size: height and width of the frame.
-        confidence: probability of the class times mean probability inside the mask, above which an object counts.
+        confidence: threshold; an object needs a larger product of class probability and mean probability in its mask.
     """
     count = len(class_logits_QC)
     chances, places = class_logits_QC.softmax(-1)[:, :-1].flatten().topk(count)
@@ -85,7 +85,7 @@ def detected(class_logits_QC: Tensor, mask_logits_QHW: Tensor, size: tuple[int, 
 
 
 def positions(a: Thing, b: Thing) -> set[str]:
-    """Return where a is, seen from b: "left of", "right of", "above", "below", those that hold."""
+    """Return all positions of a relative to b that hold, from "left of", "right of", "above", "below"."""
     box_a, box_b = torch.tensor(a.box).view(2, 2), torch.tensor(b.box).view(2, 2)
     offset = box_a.mean(0) - box_b.mean(0)
     margin = MARGIN * ((box_a[1] - box_a[0]).abs() + (box_b[1] - box_b[0]).abs())
@@ -98,11 +98,11 @@ def positions(a: Thing, b: Thing) -> set[str]:
 
 
 class Detector(nn.Module):
-    """Mask2Former and its classifier: transformers' own class for both wants SciPy for a loss that is not used here.
+    """Mask2Former with its classifier. The class of transformers for both needs SciPy for a loss that is unused here.
 
     Args:
         body: a `Mask2FormerModel`.
-        classes: from its width to the classes and "nothing".
+        classes: layer from the width of the body to the classes and "no object".
     """
 
     def __init__(self, body: nn.Module, classes: nn.Module) -> None:
@@ -110,7 +110,7 @@ class Detector(nn.Module):
         self.body, self.classes = body, classes
 
     def forward(self, pixels_K3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of classes (K,Q,C) and masks (K,Q,h,w) of the last layer."""
+        """Return the class logits (K,Q,C) and mask logits (K,Q,h,w) of the last layer."""
         answers = self.body(pixels_K3HW, output_hidden_states=True)
         states = answers.transformer_decoder_intermediate_states[-1].transpose(0, 1)
         return self.classes(states), answers.masks_queries_logits[-1]
@@ -119,15 +119,15 @@ class Detector(nn.Module):
 @streaming
 @promptless
 class GenevalHF(RewardModel):
-    """Whether a frame shows what GenEval's record of its prompt asks for.
+    """Check whether a frame shows what GenEval's record of its prompt asks for.
 
     Args:
         model: Hub id or local folder of a Mask2Former for COCO's instances.
         clip: Hub id or local folder of CLIP L/14.
-        graded: give the mean over the asked objects of 1 - |wanted - found| / wanted, the share of right colours and
-            the position, as Flow-GRPO rewards; instead of 1 for all right and 0 otherwise, as GenEval reports.
-        frames, reduce: as `FrameReward`.
-        device, dtype: as `RewardModel`.
+        graded: return the mean over the requested objects of 1 - |wanted - found| / wanted, the share of right
+            colours and the position, as in Flow-GRPO; otherwise 1 if everything is right and 0 if not, as in GenEval.
+        frames, reduce: see `FrameReward`.
+        device, dtype: see `RewardModel`.
 
     Raises:
         UserError: fewer than one frame, or an unknown `reduce`.
@@ -151,27 +151,29 @@ class GenevalHF(RewardModel):
         self._colours: dict[str, Tensor] = {}
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return the detector and CLIP."""
+        """Return the places of the detector and CLIP."""
         return ((self.model, ""), *self.clip.needed())
 
     def build(self) -> nn.Module:
-        """Read the detector.
+        """Load the detector.
 
         Raises:
-            UserError: it cannot be found, or knows other classes.
+            UserError: the detector cannot be found, or was trained on other classes.
         """
         from transformers import Mask2FormerModel
 
         body = pretrained(Mask2FormerModel, self.model)
         if body.config.num_labels != len(CLASSES):
-            raise UserError(f"{self.model} knows {body.config.num_labels} classes, not COCO's {len(CLASSES)}")
+            raise UserError(
+                f"{self.model} has {body.config.num_labels} classes: give a model with COCO's {len(CLASSES)} classes"
+            )
         path = find_file(self.model, "model.safetensors")
         start = "class_predictor."
         head = {k.removeprefix(start): weight for k, weight in read_state(path).items() if k.startswith(start)}
         return Detector(body, fill(nn.Linear(body.config.hidden_dim, len(CLASSES) + 1), head, path))
 
     def offload(self) -> None:
-        """Give the memory of both networks back."""
+        """Free the accelerator memory of both networks."""
         super().offload()
         self.clip.offload()
 
@@ -186,20 +188,21 @@ class GenevalHF(RewardModel):
         """Score clips.
 
         Args:
-            prompts: unused; the record says what is asked.
-            completions: clips of any sizes.
+            prompts: unused; the record states the requested objects.
+            completions: clips of any size.
             geneval: column of GenEval's records, {"tag", "include": [{"class", "count", "color", "position"}],
                 "exclude": [{"class", "count"}]}.
+            log_reasons: receives the reasons of missing scores.
 
         Returns:
-            One score in [0,1] a clip; None without a record.
+            One score in [0,1] per clip; None without a record.
 
         Raises:
-            UserError: a record asks for an unknown class, colour or position.
+            UserError: a record names an unknown class, colour or position, or a count below 1.
         """
         self.load()
         if log_reasons is not None:
-            log_reasons(["there is no record of what is asked" if r is None else None for r in geneval])
+            log_reasons(["the column `geneval` has no record for it" if r is None else None for r in geneval])
         scores: list[float | None] = []
         for clip, record in zip(completions, geneval, strict=True):
             if record is None:
@@ -221,9 +224,10 @@ class GenevalHF(RewardModel):
         return list(zip(frames_K3HW, found, strict=True))
 
     def judge(self, frame_3HW: Tensor, things: Things, record: Mapping[str, Any]) -> float:
-        """Score one frame by its objects."""
+        """Score one frame from its detected objects."""
         parts: list[list[float]] = []
         groups: list[Sequence[Thing] | None] = []
+        # Each requested object gives a list of values: its count, then colour and position if requested.
         for asked in record.get("include", []):
             found = things.get(asked["class"], [])
             chosen = found[: asked["count"]]
@@ -242,7 +246,7 @@ class GenevalHF(RewardModel):
         return sum(sum(item) / len(item) for item in parts) / max(len(parts), 1)
 
     def colours(self, frame_3HW: Tensor, things: Sequence[Thing], name: str) -> list[str]:
-        """Return the colour of each object, the likeliest of ten."""
+        """Return the most likely of ten colours for each object."""
         if not things:
             return []
         self.clip.load(self.device)
@@ -267,7 +271,7 @@ def _cut(frame_3HW: Tensor, thing: Thing) -> Tensor:
 
 
 def _placed(chosen: Sequence[Thing] | None, groups: Sequence[Sequence[Thing] | None], where: str, group: int) -> float:
-    """1 if every chosen object stands so towards every object of an earlier group."""
+    """Return 1 if every chosen object has the given position relative to every object of an earlier group, else 0."""
     targets = groups[group] if group < len(groups) else None
     if not chosen or targets is None:
         return 0.0
@@ -275,7 +279,7 @@ def _placed(chosen: Sequence[Thing] | None, groups: Sequence[Sequence[Thing] | N
 
 
 def check_record(record: Mapping[str, Any]) -> None:
-    """Check what a record asks for.
+    """Check that the detector and the colour classifier can evaluate a record.
 
     Raises:
         UserError: an unknown class, colour or position, or a count below 1.
@@ -284,8 +288,12 @@ def check_record(record: Mapping[str, Any]) -> None:
         if asked.get("class") not in CLASSES:
             raise UserError(f"geneval asks for the unknown class {asked.get('class')!r}: known are COCO's 80")
         if not isinstance(asked.get("count"), int) or asked["count"] < 1:
-            raise UserError(f"geneval asks for {asked.get('count')!r} of {asked['class']}: at least 1 is needed")
+            raise UserError(
+                f"geneval asks for {asked.get('count')!r} of {asked['class']}: the count must be at least 1"
+            )
         if asked.get("color", "red") not in COLOURS:
             raise UserError(f"geneval asks for the colour {asked['color']!r}: known are {', '.join(COLOURS)}")
         if asked.get("position", ["above"])[0] not in ("left of", "right of", "above", "below"):
-            raise UserError(f"geneval asks for the position {asked['position'][0]!r}: above, below, left of, right of")
+            raise UserError(
+                f"geneval asks for the position {asked['position'][0]!r}: known are above, below, left of, right of"
+            )

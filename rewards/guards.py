@@ -1,7 +1,7 @@
-"""Guards: cheap rewards in [0,1] that are 1 for every sound clip and fall where a policy cheats another reward.
+"""Guards: cheap rewards in [0,1] that are 1 for every sound clip and lower where a policy exploits another reward.
 
-Add them with a weight, or put them in front of a reward with `postgen.rewards.compose.guarded`. They are no measure
-of quality: two clips inside the bounds are equal.
+Add them to other rewards with a weight, or wrap a reward with `postgen.rewards.compose.guarded`. Guards do not measure
+quality: all clips inside the bounds get the same score.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def _luma(clip: Tensor) -> Tensor:
 
 
 def motion(clip: Clip) -> float:
-    """Mean change of the most changing 5 % of the pixels from a frame to the next, the whole frame's change taken off.
+    """Return the mean change from frame to frame of the 5 % of the pixels that change most.
 
-    0 for a frozen clip, whatever its brightness does; of a clip (F,3,H,W) in [0,1].
+    The median change of the frame is subtracted first, so that a change of brightness does not count. The clip is
+    (F,3,H,W) in [0,1]; a frozen clip gets 0.
     """
     return mean_over([(_motion(part), len(part) - 1) for part in in_windows(clip, overlap=1)])
 
@@ -43,14 +44,14 @@ def _motion(clip: Tensor) -> float:
 
 
 def brightness(clip: Clip) -> float:
-    """Mean luma of a clip, in [0,1]."""
+    """Return the mean luma of a clip, in [0,1]."""
     return mean_over([(float(_luma(part).mean()), len(part)) for part in in_windows(clip)])
 
 
 def sharpness(clip: Clip) -> float:
-    """Share of the contrast that a 3x3 mean takes away, mean over the frames.
+    """Return the share of the contrast that a 3x3 mean removes, averaged over the frames.
 
-    Near 0 for a blurred clip, and above 0.5 for one of noise or of a fine grid, which some rewards of images invite.
+    It is near 0 for a blurred clip and above 0.5 for noise or a fine grid, which some image rewards encourage.
     """
     return mean_over([(_sharpness(part), len(part)) for part in in_windows(clip)])
 
@@ -64,12 +65,12 @@ def _sharpness(clip: Tensor) -> float:
 
 @streaming
 class MotionFloor:
-    """1 for clips with `motion` of at least `floor`, falling to 0 for a frozen one.
+    """Return 1 for clips whose `motion` is at least `floor`, and less down to 0 for a frozen clip.
 
-    Rewards of consistency, smoothness and single frames are all raised by freezing a clip.
+    Freezing a clip raises rewards of consistency, of smoothness and of single frames; this guard prevents it.
 
     Raises:
-        UserError: a floor that is not above 0.
+        UserError: the floor is not above 0 and at most 1.
     """
 
     name = "motion_floor"
@@ -85,10 +86,10 @@ class MotionFloor:
 
 
 class Band:
-    """1 for clips whose measure lies in [low, high], falling to 0 at `margin` outside.
+    """Map a measure to 1 inside [low, high], decreasing linearly to 0 at a distance of `margin` outside.
 
     Raises:
-        UserError: a band that is empty, or a margin that is not above 0.
+        UserError: the band is empty, or the margin is not above 0.
     """
 
     def __init__(self, *, low: float, high: float, margin: float) -> None:
@@ -101,14 +102,14 @@ class Band:
         self.low, self.high, self.margin = low, high, margin
 
     def inside(self, value: float) -> float:
-        """Return 1 inside, less outside."""
+        """Return 1 for a value in the band, less for a value outside."""
         beyond = max(self.low - value, value - self.high, 0.0)
         return max(0.0, 1.0 - beyond / self.margin)
 
 
 @streaming
 class BrightnessBand(Band):
-    """`brightness` within a band: against over-exposed and against black clips."""
+    """Keep `brightness` within a band; penalises over-exposed and black clips."""
 
     name = "brightness_band"
 
@@ -122,7 +123,7 @@ class BrightnessBand(Band):
 
 @streaming
 class SharpnessBand(Band):
-    """`sharpness` within a band: against blur, noise and grids."""
+    """Keep `sharpness` within a band; penalises blur, noise and grids."""
 
     name = "sharpness_band"
 

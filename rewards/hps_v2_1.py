@@ -13,16 +13,16 @@ from postgen.rewards.weights import find_file
 
 
 class HPSv21(ClipReward):
-    """Cosine of frame and prompt, about .2 to .37 (the published benchmark prints it times 100).
+    """Cosine similarity of frame and prompt, about .2 to .37 (the published benchmark prints it times 100).
 
-    Frames are not cropped but padded with black, and resized without clamping, as in the published code. Alone it
-    drives a policy to gloss and grids; with `clip_score` much less so.
+    As in the published code, frames are padded with black instead of cropped, and resized without clamping. Alone,
+    this reward drives a policy towards glossy frames and grid patterns; combined with `clip_score`, much less so.
 
     Args:
         model: Hub id, local folder or file.
         file: the checkpoint in `model`, in open_clip's layout.
-        shape: of the network, in open_clip's form.
-        tokenizer, frames, reduce, device, dtype: as `ClipReward`.
+        shape: configuration of the network, in open_clip's form.
+        tokenizer, frames, reduce, device, dtype: see `ClipReward`.
     """
 
     name = "hps_v2_1"
@@ -40,21 +40,21 @@ class HPSv21(ClipReward):
         self.file, self.shape = file, shape
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return the checkpoint."""
+        """Return the place of the checkpoint."""
         return ((self.model, self.file),)
 
     def build(self) -> nn.Module:
-        """Read the checkpoint.
+        """Load the checkpoint.
 
         Raises:
-            UserError: it cannot be found or does not fit.
+            UserError: the checkpoint cannot be found, or its weights do not fit.
         """
         return open_clip_net(find_file(self.model, self.file), self.shape)
 
     def pixels(self, frames_N3HW: Tensor) -> Tensor:
-        """Pad instead of cropping."""
+        """Preprocess the frames, with padding instead of a crop."""
         return padded_pixels(frames_N3HW, self.net.config.vision_config.image_size)
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosines."""
+        """Return the cosine similarities (B,K)."""
         return self.cosines(frames_BK3HW, prompts)

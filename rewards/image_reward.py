@@ -1,4 +1,4 @@
-"""ImageReward: BLIP trained on ranked pictures (arXiv 2304.05977), through the BLIP of transformers."""
+"""ImageReward: BLIP trained on human rankings of pictures (arXiv 2304.05977), built on the BLIP of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import BlipTextConfig, BlipVisionConfig
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw score over the training set."""
+"""Mean and deviation of the raw score over the training set."""
 
 TEXT_LENGTH = 35
 
@@ -51,16 +51,16 @@ LARGE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
     },
 }
-"""The published shape: ViT-L/16 and a BERT-base whose layers look at the picture."""
+"""The published configuration: ViT-L/16 and a BERT-base with cross-attention to the picture."""
 
 
 class BlipScore(nn.Module):
-    """Picture -> text encoder that looks at it -> first token -> linear chain.
+    """BLIP with a score: vision encoder -> text encoder with cross-attention -> first token -> linear head.
 
     Args:
         vision: a `BlipVisionModel`.
-        text: a `BlipTextModel` whose layers look at the picture.
-        head: `linear_chain`.
+        text: a `BlipTextModel` with cross-attention to the picture.
+        head: see `linear_chain`.
     """
 
     def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
@@ -89,15 +89,15 @@ def blip_configs(shape: Mapping[str, Mapping[str, Any]]) -> tuple[BlipVisionConf
         layer_norm_eps=1e-12,
         max_position_embeddings=512,
         pad_token_id=0,
-        is_decoder=True,  # builds the layers that look at the picture; the mask is still that of an encoder
+        is_decoder=True,  # builds the cross-attention layers; the attention mask is still that of an encoder
     )
     return vision, text
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, State]:
-    """Rename the published weights (timm's ViT, BLIP's BERT) to those of transformers, as `vision`, `text`, `head`.
+    """Rename the published weights (timm's ViT, BLIP's BERT) to those of transformers, in `vision`, `text` and `head`.
 
-    Names that belong to none of them come under `rest`.
+    Unknown names are collected in `rest`.
     """
     parts: dict[str, State] = {"vision": {}, "text": {}, "head": {}, "rest": {}}
     for name, weight in state.items():
@@ -118,14 +118,14 @@ def _vision_name(name: str) -> str:
 
 
 class ImageReward(FrameReward):
-    """How much people would like a frame for its prompt, about -2 to 2 with mean 0 over the training set.
+    """Predict how much people like a frame for its prompt, about -2 to 2, with mean 0 over the training set.
 
     Args:
         model: Hub id, local folder or file (Apache-2.0).
         file: the checkpoint in `model`.
-        shape: of the two encoders.
+        shape: configuration of the two encoders.
         tokenizer: Hub id or local folder of BERT's tokenizer.
-        frames, reduce, device, dtype: as `FrameReward`.
+        frames, reduce, device, dtype: see `FrameReward`.
     """
 
     name = "image_reward"
@@ -143,14 +143,14 @@ class ImageReward(FrameReward):
         self._tokenizer: Any = None
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return the checkpoint."""
+        """Return the place of the checkpoint."""
         return ((self.model, self.file),)
 
     def build(self) -> nn.Module:
-        """Read the checkpoint.
+        """Load the checkpoint.
 
         Raises:
-            UserError: it cannot be found or does not fit.
+            UserError: the checkpoint cannot be found, or its weights do not fit.
         """
         from transformers import BlipTextModel, BlipVisionModel
 
@@ -158,7 +158,7 @@ class ImageReward(FrameReward):
         parts = from_published(read_state(path))
         vision, text = blip_configs(self.shape)
         if parts["rest"]:
-            raise UserError(f"the weights of {path} are those of another model: it has {min(parts['rest'])}")
+            raise UserError(f"the weights of {path} are those of another model: they include {min(parts['rest'])}")
         return BlipScore(
             assemble(BlipVisionModel, vision, parts["vision"], path),
             assemble(BlipTextModel, text, parts["text"], path, add_pooling_layer=False),
@@ -166,7 +166,7 @@ class ImageReward(FrameReward):
         )
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the standardised scores."""
+        """Return the standardised scores (B,K)."""
         count = frames_BK3HW.shape[1]
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(self.tokenizer)

@@ -1,4 +1,4 @@
-"""Can a text that the prompt quotes be read in the clip? By PP-OCRv4, as Flow-GRPO's reward (arXiv 2505.05470)."""
+"""OCR reward: whether the text quoted in the prompt can be read in the clip, as in Flow-GRPO (arXiv 2505.05470)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from postgen.errors import UserError
 from postgen.rewards.base import Clip, prompted_by, streaming
 from postgen.rewards.frames import REDUCTIONS, check_frames, uniform_frames
 
-_NO_TEXT = "no text is asked for: it stands in double quotes in the prompt, or in the column `text`"
+_NO_TEXT = "no text is wanted: put it into double quotes in the prompt, or into the column `text`"
 _QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
 
 Reader = Callable[[Tensor], list[str]]
-"""Returns the texts in one frame (3,H,W) in [0,1]."""
+"""Function that returns the texts found in one frame (3,H,W) in [0,1]."""
 
 
 def quoted(prompt: str) -> str | None:
-    """Return what stands in the first pair of double quotes, None without any.
+    """Return the text in the first pair of double quotes, or None if there is none.
 
     >>> quoted('a sign that says "Hello World"')
     'Hello World'
@@ -33,7 +33,7 @@ def quoted(prompt: str) -> str | None:
 
 
 def edits(a: str, b: str) -> int:
-    """Return the least number of insertions, deletions and replacements from one text to the other (Levenshtein).
+    """Return the Levenshtein distance of two texts: the least number of insertions, deletions and replacements.
 
     >>> edits("kitten", "sitting")
     3
@@ -47,7 +47,7 @@ def edits(a: str, b: str) -> int:
 
 
 def readability(found: str, wanted: str) -> float:
-    """Return 1 - edits / length, at least 0, and 1 where the wanted text occurs; spaces and case do not count."""
+    """Return 1 - edits / length, at least 0, or 1 if the wanted text occurs; spaces and case are ignored."""
     found, wanted = ("".join(text.lower().split()) for text in (found, wanted))
     if wanted in found:
         return 1.0
@@ -55,10 +55,10 @@ def readability(found: str, wanted: str) -> float:
 
 
 def rapid_reader() -> Reader:
-    """Return a reader on the models of RapidOCR (PP-OCRv4, Apache-2.0), which run on the CPU.
+    """Return a reader that uses the models of RapidOCR (PP-OCRv4, Apache-2.0) on the CPU.
 
     Raises:
-        UserError: its package or what it needs is not installed.
+        UserError: RapidOCR or one of its dependencies is not installed.
     """
     locate("ocr-detection")
     try:
@@ -72,7 +72,7 @@ def rapid_reader() -> Reader:
 
     def read(frame_3HW: Tensor) -> list[str]:
         levels = (frame_3HW.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        lines, _ = engine(levels[:, :, ::-1])  # it takes the channels of OpenCV, blue first
+        lines, _ = engine(levels[:, :, ::-1])  # RapidOCR expects OpenCV's channel order, blue first
         return [text for _, text, _ in lines or []]
 
     return read
@@ -81,12 +81,12 @@ def rapid_reader() -> Reader:
 @streaming
 @prompted_by("text")
 class OCR:
-    """How much of the wanted text is read, in [0,1].
+    """Return how much of the wanted text can be read, in [0,1].
 
     Args:
-        frames: how many frames of a clip are read; their scores are joined.
-        reduce: how, a name from `postgen.rewards.frames.REDUCTIONS`.
-        reader: reads a frame; None takes `rapid_reader()`.
+        frames: number of frames per clip that are read.
+        reduce: how their scores are joined, a name from `postgen.rewards.frames.REDUCTIONS`.
+        reader: function that reads a frame; None uses `rapid_reader()`.
 
     Raises:
         UserError: fewer than one frame, or an unknown `reduce`.
@@ -109,13 +109,13 @@ class OCR:
         """Score clips.
 
         Args:
-            prompts: the wanted text stands in double quotes.
-            completions: clips of any sizes.
-            text: column of wanted texts, instead.
-            log_reasons: gets why a clip has no score.
+            prompts: prompts with the wanted text in double quotes.
+            completions: clips of any size.
+            text: column of the wanted texts; replaces the quotes in the prompts.
+            log_reasons: receives the reasons of missing scores.
 
         Returns:
-            One score a clip; None where no text is wanted.
+            One score per clip; None if no text is wanted.
 
         Raises:
             UserError: the reader is not installed.
@@ -129,7 +129,7 @@ class OCR:
         ]
 
     def lacking(self) -> str | None:
-        """Say which package of the reader is not here; a reader of one's own has all that it needs."""
+        """Return a message that names a missing package of the default reader; None if nothing is missing."""
         if self.reader is not None:
             return None
         try:

@@ -1,8 +1,8 @@
-"""Free flight: does a falling, thrown or bouncing body move on parabolas, all with one gravity?
+"""Free flight: whether a falling, thrown or bouncing body moves on parabolas that share one gravity.
 
-Between two contacts, x is linear and y quadratic in time, and y bends downwards (the frames of a clip lie equally far
-apart, so no frame rate is needed). Under gravity a body is never lowest within a flight, so the lowest points of a
-track are its contacts and cut it into flights.
+Between two contacts, x is linear and y is quadratic in time, and y curves downwards. The frames of a clip are equally
+spaced in time, so no frame rate is needed. Under gravity a body is never at its lowest point in the middle of a
+flight. The lowest points of a track are therefore its contacts, and they split the track into flights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from postgen.world import Spec
 Array = NDArray[np.floating[Any]]
 
 _LEAST = 4
-"""Fewest frames of a flight that is judged: a parabola through three fits whatever it is."""
+"""Fewest frames of a flight that is scored; three are not enough, because a parabola fits any three points."""
 _REST = 0.08
-"""Part of the height of the flights within which a body at the end lies still."""
+"""A body at the end of a clip is at rest within this part of the height of its flights."""
 _SWING = 0.1
-"""Part of it that a track must rise again after a lowest point, to have touched something there."""
+"""After a contact a track must rise by at least this part of the height of the flights."""
 _FLYING = ("falls", "bounces")
 
 
@@ -40,17 +40,17 @@ def parabola(
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
     log_reasons: Any = None,
 ) -> list[float | None]:
-    """Score the flights of clips by `flight_score`; the worst body of a clip counts.
+    """Score the flights of clips with `flight_score`; the worst body of a clip counts.
 
     Args:
-        prompts: read by `world.parse` where there is neither a track nor a spec.
-        completions: clips (F,3,H,W) in [0,1] of the synthetic world; not looked at where there is a track.
-        track: column of tracks, (F,2) of x right and y down in any unit, NaN where the body is not seen.
-        spec: column of scenes, as `Spec` or as its JSON form.
-        log_reasons: gets why a clip has no score.
+        prompts: parsed with `world.parse` if there is neither a track nor a spec.
+        completions: clips (F,3,H,W) in [0,1] of the synthetic world; unused for clips with a track.
+        track: column of tracks, (F,2) of x right and y down in any unit, NaN where the body is not visible.
+        spec: column of scenes, as `Spec` or in its JSON form.
+        log_reasons: receives the reasons of missing scores.
 
     Returns:
-        One score in [0,1] a clip, 0 where nothing flies; None where no falling or bouncing body was asked for.
+        One score in [0,1] per clip, 0 if nothing flies; None if the scene has no falling or bouncing body.
     """
     scores: list[float | None] = [None] * len(completions)
     given = track if track is not None else [None] * len(completions)
@@ -75,7 +75,7 @@ def _why_not(clip: Clip, scene: Spec | None, track: Any) -> str | None:
     if scene is None:
         return NO_BODY
     if not _flyers(scene):
-        return "it asks for nothing that falls or bounces before a camera at rest"
+        return "its scene has no falling or bouncing body before a static camera"
     return why_not(clip, True)
 
 
@@ -90,12 +90,12 @@ def _points(track: Sequence[tuple[float, float, float] | None]) -> Array:
 
 
 def flight_score(track_F2: Array) -> float:
-    """Score one track (x right, y down): 1 for parabolas of one gravity, 0 for anything else, falling in between.
+    """Score one track (x right, y down): 1 for parabolas of one gravity, down to 0 for any other motion.
 
-    The smallest of five values: how far the track lies from the best parabolas (root mean square, as a part of the
-    height of the flights: 0.02 is fine, 0.08 is not), how bent these are (a fall at constant speed is not), how equal
-    their gravities are, whether each begins where the one before ended, and which part of the frames in the air
-    belongs to flights that are long enough to tell.
+    The score is the minimum of five values: the distance of the track from the best parabolas (root mean square,
+    relative to the height of the flights: 0.02 is good, 0.08 is bad); how curved the parabolas are (a fall at constant
+    speed is not curved); how equal their gravities are; whether each flight starts where the one before ended; and the
+    share of the frames in the air that belong to flights long enough to be scored.
 
     >>> t = np.arange(12.0)
     >>> flight_score(np.stack((t, 0.1 * (t - 5) ** 2), 1))
@@ -107,18 +107,20 @@ def flight_score(track_F2: Array) -> float:
     points = track_F2[time.astype(int)]
     if len(time) < _LEAST or np.ptp(points[:, 1]) == 0:
         return 0.0
+    # Split the track into flights, and fit a parabola to each flight that is long enough.
     flights, airborne = _flights(time, points[:, 1])
     judged = [f for f in flights if len(f) >= _LEAST]
     if not judged:
         return 0.0
     arcs = [_fit(time[f], points[f]) for f in judged]
     lengths = np.array([len(f) for f in judged], dtype=np.float64)
+    # Measure errors and gaps relative to the height of the highest flight.
     height = max(float(np.ptp(points[f, 1])) for f in judged) or 1.0
     error = np.sqrt(sum(arc.error for arc in arcs) / lengths.sum()) / height
     gravity = np.array([arc.y[2] for arc in arcs])
     mean = float(np.average(gravity, weights=lengths))
     spread = np.sqrt(np.average((gravity - mean) ** 2, weights=lengths)) / max(mean, 1e-12)
-    # Height of the arc over its chord, as a part of the height: 1/4 for a fall from rest, 1 for a throw.
+    # Height of the arc above its chord, relative to the height: 1/4 for a fall from rest, 1 for a throw.
     bend = max(mean * float(np.ptp(time[f])) ** 2 / 4 for f in judged) / height
     gap = max((_gap(a, b) for a, b in pairwise(arcs)), default=0.0) / height
     return min(
@@ -136,7 +138,7 @@ def _ramp(value: float, low: float, high: float) -> float:
 
 
 def _flights(time: Array, y: Array) -> tuple[list[NDArray[np.intp]], int]:
-    """Frames of each flight, those of contacts left out, and the number of frames in the air."""
+    """Return the frames of each flight without the contacts, and the number of frames in the air."""
     span = float(np.ptp(y))
     resting = y >= y.max() - _REST * span
     end = len(y)
@@ -150,7 +152,7 @@ def _flights(time: Array, y: Array) -> tuple[list[NDArray[np.intp]], int]:
 
 
 def _lowest(y: Array, swing: float) -> list[int]:
-    """Frames at which y is largest before it goes back by `swing`, having come from as much above."""
+    """Return the frames of contact: y is largest there, and rises and falls by at least `swing` around them."""
     found: list[int] = []
     least, high = float(y[0]), -1
     for frame, value in enumerate(y):
@@ -166,7 +168,7 @@ def _lowest(y: Array, swing: float) -> list[int]:
 
 
 class _Arc(NamedTuple):
-    """The best parabola of a flight: polynomials of the time, and the squared distance of the flight from it."""
+    """The best parabola of a flight: polynomials in time, and its squared distance from the flight."""
 
     x: Array
     y: Array
@@ -175,7 +177,7 @@ class _Arc(NamedTuple):
     error: float
 
     def at(self, time: Array) -> Array:
-        """Places (n,2) at times (n,)."""
+        """Return the positions (n,2) at times (n,)."""
         return np.stack((polynomial.polyval(time, self.x), polynomial.polyval(time, self.y)), 1)
 
 
@@ -186,6 +188,6 @@ def _fit(time: Array, points: Array) -> _Arc:
 
 
 def _gap(before: _Arc, after: _Arc) -> float:
-    """Least distance of two flights between the last frame of one and the first of the other: where they touch."""
+    """Return the least distance of two parabolas between the last frame of one flight and the first of the next."""
     time = np.linspace(before.last, after.first, 17)
     return float(np.hypot(*(before.at(time) - after.at(time)).T).min())

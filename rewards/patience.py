@@ -1,4 +1,4 @@
-"""Reading from clients that are slow, silent or greedy: a deadline for what they send, a bound for all of it."""
+"""Protection of a server from slow, silent or greedy clients: a deadline for their data, a limit on all of it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from socket import socket
 from typing import Any
 
 LEAST = 2**16
-"""Bytes that a client must send in each span."""
+"""Number of bytes that a client must send in each time span."""
 
 
 class Patient(io.BufferedReader):
-    """What a socket receives, to be read line by line and then in pieces.
+    """Buffered reader of a socket with a minimum data rate, read by lines first and then in pieces.
 
-    In each span of time `LEAST` bytes must come, or the end: one byte now and then does not do.
+    In each time span the client must send `LEAST` bytes or reach the end of its data. A single byte from time to time
+    is not enough.
 
     Args:
-        connection: the socket; its time limit is set anew by every read.
-        seconds: the first span.
+        connection: the socket; every read sets its timeout.
+        seconds: length of the first time span.
 
     Raises:
-        TimeoutError: by its reads, when a span is over.
+        TimeoutError: raised by reads when a time span is over.
     """
 
     def __init__(self, connection: socket, seconds: float) -> None:
@@ -30,11 +31,11 @@ class Patient(io.BufferedReader):
         super().__init__(self._stream, 2**16)
 
     def start(self, seconds: float) -> None:
-        """Begin a new span, of another length."""
+        """Start a new time span of the given length."""
         self._stream.start(seconds)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return what there is, up to `size` bytes; nothing at the end."""
+        """Return the available data, up to `size` bytes; empty at the end."""
         return self.read1(-1 if size is None else size)
 
 
@@ -63,7 +64,7 @@ class _Stream(io.RawIOBase):
 
 
 class Budget:
-    """So many bytes for all; who wants more than is left gets none.
+    """A shared budget of bytes; a request for more than is left is refused.
 
     >>> budget = Budget(10)
     >>> budget.take(8), budget.take(8)
@@ -78,13 +79,13 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> bool:
-        """Take some, if there are so many."""
+        """Take `count` bytes if as many are left; return whether they were taken."""
         with self._lock:
             taken = count <= self._left
             self._left -= count if taken else 0
             return taken
 
     def give_back(self, count: int) -> None:
-        """Give back what was taken."""
+        """Return bytes that were taken to the budget."""
         with self._lock:
             self._left += count

@@ -1,4 +1,4 @@
-"""Object permanence in the synthetic world: bodies are there in every frame, or behind another one, and never leap."""
+"""Object permanence in the synthetic world: every body stays visible or occluded in each frame, and never jumps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from postgen.world.check.events import ramp
 from postgen.world.check.tracks import JUMP, Track
 
 _MOST = 0.65
-"""Part of a body's full area that is most of it."""
+"""A visible piece of at least this part of the body's full area shows most of the body."""
 
 
 @streaming
@@ -32,18 +32,18 @@ def permanence(
     spec: Sequence[Spec | Mapping[str, Any] | None] | None = None,
     log_reasons: Any = None,
 ) -> list[float | None]:
-    """Score clips by their worst body (`body_permanence`), times the share of the bodies asked for that are there.
+    """Score clips by their worst body (`body_permanence`), times the share of the requested bodies that are present.
 
-    A body counts as there while something in front of it, or the picture's edge, explains that it is not seen.
+    A body counts as present if a body in front of it, or the edge of the picture, explains why it is not visible.
 
     Args:
-        prompts: read by `world.parse` for the number of bodies, where there is no spec.
+        prompts: parsed with `world.parse` for the number of bodies if there is no spec.
         completions: clips (F,3,H,W) in [0,1] of the synthetic world, F >= 5, at least 32 px.
-        spec: column of scenes, as `Spec` or as its JSON form.
-        log_reasons: gets why a clip has no score.
+        spec: column of scenes, as `Spec` or in its JSON form.
+        log_reasons: receives the reasons of missing scores.
 
     Returns:
-        One score in [0,1] a clip, 0 without any body; None for a clip that is too short or too small.
+        One score in [0,1] per clip, 0 without any body; None for a clip that is too short or too small.
     """
     wanted = scenes(prompts, spec)
     scores: list[float | None] = [None] * len(completions)
@@ -64,16 +64,16 @@ def _tracks(clips: Sequence[Clip]) -> list[list[Track]]:
 
 
 def body_permanence(track: Track) -> float:
-    """Score one body in [0,1]: 1 if it is always there and never leaps, 0 if it is missing in 4 of 10 frames.
+    """Score one body in [0,1]: 1 if it is always present and never jumps, 0 if it is missing in 4 of 10 frames.
 
-    Leaps are looked for between frames that show most of it: slivers beside a body in front may jump about.
+    Only frames that show most of the body count for jumps: visible slivers of an occluded body may jump.
     """
     there = [piece is not None or hidden for piece, hidden in zip(track.pieces, track.hidden, strict=True)]
     return min(ramp(sum(there) / len(there), 0.6, 1.0), ramp(_longest_leap(track), 1.5, 1.0))
 
 
 def _longest_leap(track: Track) -> float:
-    """Longest way from a frame to the next in allowed steps, among frames that show most of the body."""
+    """Return the longest step per frame as a multiple of the allowed step, among frames that show most of the body."""
     seen = {f: piece for f in track.visible if (piece := track.pieces[f]) is not None}
     if not seen:
         return 0.0

@@ -11,12 +11,12 @@ from postgen.rewards.clip import H_14_TOKENIZER, ClipReward
 
 
 class PickScore(ClipReward):
-    """exp(logit scale) times the cosine of frame and prompt, about 18 to 24.
+    """exp(logit scale) times the cosine similarity of frame and prompt, about 18 to 24.
 
     Args:
         model: Hub id or local folder.
-        tokenizer: Hub id or local folder; the published weights come without one, so LAION's is the default.
-        frames, reduce, device, dtype: as `ClipReward`.
+        tokenizer: Hub id or local folder; the published weights have no tokenizer, so LAION's is the default.
+        frames, reduce, device, dtype: see `ClipReward`.
     """
 
     name = "pickscore"
@@ -26,6 +26,6 @@ class PickScore(ClipReward):
         super().__init__(model, tokenizer, **options)
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the scaled cosines."""
+        """Return the scaled cosine similarities (B,K)."""
         scale: Tensor = self.net.logit_scale.float().exp()
         return scale * self.cosines(frames_BK3HW, prompts)

@@ -1,8 +1,8 @@
-"""What the rewards on Qwen2-VL share: frames to patches, the chat around them, old checkpoint names, and the head.
+"""Shared parts of the rewards on Qwen2-VL: patches, chat template, checkpoint names, and the score head.
 
-Two facts of the published rewards decide the form. Their forward pass hands no positions to the language model, so
-they were trained with plain positions 0, 1, 2, ... on all three axes, not with Qwen2-VL's own of time, height and
-width; and the head is read at special tokens of the text.
+Two properties of the published rewards determine this code. First, their forward pass does not pass position ids to
+the language model. They were therefore trained with positions 0, 1, 2, ... on all three axes, instead of Qwen2-VL's
+positions in time, height and width. Second, the head reads the states of special tokens in the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from postgen.rewards.pictures import CLIP_MEAN, CLIP_STD, normalise, resize
 from postgen.rewards.weights import State, assemble, tokenizer_of
 
 PATCH, MERGE, TIME = 14, 2, 2
-"""Pixels of a patch, patches merged into a token on a side, frames of a patch."""
+"""Pixels per side of a patch, patches per side that are merged into a token, frames per patch."""
 
 FACTOR = PATCH * MERGE
 
@@ -37,7 +37,7 @@ _PLACES = {
 
 
 def fitting_size(size: Sequence[int], least: int, most: int) -> tuple[int, int]:
-    """Return the size with sides that are multiples of 28 and an area between `least` and `most` px, shape kept.
+    """Return a size of similar shape with sides that are multiples of 28 and an area in px from `least` to `most`.
 
     >>> fitting_size((480, 832), 100352, 200704)
     (336, 588)
@@ -51,18 +51,21 @@ def fitting_size(size: Sequence[int], least: int, most: int) -> tuple[int, int]:
         scale = math.sqrt(least / (height * width))
         high, wide = (math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
     if not high * wide:
-        raise UserError(f"frames of {width}x{height} are too narrow for this reward: no side may vanish at {most} px")
+        raise UserError(
+            f"frames of {width}x{height} are too narrow for this reward: one side would shrink to 0 px at an area of"
+            f" {most} px; give clips that are closer to a square"
+        )
     return high, wide
 
 
 def patches_of(frames_T3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut frames into what the image tower reads, four neighbouring patches together.
+    """Cut frames into the patches that the vision encoder reads; the 2x2 patches of a token are consecutive.
 
     Args:
-        frames_T3HW: in [0,1], sides multiples of 28; an odd number is filled up with the last frame.
+        frames_T3HW: in [0,1], sides multiples of 28; an odd number of frames is padded with the last frame.
 
     Returns:
-        Patches (N,1176), and the grid (time, height, width) of patches on the CPU.
+        Patches (N,1176), and the patch grid (time, height, width) on the CPU.
     """
     if len(frames_T3HW) % TIME:
         frames_T3HW = torch.cat([frames_T3HW, frames_T3HW[-1:]])
@@ -74,7 +77,7 @@ def patches_of(frames_T3HW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chat(text: str, tokens: int, kind: str) -> str:
-    """Return Qwen2-VL's chat of one question: `tokens` places for a picture or a video, then the text."""
+    """Return Qwen2-VL's chat for one question: `tokens` placeholders of a picture or a video, then the text."""
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n<|vision_start|>{PADS[kind] * tokens}<|vision_end|>{text}<|im_end|>\n"
@@ -83,7 +86,7 @@ def chat(text: str, tokens: int, kind: str) -> str:
 
 
 def plain(prompt: str) -> str:
-    """Take the meaning of a special token from a prompt that spells one, so that it cannot stand in for the rubric's.
+    """Break up special tokens in a prompt, so that a prompt cannot imitate the special tokens of the rubric.
 
     >>> plain("a <|VQ_reward|> sign")
     'a < |VQ_reward|> sign'
@@ -92,10 +95,11 @@ def plain(prompt: str) -> str:
 
 
 def merge_lora(state: Mapping[str, Tensor], scale: float) -> State:
-    """Add adapters to the layers they sit on: W + scale B A, computed in float32.
+    """Merge LoRA adapters into their base layers: W + scale B A, computed in float32.
 
     Args:
-        state: peft's names: `X.base_layer.weight`, `X.lora_A.default.weight`, `X.lora_B.default.weight`.
+        state: state dict with peft's names: `X.base_layer.weight`, `X.lora_A.default.weight`,
+            `X.lora_B.default.weight`.
         scale: alpha / rank.
     """
     merged = {name.replace(".base_layer.", "."): w for name, w in state.items() if ".lora_" not in name}
@@ -108,9 +112,9 @@ def merge_lora(state: Mapping[str, Tensor], scale: float) -> State:
 
 
 def split_state(state: Mapping[str, Tensor]) -> dict[str, State]:
-    """Sort weights under the names of any version of transformers into `body` (a `Qwen2VLModel`) and `head`.
+    """Split a state dict, from any version of transformers, into `body` (a `Qwen2VLModel`) and `head`.
 
-    The unused output layer is left out; names that belong to neither come under `rest`.
+    The unused output layer is dropped; unknown names are collected in `rest`.
     """
     parts: dict[str, State] = {"body": {}, "head": {}, "rest": {}}
     for full, weight in state.items():
@@ -124,11 +128,11 @@ def split_state(state: Mapping[str, Tensor]) -> dict[str, State]:
 
 
 class QwenScore(nn.Module):
-    """Qwen2-VL whose last states at some tokens go through a head.
+    """Qwen2-VL with a head on the last hidden states of some tokens.
 
     Args:
         body: a `Qwen2VLModel`.
-        head: from its width to the scores.
+        head: module from the width of the body to the scores.
         kind: "image" or "video".
     """
 
@@ -137,7 +141,7 @@ class QwenScore(nn.Module):
         self.body, self.head, self.kind = body, head, kind
 
     def forward(self, tokens_BL: Tensor, mask_BL: Tensor, patches: Tensor, grids_B3: Tensor, marks: Tensor) -> Tensor:
-        """Return the head's outputs (B,M,out) at the M tokens of each row that are among `marks`."""
+        """Return the head's outputs (B,M,out) for the M tokens of each row that are in `marks`."""
         names = (
             ("pixel_values", "image_grid_thw") if self.kind == "image" else ("pixel_values_videos", "video_grid_thw")
         )
@@ -155,15 +159,15 @@ class QwenScore(nn.Module):
 
 
 def assemble_score(base: str, parts: dict[str, State], head: nn.Module, kind: str, source: object) -> QwenScore:
-    """Make the network of weights sorted by `split_state`; its vocabulary is the checkpoint's.
+    """Build the network from the output of `split_state`; the vocabulary has the size of the checkpoint's embedding.
 
     Raises:
-        UserError: the base cannot be found, or the weights do not fit.
+        UserError: the base model cannot be found, or the weights do not fit.
     """
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     if parts["rest"]:
-        raise UserError(f"the weights of {source} are those of another model: it has {min(parts['rest'])}")
+        raise UserError(f"the weights of {source} are those of another model: they include {min(parts['rest'])}")
     try:
         config = Qwen2VLConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
@@ -175,11 +179,11 @@ def assemble_score(base: str, parts: dict[str, State], head: nn.Module, kind: st
 
 
 class Asker:
-    """Puts clips and texts into the form `QwenScore` takes.
+    """Prepares the inputs of `QwenScore` from clips and texts.
 
     Args:
         tokenizer: Hub id or local folder of Qwen2-VL's tokenizer.
-        marks: special tokens that are added to it, in this order.
+        marks: special tokens that are added to the tokenizer, in this order.
         kind: "image" or "video".
     """
 
@@ -189,7 +193,7 @@ class Asker:
         self.marks, self.kind = self.tokenizer.convert_tokens_to_ids(list(marks)), kind
 
     def __call__(self, clips: Sequence[Tensor], texts: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Return tokens, mask, patches, grids and marks of clips on one device, resized to `size`."""
+        """Resize clips of one device to `size`; return tokens, mask, patches, grids and marks on this device."""
         cut = [patches_of(resize(clip, *size)) for clip in clips]
         chats = self.tokenizer([chat(text, 1, self.kind) for text in texts])["input_ids"]
         rows = [self._spread(torch.tensor(row), grid) for row, (_, grid) in zip(chats, cut, strict=True)]
@@ -200,6 +204,6 @@ class Asker:
         return tokens.to(device), mask.to(device), patches, grids, torch.tensor(self.marks, device=device)
 
     def _spread(self, row: Tensor, grid: Tensor) -> Tensor:
-        """Repeat the one place for a picture as often as it has tokens: much faster than to tokenise them all."""
+        """Repeat the placeholder once per token of the clip; much faster than tokenising all placeholders."""
         place = row == self.tokenizer.convert_tokens_to_ids(PADS[self.kind])
         return row.repeat_interleave(torch.where(place, int(grid.prod()) // MERGE**2, 1))

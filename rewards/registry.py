@@ -1,4 +1,4 @@
-"""The names of the rewards, and how a name, an import path, an address or a function becomes a `Reward`."""
+"""The names of the rewards, and the conversion of a name, import path, address or function to a `Reward`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from postgen.own_code import names_own_code, own_function
 from postgen.rewards.base import GIVEN, Reward
 
 Source = str | Callable[..., Any] | Reward
-"""What `get_reward` takes: a name, an import path, an address, a function or class, or what it returned before."""
+"""Input of `get_reward`: a name, an import path, an address, a function or class, or a `Reward`."""
 
 _PLACES = {
-    # name: "module of postgen.rewards:function or class", with ":output" for a view of a model with several outputs
+    # name: "module of postgen.rewards:function or class", with ":output" for one output of a model with several
     "aesthetic": "aesthetic:Aesthetic",
     "brisque": "brisque:Brisque",
     "brightness_band": "guards:BrightnessBand",
@@ -55,12 +55,12 @@ _PLACES = {
 }
 
 _LARGEST = 1_000_000
-"""Of a count among the options of a reward."""
+"""Largest count that an option of a reward may have."""
 
 _ONE = r"(?:[^,()]|\((?:[^()'\"]|'[^']*'|\"[^\"]*\")*\))+"
-"""A reward in a list of them, with its options in brackets."""
+"""Pattern of one reward in a list of rewards, with its options in brackets."""
 
-# Views of one model with equal options share it as long as any of them lives.
+# Outputs of one model with equal options share the model for as long as one of them exists.
 _SHARED: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
 
@@ -70,24 +70,24 @@ def known_rewards() -> tuple[str, ...]:
 
 
 def get_reward(reward: Source, **options: Any) -> Reward:
-    """Return a reward by its name, import path, address or function; no weights are read before it is used.
+    """Return a reward by its name, import path, address or function; weights are not loaded before the first use.
 
     Args:
         reward: a name from `known_rewards()`, a place as `own_function` takes it (`pkg.mod.fn`, `mod:fn`,
-            `folder/file.py:fn`), an `http://` address that serves a reward, a reward function, or a class of one. A
-            text may end in options, as "clip_score(frames=8, reduce='min')".
-        options: keywords of the class or function, for instance `model`, `frames`, `device`.
+            `folder/file.py:fn`), an `http://` address that serves a reward, a reward function, or a reward class. A
+            text may end with options, as in "clip_score(frames=8, reduce='min')".
+        options: keyword arguments of the class or function, for instance `model`, `frames`, `device`.
 
     Raises:
-        UserError: an unknown name (the message lists the known ones), a path that cannot be imported, or options
-            that it does not have.
+        UserError: an unknown name (the message lists the known ones), a path that cannot be imported, or an option
+            that the reward does not have.
     """
     if isinstance(reward, Reward):
         if options:
-            raise UserError(f"{reward} is made already: it takes no more options, got {', '.join(options)}")
+            raise UserError(f"{reward} is a finished object and takes no more options, got {', '.join(options)}")
         return reward
     if not isinstance(reward, str) and not callable(reward):
-        raise UserError(f"a reward is a name, an address or a function, got {shown(reward)}")
+        raise UserError(f"a reward must be a name, an address or a function, got {shown(reward)}")
     if not isinstance(reward, str):
         return Reward(_with_options(reward, options, getattr(reward, "__name__", str(reward))))
     reward, written = _options(reward)
@@ -108,10 +108,10 @@ def get_reward(reward: Source, **options: Any) -> Reward:
 
 
 def split_rewards(text: str) -> list[str]:
-    """Cut a list of rewards at the commas that stand outside brackets and quotes.
+    """Split a list of rewards at the commas outside brackets and quotes.
 
     Raises:
-        UserError: a bracket or quote that has no partner.
+        UserError: a bracket or quote without a partner.
 
     >>> split_rewards("world, clip_score(frames=8, reduce='min')")
     ['world', "clip_score(frames=8, reduce='min')"]
@@ -122,7 +122,7 @@ def split_rewards(text: str) -> list[str]:
 
 
 def _options(text: str) -> tuple[str, dict[str, Any]]:
-    """Cut `name(key=value, ...)` into the name and its options; values are Python literals."""
+    """Split `name(key=value, ...)` into the name and its options; values are Python literals."""
     name, bracket, inner = text.partition("(")
     if not bracket:
         return text.strip(), {}
@@ -134,12 +134,12 @@ def _options(text: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
             f"cannot read the options of the reward {cut(repr(text), 400)}: write name(key=value), numbers bare,"
-            " texts in quotes"
+            " text in quotes"
         ) from error
 
 
 def get_rewards(rewards: Sequence[Source] | Source) -> list[Reward]:
-    """Return one or several rewards as a list; see `get_reward`."""
+    """Return one or several rewards as a list, each made by `get_reward`."""
     several = list(rewards) if isinstance(rewards, list | tuple) else [cast(Source, rewards)]
     return [get_reward(reward) for reward in several]
 
@@ -157,13 +157,15 @@ def _registered(name: str, options: dict[str, Any]) -> Reward:
 
 
 def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str) -> Callable[..., Any]:
-    """Make an object of a class, bind options to a function; an option that it does not have is an error."""
+    """Instantiate a class with options, or bind options to a function; an unknown option is an error."""
+    # Collect the options of the target; a class with **keywords also has those of its base classes.
     parameters = dict(inspect.signature(target).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and inspect.isclass(target):
         parameters |= _inherited(target)
     known = [o for o, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and o != "self"]
     if not inspect.isclass(target):
-        known = [option for option in known if option not in GIVEN]  # what it looks at, which no option changes
+        known = [option for option in known if option not in GIVEN]  # arguments of the batch are not options
+    # Refuse unknown options. Columns of the dataset are not listed among the known ones.
     unknown = [o for o in options if o not in known]
     if unknown:
         columns = [o for o in known if str(parameters[o].annotation).startswith("Sequence[")]
@@ -178,6 +180,7 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
             _check_kind(option, value, parameters[option])
         except UserError as error:
             raise UserError(f"the reward {name} cannot be made with {option}={shown(value)}: {error}") from None
+    # Bind the options to a function, or instantiate a class.
     if not inspect.isclass(target):
         return _bound(target, options) if options else target
     try:
@@ -192,7 +195,7 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
 
 
 def _check_kind(option: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Hold an option that is a number to its kind; a count is not below 0."""
+    """Check that a numeric option has the right type; a count must not be below 0."""
     kind = {"int": int, "float": float}.get(str(parameter.annotation), parameter.annotation)
     if kind in (int, float):
         default = parameter.default if is_number(parameter.default) else 0
@@ -208,5 +211,5 @@ def _bound(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..
 
 
 def _inherited(cls: type) -> dict[str, inspect.Parameter]:
-    """Parameters of the constructors of all bases: those that `**place` hands on."""
+    """Return the parameters of the constructors of all base classes, which a class accepts through `**place`."""
     return {k: p for base in reversed(cls.__mro__[:-1]) for k, p in inspect.signature(base).parameters.items()}

@@ -1,7 +1,7 @@
-"""A reward that another process computes, asked over HTTP (the form of the requests: `postgen.rewards.wire`).
+"""A reward that another process computes, requested over HTTP (request format: `postgen.rewards.wire`).
 
-`POST <url>/score` takes a request and answers `{"scores": [number or null, ...]}`, or `{"error": text}` with a code of
-400 and more. `GET <url>/health` answers `{"reward": name, "max_bytes": most bytes of a request}`.
+`POST <url>/score` takes a request and returns `{"scores": [number or null, ...]}`, or `{"error": text}` with a status
+of 400 or above. `GET <url>/health` returns `{"reward": name, "max_bytes": largest request in bytes}`.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ _LONGEST_WAIT = 30.0
 
 
 class RemoteError(RuntimeError):
-    """A server that could not be reached, refused, or answered something else than scores."""
+    """The server could not be reached, refused the request, or returned something other than scores."""
 
 
 class _Passing(RemoteError):
-    """An error that may be gone at the next try, or after the seconds that the server has asked for."""
+    """A temporary error: the next try may succeed, after the number of seconds that the server requests."""
 
     after = 0.0
 
 
 class RemoteReward:
-    """A reward behind an `http://` or `https://` address; its calls run beside the other rewards.
+    """A reward at an `http://` or `https://` address; requests run in parallel with the other rewards.
 
     Args:
-        url: address, with a path where the server has one, as `http://127.0.0.1:8765`.
-        name: how it is named in tables; None takes host and port.
+        url: address, with a path if the server has one, for example `http://127.0.0.1:8765`.
+        name: the name in tables; None uses host and port.
         timeout: seconds for one try.
-        retries: tries after the first one, where the server is busy, broken or silent.
-        backoff: seconds before the second try; doubled each time, 30 at most.
-        exact: send float32 frames (4 times the bytes) rather than 8-bit ones.
-        batch_bytes: most bytes of clips (float32) in one request.
+        retries: further tries after the first one if the server is busy, fails or does not respond.
+        backoff: seconds before the second try; doubled for each further try, at most 30.
+        exact: send float32 frames (4 times the bytes) instead of 8-bit frames.
+        batch_bytes: largest size of the clips (float32) of one request in bytes.
 
     Raises:
-        UserError: no such address, or a number out of range.
+        UserError: the address is malformed, or a number is out of range.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RemoteReward:
         except ValueError:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise UserError(f"{url!r} is no address of a reward: it must look like http://127.0.0.1:8765")
+            raise UserError(f"{url!r} is not the address of a reward: it must have the form http://127.0.0.1:8765")
         numbers = is_number(timeout) and 0 < timeout <= 1e7 and is_number(backoff) and 0 <= backoff <= 1e5
         if not (numbers and is_whole(retries, 0, 10_000) and is_whole(batch_bytes, 1, 2**36)):
             raise UserError(
@@ -96,14 +96,14 @@ class RemoteReward:
         """Score a batch.
 
         Raises:
-            RemoteError: no usable answer after all tries, or a request above the server's limit.
-            WireError: a column that cannot be sent, or an answer that holds other things than one score a clip.
+            RemoteError: no valid response after all tries, or a request above the server's limit.
+            WireError: a column cannot be sent, or the response does not have one score per clip.
         """
         rest = {k: v for k, v in columns.items() if k not in GIVEN}
-        # A clip of NaN is no picture and has no score; the others of its batch do.
+        # A clip with NaN has no score, but the other clips of its batch do.
         rows = [row for row, clip in enumerate(completions) if bool(clip.isfinite().all())]
         if log_reasons is not None and len(rows) < len(completions):
-            why = {row: "it holds values that are no numbers" for row in range(len(completions)) if row not in rows}
+            why = {row: "it has values that are not finite" for row in range(len(completions)) if row not in rows}
             log_reasons([why.get(row) for row in range(len(completions))])
         scores: list[float | None] = [None] * len(completions)
         if not rows:
@@ -121,17 +121,17 @@ class RemoteReward:
         return scores
 
     def health(self) -> dict[str, Any]:
-        """Return what the server says about itself: `reward`, `max_bytes`.
+        """Return what the server reports about itself: `reward`, `max_bytes`.
 
         Raises:
-            RemoteError: it cannot be reached, or is no server of a reward.
+            RemoteError: the server cannot be reached, or does not serve a reward.
         """
         answer = self._request("GET", "/health", b"")
         try:
             told: dict[str, Any] = json.loads(answer)
             self._limit = int(told["max_bytes"])
         except (ValueError, KeyError, TypeError) as error:
-            raise RemoteError(f"{self.name} is no server of a reward: {answer[:80]!r}") from error
+            raise RemoteError(f"{self.name} does not serve a reward, it returned {answer[:80]!r}") from error
         return told
 
     def _ask(self, body: bytes, stop: threading.Event) -> bytes:
@@ -142,7 +142,7 @@ class RemoteReward:
                 if self._limit is not None and len(body) > self._limit:
                     raise RemoteError(
                         f"a request of {len(body)} bytes is above the limit of {self.name}, {self._limit}: "
-                        "use a smaller batch_bytes, or a larger --max-mb there"
+                        "use a smaller batch_bytes, or start the server with a larger --max-mb"
                     )
                 return self._request("POST", "/score", body)
             except _Passing as error:
@@ -152,20 +152,20 @@ class RemoteReward:
         raise AssertionError("the loop ends by return or raise")
 
     def _unreached(self, error: OSError | http.client.HTTPException) -> str:
-        """Say in words why there was no answer."""
+        """Describe why there was no response."""
         if isinstance(error, ConnectionRefusedError):
-            return f"{self.name}: nobody listens there: start `postgen serve-reward NAME --port {self.port or 80}`"
+            return f"{self.name}: no server listens there: start `postgen serve-reward NAME --port {self.port or 80}`"
         if isinstance(error, socket.gaierror):
-            return f"{self.name}: there is no machine of the name {self.host}"
+            return f"{self.name}: the host {self.host} is unknown: check the address"
         if isinstance(error, TimeoutError):
-            return f"{self.name}: no answer within {self.timeout:g} s"
+            return f"{self.name}: no response within {self.timeout:g} s"
         if isinstance(error, ConnectionError):
-            return f"{self.name} closed the connection before it had answered"
+            return f"{self.name} closed the connection before it responded"
         told = first_line(error)
         return f"{self.name}: {told if isinstance(error, OSError) else f'it does not speak HTTP ({told})'}"
 
     def _request(self, method: str, path: str, body: bytes) -> bytes:
-        """One try: send, and read the answer within `timeout` seconds in all."""
+        """Try once: send the request, and read the response within `timeout` seconds in total."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=self.timeout)
         deadline = time.monotonic() + self.timeout
@@ -179,7 +179,7 @@ class RemoteReward:
             connection.close()
         if response.status == 200:
             return answer
-        told = f"{self.name} answered {response.status}: {answer[:200].decode(errors='replace')}"
+        told = f"{self.name} returned status {response.status}: {answer[:200].decode(errors='replace')}"
         if response.status < 500 and response.status != 429:
             raise RemoteError(told)
         passing, asked = _Passing(told), response.headers.get("Retry-After", "")
@@ -192,14 +192,14 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
     while chunk := response.read1(65536):
         data += chunk
         if len(data) > _LONGEST_ANSWER:
-            raise http.client.HTTPException(f"an answer of more than {_LONGEST_ANSWER} bytes")
+            raise http.client.HTTPException(f"the response has more than {_LONGEST_ANSWER} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError("the answer takes too long")
+            raise TimeoutError("the response takes too long")
     return data
 
 
 async def _in_thread(function: Callable[[], bytes]) -> bytes:
-    """Run a function in a thread that nobody has to wait for: asyncio's own threads hold up the end of the loop."""
+    """Run a function in a daemon thread; asyncio's own threads would delay the end of the event loop."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[bytes] = loop.create_future()
 

@@ -1,4 +1,4 @@
-"""Scores batches with several rewards and survives their failures."""
+"""Scores batches with several rewards and continues when a reward fails."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from postgen.rewards.batches import Batch, Notes, Rows, micro_batches
 from postgen.rewards.registry import Source, get_rewards
 
 _log = logging.getLogger(__name__)
-# Threads of functions that took too long. A process that ends while torch computes in one of them would crash.
+# Threads of functions that exceeded the timeout. A process that ends while torch computes in one of them would crash.
 _left: dict[int, threading.Thread] = {}
 _GRACE = 10.0
-NO_PROMPT = "it needs a prompt, and there is none"
-"""How a reward fails on a clip without a prompt."""
-_SILENT = "it gave no finite number"
+NO_PROMPT = "it needs a prompt, but the clip has none"
+"""Failure message of a reward for a clip without a prompt."""
+_SILENT = "it returned no finite number"
 _LARGEST = 1e9
-"""Weight of a reward, either sign."""
+"""Largest absolute weight of a reward."""
 _LONGEST = 10_000_000
-"""Seconds that a call may take: threads cannot wait for more than a few times that."""
+"""Largest timeout in seconds; threads cannot wait for more than a few times that."""
 
 
 @atexit.register
@@ -51,7 +51,7 @@ def _is_weight(value: object) -> bool:
 
 
 class AllRewardsFailed(UserError):
-    """No row of a batch was scored by any reward: training on it would learn nothing."""
+    """No reward scored any row of a batch, so a training step on it would learn nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,30 +59,30 @@ class RewardResult:
     """The scores of N clips under K rewards."""
 
     values: Tensor
-    """(N,K) float32 on the CPU, NaN where a reward gave none."""
+    """(N,K) float32 on the CPU, NaN where a reward returned no score."""
     names: tuple[str, ...]
-    """The K rewards."""
+    """Names of the K rewards."""
     weights: tuple[float, ...]
-    """Weight of each reward, 0 for one that is only measured."""
+    """Weight of each reward, 0 for a reward that is only measured."""
     failed: dict[str, int]
-    """Reward -> rows without a number, for whatever reason."""
+    """Reward -> number of rows without a score, for any reason."""
     errors: dict[str, str]
-    """Reward -> what it said last when it failed; only those that did."""
+    """Reward -> its latest error message; only rewards that failed."""
     seconds: dict[str, float]
-    """Reward -> time spent on it; views of one model share its time."""
+    """Reward -> time spent on it; the outputs of one model share its time."""
     metrics: dict[str, float]
-    """What rewards gave to `log_metric`, the mean over their calls weighted by rows."""
+    """Values that rewards passed to `log_metric`, averaged over their calls with the number of rows as weight."""
     extra: dict[str, list[Any]]
-    """What rewards gave to `log_extra`: N values each, None where there is none."""
+    """Values that rewards passed to `log_extra`: N per column, None where there is none."""
     failures: dict[str, dict[int, str]]
-    """Reward -> clip -> how it failed on it, or what it lacked; only clips without a score."""
+    """Reward -> clip -> error message or missing input; only clips without a score."""
     reasons: dict[str, dict[int, str]]
-    """Reward -> clip -> why it did not fail and yet has no score for it."""
+    """Reward -> clip -> reason of a missing score, where the reward did not fail."""
 
     def weighted(self) -> Tensor:
-        """Return the weighted sum of the rewards that scored each clip, (N,); NaN for a clip that none scored.
+        """Return the weighted sum of the scores of each clip, (N,); NaN for a clip without any score.
 
-        A reward of weight 0 is only looked at: it makes no clip count as scored.
+        Missing scores are left out. A reward of weight 0 does not make a clip count as scored.
         """
         weights = torch.tensor(self.weights)
         total = (self.values.nan_to_num() * weights).sum(1)
@@ -94,24 +94,24 @@ class RewardResult:
 
 
 class RewardRunner:
-    """Calls several rewards on a batch: async ones concurrently, views of one model once, large batches in pieces.
+    """Calls several rewards on a batch: async ones concurrently, each model once, large batches in micro-batches.
 
-    A reward that raises, takes longer than `timeout`, or returns another number of scores gives NaN for the rows of
-    that call; NaN, infinity and None give NaN for their row. All of them are counted and logged.
+    If a reward raises, exceeds `timeout`, or returns a wrong number of scores, all rows of that call become NaN. A
+    score that is NaN, infinite or None makes its row NaN. The runner counts and logs all of these.
 
     Args:
-        reward_funcs: one or several of what `get_reward` takes.
-        weights: one a reward; None is 1 for each. One of weight 0 is measured beside the others and adds nothing.
-        device: where rewards that hold a network compute; None leaves each where it is.
-        offload: bring networks to the device for a call only. Saves memory, costs the way there and back.
-        timeout: seconds a call may take; None waits for ever. A function that does not return in time is left to
-            itself in its thread, and gives NaN at once until it has returned.
-        batch_bytes: most bytes of clips (float32) in one call, at least one clip; a reward with an own `batch_bytes`
-            keeps that. A call that runs out of memory is tried again in halves.
-        reward_error: "none" turns a failure into NaN, "raise" lets it out.
+        reward_funcs: one or several inputs of `get_reward`.
+        weights: one per reward; None uses 1 for each. A reward of weight 0 is measured but adds nothing to the sum.
+        device: device of the rewards with a network; None leaves each where it is.
+        offload: keep networks on the device only during their calls. This saves memory but costs transfers.
+        timeout: seconds that a call may take; None waits for ever. A function that exceeds it keeps running in its
+            thread; its next calls give NaN immediately until it has returned.
+        batch_bytes: largest size of the clips (float32) of a call in bytes, at least one clip; a reward's own
+            `batch_bytes` takes precedence. A call that runs out of memory is repeated in halves.
+        reward_error: "none" turns a failure into NaN, "raise" re-raises it.
 
     Raises:
-        UserError: an unknown reward, two with one name, not a weight for each reward, or a setting out of range.
+        UserError: an unknown reward, two rewards of one name, a wrong number of weights, or a setting out of range.
 
     >>> def brightness(completions):
     ...     return [clip.mean() for clip in completions]
@@ -146,19 +146,19 @@ class RewardRunner:
         if weights is None:
             return
         if not isinstance(weights, Sequence):
-            raise UserError(f"{count} rewards need as many finite weights in a list, got {shown(weights)}")
+            raise UserError(f"weights must be a list of {count} finite numbers, got {shown(weights)}")
         if len(weights) != count or not all(map(_is_weight, weights)) or not any(weights):
-            raise UserError(f"{count} rewards need as many finite weights, not all 0, got {shown(list(weights))}")
+            raise UserError(f"weights must be {count} finite numbers, not all 0, got {shown(list(weights))}")
 
     def _check(self) -> None:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
-            raise UserError(f"two rewards are named {twice[0]!r}: their results could not be told apart")
+            raise UserError(f"two rewards are named {twice[0]!r}: give one of them another name")
         if not is_whole(self.batch_bytes, 1, 2**36):
             raise UserError(f"batch_bytes must be above 0 and at most 2**36, got {shown(self.batch_bytes)}")
         if self.timeout is not None and not (is_number(self.timeout) and 0 < self.timeout <= _LONGEST):
             raise UserError(
-                f"timeout must be above 0 and at most {_LONGEST:,} seconds, or None for ever, got"
+                f"timeout must be above 0 and at most {_LONGEST:,} seconds, or None for no limit, got"
                 f" {shown(self.timeout)}"
             )
         if self.reward_error not in ("none", "raise"):
@@ -179,18 +179,18 @@ class RewardRunner:
         """Score a batch of N clips.
 
         Args:
-            prompts: one a clip; None for one without, which is not given to rewards that need a prompt.
+            prompts: one per clip; None for a clip without a prompt, which rewards that need prompts do not receive.
             completions: clips (F,3,H,W) in [0,1], on any device; or `postgen.video.Footage`.
-            fps: frames per second, one value or one a clip.
-            latents: (N,...), for rewards that look at them.
-            trainer_state: handed on as it is.
-            must_score: raise when nothing at all was scored.
-            columns: one value a clip each.
+            fps: frames per second, one value or one per clip.
+            latents: (N,...), for rewards that use them.
+            trainer_state: passed to the rewards unchanged.
+            must_score: raise an error if no row has a score.
+            columns: one value per clip each.
 
         Raises:
-            UserError: columns of other lengths, a column that a reward needs is missing, or weights that cannot be
+            UserError: a column has a wrong length, a column that a reward needs is missing, or weights cannot be
                 loaded.
-            AllRewardsFailed: every reward with a weight failed on every row.
+            AllRewardsFailed: every reward with a non-zero weight failed on every row.
         """
         batch = Batch(list(prompts), list(completions), fps, latents, trainer_state, columns)
         for reward in self.rewards:
@@ -203,10 +203,10 @@ class RewardRunner:
         return work.result()
 
     def load(self) -> None:
-        """Make every reward ready now rather than at the first batch: load networks, ask servers whether they are up.
+        """Prepare every reward before the first batch: load networks, check that servers respond.
 
         Raises:
-            UserError: weights that cannot be found, or a server that cannot be reached.
+            UserError: weights cannot be found, or a server cannot be reached.
         """
         for reward in self.rewards:
             reward.load(self.device)
@@ -214,14 +214,14 @@ class RewardRunner:
                 try:
                     reward.function.health()
                 except RuntimeError as error:
-                    raise UserError(f"a remote reward does not answer: {error}") from error
+                    raise UserError(f"a remote reward does not respond: {error}") from error
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call a function that is not async, within the time limit.
+        """Call a function that is not async, within the timeout.
 
         Raises:
-            TimeoutError: it took too long, or is still busy with an earlier batch.
-            BaseException: what it raised.
+            TimeoutError: the call took too long, or the function is still busy with an earlier batch.
+            BaseException: any error that the function raised.
         """
         if self.timeout is None:
             with torch.no_grad():
@@ -234,12 +234,12 @@ class RewardRunner:
         thread.start()
         try:
             thread.join(self.timeout)
-        except BaseException:  # Ctrl-C, which a thread does not get
+        except BaseException:  # Ctrl-C reaches this thread only
             _leave(id(function), thread)
             raise
         if thread.is_alive():
             _leave(id(function), thread)
-            raise TimeoutError(f"no answer within {self.timeout:g} s")
+            raise TimeoutError(f"no result within {self.timeout:g} s")
         if "error" in outcome:
             raise outcome["error"]
         return outcome["value"]
@@ -254,7 +254,7 @@ def _into(outcome: dict[str, Any], function: Callable[..., Any], arguments: dict
 
 
 class _Work:
-    """One batch on its way through the rewards of a runner."""
+    """The evaluation of one batch by the rewards of a runner."""
 
     def __init__(self, runner: RewardRunner, batch: Batch) -> None:
         self.runner, self.batch = runner, batch
@@ -269,7 +269,7 @@ class _Work:
             self.failures[reward.name] |= dict.fromkeys(batch.unprompted(reward), NO_PROMPT)
 
     def run(self) -> None:
-        """Run the async rewards in a loop of their own thread, the others meanwhile in this one."""
+        """Run the async rewards in an event loop of a second thread, and the other rewards in this thread."""
         asynchronous = [views for views in self.jobs.values() if self.runner.rewards[views[0]].is_async]
         for views in asynchronous:
             self.runner.rewards[views[0]].load(self.runner.device)
@@ -292,7 +292,7 @@ class _Work:
         limit = self.runner.timeout
         loop.join(None if limit is None else limit + _GRACE)
         if loop.is_alive():
-            # Its time limit is kept by the loop itself, so one of them never lets the loop run.
+            # The event loop applies the timeout, so a reward must have blocked the loop.
             _leave(id(loop), loop)
             for views in jobs:
                 self._failed(views, range(len(self.batch)), TimeoutError("an async reward blocks its event loop"))
@@ -301,7 +301,7 @@ class _Work:
         runner = self.runner
         missing = self.values.isnan().sum(0).tolist()
         return RewardResult(
-            values=self.values.clone(),  # a call that was given up may still write its own
+            values=self.values.clone(),  # a call that timed out may still write to `self.values`
             names=runner.names,
             weights=runner.weights,
             failed=dict(zip(runner.names, missing, strict=True)),
@@ -314,7 +314,7 @@ class _Work:
         )
 
     def _reasons(self, index: int, first: int) -> dict[int, str]:
-        """Why a reward has no score where it did not fail; views of one model share what the first was told."""
+        """Return why rows have no score where the reward did not fail; outputs of one model share the reasons."""
         failed = self.failures[self.runner.names[index]]
         told = self.notes.reasons.get(self.runner.names[first]) or [None] * len(self.batch)
         gaps = self.values[:, index].isnan().nonzero()[:, 0].tolist()
@@ -365,7 +365,7 @@ class _Work:
                     reward.function(**self._arguments(reward, rows)), timeout=self.runner.timeout
                 )
         except TimeoutError as error:
-            late = f"no answer within {self.runner.timeout} s"
+            late = f"no result within {self.runner.timeout} s"
             self._failed(views, rows, error if str(error) else TimeoutError(late))
         except Exception as error:
             self._failed(views, rows, error)

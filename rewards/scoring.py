@@ -1,4 +1,4 @@
-"""Scores video files: finds them and their prompts, reads them piece by piece, and compares two sets of them."""
+"""Scores video files: finds files and their prompts, reads them one by one, and compares two sets of videos."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from postgen.video import PICTURES, Footage, NoFFmpegError, VideoError, probe, r
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mkv", ".mov", ".avi", ".ogv", ".m4v")
 _MOST_CLIPS = {"cpu": 4, "cuda": 16}
-"""Clips that are scored together: rows are written after them."""
+"""Number of clips that are scored together; their rows are written afterwards."""
 _MOST_BYTES, _LONG = 2**28, 2**26
-"""Bytes (12 a pixel) of clips that are scored together, and of one from which on it is read in windows."""
+"""Bytes (12 per pixel) of clips that are scored together, and size from which a clip is read in windows."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Clip:
-    """One video or picture and what came of it."""
+    """One video or picture with its prompt, scores and errors."""
 
     path: Path
     """A video file, a folder of frames, or a picture."""
     origin: int = 0
-    """Which of the given paths it was found under."""
+    """Index of the given path under which the clip was found."""
     named: bool = False
-    """Whether it was given itself, rather than found in a folder."""
+    """Whether the file itself was given, rather than a folder that contains it."""
     prompt: str | None = None
-    """What it should show."""
+    """Description of what the clip should show."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """Further columns for rewards."""
+    """Further columns for the rewards."""
     scores: dict[str, float | None] = field(default_factory=dict)
-    """Reward -> score; None where it gave none."""
+    """Reward -> score; None where the reward returned none."""
     error: str | None = None
-    """Why it could not be read."""
+    """Why the file could not be read; None if it could."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Reward -> why it failed; one that finds nothing to score has no score and is not among them."""
+    """Reward -> why it failed; a reward that found nothing to score did not fail."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Reward -> why it has no score, though it did not fail."""
+    """Reward -> why there is no score, although the reward did not fail."""
     key: str = ""
-    """Changes with the file and with whatever else its scores follow from."""
+    """Hash that changes with the file and with everything else that determines the scores."""
 
     @property
     def done(self) -> bool:
-        """Whether there is something to say of it."""
+        """Whether the clip has scores or an error."""
         return bool(self.scores or self.error)
 
     def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return one row of a table: file, prompt, a column for each name, no_score, error, key."""
+        """Return one row of a table: file, prompt, one column per name, no_score, error, key."""
         scores = {name: self.scores.get(name) for name in names}
         told = {"no_score": _joined(self.reasons), "error": self.error or _joined(self.failures), "key": self.key}
         return {"file": str(self.path), "prompt": self.prompt, **scores, **told}
@@ -66,31 +66,29 @@ def _joined(texts: Mapping[str, str]) -> str | None:
 
 
 def find_clips(paths: Sequence[Path], *, frames: bool = False) -> list[Clip]:
-    """Return the videos and pictures of files and folders.
+    """Find the videos and pictures in files and folders.
 
-    Of a folder its videos are taken; without any, what is in the folders inside that hold pictures; without those, its
-    own pictures. A folder of pictures is one clip where the first says its frame rate, as `postgen generate --format
-    frames` notes it; else each of its pictures is a clip of one frame.
+    A folder yields its videos. A folder without videos yields the contents of its sub-folders with pictures, or its
+    own pictures if there are no such sub-folders. A folder of pictures is one clip if the first picture stores a frame
+    rate, as `postgen generate --format frames` writes it; otherwise each picture is a clip of one frame.
 
     Args:
         paths: files and folders.
-        frames: take every folder of pictures for one clip.
+        frames: treat every folder of pictures as one clip.
 
     Raises:
-        UserError: a path that does not exist or cannot be read, or a folder that holds nothing to score.
+        UserError: a path does not exist or cannot be read, or a folder has nothing to score.
     """
     clips: list[Clip] = []
     for origin, path in enumerate(paths):
         try:
             if not path.exists():
-                raise UserError(f"there is no {path}: give videos or pictures, or folders that hold some")
+                raise UserError(f"{path} does not exist: give videos, pictures, or folders with videos or pictures")
             found = _inside(path, frames) if path.is_dir() else [path]
-        except OSError as error:  # a folder that may not be read, a name that is too long
+        except OSError as error:  # no permission to read a folder, or a name that is too long
             raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
         if not found:
-            raise UserError(
-                f"{path} holds neither videos ({', '.join(SUFFIXES)}) nor pictures ({', '.join(PICTURES)})"
-            )
+            raise UserError(f"{path} has neither videos ({', '.join(SUFFIXES)}) nor pictures ({', '.join(PICTURES)})")
         clips += [Clip(path=file, origin=origin, named=file == path) for file in found]
     return clips
 
@@ -99,7 +97,7 @@ def _inside(folder: Path, frames: bool) -> list[Path]:
     videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if videos:
         return videos
-    # Before its own pictures: `postgen generate --format frames` puts a contact sheet beside each folder of frames.
+    # Sub-folders come first: `postgen generate --format frames` puts a contact sheet next to each folder of frames.
     inner = sorted(inner for inner in folder.iterdir() if inner.is_dir() and _pictures(inner))
     return [clip for one in inner or [folder] for clip in _in_pictures(one, frames)]
 
@@ -121,13 +119,13 @@ def _noted_rate(folder: Path) -> bool:
 
 
 def set_prompts(clips: Sequence[Clip], prompt: str | None, rows: Sequence[Mapping[str, Any]] | None) -> None:
-    """Give every clip its prompt: the same one, or a row each, or what its sidecar (`NAME.json` beside it) says.
+    """Assign a prompt to every clip: one prompt for all, a row per clip, or its sidecar (`NAME.json` next to it).
 
-    Rows with `file` go to the clips of that name (with or without suffix), rows without it to the clips of each
-    folder, or to the clips that were named one by one, in their order. Other keys become columns.
+    Rows with `file` go to the clips of that name (with or without suffix). Rows without it are assigned in order,
+    to the clips of each folder and to the clips that were given as single files. Other keys become columns.
 
     Raises:
-        UserError: rows that fit no clip, or not as many as clips.
+        UserError: rows that match no clip, or a number of rows that differs from the number of clips.
     """
     if prompt is not None:
         for clip in clips:
@@ -154,7 +152,7 @@ def _take(clip: Clip, row: Mapping[str, Any]) -> None:
     taken = sorted(RESERVED & row.keys())
     if taken:
         raise UserError(
-            f"a row of the prompts has the key {taken[0]!r}, which says something else to rewards: rename it"
+            f"a row of the prompts has the key {taken[0]!r}, which is reserved for an argument of rewards: rename it"
         )
     clip.prompt = row["prompt"]
     clip.columns = {key: value for key, value in row.items() if key not in ("prompt", "file")}
@@ -174,7 +172,7 @@ def _by_name(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _nearest(path: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return which of the rows with the name of a file is its own: that whose folders are those of the file."""
+    """Return the row of a file from all rows with its file name: the one whose folders match those of the file."""
     own = path.absolute().parts[:-1][::-1]
     shared = []
     for row in rows:
@@ -182,35 +180,35 @@ def _nearest(path: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]
         shared.append(len(folders) if tuple(folders) == own[: len(folders)] else -1)
     best = [row for row, count in zip(rows, shared, strict=True) if count == max(shared)]
     if any(row != best[0] for row in best[1:]):
-        raise UserError(f"{len(best)} rows of the prompts have the file {path.name}: name it in each with its folders")
+        raise UserError(f"{len(best)} rows of the prompts have the file {path.name}: write its folders in each row")
     return best[0]
 
 
 def _in_order(clips: Sequence[Clip], rows: Sequence[Mapping[str, Any]]) -> None:
-    # Files that were named one by one are one series, what a folder holds is one of its own.
+    # Files that were given one by one form one series; the contents of each folder form another.
     series: dict[int | None, list[Clip]] = {}
     for clip in clips:
         series.setdefault(None if clip.named else clip.origin, []).append(clip)
     for own in series.values():
         if len(own) != len(rows):
-            raise UserError(f"{len(rows)} prompts for {len(own)} videos: give one each, or rows with 'file'")
+            raise UserError(f"{len(rows)} prompts for {len(own)} videos: give one per video, or rows with 'file'")
         for clip, row in zip(own, rows, strict=True):
             _take(clip, row)
 
 
 def check_needs(clips: Sequence[Clip], runner: RewardRunner) -> None:
-    """Find out before any video is read whether the rewards get what they need.
+    """Check, before any video is read, that the rewards have what they need.
 
-    A single clip without a prompt is no reason to end: it fails alone.
+    A single clip without a prompt is not an error here: only its own scoring fails.
 
     Raises:
-        UserError: a column that a reward needs is missing, or the prompts of all clips are.
+        UserError: a column that a reward needs is missing, or no clip has a prompt for a reward that needs one.
     """
     for reward in runner.rewards:
         reward.check_columns({key for clip in clips for key in clip.columns})
         if clips and all(reward.lacks_prompt(clip.prompt, clip.columns) for clip in clips):
             which = f"for {clips[0].path.name}" + (f" and {len(clips) - 1} more" if len(clips) > 1 else "")
-            raise UserError(f"{reward.name} needs a prompt {which}: use --prompt, --prompts, or a sidecar beside each")
+            raise UserError(f"{reward.name} needs a prompt {which}: use --prompt, --prompts, or sidecars of the files")
 
 
 def score_clips(
@@ -220,19 +218,19 @@ def score_clips(
     *,
     most: int | None = None,
 ) -> None:
-    """Read and score clips in their order; one that cannot be read gets an `error`, and the others go on.
+    """Read and score clips in order. A clip that cannot be read gets an `error`, and scoring continues.
 
-    A long video is a `Footage`, which each reward reads in windows; one that needs all frames gets all.
+    A long video is passed as a `Footage`, which rewards read in windows; a reward that needs all frames reads all.
 
     Args:
-        clips: from `find_clips`, with prompts; scores and errors are written into them. Those that are done are left
-            out.
+        clips: clips of `find_clips`, with prompts; the function writes scores and errors into them. Clips that are
+            already done are skipped.
         runner: the rewards.
-        after: called with each clip when it is done, in their order.
-        most: bytes (12 a pixel) of a video that a reward may get as a whole; None sets no bound.
+        after: called with each clip, in order, when it is done.
+        most: largest size in bytes (12 per pixel) of a video that a reward may read as a whole; None sets no limit.
 
     Raises:
-        UserError: a reward needs columns that are not there, or its weights.
+        UserError: a reward lacks a column or its weights.
     """
     kind = torch.device(runner.device or "cpu").type
     size = max(_MOST_CLIPS.values()) if any(r.groupwise for r in runner.rewards) else _MOST_CLIPS.get(kind, 4)
@@ -243,7 +241,7 @@ def score_clips(
         except BaseException:
             for one in read:
                 if isinstance(one.video, Footage):
-                    one.video.closed = True  # what reads it in another thread shall end too
+                    one.video.closed = True  # also ends a read in another thread
             raise
         for one in part:
             if after is not None:
@@ -280,7 +278,7 @@ def _score(read: Sequence[_Read], runner: RewardRunner) -> None:
 
 
 def _pieces(clips: Sequence[Clip], size: int, most: int | None) -> Iterator[list[_Read]]:
-    """Clips that are not done with their videos, as many at a time as fit the memory; a long one alone."""
+    """Yield batches of opened clips that are not done and fit into memory together; a long clip is a batch of one."""
     part: list[_Read] = []
     room = _MOST_BYTES
     for clip in clips:
@@ -301,7 +299,7 @@ def _pieces(clips: Sequence[Clip], size: int, most: int | None) -> Iterator[list
 
 
 def _opened(clip: Clip, most: int | None) -> _Read:
-    """Read a clip; a long one is only gone through, which finds damage. What cannot be read gets its error."""
+    """Open a clip and set its error if this fails; a long clip is only scanned for damage, not kept in memory."""
     try:
         if clip.path.suffix.lower() in PICTURES and not clip.path.is_dir():
             picture = torch.from_numpy(np.array(read_picture(clip.path)))
@@ -315,18 +313,18 @@ def _opened(clip: Clip, most: int | None) -> _Read:
         )
     except NoFFmpegError:
         raise
-    except Exception as error:  # whatever is wrong with one file, the others are scored
+    except Exception as error:  # an error in one file must not stop the others
         told = " ".join(str(error).split())
         clip.error = told if isinstance(error, UserError | OSError) else f"{type(error).__name__}: {told}"
         return _Read(clip=clip)
 
 
 def win_rates(clips: Sequence[Clip], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Compare the clips of the first path with those of the second, prompt by prompt.
+    """Compare the clips of the first path with those of the second path, for each prompt.
 
     Returns:
-        Prompt -> reward -> share of the pairs (one clip of each) in which the first is better, ties half. A prompt, or
-        a reward, that is not scored on both sides is left out.
+        Prompt -> reward -> share of pairs (one clip of each path) in which the first clip is better; a tie counts
+        half. Prompts and rewards without scores on both sides are left out.
     """
     rates: dict[str, dict[str, float]] = {}
     for prompt in dict.fromkeys(clip.prompt or clip.path.name for clip in clips):

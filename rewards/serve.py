@@ -1,8 +1,9 @@
-"""The reference server of a reward, for `RemoteReward`: on this machine only, one batch at a time.
+"""The reference server of a reward, for `RemoteReward`: it accepts local connections and scores one batch at a time.
 
-It opens no file that a request names, reads no more than `max_bytes`, and takes only safetensors (which a page in a
-browser cannot send unasked). Every connection has a thread, a deadline for its head and a least rate for its body, so
-that slow and silent clients hold up nobody; what is bounded is how many requests wait to be scored, and their bytes.
+The server opens no file that a request names, reads at most `max_bytes` per request, and accepts only safetensors,
+which a web page in a browser cannot send without permission. Every connection has its own thread, a deadline for its
+request head and a minimum rate for its body, so slow and silent clients do not block others. The number of requests
+that wait to be scored and their total size are limited.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from postgen.rewards.wire import MEDIA_TYPE, WireError, unpack
 
 HOST = "127.0.0.1"
 _WAITING = 32
-"""Requests that wait to be scored; one more is told to come again."""
+"""Largest number of requests that wait to be scored; the server asks further clients to retry."""
 _CONNECTIONS = 512
-"""Connections at once; further ones wait in the system's queue until a head is there or its deadline has passed."""
+"""Largest number of open connections; further ones wait in the system's queue until a connection is free."""
 _QUEUE = 1024
 _AGAIN = 1
-"""Seconds after which a client that is sent away may come again."""
+"""Seconds after which a refused client may retry (`Retry-After`)."""
 _HEAD = 3.0
-"""Seconds after which the head of a request must be there."""
+"""Seconds within which the head of a request must arrive."""
 _CHUNK = 2**18
 _EMPTY_LINES, _LINE = 8, 2**16
 _TAKEN = "there is GET /health and POST /score"
@@ -43,17 +44,17 @@ _log = logging.getLogger(__name__)
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves one reward on 127.0.0.1; `serve_forever()` runs it, `shutdown()` from another thread ends it.
+    """Serves one reward on 127.0.0.1. `serve_forever()` runs it; `shutdown()` from another thread ends it.
 
     Args:
-        reward: what `get_reward` takes.
-        port: 0 lets the system choose one; `server_port` tells it.
-        max_bytes: longest request that is read. All requests that wait to be scored hold four times that at most.
-        idle: seconds that a client may take for every 64 KiB of its request; for its head it has 3 at most.
-        runner_options: keywords of `RewardRunner`, as `device` or `timeout`.
+        reward: an input of `get_reward`.
+        port: port to listen on; 0 lets the system choose one, see `server_port`.
+        max_bytes: largest request body. All requests that wait to be scored take at most four times that together.
+        idle: seconds that a client may take for each 64 KiB of its body; for the head, at most 3.
+        runner_options: keyword arguments of `RewardRunner`, for example `device` or `timeout`.
 
     Raises:
-        UserError: an unknown reward, a port that is taken, or a number out of range.
+        UserError: an unknown reward, a port in use, or a number out of range.
     """
 
     daemon_threads = True
@@ -69,7 +70,7 @@ class RewardServer(ThreadingHTTPServer):
         self.max_bytes, self.idle = max_bytes, idle
         self.busy = threading.Lock()
         self.scored = 0
-        """Requests that were scored."""
+        """Number of requests that were scored."""
         self.seats = threading.BoundedSemaphore(_WAITING)
         self.bodies = Budget(4 * max_bytes)
         self._places = threading.BoundedSemaphore(_CONNECTIONS)
@@ -80,7 +81,7 @@ class RewardServer(ThreadingHTTPServer):
             raise UserError(f"cannot listen on {HOST}:{port}: {error.strerror}; choose another --port") from error
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread, as soon as there is a place."""
+        """Start a thread for a connection, as soon as fewer than the largest number are open."""
         while not self._places.acquire(timeout=0.2):
             if self._ended.is_set():
                 self.shutdown_request(request)
@@ -92,19 +93,19 @@ class RewardServer(ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer a connection in its thread."""
+        """Handle a connection in its thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._places.release()
 
     def shutdown(self) -> None:
-        """End `serve_forever`, also where it waits for a place."""
+        """End `serve_forever`, also while it waits for a free connection."""
         self._ended.set()
         super().shutdown()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Note what broke a connection; that a client went away is nothing to be told on the terminal."""
+        """Log what broke a connection at debug level; a client that disconnects is not worth a message."""
         _log.debug("a request from %s ended early", client_address, exc_info=True)
 
     @property
@@ -113,16 +114,16 @@ class RewardServer(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_port}"
 
     def score(self, data: bytes, gone: Callable[[], bool] = lambda: False) -> Sequence[float | None]:
-        """Score one request, after those before it.
+        """Score one request, after all earlier requests.
 
         Args:
-            data: its body.
-            gone: whether the client has left by then.
+            data: body of the request.
+            gone: returns whether the client has disconnected.
 
         Raises:
-            WireError: it is none.
-            ConnectionError: nobody waits for it any more.
-            RuntimeError: the reward failed on all of it.
+            WireError: the body is not a valid request.
+            ConnectionError: the client has disconnected before its turn.
+            RuntimeError: the reward failed.
         """
         with self.busy:
             if gone():
@@ -135,7 +136,7 @@ class RewardServer(ThreadingHTTPServer):
 
 
 class _Refused(Exception):
-    """A request that is answered with a status and a reason instead of scores."""
+    """A request that the server answers with a status and a reason instead of scores."""
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:
         super().__init__(reason)
@@ -151,10 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self.rfile = self.patient = Patient(self.connection, min(_HEAD, self.server.idle))
         self.left = 0
-        """Bytes of the body that have not been read."""
+        """Number of bytes of the body that have not been read."""
 
     def parse_request(self) -> bool:
-        """Read the head; empty lines before it are nothing (RFC 9112, 2.2)."""
+        """Read the request head, skipping empty lines before it (RFC 9112, 2.2)."""
         self.raw_requestline: bytes
         for _ in range(_EMPTY_LINES):
             if self.raw_requestline.strip():
@@ -189,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (WireError, UserError) as error:
             status, content = HTTPStatus.BAD_REQUEST, {"error": str(error)}
         except ConnectionAbortedError as error:
-            # Who has closed only the side on which it sends still reads.
+            # A client that has closed only its sending side can still read the response.
             status = HTTPStatus.BAD_REQUEST
             content = {"error": f"{error}: keep the connection open until the answer"}
         except (ConnectionError, TimeoutError):
@@ -203,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, content)
 
     def _check_head(self) -> None:
-        """Refuse what is wrong with a request before its body is read."""
+        """Refuse an invalid request before its body is read."""
         lengths = self.headers.get_all("Content-Length", [])
         text = lengths[0].strip() if lengths else ""
         plain = text.isascii() and text.isdigit() and len(set(lengths)) == 1
@@ -223,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {self.server.max_bytes} bytes are taken")
 
     def _body(self) -> tuple[int, bytes]:
-        """Read the body; what it holds of the bytes of all bodies, and the body."""
+        """Read the body; return the bytes taken from the shared budget, and the body."""
         data, held = bytearray(), 0
         self.patient.start(self.server.idle)
         try:
@@ -261,9 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
             return False
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no request at all."""
+        """Respond to a request that is malformed or has an unknown method."""
         self.left, self.request_version = _UNKNOWN, self.protocol_version
-        if code == HTTPStatus.NOT_IMPLEMENTED:  # what the base class says of every method that it finds no `do_` for
+        if code == HTTPStatus.NOT_IMPLEMENTED:  # sent by the base class if a method has no `do_`
             code, message = HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command[:40]} is not taken: {_TAKEN}"
         self._answer(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
 
@@ -279,12 +280,12 @@ class _Handler(BaseHTTPRequestHandler):
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", str(_AGAIN))
         self.end_headers()
-        if self.command != "HEAD":  # its answer has no content (RFC 9110, 9.3.2)
+        if self.command != "HEAD":  # a response to HEAD has no content (RFC 9110, 9.3.2)
             self.wfile.write(body)
         self._drain()
 
     def _drain(self) -> None:
-        """Throw away what a client still sends: a connection closed at once would be reset, and the answer lost."""
+        """Discard what the client still sends; closing at once would reset the connection and lose the response."""
         left = min(self.left, 4 * self.server.max_bytes)
         with suppress(OSError):
             self.connection.shutdown(SHUT_WR)

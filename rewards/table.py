@@ -1,4 +1,4 @@
-"""The table of `postgen score`: a row a clip, written when it is done, and read again by the next run."""
+"""The table of `postgen score`: one row per clip, written when the clip is done; the next run reads it again."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from postgen.rewards.base import Reward
 from postgen.rewards.scoring import Clip
 
 SUFFIXES = (".jsonl", ".csv")
-"""What a table's name ends with."""
+"""Allowed suffixes of a table."""
 _ENDS = ("no_score", "error", "key")
 _ODD = "backslashreplace"
-"""What becomes of a file's name that is not UTF-8: a table is."""
+"""Error handler for file names that are not UTF-8, because a table is UTF-8."""
 
 
 def setting_of(rewards: Sequence[Reward], texts: Sequence[str], device: str) -> str:
-    """Return a text that changes with the rewards: their options, their code, the files that the options name.
+    """Return a hash that changes with the rewards: their options, their code, and the files that the options name.
 
     Args:
-        rewards: as they are.
-        texts: as they were asked for.
-        device: where they compute.
+        rewards: the reward objects.
+        texts: the texts by which the user requested them.
+        device: device of the rewards.
     """
     parts = [postgen.__version__, device]
     for reward, text in zip(rewards, texts, strict=True):
@@ -50,7 +50,7 @@ def setting_of(rewards: Sequence[Reward], texts: Sequence[str], device: str) -> 
 
 def _code(reward: Reward) -> str:
     function: Any = reward.function
-    while hasattr(function, "func"):  # what options are bound to
+    while hasattr(function, "func"):  # options are bound with a partial
         function = function.func
     try:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
@@ -60,15 +60,15 @@ def _code(reward: Reward) -> str:
 
 
 def _stamp(path: Path) -> str:
-    """Name, size and time of a file, or of all files of a folder."""
+    """Return a hash of name, size and modification time of a file, or of all files in a folder."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     told = [f"{file} {(state := file.stat()).st_size} {state.st_mtime_ns}" for file in files]
-    # Names of files need not be UTF-8.
+    # File names need not be UTF-8.
     return hashlib.sha256("\n".join(told).encode(errors="surrogatepass")).hexdigest()
 
 
 def set_keys(clips: Sequence[Clip], setting: str) -> None:
-    """Give each clip the key of its file, prompt and columns under a setting."""
+    """Set the key of each clip from its file, prompt, columns and the setting (`setting_of`)."""
     for clip in clips:
         try:
             stamp = _stamp(clip.path)
@@ -79,20 +79,20 @@ def set_keys(clips: Sequence[Clip], setting: str) -> None:
 
 
 class Table:
-    """A file of rows, JSONL or CSV, of which no half row is ever left.
+    """A JSONL or CSV file of rows; an interruption never leaves an incomplete row in it.
 
-    What an old file says of the same clips is kept: rows without an error whose key is the clip's. Other rows go.
-    After the block the rows stand in the order of the clips, unless it ended by an exception: then in the order in
-    which they were written, and the same call goes on from there.
+    Rows of an old file are kept if their key is that of a clip and they have no error. Other rows are removed. After
+    the `with` block the rows are in the order of the clips. If the block ends with an exception, the rows stay in the
+    order in which they were written, and the same command continues from there.
 
     Args:
-        path: ends with one of `SUFFIXES`.
-        clips: all that are to be scored, with prompts and keys.
-        names: of the rewards.
-        added: names of further columns of `Clip.scores`, which follow from those.
+        path: file with one of the `SUFFIXES`.
+        clips: all clips that are to be scored, with prompts and keys.
+        names: names of the rewards.
+        added: names of further columns of `Clip.scores`, which are derived from the scores of the rewards.
 
     Raises:
-        UserError: it cannot be written or read.
+        UserError: the file cannot be written or read.
     """
 
     def __init__(self, path: Path, clips: Sequence[Clip], names: Sequence[str], added: Sequence[str] = ()) -> None:
@@ -105,11 +105,11 @@ class Table:
             raise UserError(f"a table must end in {' or '.join(SUFFIXES)}, got {path}")
 
     def resume(self) -> int:
-        """Take the scores of clips from the old file; return of how many."""
+        """Copy the scores of clips from the old file; return the number of clips that are done."""
         old = {row["key"]: row for row in _rows(self.path) if row.get("key") and not row.get("error")}
         for clip in self.clips:
             row = old.get(clip.key, {})
-            # A row of another form is no row of ours: its clip is scored again.
+            # A row of another form was not written by this class; its clip is scored again.
             with suppress(KeyError, ValueError):
                 clip.scores = {name: _number(row[name]) for name in self.names}
                 clip.reasons = _reasons(row.get("no_score"), self.names)
@@ -138,11 +138,11 @@ class Table:
 
     @property
     def count(self) -> int:
-        """Rows that stand in the file."""
+        """Number of rows in the file."""
         return len(self._written)
 
     def add(self, clip: Clip) -> None:
-        """Write the row of a clip, all of it or nothing."""
+        """Write the complete row of a clip, or nothing if writing fails."""
         data = memoryview(self._text([clip]).encode(errors=_ODD))
         end = os.fstat(self._file).st_size
         try:
@@ -156,9 +156,9 @@ class Table:
         self._written.append(clip)
 
     def _claim(self) -> None:
-        """Lock the table, made empty where there is none: calls that begin at once must meet at one file."""
+        """Lock the table; create an empty one if necessary, so that concurrent commands lock the same file."""
         while True:
-            new, place = False, Path(os.path.realpath(self.path))  # a link may lead to where nothing is yet
+            new, place = False, Path(os.path.realpath(self.path))  # a link may point to a missing file
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -172,7 +172,7 @@ class Table:
             with suppress(OSError):
                 if not self._held or os.path.samestat(os.fstat(self._held[-1]), self.path.stat()):
                     return
-            self._close()  # another call has put its own in place since, or is gone with it
+            self._close()  # another process has replaced or deleted the file since
             self._new = False
 
     def _replace(self, clips: Sequence[Clip]) -> None:
@@ -189,7 +189,7 @@ class Table:
         self._written = list(clips)
 
     def _lock(self, path: Path) -> None:
-        """Keep other calls from the table until `_close`; the lock is the system's own, and leaves nothing behind."""
+        """Lock the table against other processes until `_close`. The lock is one of the system and leaves no file."""
         if fcntl is None or not path.is_file():
             return
         self._held.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -197,7 +197,7 @@ class Table:
             fcntl.flock(self._held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another call is writing {self.path}: wait for its end, stop it, or name another table"
+                f"another process is writing {self.path}: wait until it ends, stop it, or choose another table"
             ) from None
         except OSError:
             return  # a file system without locks
@@ -213,7 +213,7 @@ class Table:
         return self._csv(rows) if rows else ""
 
     def _csv(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Rows, or the header where there is none."""
+        """Return the CSV rows, or the header if there are none."""
         buffer = io.StringIO(newline="")
         writer = csv.DictWriter(buffer, ["file", "prompt", *self.columns, *_ENDS])
         writer.writerows(rows) if rows else writer.writeheader()
@@ -221,7 +221,7 @@ class Table:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a table; whatever else is in a file is left out, a row that was cut off too."""
+    """Read the rows of a table; incomplete rows and other content are skipped."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -244,17 +244,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _reasons(cell: Any, names: Sequence[str]) -> dict[str, str]:
-    """Cut the cell `NAME: text; NAME: text` into the texts of its rewards."""
+    """Split the cell `NAME: text; NAME: text` into one text per reward."""
     one = "|".join(map(re.escape, names))
     parts = re.split(rf"(?:^|; )({one}): ", cell if isinstance(cell, str) else "")
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _number(value: Any) -> float | None:
-    """Return the score that a cell holds, None for an empty one; a ValueError says that it is no score."""
+    """Return the score in a cell, None for an empty cell; raise a ValueError for anything else."""
     if value is None or value == "":
         return None
     number = float(value) if isinstance(value, str) else value
     if not is_number(number):
-        raise ValueError(f"{shown(value)} is no score")
+        raise ValueError(f"{shown(value)} is not a score")
     return float(number)

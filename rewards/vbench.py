@@ -1,9 +1,9 @@
-"""Four dimensions of VBench (arXiv 2311.17982), its preprocessing and formulas on tensors instead of files.
+"""Four dimensions of VBench (arXiv 2311.17982), with its preprocessing and formulas on tensors instead of files.
 
-Frames are rounded to 8 bits and resized without antialiasing, as VBench's are. A clip's score is the mean over its own
-frames; the benchmark's is that over the frames of all clips.
+As in VBench, frames are rounded to 8 bits and resized without antialiasing. The score of a clip is the mean over its
+frames; the benchmark averages over the frames of all clips.
 
-Consistency and flicker are greatest for a frozen clip: as rewards they need company, `dynamic_degree` or
+Consistency and flicker scores are highest for a frozen clip: combine these rewards with `dynamic_degree` or
 `motion_floor`.
 """
 
@@ -32,14 +32,14 @@ from postgen.rewards.pictures import (
 from postgen.rewards.weights import fill, find_file, pretrained, read_state
 
 SUBJECT, BACKGROUND, FLICKER = (0.1462, 1.0), (0.2615, 1.0), (0.6293, 1.0)
-"""Empirical least and greatest value of a dimension, to which VBench's total scales it."""
+"""Empirical minimum and maximum of each dimension, with which VBench normalises it for the total score."""
 PASS = 64
-"""Frames that go through CLIP L/14 at once, so that long clips need no more memory than short ones."""
+"""Number of frames per forward pass of CLIP L/14, so that long clips need no more memory than short ones."""
 AESTHETIC_HEAD = "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main/sa_0_4_vit_l_14_linear.pth"
 
 
 def consistency(features_FD: Tensor) -> Tensor:
-    """Return the mean over the frames from the second on of (cos with the frame before + cos with the first) / 2.
+    """Return the mean over frames 2, 3, ... of (cosine with the previous frame + cosine with the first frame) / 2.
 
     Negative cosines count as 0.
     """
@@ -50,12 +50,12 @@ def consistency(features_FD: Tensor) -> Tensor:
 
 
 def scaled(value: float, limits: tuple[float, float]) -> float:
-    """Return (value - least) / (greatest - least), what VBench's total is made of."""
+    """Return (value - minimum) / (maximum - minimum), the form that VBench's total score uses."""
     return (value - limits[0]) / (limits[1] - limits[0])
 
 
 def clip_view(frames_F3HW: Tensor, side: int = 224) -> Tensor:
-    """Return what VBench gives to CLIP: bicubic, centre square, CLIP's mean and deviation."""
+    """Preprocess frames as VBench does for CLIP: bicubic resize, centre crop, CLIP's mean and std."""
     cropped = centre_crop(vbench_resize(frames_F3HW, side, "bicubic"), side, half_even=True)
     return normalise(cropped, CLIP_MEAN, CLIP_STD)
 
@@ -63,12 +63,12 @@ def clip_view(frames_F3HW: Tensor, side: int = 224) -> Tensor:
 @streaming
 @promptless
 class Consistency(RewardModel):
-    """Base of the two consistencies: a subclass says which features of the frames are compared.
+    """Base class of the two consistency rewards: a subclass defines the features that are compared.
 
     Args:
         model: Hub id or local folder.
-        scale: give the value as VBench's total takes it, the empirical range stretched to [0,1].
-        device, dtype: as `RewardModel`.
+        scale: normalise the score with the empirical range to [0,1], as VBench's total does.
+        device, dtype: see `RewardModel`.
     """
 
     model: str
@@ -79,17 +79,17 @@ class Consistency(RewardModel):
         self.model, self.scale = model or type(self).model, scale
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return the network."""
+        """Return the place of the network."""
         return ((self.model, ""),)
 
     @abstractmethod
     def features(self, frames_F3HW: Tensor) -> Tensor:
-        """Return one vector a frame."""
+        """Return one feature vector per frame, (F,D)."""
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[Clip], *, log_reasons: Any = None
     ) -> list[float | None]:
-        """Score clips of any sizes; one of a single frame cannot be scored."""
+        """Score clips of any size; a clip of a single frame gets None."""
         self.load()
         if log_reasons is not None:
             log_reasons([unfit(clip, 2) for clip in completions])
@@ -105,17 +105,17 @@ class Consistency(RewardModel):
 
 
 class SubjectConsistency(Consistency):
-    """How alike the subject stays, by DINO's ViT-B/16 on whole frames."""
+    """Similarity of the subject across frames, by DINO's ViT-B/16 on whole frames."""
 
     name = "vbench_subject"
     model = "facebook/dino-vitb16"
     limits = SUBJECT
 
     def build(self) -> nn.Module:
-        """Read DINO.
+        """Load DINO.
 
         Raises:
-            UserError: it cannot be found.
+            UserError: the model cannot be found.
         """
         from transformers import ViTModel
 
@@ -125,14 +125,14 @@ class SubjectConsistency(Consistency):
         return whole
 
     def features(self, frames_F3HW: Tensor) -> Tensor:
-        """Return the class tokens; frames keep their shape, so the grid of positions is stretched."""
+        """Return the class tokens; frames keep their aspect ratio, so the position embeddings are interpolated."""
         pixels = normalise(vbench_resize(frames_F3HW, 224, "bilinear"), IMAGENET_MEAN, IMAGENET_STD).to(self.dtype)
         states: Tensor = self.net(pixels, interpolate_pos_encoding=True).last_hidden_state
         return states[:, 0]
 
 
 def dino_stretch(embeddings: Any) -> Callable[[Tensor, int, int], Tensor]:
-    """Return `interpolate_pos_encoding` of transformers' ViT with DINO's own sampling points."""
+    """Return a replacement of the ViT's `interpolate_pos_encoding` in transformers with DINO's sampling points."""
 
     def stretch(patches: Tensor, height: int, width: int) -> Tensor:
         size = embeddings.patch_size
@@ -142,9 +142,9 @@ def dino_stretch(embeddings: Any) -> Callable[[Tensor, int, int], Tensor]:
 
 
 def dino_positions(positions_1PD: Tensor, rows: int, columns: int) -> Tensor:
-    """Stretch the square grid of position vectors behind the first one, by DINO's scale factors.
+    """Interpolate the square grid of position embeddings (all but the first, the class token) as DINO does.
 
-    They are (rows + 0.1) / side, and the sampling points follow from them, not from the sizes: a small difference
+    DINO passes the scale factor (rows + 0.1) / side, which determines the sampling points. The result differs slightly
     from `interpolate(size=...)`.
     """
     side = round((positions_1PD.shape[1] - 1) ** 0.5)
@@ -157,17 +157,17 @@ def dino_positions(positions_1PD: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class BackgroundConsistency(Consistency):
-    """How alike the scene stays, by the image features of CLIP B/32 on the centre square."""
+    """Similarity of the scene across frames, by the image embeddings of CLIP B/32 on the centre crop."""
 
     name = "vbench_background"
     model = "openai/clip-vit-base-patch32"
     limits = BACKGROUND
 
     def build(self) -> nn.Module:
-        """Read CLIP's image tower.
+        """Load CLIP's image encoder.
 
         Raises:
-            UserError: it cannot be found.
+            UserError: the model cannot be found.
         """
         from transformers import CLIPVisionModelWithProjection
 
@@ -175,7 +175,7 @@ class BackgroundConsistency(Consistency):
         return net
 
     def features(self, frames_F3HW: Tensor) -> Tensor:
-        """Return the image features."""
+        """Return the image embeddings (F,D)."""
         features: Tensor = self.net(clip_view(frames_F3HW, self.net.config.image_size).to(self.dtype)).image_embeds
         return features
 
@@ -185,15 +185,15 @@ class BackgroundConsistency(Consistency):
 def temporal_flickering(
     prompts: Sequence[str], completions: Sequence[Clip], *, scale: bool = False, log_reasons: Any = None
 ) -> list[float | None]:
-    """Score how little neighbouring frames differ: 1 - mean absolute difference of the 8-bit frames.
+    """Score how little consecutive frames differ: 1 - mean absolute difference of the 8-bit frames.
 
-    Meant for scenes that stand still, for which it measures flicker. A clip of one frame cannot be scored.
+    The score measures flicker and is meant for static scenes. A clip of one frame gets None.
 
     Args:
         prompts: unused.
-        completions: clips of any sizes.
-        scale: give the value as VBench's total takes it, the empirical range stretched to [0,1].
-        log_reasons: gets why a clip has no score.
+        completions: clips of any size.
+        scale: normalise the score with the empirical range to [0,1], as VBench's total does.
+        log_reasons: receives the reasons of missing scores.
     """
     if log_reasons is not None:
         log_reasons([unfit(clip, 2) for clip in completions])
@@ -205,20 +205,20 @@ def temporal_flickering(
 
 
 def _changes(clip: Clip) -> list[tuple[float, int]]:
-    """Mean absolute difference of neighbouring frames in each window, and the number of their pairs."""
+    """Return the mean absolute difference of consecutive frames in each window, and the number of frame pairs."""
     levels = (eight_bit(part.float()) for part in in_windows(clip, overlap=1))
     return [(float((part[1:] - part[:-1]).abs().mean()), len(part) - 1) for part in levels]
 
 
 @promptless
 class AestheticQuality(FrameReward):
-    """How beautiful frames are thought to be: LAION's single linear layer on CLIP L/14, divided by 10.
+    """Predict how beautiful people find the frames: LAION's single linear layer on CLIP L/14, divided by 10.
 
     Args:
         model: Hub id or local folder of CLIP L/14.
-        head: https address, or local path, of the published layer (MIT).
-        frames: how many frames are scored; VBench scores all.
-        reduce, device, dtype: as `FrameReward`.
+        head: https address or local path of the published layer (MIT).
+        frames: number of frames that are scored; VBench scores all.
+        reduce, device, dtype: see `FrameReward`.
     """
 
     name = "vbench_aesthetic"
@@ -234,14 +234,14 @@ class AestheticQuality(FrameReward):
         self.model, self.head = model, head
 
     def needed(self) -> Sequence[tuple[str, str]]:
-        """Return CLIP and the layer."""
+        """Return the places of CLIP and the layer."""
         return ((self.model, ""), (self.head, ""))
 
     def build(self) -> nn.Module:
-        """Read CLIP's image tower and the layer.
+        """Load CLIP's image encoder and the layer.
 
         Raises:
-            UserError: one of them cannot be found or does not fit.
+            UserError: a file cannot be found, or its weights do not fit.
         """
         from transformers import CLIPVisionModelWithProjection
 
@@ -252,7 +252,7 @@ class AestheticQuality(FrameReward):
         return whole
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the layer's value of the unit image feature, divided by 10."""
+        """Return the layer's output for the normalised image embeddings, divided by 10, (B,K)."""
         parts = frames_BK3HW.flatten(0, 1).split(PASS)
         return torch.cat([self._some(part) for part in parts]).view(frames_BK3HW.shape[:2])
 

@@ -1,4 +1,4 @@
-"""Finding and reading published weights: local folders, files, Hub ids and addresses; never with an open pickle."""
+"""Finding and reading published weights: local folders, files, Hub ids and addresses; pickles are never executed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from postgen.errors import UserError, first_line, shown
 from postgen.tensor_files import read_tensors
 
 State = dict[str, Tensor]
-"""Name -> weight."""
+"""State dict: name -> weight."""
 
 _LAYOUT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Files beside `config.json`, one of which a model in the layout of transformers has."""
+"""Weight files of transformers' layout; a model has one of these next to its `config.json`."""
 
 
 def find_file(model: str, file: str = "") -> Path:
-    """Return the local path of a file of weights, downloading it when it is not here.
+    """Return the local path of a file of weights; download the file if it is not on this machine.
 
     Args:
-        model: a local folder or Hub id that holds `file`; or the local path or https address of the file itself.
-        file: name inside the folder or repository; unused when `model` is the file itself.
+        model: a local folder or Hub id that contains `file`; or the local path or https address of the file itself.
+        file: name in the folder or repository; unused if `model` is the file itself.
 
     Raises:
-        UserError: it is not there, or cannot be downloaded.
+        UserError: the file does not exist or cannot be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -36,7 +36,7 @@ def find_file(model: str, file: str = "") -> Path:
         if file and (path / file).is_file():
             return path / file
         raise UserError(
-            f"{path} holds no {file or 'weights'}: it has {', '.join(sorted(_names(path))[:8]) or 'no file'}"
+            f"{path} does not contain {file or 'weights'}: it has {', '.join(sorted(_names(path))[:8]) or 'no file'}"
         )
     if model.startswith("https://"):
         return _download(model)
@@ -52,11 +52,11 @@ def find_file(model: str, file: str = "") -> Path:
 
 
 def absent(model: str, file: str = "") -> str | None:
-    """Say in one line that published weights are not on this machine and how they come here, None where they are.
+    """Return one line on how to get published weights that are not on this machine; None if they are.
 
     Args:
-        model: as for `find_file`, or as for `pretrained`.
-        file: name inside the folder or repository; "" asks for the file itself, or for the layout of transformers.
+        model: see `find_file` or `pretrained`.
+        file: name in the folder or repository; "" checks the file itself, or the layout of transformers.
     """
     path = Path(model).expanduser()
     if path.exists() or model.startswith(("/", ".", "~")):
@@ -79,10 +79,10 @@ def absent(model: str, file: str = "") -> str | None:
 
 
 def pretrained(cls: Any, model: str, **options: Any) -> Any:
-    """Read a network in the layout of transformers from a Hub id or a local folder, all of its weights.
+    """Load a network in the layout of transformers from a Hub id or a local folder; all weights must be there.
 
     Raises:
-        UserError: it cannot be found or read, or some weights are missing or of other shapes.
+        UserError: the model cannot be found or read, or weights are missing or have other shapes.
     """
     from safetensors import SafetensorError
 
@@ -92,15 +92,15 @@ def pretrained(cls: Any, model: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_found(model, error) from error
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{model} lacks {len(missing)} of the weights, {missing[0]} among them: it is another model")
+        raise UserError(f"{model} lacks {len(missing)} weights, for example {missing[0]}: it is another model")
     return net
 
 
 def tokenizer_of(model: str) -> Any:
-    """Return the tokenizer of a Hub id or a local folder.
+    """Load the tokenizer from a Hub id or a local folder.
 
     Raises:
-        UserError: it cannot be found.
+        UserError: the tokenizer cannot be found.
     """
     from transformers import AutoTokenizer
 
@@ -112,12 +112,12 @@ def tokenizer_of(model: str) -> Any:
 
 
 def read_state(path: Path) -> State:
-    """Read the weights in a .safetensors file, or in a foreign .pt, .pth or .bin file without running its pickle.
+    """Read the weights in a .safetensors file, or in a .pt, .pth or .bin file without executing its pickle.
 
-    A dictionary around them (`state_dict`, `model`, `module`) and a common prefix `module.` are taken off.
+    A dictionary around the weights (`state_dict`, `model`, `module`) and the prefix `module.` of names are removed.
 
     Raises:
-        UserError: it is damaged, or holds something else than weights.
+        UserError: the file is damaged, or contains something other than weights.
     """
     if path.suffix == ".safetensors":
         return read_tensors(path, f"{path} cannot be read as weights")
@@ -129,15 +129,15 @@ def read_state(path: Path) -> State:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no plain weights (name -> tensor)")
+        raise UserError(f"{path} does not contain plain weights (name -> tensor)")
     return {name.removeprefix("module."): weight for name, weight in content.items()}
 
 
 def fill(net: nn.Module, state: State, source: object) -> nn.Module:
-    """Put weights into a small network, all of them, and return it.
+    """Load a state dict into a small network and return the network; all weights must be there.
 
     Raises:
-        UserError: names or shapes do not fit.
+        UserError: names or shapes do not match.
     """
     _compare(net.state_dict(), state, source)
     net.load_state_dict(state)
@@ -145,17 +145,17 @@ def fill(net: nn.Module, state: State, source: object) -> nn.Module:
 
 
 def assemble(cls: Any, config: Any, state: State, source: object, **options: Any) -> Any:
-    """Return a network of transformers made of these weights, all of them, without initialising any first.
+    """Build a network of transformers from a state dict, without initialising weights first; all must be there.
 
     Args:
-        cls: its class.
-        config: its configuration.
-        state: weights under the class's own names.
-        source: where they are from, for the message.
+        cls: class of the network.
+        config: configuration of the network.
+        state: state dict with the names of the class.
+        source: origin of the weights, for error messages.
         options: further arguments of the class.
 
     Raises:
-        UserError: names or shapes do not fit.
+        UserError: names or shapes do not match.
     """
     with torch.device("meta"):
         blank = cls(config, **options)
@@ -167,10 +167,10 @@ def _compare(own: Mapping[str, Tensor], state: State, source: object) -> None:
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         told = [
-            f"lacks {missing[0]} and {len(missing) - 1} more" if missing else "",
-            f"has {extra[0]}" if extra else "",
+            f"lack {missing[0]} and {len(missing) - 1} more" if missing else "",
+            f"have {extra[0]}" if extra else "",
         ]
-        raise UserError(f"the weights of {source} are those of another model: it {' and '.join(filter(None, told))}")
+        raise UserError(f"the weights of {source} are those of another model: they {' and '.join(filter(None, told))}")
     for name, weight in own.items():
         if state[name].shape != weight.shape:
             raise UserError(
@@ -180,10 +180,10 @@ def _compare(own: Mapping[str, Tensor], state: State, source: object) -> None:
 
 
 def _place(model: str) -> str:
-    """Take a Hub id as it is, and a path with its folder there."""
+    """Return a Hub id unchanged, or the path of a folder after checking that the folder exists."""
     path = Path(model).expanduser()
     if model.startswith(("/", ".", "~")) and not path.is_dir():
-        raise UserError(f"there is no folder {path}: give a local folder or a Hub id")
+        raise UserError(f"the folder {path} does not exist: give a local folder or a Hub id")
     return str(path) if path.is_dir() else model
 
 
@@ -192,7 +192,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _downloaded(url: str) -> Path:
-    """Return where torch keeps what was downloaded from an address."""
+    """Return the path at which torch stores a download from this address."""
     from urllib.parse import unquote, urlparse
 
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(unquote(urlparse(url).path)).name

@@ -1,7 +1,8 @@
-"""How clips and scores cross a wire: one safetensors file there, one small JSON object back; no file name, no pickle.
+"""The format of requests and responses: clips are sent as one safetensors file, scores return as a small JSON object.
 
-Tensors of the file: `request`, uint8, a JSON object {"prompts": [...], "fps": number or null, "columns": {...}};
-`clip.N` for each clip, (F,3,H,W) uint8 (255 is 1.0) or float32; `column.NAME.N` for each value of a tensor column.
+Neither contains a file name or a pickle. Tensors of the file: `request`, uint8, a JSON object {"prompts": [...],
+"fps": number or null, "columns": {...}}; `clip.N` for each clip, (F,3,H,W) uint8 (255 is 1.0) or float32;
+`column.NAME.N` for each value of a tensor column.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from postgen.rewards.batches import RESERVED
 
 MEDIA_TYPE = "application/x-safetensors"
 MOST_FPS = 10_000
-# Values this far outside [0, 1] are rounding; further out somebody forgot to scale.
+# Values up to this far outside [0, 1] are rounding errors; values beyond indicate that the clip was not scaled.
 _SLACK = 0.05
 
 
 class WireError(ValueError):
-    """A request or an answer that is not of this form."""
+    """A request or a response that does not have the expected format."""
 
 
 def pack(
@@ -36,11 +37,11 @@ def pack(
     columns: Mapping[str, Sequence[Any]] | None = None,
     exact: bool = False,
 ) -> bytes:
-    """Return a request; clips are rounded to 8 bits unless `exact`.
+    """Encode a request; clips are rounded to 8 bits unless `exact` is set.
 
     Raises:
-        WireError: a column whose values are neither tensors nor JSON (objects with `to_dict` count as JSON), or a clip
-            with values that are no finite numbers.
+        WireError: a column has values that are neither tensors nor JSON (objects with `to_dict` count as JSON), or a
+            clip has values that are not finite.
     """
     tensors = {f"clip.{row}": _pixels(clip, exact) for row, clip in enumerate(completions)}
     plain: dict[str, Any] = {}
@@ -58,10 +59,10 @@ def pack(
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """Return the arguments of a reward function from a request: prompts, completions, fps and the columns.
+    """Decode a request into the arguments of a reward function: prompts, completions, fps and the columns.
 
     Raises:
-        WireError: anything that `pack` does not write.
+        WireError: the data was not written by `pack`.
     """
     try:
         tensors = load(data)
@@ -85,10 +86,10 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def read_scores(data: bytes, count: int) -> list[float | None]:
-    """Return the scores of an answer.
+    """Decode the scores of a response.
 
     Raises:
-        WireError: not JSON, another number of scores, or something that is neither a number nor null.
+        WireError: not JSON, a wrong number of scores, or a value that is neither a number nor null.
     """
     try:
         scores = json.loads(data)["scores"]

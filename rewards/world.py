@@ -1,4 +1,4 @@
-"""The exact reward of the synthetic world: how well a clip shows what its prompt, or its spec, asks for."""
+"""The exact reward of the synthetic world: how well a clip shows what its prompt or its spec describes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from postgen.world.reading import Reading
 from postgen.world.spec import SHAPES
 
 _LEAST_FRAMES, _LEAST_SIDE = 5, 32
-NO_BODY = f"the prompt names no scene of the world: bodies are a colour and one of {', '.join(SHAPES)}, 3 at most"
-"""Why a prompt gives nothing to judge."""
+NO_BODY = f"the prompt names no scene of the world: write up to 3 bodies, each a colour and one of {', '.join(SHAPES)}"
+"""Reason of a missing score if the prompt names no body of the world."""
 
 
 @streaming
@@ -33,22 +33,23 @@ def world(
     log_reasons: Any = None,
     workers: int = 0,
 ) -> list[float | None]:
-    """Score clips by `postgen.world.check`: 1 for a clip that shows all of it, graded down to 0.
+    """Score clips with `postgen.world.check`: 1 for a clip that shows everything, less down to 0.
 
-    A prompt with a clause that cannot be judged (a size, a negation, an unknown thing) leaves 0.45 of the score.
+    A prompt with a clause that cannot be checked (a size, a negation, an unknown thing) multiplies the score by
+    0.45.
 
     Args:
-        prompts: read by `world.parse` where there is no spec.
+        prompts: parsed with `world.parse` if there is no spec.
         completions: clips (F,3,H,W) in [0,1], F >= 5, at least 32 px.
-        spec: column of scenes, as `Spec` or as its JSON form.
-        log_metric: gets the shares of clips with the right count, colour, shape, direction, event and camera, of those
-            that are steady, and of those whose prompt is readable.
-        log_reasons: gets why a clip has no score.
-        workers: processes that judge beside this one, as in `check_batch`; 0 needs none.
+        spec: column of scenes, as `Spec` or in its JSON form.
+        log_metric: receives the shares of clips with the right count, colour, shape, direction, event and camera, of
+            steady clips, and of clips with a readable prompt.
+        log_reasons: receives the reasons of missing scores.
+        workers: number of additional processes for the check, as in `check_batch`; 0 uses none.
 
     Returns:
-        One score in [0,1] a clip; None for a prompt that names no body of the world, and for a clip that is too short
-        or too small to be judged.
+        One score in [0,1] per clip; None for a prompt that names no body of the world, and for a clip that is too
+        short or too small.
     """
     wanted = _asked(prompts, spec)
     reports: dict[int, Report] = {}
@@ -66,7 +67,7 @@ def world(
 def _asked(
     prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | None] | None
 ) -> list[Spec | Reading | None]:
-    """As `scenes`, with all that was understood of a prompt."""
+    """Return the same as `scenes`, but with the complete `Reading` of a prompt."""
     given = spec if spec is not None else [None] * len(prompts)
     known = cache(read)
     return [
@@ -76,13 +77,13 @@ def _asked(
 
 
 def scenes(prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | None] | None = None) -> list[Spec | None]:
-    """What each row asks for: its spec, else what the prompt says, else None.
+    """Return the scene of each row: its spec, else the scene parsed from its prompt, else None.
 
     Raises:
-        UserError: a spec in a form that none has.
+        UserError: a spec has an invalid form.
     """
     given = spec if spec is not None else [None] * len(prompts)
-    # The prompts of a group are one prompt.
+    # The rows of a group share one prompt, so parsing is cached.
     read = cache(parse)
     return [
         read(prompt) if own is None else own if isinstance(own, Spec) else Spec.from_dict(own)
@@ -91,7 +92,7 @@ def scenes(prompts: Sequence[str], spec: Sequence[Spec | Mapping[str, Any] | Non
 
 
 def alike(completions: Sequence[Clip], wanted: Sequence[bool]) -> list[list[int]]:
-    """Wanted rows whose clips are long and large enough for the judge, those in memory and of one size together."""
+    """Group the wanted rows whose clips are long and large enough by clip size; a `Footage` forms its own group."""
     groups: dict[Any, list[int]] = {}
     for row, clip in enumerate(completions):
         if why_not(clip, wanted[row]) is None:
@@ -100,11 +101,11 @@ def alike(completions: Sequence[Clip], wanted: Sequence[bool]) -> list[list[int]
 
 
 def why_not(clip: Clip, wanted: bool) -> str | None:
-    """Say why the judge cannot look at a clip, None if it can.
+    """Return the reason why a clip cannot be checked, None if it can.
 
     Args:
         clip: the clip.
-        wanted: whether its prompt or its spec says what it should show.
+        wanted: whether its prompt or its spec describes a scene.
     """
     if not wanted:
         return NO_BODY
@@ -114,7 +115,7 @@ def why_not(clip: Clip, wanted: bool) -> str | None:
 
 
 def reports_of(clips: Sequence[Clip], asked: Sequence[Spec | Reading], *, workers: int = 0) -> list[Report]:
-    """Judge clips that `alike` put together."""
+    """Check the clips of one group of `alike`."""
     first, held = clips[0], [clip for clip in clips if isinstance(clip, Tensor)]
     if isinstance(first, Footage):
         return [check_long(first.windows, asked[0], workers=workers)]

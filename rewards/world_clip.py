@@ -1,7 +1,7 @@
-"""A CLIP of the synthetic world: how well a clip and a sentence fit, by two small towers trained on rendered scenes.
+"""A CLIP of the synthetic world: how well clip and sentence match, by two small encoders trained on rendered scenes.
 
-Learned, and therefore hackable, like the large rewards it stands in for; `world` judges the same exactly. Method:
-arXiv:2103.00020, with sentences that mean the same counted as equal.
+The reward is learned, and therefore exploitable, like the large rewards that it replaces; `world` measures the same
+exactly. Method: arXiv:2103.00020, where sentences of the same meaning count as equal.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _KEYS = {"video", "text", "size", "embedding"}
 
 
 class WorldClipNet(nn.Module):
-    """Both towers; vectors of length 1 in one space.
+    """The video encoder and the text encoder, with normalised embeddings in a shared space.
 
     Args:
         video: arguments of `VideoTower`.
         text: arguments of `TextTower`.
-        embedding: width of the common space.
+        embedding: width of the shared space.
     """
 
     def __init__(self, *, video: dict[str, Any], text: dict[str, Any], embedding: int) -> None:
@@ -43,29 +43,29 @@ class WorldClipNet(nn.Module):
         self.video, self.text = VideoTower(**video), TextTower(**text)
         self.from_video = nn.Linear(video["width"], embedding, bias=False)
         self.from_text = nn.Linear(text["width"], embedding, bias=False)
-        # exp(2.66) is a temperature of 0.07.
+        # exp(2.66) corresponds to a temperature of 0.07.
         self.log_scale = nn.Parameter(torch.tensor(2.66))
 
     def embed_video(self, clips_BT3HW: Tensor) -> Tensor:
-        """Clips of the net's size and length -> (B,E)."""
+        """Embed clips of the network's size and length, (B,E)."""
         return functional.normalize(self.from_video(self.video(clips_BT3HW)).float(), dim=-1)
 
     def embed_text(self, ids_BL: Tensor) -> Tensor:
-        """Token ids, 0 is padding -> (B,E)."""
+        """Embed token ids, where 0 is padding, (B,E)."""
         return functional.normalize(self.from_text(self.text(ids_BL)).float(), dim=-1)
 
     def forward(self, clips_BT3HW: Tensor, ids_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return both embeddings and the scale of their products (training)."""
+        """Return both embeddings and the scale of their cosine similarities (for training)."""
         return self.embed_video(clips_BT3HW), self.embed_text(ids_BL), self.log_scale.clamp(max=4.6).exp()
 
 
 @streaming
 class WorldClip(RewardModel):
-    """Cosine of a clip and its prompt in [-1,1].
+    """Cosine similarity of a clip and its prompt, in [-1,1].
 
     Args:
-        model: folder of an export of the method `world_clip`; None takes the weights that are shipped.
-        device, dtype: as `RewardModel`.
+        model: folder exported by the method `world_clip`; None uses the weights of the package.
+        device, dtype: see `RewardModel`.
     """
 
     name = "world_clip"
@@ -77,10 +77,10 @@ class WorldClip(RewardModel):
         self.size = self.frames = self.length = 0
 
     def build(self) -> nn.Module:
-        """Read the folder.
+        """Load the network and the tokenizer from the folder.
 
         Raises:
-            UserError: no weights, or weights of another model.
+            UserError: the weights are missing or those of another model.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -98,7 +98,7 @@ class WorldClip(RewardModel):
         return [float(score) for score in (texts * clips).sum(-1)]
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> (N,E) on the reward's device."""
+        """Embed prompts, (N,E) on the reward's device."""
         net = self.net
         encoded = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
@@ -107,7 +107,7 @@ class WorldClip(RewardModel):
         return vectors
 
     def embed_video(self, completions: Sequence[Clip]) -> Tensor:
-        """Clips of any size and length -> (N,E) on the reward's device."""
+        """Embed clips of any size and length, (N,E) on the reward's device."""
         net = self.net
         ready = [prepare(clip, self.frames, self.size, self.device).to(self.dtype) for clip in completions]
         rows_of: dict[int, list[int]] = {}
@@ -122,6 +122,6 @@ class WorldClip(RewardModel):
 
 
 def save_world_clip(net: WorldClipNet, tokenizer: Any, config: dict[str, Any], folder: Path) -> None:
-    """Write what `WorldClip` reads; `config` holds the arguments of the net and `size`."""
+    """Write the folder that `WorldClip` loads; `config` contains the arguments of the network and `size`."""
     save_net(net, config, folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))

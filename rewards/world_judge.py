@@ -1,9 +1,9 @@
-"""A judge of looks and of motion in the synthetic world, without a prompt: learned from pairs of graded corruptions.
+"""A judge of appearance and motion in the synthetic world, without a prompt, trained on pairs of graded corruptions.
 
-Two heads, as VideoAlign's VQ and MQ (arXiv:2501.13918): `visual` falls with what one frame shows (blur, noise, wrong
-outlines and colours, ghosts, specks), `motion` with what several show (flicker, bodies that vanish, leap, tremble or
-change, floating, collisions that are none). Learned, and therefore hackable. Scores are in standard deviations of
-clean renders (one for both heads): 0 is a usual render, less is worse.
+The judge has two heads, like VideoAlign's VQ and MQ (arXiv:2501.13918). `visual` decreases with faults visible in one
+frame (blur, noise, wrong outlines and colours, ghosts, specks). `motion` decreases with faults across frames (flicker;
+bodies that vanish, jump, tremble or change; floating; false collisions). It is learned, and therefore exploitable.
+Scores are in standard deviations of clean renders (one value for both heads): 0 is a typical render, less is worse.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEYS = {"video", "size", "mean", "std"}
 
 
 class WorldJudgeNet(nn.Module):
-    """A video tower with a linear head for each of `HEADS`.
+    """A video encoder with a linear head for each of `HEADS`.
 
     Args:
         video: arguments of `VideoTower`.
@@ -36,18 +36,18 @@ class WorldJudgeNet(nn.Module):
         self.heads = nn.Linear(video["width"], len(HEADS))
 
     def forward(self, clips_BT3HW: Tensor) -> Tensor:
-        """Return raw scores (B,2)."""
+        """Return the raw scores (B,2)."""
         scores: Tensor = self.heads(self.video(clips_BT3HW)).float()
         return scores
 
 
 @streaming
 class WorldJudge(RewardModel):
-    """Scores of looks and motion, and `overall`, their mean.
+    """Scores of appearance (`visual`) and `motion`, and their mean, `overall`.
 
     Args:
-        model: folder of an export of the method `world_judge`; None takes the weights that are shipped.
-        device, dtype: as `RewardModel`.
+        model: folder exported by the method `world_judge`; None uses the weights of the package.
+        device, dtype: see `RewardModel`.
     """
 
     name = "world_judge"
@@ -60,10 +60,10 @@ class WorldJudge(RewardModel):
         self.mean, self.std = torch.zeros(2), 1.0
 
     def build(self) -> nn.Module:
-        """Read the folder.
+        """Load the network from the folder.
 
         Raises:
-            UserError: no weights, or weights of another model.
+            UserError: the weights are missing or those of another model.
         """
         folder = reward_folder(self.model, FOLDER)
         config = read_config(folder, _KEYS)

@@ -1,7 +1,7 @@
-"""The networks behind `world_clip` and `world_judge`: a small video tower, a small text tower, and their folders.
+"""The networks of `world_clip` and `world_judge`: a small video encoder, a small text encoder, and their folders.
 
-A folder holds `config.json` (the arguments of the network), `model.safetensors` (half precision) and, where there is a
-text tower, a tokenizer. Suffixes: B clips, T frames, C channels, N tokens, D width, L text length.
+A folder contains `config.json` (the arguments of the network), `model.safetensors` (float16) and, for a text encoder,
+a tokenizer. Suffixes: B clips, T frames, C channels, N tokens, D width, L text length.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from postgen.rewards.weights import read_state
 
 
 class VideoTower(nn.Module):
-    """Clips to one vector each: convolutions on every frame and its change, then a transformer over all places.
+    """Encodes each clip as one vector: convolutions on frames and their differences, then a transformer.
 
     Args:
-        channels: of the stages; each halves the picture.
-        width: of the transformer.
-        layers: of the transformer.
-        grid: places per row and column of a frame that the transformer sees.
-        frames: most frames of a clip.
+        channels: channels of the stages; each stage halves the resolution.
+        width: width of the transformer.
+        layers: number of layers of the transformer.
+        grid: tokens per row and column of a frame.
+        frames: largest number of frames of a clip.
     """
 
     def __init__(self, *, channels: list[int], width: int, layers: int, grid: int, frames: int) -> None:
@@ -46,11 +46,11 @@ class VideoTower(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, clips_BT3HW: Tensor) -> Tensor:
-        """Return (B,D) for clips in [0,1] of at most `frames` frames."""
+        """Return (B,D) for clips in [0,1] with at most `frames` frames."""
         batch, time = clips_BT3HW.shape[:2]
         x = 4 * (clips_BT3HW - 0.5)
         change = functional.pad(4 * x.diff(dim=1), (0, 0, 0, 0, 0, 0, 1, 0))
-        # A GPU's TF32 convolutions would make a score depend on the batch that a clip stands in, by some 5e-4.
+        # With TF32 convolutions on a GPU a score would depend on the other clips of its batch, by about 5e-4.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             y = self.stages(torch.cat((x, change), 2).flatten(0, 1))
         y = functional.adaptive_avg_pool2d(y, self.grid).flatten(2).mT
@@ -60,13 +60,13 @@ class VideoTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids to one vector each: a transformer, mean over the tokens that are not padding (0).
+    """Encodes each text as one vector: a transformer, then the mean over the tokens that are not padding (0).
 
     Args:
         vocabulary: number of token ids.
-        width: of the transformer.
-        layers: of the transformer.
-        length: most tokens of a text.
+        width: width of the transformer.
+        layers: number of layers of the transformer.
+        length: largest number of tokens of a text.
     """
 
     def __init__(self, *, vocabulary: int, width: int, layers: int, length: int) -> None:
@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
-        """Return (B,D)."""
+        """Return (B,D) for token ids (B,L)."""
         empty = ids_BL == 0
         x = self.words(ids_BL) + self.order[: ids_BL.shape[1]]
         x = self.norm(self.transformer(x, src_key_padding_mask=empty))
@@ -104,12 +104,12 @@ def _transformer(width: int, layers: int) -> nn.Module:
 
 
 def prepare(clip: Clip, frames: int, size: int, device: torch.device | str | None = None) -> Tensor:
-    """Return up to `frames` frames at equal distances, (T,3,size,size): the whole picture, antialiased.
+    """Return up to `frames` equally spaced frames, (T,3,size,size): whole pictures, resized with antialiasing.
 
     Args:
-        clip: (F,3,H,W) or a video that is read where it is looked at.
-        frames, size: of the result.
-        device: where; None leaves it where the clip is.
+        clip: (F,3,H,W), or a long video whose frames are read when they are needed.
+        frames, size: number and side of the frames of the result.
+        device: device of the result; None keeps that of the clip.
     """
     picked = uniform_frames(clip, frames).to(device).float()
     if picked.shape[-2:] == (size, size):
@@ -119,7 +119,7 @@ def prepare(clip: Clip, frames: int, size: int, device: torch.device | str | Non
 
 
 def save_net(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """Write a network and its configuration into a folder."""
+    """Write a network (float16) and its configuration into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {name: value.detach().cpu().half().contiguous() for name, value in net.state_dict().items()}
@@ -127,25 +127,25 @@ def save_net(net: nn.Module, config: dict[str, Any], folder: Path) -> None:
 
 
 def read_config(folder: Path, keys: set[str]) -> dict[str, Any]:
-    """Return the configuration of a folder.
+    """Read the configuration of a folder.
 
     Raises:
-        UserError: the folder holds no such network.
+        UserError: the folder does not contain such a network.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no reward: {error}") from error
+        raise UserError(f"{folder} does not contain a reward: {error}") from error
     if not isinstance(config, dict) or not keys <= config.keys():
         raise UserError(f"{folder}/config.json is of another model: it lacks {', '.join(sorted(keys - set(config)))}")
     return config
 
 
 def load_weights(net: nn.Module, folder: Path) -> None:
-    """Read the weights of a folder into a network.
+    """Load the weights of a folder into a network.
 
     Raises:
-        UserError: there are none, they are damaged, or they do not fit.
+        UserError: the weights are missing, damaged, or do not fit.
     """
     try:
         net.load_state_dict(read_state(folder / "model.safetensors"))
@@ -154,12 +154,12 @@ def load_weights(net: nn.Module, folder: Path) -> None:
 
 
 def reward_folder(model: str | Path | None, name: str) -> Path:
-    """Return the folder of a reward's weights: the given one, or the one that is shipped.
+    """Return the folder of a reward's weights: the given folder, or the one in the package.
 
     Raises:
-        UserError: it does not exist.
+        UserError: the folder has no weights.
     """
     folder = Path(model) if model is not None else Path(assets.__file__).resolve().parent / name
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"no weights in {folder}: train them with recipes/{name}.yaml and give model='.../export'")
+        raise UserError(f"{folder} has no weights: train them with recipes/{name}.yaml and give model='.../export'")
     return folder

@@ -1,1 +1,1 @@
-"""How the small learned rewards of the synthetic world are trained: `world_clip` and `world_judge`."""
+"""Training of the small learned rewards of the synthetic world: `world_clip` and `world_judge`."""

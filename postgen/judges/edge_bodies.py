@@ -1,8 +1,8 @@
 """Pictures of upright prisms between a cube and a cylinder, for `postgen.judges.world_edges`.
 
-The footprint is the convex hull of four discs in the corners of a square: of no radius for a cube, of half its side
-for a cylinder, and anything between for drums, half cylinders and cubes with round corners. A prism is the meet of
-half-spaces. Camera and colours are those of the world; light, floor and shadows are like its own.
+The footprint is the convex hull of four discs in the corners of a square. Their radius is zero for a cube and half the
+side of the square for a cylinder; radii between give drums, half cylinders and cubes with round corners. A prism is an
+intersection of half-spaces. Camera and colours are those of the world; light, floor and shadows are similar.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from postgen.world.camera import camera_path
 from postgen.world.raycast import camera_rays
 from postgen.world.spec import BACKGROUNDS, Body, Spec
 
-#: Sides of the polygon that stands for a footprint.
+#: Number of sides of the polygon that approximates a footprint.
 _SIDES = 48
 _SUPERSAMPLE = 2
 _CORNERS = torch.tensor([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
@@ -27,9 +27,9 @@ _CORNERS = torch.tensor([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
 
 @dataclass(slots=True)
 class Prism:
-    """One body: place of its foot, half width and height in metres, turn, RGB, and the roundness of its corners.
+    """One body: position of its foot, half width and height in metres, yaw, RGB, and the roundness of its corners.
 
-    `corners` in [0,1], before the turn, anticlockwise from the one that is on the left and near.
+    `corners` are in [0,1], before the rotation, anticlockwise from the left corner that is near the camera.
     """
 
     foot: tuple[float, float, float]
@@ -41,12 +41,13 @@ class Prism:
 
     @property
     def roundness(self) -> float:
-        """0 for a cube to 1 for what no person calls one: by its two roundest corners."""
+        """From 0 for a cube to 1 for a body that no person calls a cube; computed from the two roundest corners."""
         return min(1.0, max(0.0, (sum(sorted(self.corners)[2:]) / 2 - 0.12) / 0.4))
 
 
 def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
-    """Way (P,) of rays (P,3) from `origin` (P,3) to a prism, `inf` where they miss it, and its normals (P,3)."""
+    """Return the distance (P,) of rays (P,3) from `origin` (P,3) to a prism, `inf` for a miss, and normals (P,3)."""
+    # Footprint: the support of the hull of four discs in each direction of the polygon, in the frame of the body.
     angle = torch.arange(_SIDES) * (2 * math.pi / _SIDES)
     plane = torch.stack((angle.cos(), angle.sin()), -1)
     radius = torch.tensor(body.corners)
@@ -56,6 +57,7 @@ def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
     turn = torch.tensor([[math.cos(body.yaw), math.sin(body.yaw)], [-math.sin(body.yaw), math.cos(body.yaw)]])
     start = (origin[:, :2] - torch.tensor(body.foot[:2])) @ turn.T
     way = ray[:, :2] @ turn.T
+    # A ray is inside the body between the last half-space that it enters and the first that it leaves.
     speed = way @ plane.T
     gap = reach * body.half - start @ plane.T
     safe = torch.where(speed.abs() < 1e-7, 1e-7, speed)
@@ -67,6 +69,7 @@ def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
     first, second = torch.minimum(low / down, high / down), torch.maximum(low / down, high / down)
     top = first > enter
     enter, leave = torch.maximum(enter, first), torch.minimum(leave, second)
+    # Normals: flat on straight sides, round on the discs of rounded corners, and upwards on the top.
     point = start + enter.clamp(-1e3, 1e3)[:, None] * way
     corner = own[side]
     round_ = point - centre[corner] * body.half
@@ -79,12 +82,12 @@ def _hit(origin: Tensor, ray: Tensor, body: Prism) -> tuple[Tensor, Tensor]:
 
 
 def _first(origin: Tensor, ray: Tensor, bodies: list[Prism]) -> tuple[Tensor, Tensor, Tensor]:
-    """Way to the first body (P,), which one it is, and the normal there."""
+    """Return the distance to the first body (P,), its index or -1 (P,), and the normal there (P,3)."""
     way, which = torch.full((len(ray),), torch.inf), torch.full((len(ray),), -1)
     normal = torch.tensor([0.0, 0.0, 1.0]).repeat(len(ray), 1)
     for k, body in enumerate(bodies):
         middle = torch.tensor([*body.foot[:2], body.foot[2] + body.height / 2])
-        # Only rays that come near enough to its middle are tried.
+        # Only rays that pass close to the middle of the body are tested.
         apart = torch.linalg.cross(ray, middle - origin).square().sum(1) / ray.square().sum(1)
         near = (apart < 2 * body.half**2 + (body.height / 2) ** 2).nonzero()[:, 0]
         t, n = _hit(origin[near], ray[near], body)
@@ -95,16 +98,18 @@ def _first(origin: Tensor, ray: Tensor, bodies: list[Prism]) -> tuple[Tensor, Te
 
 
 def picture(bodies: list[Prism], spec: Spec, frame: int, size: int) -> Tensor:
-    """A frame (3,H,W) in [0,1] of bodies under the camera, the light and the ground of a scene."""
+    """Render one frame (3,H,W) in [0,1] of bodies with the camera, light and ground of a scene."""
     position, rotation = camera_path(spec, frame, frame + 1)
     ray = torch.stack(camera_rays(rotation, size, _SUPERSAMPLE), -1)[0]
     origin = position.expand(len(ray), 3)
     way, which, normal = _first(origin, ray, bodies)
+    # Intersect the rays with the bodies and the floor; the nearer hit counts.
     down = ray[:, 2] < -1e-4
     floor = torch.where(down, -origin[:, 2] / ray[:, 2].clamp_max(-1e-4), torch.inf)
     body = way < floor
     t = torch.minimum(way, floor).clamp_max(1e3)
     normal = torch.where(body[:, None], normal, torch.tensor([0.0, 0.0, 1.0]))
+    # Shade the hit points: ambient light, and direct light outside of shadows.
     azimuth, elevation = spec.light
     light = torch.tensor(
         [
@@ -118,6 +123,7 @@ def picture(bodies: list[Prism], spec: Spec, frame: int, size: int) -> Tensor:
     lit = torch.where(dark, 0.0, (normal @ light).clamp_min(0))
     shade = 0.42 * (0.8 + 0.2 * normal[:, 2]) + 0.68 * lit
     albedo = torch.tensor([BACKGROUNDS[spec.background], *(b.rgb for b in bodies)])[torch.where(body, which + 1, 0)]
+    # Blend the floor into the sky with the distance.
     far = (-((t / 26) ** 2)).exp()[:, None]
     sky = torch.tensor([0.76, 0.79, 0.82])
     rgb = albedo * shade[:, None]
@@ -127,7 +133,7 @@ def picture(bodies: list[Prism], spec: Spec, frame: int, size: int) -> Tensor:
 
 
 def corners(rng: random.Random, near: int) -> tuple[float, float, float, float]:
-    """Roundness of the corners of a body drawn at random; corner `near` is the nearest to the camera."""
+    """Draw the roundness of the corners of a body; corner `near` is the one nearest to the camera."""
     kind = rng.choice(("edged",) * 4 + ("drum",) * 3 + ("front", "side", "back", "corner", "between"))
     if kind in ("edged", "drum"):
         r = rng.uniform(0.0, 0.08) if kind == "edged" else rng.uniform(0.6, 1.0)
@@ -142,7 +148,7 @@ def corners(rng: random.Random, near: int) -> tuple[float, float, float, float]:
 
 
 def plain(rng: random.Random, frames: int) -> Spec:
-    """Camera, light and ground of a scene drawn at random; its body counts for nothing."""
+    """Draw camera, light and ground of a scene; its body is a placeholder and is not rendered."""
     camera = rng.choice(("static",) * 6 + ("pan left", "orbit left", "orbit right", "dolly in", "dolly out"))
     amount = {"pan": 0.1, "orbit": 0.4, "dolly": 0.2}.get(camera.split()[0], 0.0)
     return Spec(

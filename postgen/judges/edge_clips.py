@@ -1,4 +1,4 @@
-"""Clips of the prisms of `edge_bodies`, and the judge's own windows of clips: what `world_edges` trains on."""
+"""Training data of `world_edges`: clips of the prisms of `edge_bodies`, and windows cut as the judge cuts them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from postgen.world.check.tracks import BODY_AREA
 from postgen.world.spec import COLOURS, SIZES
 
 FRAMES, BODIES = 5, 3
-#: Clips of a share; the seed of a share is its number.
+#: Clips per share; the number of a share is its random seed.
 SHARE = 40
 _SIZES = (64, 80, 96, 96, 96, 96, 128, 128, 160)
-#: Strongest noise on the latents of a share; the first ones were made with more, and kept.
+#: Strongest noise on the latents of a share. Shares below `_FIRST` were made with more noise, and are kept.
 _NOISE, _NOISE_FIRST, _FIRST = 0.2, 0.3, 20
 
 
 def course(rng: random.Random, place: int, rgb: tuple[float, float, float]) -> list[Prism]:
-    """One body in each frame: it drifts, and in half of the clips its corners change."""
+    """Return one body for each frame: it drifts, and in half of the clips its corners change."""
     half = 0.85 * rng.choice(list(SIZES.values())) * rng.uniform(0.95, 1.05)
     yaw = rng.uniform(0.15, 0.6) * rng.choice((-1, 1))
     first = corners(rng, 0 if yaw > 0 else 1)
@@ -45,7 +45,7 @@ def course(rng: random.Random, place: int, rgb: tuple[float, float, float]) -> l
 
 
 def clip(rng: random.Random, size: int) -> tuple[Tensor, list[list[Prism]], list[str]]:
-    """A clip (F,3,H,W), its bodies by frame, and their colours."""
+    """Render a clip (F,3,H,W); return it with its bodies per frame and their colours."""
     names = rng.sample(list(COLOURS), BODIES)
     courses = [course(rng, k, COLOURS[name]) for k, name in enumerate(names)]
     spec, frames = plain(rng, FRAMES), list(zip(*courses, strict=True))
@@ -55,7 +55,7 @@ def clip(rng: random.Random, size: int) -> tuple[Tensor, list[list[Prism]], list
 
 @torch.no_grad()
 def redrawn(vae: Any, clip_F3HW: Tensor, rng: random.Random, most: float) -> Tensor:
-    """The clip through an autoencoder, in most cases with noise up to `most` on its latents, fine or in patches."""
+    """Pass a clip through an autoencoder, usually with noise of up to `most` on its latents, fine or smoothed."""
     z = vae.encode((clip_F3HW[None] * 2 - 1).transpose(1, 2)).latent_dist.mode()
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     noise = torch.randn(z.shape, generator=generator)
@@ -68,7 +68,7 @@ def redrawn(vae: Any, clip_F3HW: Tensor, rng: random.Random, most: float) -> Ten
 
 @torch.no_grad()
 def cut(clip_F3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Windows (N,2,CELLS,CELLS) of the blobs of a clip that stand free; frame, colour and pixels of each (N,)."""
+    """Cut windows (N,2,CELLS,CELLS) of the free-standing blobs of a clip; return frame, colour, area (N,) too."""
     pictures = smooth((clip_F3HW * 255).round() / 255)
     blobs = find_blobs(pictures, balance(pictures, len(pictures)))
     free = blobs.valid & ~blobs.touch & ~blobs.border & (blobs.area >= BODY_AREA * blobs.slot_MP.shape[1])
@@ -77,12 +77,12 @@ def cut(clip_F3HW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def as_bytes(window: Tensor) -> Tensor:
-    """Windows as they are kept: int16, 255 for 1."""
+    """Convert windows to their stored form: int16, where 255 stands for 1."""
     return (window * 255).round().clamp(0, 400).short()
 
 
 def make_share(share: int, vae: Any) -> dict[str, Tensor]:
-    """Windows of a share of the clips, and how round each body is."""
+    """Make the windows of one share of the clips, with the roundness of each body."""
     rng, windows, labels = random.Random(share), [], []
     most = _NOISE_FIRST if share < _FIRST else _NOISE
     for _ in range(SHARE):

@@ -1,8 +1,8 @@
-"""Method `world_clip`: trains the two towers of `postgen.rewards.world_clip` on rendered scenes and their captions.
+"""Method `world_clip`: trains the two encoders of `postgen.rewards.world_clip` on rendered scenes and their captions.
 
-Contrastive loss of arXiv:2103.00020 (both directions, learned temperature). Small worlds repeat themselves, so all
-captions of a batch that mean the same as a clip's share its target; and every clip also has captions of scenes that
-differ from its own in one word.
+The loss is the contrastive loss of arXiv:2103.00020 (both directions, learned temperature). Scenes of a small world
+repeat, so all captions of a batch with the meaning of a clip share its target. Every clip also has captions of edited
+scenes, which differ from its own scene in one word.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from postgen.world.scenes import FIRST_TRAINING_SEED, Scene, draw_scenes, render
 from postgen.world.spec import COLOURS, PAIR_EVENTS, SHAPES, Spec
 
 GROUP = 32
-"""Captions that each evaluated clip has to be told apart from, its own among them."""
+"""Number of captions among which each evaluated clip must find its own."""
 _FRAMES = 17
 _SINGLE = ("moves left", "moves right", "moves closer", "moves away", "stays", "bounces", "falls")
 
@@ -43,34 +43,34 @@ class WorldClipConfig(TrainingConfig):
     """Height and width of the clips in pixels."""
 
     frames: int = 9
-    """Frames that the video tower sees of each clip of 17."""
+    """Frames of each clip of 17 frames that the video encoder receives."""
 
     pool_clips: int = 16384
-    """Clips that are rendered once and kept on the device."""
+    """Number of clips that are rendered once and kept on the device."""
 
     captions_per_clip: int = 4
-    """Wordings of each clip."""
+    """Number of differently worded captions per clip."""
 
     edits_per_clip: int = 2
-    """Captions of scenes that differ in one word, for each clip."""
+    """Number of captions per clip that describe a scene with one word changed."""
 
     width: int = 128
     """Width of both transformers, a multiple of 32."""
 
     video_layers: int = 4
-    """Layers over the places of all frames."""
+    """Layers of the video transformer, which attends to the tokens of all frames."""
 
     text_layers: int = 3
-    """Layers of the text tower."""
+    """Layers of the text encoder."""
 
     vocabulary: int = 640
-    """Most pieces of the tokenizer."""
+    """Largest number of tokens in the tokenizer's vocabulary."""
 
     text_length: int = 48
-    """Most tokens of a caption."""
+    """Largest number of tokens of a caption."""
 
     eval_groups: int = 8
-    """Groups of 32 clips for retrieval, half of them with held-out combinations."""
+    """Number of groups of 32 clips in the retrieval evaluation; half of them show held-out combinations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,14 +85,14 @@ class WorldClipConfig(TrainingConfig):
 
 
 class WorldClipTrainer(Trainer[WorldClipConfig]):
-    """Trains both towers; exports the folder that the reward reads."""
+    """Trains both encoders and exports the folder that the reward loads."""
 
     config_class: ClassVar[type[TrainingConfig]] = WorldClipConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """Both towers with random weights; also renders the clips to train on and to evaluate."""
+        """Build both encoders with random weights; also render the clips for training and evaluation."""
         args = self.args
-        # As large a sample of wordings as the tokenizer of the embedded model has seen; independent of the pool.
+        # The tokenizer is independent of the pool and sees as many captions as that of the embedded model.
         words = [text for seed in range(2000) for text in _wordings(world.sample(seed, split="all"), 4, seed)]
         self.tokenizer = train_tokenizer(words, args.vocabulary)
         first = FIRST_TRAINING_SEED + self.accelerator.process_index * 10_000_000
@@ -120,7 +120,7 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
         return {"towers": WorldClipNet(**self.config)}
 
     def _pictures(self, specs: list[Spec]) -> Tensor:
-        """Clips (N,T,3,H,W) uint8 of as many frames as the tower sees."""
+        """Render clips (N,T,3,H,W) uint8 with the number of frames of the video encoder."""
         args = self.args
         parts = [
             torch.stack([uniform_frames(clip, args.frames) for clip in (rgb * 255).round().to(torch.uint8)])
@@ -129,7 +129,7 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
         return torch.cat(parts)
 
     def _texts(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-        """Token ids (N, wordings + edits, L), and a number (N, 1 + edits) for what each scene and each edit means."""
+        """Return token ids (N, captions + edits, L), and the index of each meaning (N, 1 + edits), own scene first."""
         args = self.args
         numbers: dict[str, int] = {}
         rows: list[str] = []
@@ -144,7 +144,7 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
         return ids.to(self.device), torch.tensor(meaning, device=self.device)
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Contrastive loss of one batch; metric: share of clips whose own meaning ranks first."""
+        """Return the contrastive loss of one batch; metric: share of clips that rank their own meaning first."""
         args, batch = self.args, self.args.per_device_train_batch_size
         rows = torch.randint(len(self.clips), (batch,), generator=self.generator, device=self.device)
         which = torch.randint(args.captions_per_clip, (batch,), generator=self.generator, device=self.device)
@@ -163,7 +163,7 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
         return 0.5 * loss, {"hit": hit, "scale": scale.detach()}
 
     def _augmented(self, clips_BT3HW: Tensor) -> Tensor:
-        """Floats in [0,1], a little brighter or darker and with a little noise, as a generator's clips are."""
+        """Convert clips to floats in [0,1], with random brightness and a little noise, as in generated clips."""
         batch = len(clips_BT3HW)
         x = clips_BT3HW.float() / 255
         amount = torch.rand(2, batch, 1, 1, 1, 1, generator=self.generator, device=self.device)
@@ -171,7 +171,7 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
         return (x * (0.9 + 0.2 * amount[0]) + 0.04 * amount[1] * noise).clamp(0, 1)
 
     def evaluate(self) -> dict[str, float]:
-        """Share of unseen clips that find their caption among 32; of combinations that training saw, and held out."""
+        """Return the share of unseen clips that find their caption among 32, for trained and held-out combinations."""
         net: Any = self.unwrap("towers")
         hits: dict[str, list[float]] = {}
         for group, clips in zip(self.groups, self.group_clips, strict=True):
@@ -183,13 +183,13 @@ class WorldClipTrainer(Trainer[WorldClipConfig]):
         return {name: sum(values) / len(values) for name, values in hits.items()}
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Half-precision weights, tokenizer and configuration."""
+        """Write float16 weights, tokenizer and configuration."""
         towers: Any = self.unwrap("towers")
         save_world_clip(towers, self.tokenizer, {**self.config, "size": self.args.size}, folder)
 
 
 def _shared_target(logits: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy with the target spread evenly over all columns that are the same as the row."""
+    """Return the cross-entropy with a target that is uniform over all columns with the meaning of the row."""
     target = same.float() / same.sum(1, keepdim=True).clamp_min(1)
     return -(target * functional.log_softmax(logits.float(), dim=1)).sum(1).mean()
 
@@ -199,7 +199,7 @@ def _wordings(spec: Spec, count: int, seed: int) -> list[str]:
 
 
 def sense(spec: Spec) -> str:
-    """What a scene shows, whatever the order of its bodies and the wording: scenes with one sense are one target."""
+    """Describe a scene independently of the order of bodies and the wording; equal texts share one target."""
     partners = {body.partner for body in spec.bodies if body.partner is not None}
     parts = []
     for index, body in enumerate(spec.bodies):
@@ -211,7 +211,7 @@ def sense(spec: Spec) -> str:
 
 
 def edited(spec: Spec, rng: random.Random) -> Spec:
-    """The scene with one body of another colour, shape or event; only for captions, not to be rendered."""
+    """Change colour, shape or event of one body of a scene; the result is for captions only, not for rendering."""
     index = rng.randrange(len(spec.bodies))
     body = spec.bodies[index]
     partner = any(other.partner == index for other in spec.bodies)
@@ -224,7 +224,7 @@ def edited(spec: Spec, rng: random.Random) -> Spec:
 
 
 def evaluation_groups(count: int) -> list[list[Spec]]:
-    """Groups of 32 scenes of different sense that training never sees; every second one of held-out combinations."""
+    """Return groups of 32 scenes of different meaning that training never sees; every second group is held out."""
     groups: list[list[Spec]] = []
     seed = 0
     for number in range(count):

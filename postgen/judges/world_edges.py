@@ -1,15 +1,16 @@
-"""Trains the network of `postgen.world.check.edges`, which tells a cube from a body with round sides.
+"""Trains the network of `postgen.world.check.edges`, which separates cubes from bodies with round sides.
 
     python -m postgen.judges.world_edges FOLDER --shares 0 1 2 3 4 5 6 8 12 13 14 15 16 17 18 20 21 22 23 50 51 52
-    python -m benchmarks.world_edge_windows FOLDER --generated ... # windows of clips that persons looked at
-    python -m postgen.judges.world_edges FOLDER --first           # learns from the prisms (first.safetensors)
+    python -m benchmarks.world_edge_windows FOLDER --generated ... # windows of clips labelled by persons
+    python -m postgen.judges.world_edges FOLDER --first           # trains on the prisms (first.safetensors)
     python -m postgen.judges.world_edges FOLDER --output postgen/assets/world-edges/model.safetensors
 
-The shipped weights are made so, on one thread of a CPU: 2 minutes a share, 10 for the rest. First come bodies between
-a cube and a cylinder whose roundness is known; they go through the embedded model's own autoencoder, most with noise
-on their latents, as what the model draws is softer and lumpier than a render. Then come the cubes of clips that
-persons looked at. A person says of a clip whether its cube is one, not of a frame: of a cube that is none, some frames
-look round, and of one that is, none should. So a body's value is the mean of its roundest frames.
+These commands make the weights of the package, on one thread of a CPU: 2 minutes a share, 10 for the rest. The first
+stage trains on bodies between a cube and a cylinder of known roundness. They pass through the autoencoder of the
+embedded model, most with noise on their latents, because bodies in generated clips are softer and lumpier than
+rendered ones. The second stage trains on cubes of generated clips that persons labelled. A person labels a whole clip,
+not a frame: a wrong cube looks round in some frames, a right one in none. The value of a body is therefore the mean
+over its roundest frames.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from postgen.judges.edge_clips import make_share
 from postgen.tensor_files import read_tensors
 from postgen.world.check.edges import EdgeNet
 
-#: Of the first stage.
+#: Steps, batch size and learning rate of the first stage.
 _STEPS, _BATCH, _RATE = 5000, 192, 2e-3
-#: Of the second: bodies in a batch (half of them wrong), frames of each, how many of these count.
+#: Second stage: steps, bodies per batch (half of them wrong), frames per body, how many of these count, learning rate.
 _LOOKED_STEPS, _BODIES, _SHOTS, _WORST, _LOOKED_RATE = 150, 32, 10, 3, 5e-4
-#: A body with fewer windows is not learned from.
+#: Fewest windows of a body that is used for training.
 LEAST = 4
-#: How unsure a person's word is, and part of the features that are dropped.
+#: Label smoothing for the persons' labels, and dropout of the features.
 _DOUBT, _DROPPED = 0.05, 0.2
 _DECAY = 0.02
 
 Bag = tuple[Tensor, bool]
-"""Windows (n,2,CELLS,CELLS) of one cube that was asked for, and whether a person says that it is none."""
+"""Windows (n,2,CELLS,CELLS) of one requested cube, and whether a person labelled it as wrong (not a cube)."""
 
 
 def learn_prisms(window: Tensor, label: Tensor, steps: int = _STEPS) -> EdgeNet:
-    """Fit to windows (N,2,CELLS,CELLS) int16 as `edge_clips.as_bytes` keeps them and how round each body is (N,)."""
+    """Train on windows (N,2,CELLS,CELLS) int16 as stored by `edge_clips.as_bytes`, with their roundness (N,)."""
     torch.manual_seed(0)
     net = EdgeNet()
     optimizer, plan = _optimizer(net, _RATE, steps)
@@ -58,15 +59,18 @@ def learn_prisms(window: Tensor, label: Tensor, steps: int = _STEPS) -> EdgeNet:
 
 
 def learn_looked(net: EdgeNet, bags: Sequence[Bag], steps: int = _LOOKED_STEPS) -> EdgeNet:
-    """Go on with bodies of generated clips that a person looked at.
+    """Continue training on bodies of generated clips that a person labelled.
 
     Raises:
-        UserError: there are no right ones, or no wrong ones.
+        UserError: there are no right bodies, or no wrong ones.
     """
     torch.manual_seed(0)
     kinds = [[window for window, wrong in bags if wrong is said and len(window) >= LEAST] for said in (True, False)]
     if not all(kinds):
-        raise UserError(f"world_edges needs right and wrong bodies, got {len(kinds[1])} and {len(kinds[0])}.")
+        raise UserError(
+            f"world_edges needs right and wrong bodies, got {len(kinds[1])} right and {len(kinds[0])} wrong:"
+            " label more clips."
+        )
     optimizer, plan = _optimizer(net.train(), _LOOKED_RATE, steps)
     said = torch.tensor([1 - _DOUBT, _DOUBT]).repeat_interleave(_BODIES // 2)
     for _ in range(steps):
@@ -91,7 +95,7 @@ def _update(loss: Tensor, optimizer: torch.optim.Optimizer, plan: Any) -> None:
 
 
 def varied(window: Tensor) -> Tensor:
-    """Windows mirrored, moved a little, made a little larger or smaller, and softened."""
+    """Augment windows: mirror, shift, scale and soften them a little."""
     count = len(window)
     grow, flip = 1 + 0.08 * (torch.rand(count) * 2 - 1), torch.randint(0, 2, (count,)) * 2.0 - 1
     theta = torch.zeros(count, 2, 3)
@@ -106,11 +110,13 @@ def varied(window: Tensor) -> Tensor:
 
 
 def read_bags(path: Path, but: int | None = None) -> list[Bag]:
-    """Bodies of a file of `benchmarks.world_edge_windows`: `window` (N,...), `bag` (N,), `wrong` and `set` (bags,).
+    """Read the bodies from a file of `benchmarks.world_edge_windows`.
+
+    The file has `window` (N,...), `bag` (N,), and `wrong` and `set` (bags,).
 
     Args:
         path: the file.
-        but: leave the bodies of this set of clips out.
+        but: index of a set of clips whose bodies are left out.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -121,7 +127,7 @@ def read_bags(path: Path, but: int | None = None) -> list[Bag]:
 
 
 def read_net(path: Path) -> EdgeNet:
-    """A network as the first stage wrote it.
+    """Load a network that the first stage wrote.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -132,7 +138,7 @@ def read_net(path: Path) -> EdgeNet:
 
 
 def write_net(net: EdgeNet, path: Path) -> None:
-    """Write the weights in half precision."""
+    """Write the weights in float16."""
     _write({name: value.half() for name, value in net.state_dict().items()}, path)
 
 
@@ -143,12 +149,12 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    """Make shares, or learn from them, or from the clips that were looked at."""
+    """Make shares of prisms, train on them, or train on labelled clips, as the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the shares and windows are kept")
+    parser.add_argument("folder", type=Path, help="folder of the shares and windows")
     parser.add_argument("--shares", type=int, nargs="+", metavar="NUMBER", help="make these shares of prisms")
-    parser.add_argument("--first", action="store_true", help="learn from all shares but the last")
-    parser.add_argument("--output", type=Path, help="learn from looked.safetensors too, write the weights here")
+    parser.add_argument("--first", action="store_true", help="train on all shares but the last")
+    parser.add_argument("--output", type=Path, help="train on looked.safetensors too, and write the weights here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     first = args.folder / "first.safetensors"
@@ -165,7 +171,7 @@ def main() -> None:
     if args.output:
         bags = read_bags(args.folder / "looked.safetensors")
         write_net(learn_looked(read_net(first), bags), args.output)
-        print(f"{sum(wrong for _, wrong in bags)} of {len(bags)} bodies are wrong; written to {args.output}")
+        print(f"{sum(wrong for _, wrong in bags)} of {len(bags)} bodies are wrong; the weights are in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more spoilt version of it.
+"""Method `world_judge`: trains `postgen.rewards.world_judge` on pairs of a clip and a more corrupted version of it.
 
-Bradley-Terry loss, as in arXiv:2501.13918: -log sigmoid(better - worse), of the head that a kind of spoiling is for
-and of the mean of both; the other head is held to give both the same. Reconstructions and samples of a model are
-spoilt as a whole as renders are, and a reconstruction also counts as worse to look at than its render.
+The loss is the Bradley-Terry loss of arXiv:2501.13918, -log sigmoid(better - worse), for the head to which a
+corruption kind belongs and for the mean of both heads. The other head is trained to give both clips the same score.
+Reconstructions and samples of a model are corrupted as a whole, like renders. In addition, a reconstruction counts as
+visually worse than its render.
 """
 
 from __future__ import annotations
@@ -37,36 +38,37 @@ class WorldJudgeConfig(TrainingConfig):
     """Settings of the method.
 
     Raises:
-        UserError: a value outside its range, or samples without a pipeline.
+        UserError: a value outside its range, or `pipeline` is not a folder.
     """
 
     size: int = 96
     """Height and width of the clips in pixels."""
 
     pool_clips: int = 3072
-    """Scenes that are rendered, each in seven versions (3.6 MB of 17 frames at 96 px), and kept on the device."""
+    """Number of rendered scenes, each in seven versions (3.6 MB of 17 frames at 96 px), kept on the device."""
 
     course_clips: int = 512
-    """Most of them that each of `postgen.judges.spoil.COURSES` but leaps is rendered for, at four strengths."""
+    """Largest number of scenes rendered at four strengths for each kind of `postgen.judges.spoil.COURSES` but
+    `teleport`."""
 
     kinds_per_step: int = 4
-    """Kinds that the pairs of a step are of."""
+    """Number of corruption kinds among the pairs of a step."""
 
     hard_share: float = 0.5
-    """Part of the draws in which a kind's chance follows the share of its pairs that were ranked wrongly of late."""
+    """Part of the draws in which the probability of a kind follows the share of its recent pairs ranked wrongly."""
 
     pipeline: str | None = None
     """Folder of a diffusers text-to-video pipeline of the world, or `embedded`, for reconstructions and samples; none
-    takes none."""
+    uses renders only."""
 
     reconstructions: int = 1024
-    """Clips that the pipeline's autoencoder reconstructs."""
+    """Number of clips that the autoencoder of the pipeline reconstructs."""
 
     samples: int = 256
-    """Clips that the pipeline makes from captions."""
+    """Number of clips that the pipeline generates from captions."""
 
     sampling_steps: int = 20
-    """Denoising steps of these."""
+    """Denoising steps of these clips."""
 
     width: int = 96
     """Width of the transformer, a multiple of 32."""
@@ -75,10 +77,10 @@ class WorldJudgeConfig(TrainingConfig):
     """Layers of the transformer."""
 
     other_head_weight: float = 0.3
-    """Weight of the squared difference that the head which a corruption is not for makes between both clips."""
+    """Weight of the squared score difference between both clips in the head to which the kind does not belong."""
 
     eval_clips: int = 128
-    """Unseen scenes, half of them with held-out combinations, for the accuracy on pairs."""
+    """Number of unseen scenes for the pair accuracy, half of them with held-out combinations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,15 +103,15 @@ class WorldJudgeConfig(TrainingConfig):
 
 
 class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
-    """Trains the judge; exports the folder that the reward reads."""
+    """Trains the judge and exports the folder that the reward loads."""
 
     config_class: ClassVar[type[TrainingConfig]] = WorldJudgeConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """A judge with random weights; also renders the scenes, and makes the pipeline's clips."""
+        """Build a judge with random weights; also render the scenes and generate the clips of the pipeline."""
         args = self.args
         first = FIRST_TRAINING_SEED + self.accelerator.process_index * 10_000_000
-        # More collisions than the world draws by itself: three kinds are seen on them alone.
+        # More collisions than the world's default, because three kinds need a collision.
         pool = draw_scenes(first, args.pool_clips, _FRAMES, bodies=(0.5, 0.4, 0.1), pair_share=0.3)
         self.takes = render_takes([scene.spec for scene in pool], args.size, self.device, args.course_clips)
         shown = {kind: self.takes.rows(kind) for kind in LEVELS}
@@ -121,7 +123,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         known = [*self.rows_of, *(["remade"] if self.remade is not None else [])]
         self.chances = KindChances(known, args.hard_share)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what rendering took for a while, other processes on the device can have
+            torch.cuda.empty_cache()  # rendering has ended: free its memory for other processes
         self.config: dict[str, Any] = {
             "video": {
                 "channels": [32, 48, 64, 96],
@@ -134,13 +136,13 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         return {"judge": WorldJudgeNet(**self.config)}
 
     def _of_pipeline(self) -> tuple[Tensor | None, Tensor | None]:
-        """Samples of the pipeline, and reconstructions of the pool's first clips; uint8 as the renders."""
+        """Return samples of the pipeline, and reconstructions of the pool's first clips; uint8 like the renders."""
         args = self.args
         if args.pipeline is None:
             return None, None
         from diffusers import DiffusionPipeline
 
-        # Guided as the folder says, not as its pipeline does by default; its size and length are those of the judge.
+        # The guidance scale is the folder's default, not that of the pipeline class; size and length are the judge's.
         folder = model_folder(args.pipeline)
         self.guidance = inspect_model(folder).default("guidance_scale")
         pipe = DiffusionPipeline.from_pretrained(folder).to(self.device)
@@ -168,7 +170,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         return clips
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Bradley-Terry loss of one batch of pairs of some kinds; metric: share of pairs in the right order."""
+        """Return the Bradley-Terry loss of a batch of pairs of several kinds; metric: share of correct pairs."""
         args = self.args
         kinds = self.chances.draw(args.kinds_per_step)
         shares = [len(part) for part in torch.arange(args.per_device_train_batch_size).tensor_split(len(kinds))]
@@ -183,26 +185,26 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
             scores = self.models["judge"](torch.cat((better, worse)))
         gap = scores[: len(better)] - scores[len(better) :]
         own, other = (gap.gather(1, column[:, None])[:, 0] for column in (head, 1 - head))
-        # The mean of both heads must rank the pair as well: it is what a policy is trained on.
+        # The mean of both heads must rank the pair too, because a policy is trained on the mean.
         loss = -functional.logsigmoid(own).mean() - functional.logsigmoid(gap.mean(1)).mean()
         loss = loss + args.other_head_weight * other.square().mean()
-        # Only differences count above; this keeps the scores near zero.
+        # The terms above depend on differences only; this term keeps the scores near zero.
         loss = loss + 1e-3 * scores.square().mean()
-        # Wrong as the evaluation counts it: by the mean of both heads, ties included.
+        # "Wrong" is defined as in the evaluation: by the mean of both heads, ties included.
         for kind, wrong in zip(kinds, (gap.detach().mean(1) <= 0).float().cpu().split(shares), strict=True):
             self.chances.note(kind, float(wrong.mean()))
         return loss, {"right": (own > 0).float().mean()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how often the kinds' pairs were ranked wrongly, which the next kinds are drawn by."""
+        """Return how often the pairs of each kind were ranked wrongly; the next kinds are drawn with these errors."""
         return {"errors": dict(self.chances.errors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the errors of the kinds."""
         self.chances.load(state["errors"])
 
     def _pair(self, kind: str, count: int) -> tuple[Tensor, Tensor]:
-        """The same clips at two levels of a kind."""
+        """Return the same clips at two levels of a kind."""
         picked = self._draw(kind, count)
         low = torch.randint(4, (count,), generator=self.generator, device=self.device)
         more = torch.randint(1, 5, (count,), generator=self.generator, device=self.device)
@@ -212,7 +214,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         return corrupt(kind, low, picked, generators[0]), corrupt(kind, high, picked, generators[1])
 
     def _draw(self, kind: str, batch: int) -> Picked:
-        """Scenes that show a kind; every third time clips of the pipeline, where there are some and the kind can."""
+        """Draw scenes that show a kind, or (one time in three, if possible) clips of the pipeline."""
         extra = [clips for clips in (self.made, self.remade) if clips is not None]
         if extra and kind in ON_ANY_CLIP and random.random() < 1 / 3:
             clips = random.choice(extra)
@@ -228,7 +230,7 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         return self.takes.clean[rows].float() / 255, self.remade[rows].float() / 255
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy on pairs of unseen clips, clean against the second level, by the mean of both heads."""
+        """Return the accuracy on pairs of unseen clips, clean against level 2, by the mean of both heads."""
         accuracy = pair_accuracy(lambda clips: self._scores(clips).mean(1), self.unseen, level=2)
         named = {f"pairs_{kind.replace(' ', '_')}": value for kind, value in accuracy.items()}
         return {**named, "pairs_min": min(value for value in accuracy.values() if not math.isnan(value))}
@@ -238,17 +240,17 @@ class WorldJudgeTrainer(Trainer[WorldJudgeConfig]):
         return torch.cat([judge(part) for part in clips.split(32)])
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Half-precision weights and configuration with the mean and spread of the scores of clean clips."""
+        """Write float16 weights, and the configuration with mean and deviation of the scores of clean clips."""
         judge: Any = self.unwrap("judge")
         scores = torch.cat([self._scores(part.float() / 255) for part in self.unseen.clean.split(64)])
-        # One unit for both heads, so that their mean ranks clips as it did in training.
+        # One deviation for both heads, so that their mean ranks clips as in training.
         spread = float(scores.var(0, correction=0).mean().sqrt().clamp_min(1e-3))
         known = {"size": self.args.size, "mean": scores.mean(0).tolist(), "std": spread}
         save_net(judge, {**self.config, **known}, folder)
 
 
 def _reconstructed(vae: Any, clips_BT3HW: Tensor) -> Tensor:
-    """Clips through an autoencoder and back, uint8."""
+    """Encode and decode clips with an autoencoder; return uint8."""
     x = (clips_BT3HW.float() / 127.5 - 1).transpose(1, 2).to(vae.dtype)
     with torch.no_grad():
         y: Tensor = vae.decode(vae.encode(x).latent_dist.mode()).sample
@@ -256,13 +258,13 @@ def _reconstructed(vae: Any, clips_BT3HW: Tensor) -> Tensor:
 
 
 def pair_accuracy(score: Any, takes: Takes, level: int, seed: int = 0) -> dict[str, float]:
-    """Share of clean clips that score higher than their spoilt version, by kind.
+    """Return the share of clean clips that score higher than their corrupted version, for each kind.
 
     Args:
-        score: clips (B,T,3,H,W) in [0,1] -> (B,).
-        takes: from `render_takes`.
-        level: 1 to 4.
-        seed: of what is random in the corruptions.
+        score: function from clips (B,T,3,H,W) in [0,1] to scores (B,).
+        takes: output of `render_takes`.
+        level: level of the corruption, 1 to 4.
+        seed: seed of the random parts of the corruptions.
     """
     result = {}
     device = takes.clean.device

@@ -1,4 +1,4 @@
-"""How the embedded text-to-video model is trained: its autoencoder first, then its denoiser and text encoder.
+"""Training of the embedded text-to-video model: its autoencoder first, then its denoiser and text encoder.
 
-The one room that builds a concrete diffusers model; everything else takes the model that the user brings.
+This is the only package that builds a concrete diffusers model; all others use the model that the user supplies.
 """

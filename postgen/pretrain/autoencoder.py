@@ -24,7 +24,7 @@ from .pool import Clips, dilated, render_clips, to_model
 
 @dataclass(kw_only=True)
 class AutoencoderConfig(TrainingConfig):
-    """Settings of the method; the batch size counts clips of the first length, other clips come as many as cost that.
+    """Settings of the method. The batch size counts clips of the first length; other batches have about equal cost.
 
     Raises:
         UserError: a value outside its range.
@@ -34,73 +34,73 @@ class AutoencoderConfig(TrainingConfig):
     """Height and width of the clips in pixels, a multiple of 8."""
 
     base_dim: int = 32
-    """Channels of the encoder's first level in units of `dim_mult`."""
+    """Channels of the encoder at its full resolution, multiplied by `dim_mult` at each level."""
 
     decoder_base_dim: int | None = None
-    """The same of the decoder; none is as many as the encoder's."""
+    """The same for the decoder; none uses the value of the encoder."""
 
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
-    """Channels of each level in units of the base; three levels."""
+    """Multiplier of `base_dim` for each of the three levels."""
 
     z_dim: int = 16
-    """Latent channels."""
+    """Number of latent channels."""
 
     lengths: list[int] = field(default_factory=lambda: [17, 33])
-    """Clip lengths to train on, each 4n+1 and at least 9; the first is evaluated."""
+    """Clip lengths for training, each 4n+1 and at least 9; the first length is evaluated."""
 
     sizes: list[int] = field(default_factory=list)
     """Height and width of the clips of each length, multiples of 8, the first one `size`; empty: `size` for all."""
 
     length_weights: list[float] = field(default_factory=lambda: [0.85, 0.15])
-    """How often each length is drawn in the last part of the run."""
+    """Relative frequency of each length in the last part of the run."""
 
     pool_clips: int = 4096
-    """Clips of the first length that are rendered once and kept on the device of each process."""
+    """Number of clips of the first length that are rendered once and kept on the device of each process."""
 
     pool_shares: list[float] = field(default_factory=lambda: [1.0, 0.125])
-    """Clips of each length that are kept, in units of `pool_clips`; in (0, 1], the first 1."""
+    """Number of clips of each length that are kept, relative to `pool_clips`; in (0, 1], the first 1."""
 
     image_until: float = 0.1
-    """Share of the run that trains on single frames."""
+    """Share of the run, from its start, that trains on single frames."""
 
     short_until: float = 0.45
-    """Share of the run after which 9-frame crops of the first length give way to whole clips of all lengths."""
+    """Share of the run after which whole clips of all lengths replace 9-frame crops of the first length."""
 
     image_share: float = 0.0
-    """Share of the later steps that train on single frames, in [0,1)."""
+    """Share of single-frame steps after `image_until`, in [0,1)."""
 
     object_weight: float = 4.0
-    """Weight of pixels on and around bodies, on top of 1."""
+    """Additional weight of pixels on and around bodies; all pixels have weight 1."""
 
     edge_weight: float = 0.0
-    """Weight on top of that of those among them where the picture changes: outlines, edges of cubes, contacts."""
+    """Additional weight of edges on and around bodies: outlines, edges of cubes, contacts."""
 
     first_frame_weight: float = 1.0
-    """Factor of the weight of a clip's first frame, above 0: it is encoded alone and is one frame of many."""
+    """Factor for the first frame of a clip, above 0. It is encoded alone, but is one frame of many in the loss."""
 
     mse_weight: float = 2.0
-    """Weight of the squared error beside the absolute one's 1."""
+    """Weight of the squared error; the absolute error has weight 1."""
 
     gradient_weight: float = 0.5
     """Weight of the error of spatial and temporal differences."""
 
     gradient_scales: int = 1
-    """Scales at which these differences are taken, 1 to 4; each halves height and width once more."""
+    """Number of scales of these differences, 1 to 4; each further scale halves height and width."""
 
     kl_weight: float = 3e-6
-    """Weight of the mean KL divergence of a latent value from a standard normal."""
+    """Weight of the KL divergence from a standard normal distribution, averaged over latent values."""
 
     folded: bool = False
-    """Compute 3-D convolutions as 2-D ones over stacked frames."""
+    """Compute 3-D convolutions as 2-D convolutions over stacked frames."""
 
     compile: bool = False
-    """Fuse norm and activation with torch.compile instead of with the kernel of `postgen.kernels.norm_silu`."""
+    """Fuse norm and activation with torch.compile instead of the kernel of `postgen.kernels.norm_silu`."""
 
     cuda_graphs: bool = False
-    """Replay forward and backward passes as CUDA graphs, on GPUs; gradient_accumulation_steps 1, without compile."""
+    """Replay forward and backward passes as CUDA graphs, on GPUs; needs gradient_accumulation_steps 1, no compile."""
 
     eval_clips: int = 32
-    """Clips that evaluation reconstructs, half of them of held-out combinations."""
+    """Number of clips that the evaluation reconstructs, half of them with held-out combinations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +141,7 @@ class AutoencoderConfig(TrainingConfig):
 
 
 def new_autoencoder(base_dim: int, dim_mult: list[int], z_dim: int, decoder_base_dim: int | None = None) -> Any:
-    """An `AutoencoderKLWan` with random weights: 8x smaller in space, 4x in time, pixels in 2x2 cells."""
+    """Return an `AutoencoderKLWan` with random weights: 8x smaller in space (with 2x2 patches), 4x in time."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(
@@ -160,12 +160,12 @@ def new_autoencoder(base_dim: int, dim_mult: list[int], z_dim: int, decoder_base
 
 
 class AutoencoderTrainer(Trainer[AutoencoderConfig]):
-    """Trains the autoencoder of the embedded model and measures the latents' mean and spread at the end."""
+    """Trains the autoencoder of the embedded model, and measures mean and deviation of the latents for the export."""
 
     config_class: ClassVar[type[TrainingConfig]] = AutoencoderConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """A new autoencoder run on whole clips; also renders the clips to train on and to evaluate."""
+        """Build a new autoencoder for whole clips; also render the clips for training and evaluation."""
         args = self.args
         self.vae = new_autoencoder(args.base_dim, args.dim_mult, args.z_dim, args.decoder_base_dim)
         several = self.accelerator.num_processes > 1
@@ -197,7 +197,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         return {"autoencoder": whole}
 
     def _kinds(self) -> list[tuple[int, int, int]]:
-        """Kinds of batches (pool, clips, frames) that cost about the same: single frames, crops, whole clips."""
+        """Return the kinds of batches (pool, clips, frames) of about equal cost: single frames, crops, whole clips."""
         args, batch, longest = self.args, self.args.per_device_train_batch_size, self.args.lengths[0]
         full = longest * args.size**2
         whole = [
@@ -207,7 +207,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         return [(0, batch * round(0.7 * longest), 1), (0, batch * round(longest / 9), 9), *whole]
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Loss of one batch of random clips; metrics: KL, squared error everywhere, on the bodies, in first frames."""
+        """Return the loss of one batch; metrics: KL, and squared error everywhere, on bodies, and in first frames."""
         rgb, mask = self._draw()
         batch, frames, _, height, width = rgb.shape
         shape = (batch, self.args.z_dim, 1 + (frames - 1) // 4, height // 8, width // 8)
@@ -217,9 +217,9 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         return found[0], dict(zip(ClipPass.MEASURES, found[1:].detach(), strict=True))
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        """Bytes (B,T,3,H,W) and mask (B,T,H,W) of random clips; their length follows the run's progress."""
+        """Draw bytes (B,T,3,H,W) and mask (B,T,H,W) of random clips; their length depends on the run's progress."""
         args, done = self.args, self.progress()
-        # The same kind of batch in every process, so that none waits for another.
+        # All processes draw the same kind of batch, so that none waits for another.
         chance = random.Random(f"kind-{args.seed}-{self.global_step}")
         single, short, *whole = self._kinds()
         if done < args.image_until or (args.image_share and chance.random() < args.image_share):
@@ -235,9 +235,9 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
         return clips.rgb_NT3HW[index, time], clips.mask_NTHW[index, time]
 
     def evaluate(self) -> dict[str, float]:
-        """PSNR in dB on unseen scenes, everywhere and on the bodies: all frames, the first, the others, the last.
+        """Return the PSNR in dB on unseen scenes, everywhere and on bodies: all frames, first, others, last.
 
-        Writes a contact sheet of four clips, each above its reconstruction.
+        Also write a contact sheet of four clips, each above its reconstruction.
         """
         x = to_model(self.held_out.rgb_NT3HW)
         y = torch.cat([self._reconstruct(part) for part in x.split(8)])
@@ -263,7 +263,7 @@ class AutoencoderTrainer(Trainer[AutoencoderConfig]):
             return whole.decode(mean).clamp(-1, 1)  # type: ignore[no-any-return]
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """A diffusers autoencoder folder in half precision, with the latents' measured mean and standard deviation."""
+        """Write a diffusers autoencoder in float16, with the measured mean and standard deviation of the latents."""
         mean, std = self._latent_statistics()
         vae = copy.deepcopy(self.vae).to(device="cpu", dtype=torch.float16)
         vae.register_to_config(latents_mean=mean, latents_std=std)

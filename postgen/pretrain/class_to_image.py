@@ -1,6 +1,7 @@
-"""Method `class_to_image`: trains a DiT (arXiv:2212.09748) on stills of the world, in pixels.
+"""Method `class_to_image`: trains a DiT (arXiv:2212.09748) on still pictures of the world, in pixel space.
 
-Noise prediction with DiT's linear betas, L_simple plus the bound of a learned variance (arXiv:2102.09672).
+The model predicts noise, with the linear betas of DiT. The loss is L_simple plus the bound of a learned variance
+(arXiv:2102.09672).
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from .stills import FRAMES, labels, pool_of
 from .variance import variance_bound
 
 TIMESTEPS = 1000
-"""Of the noise, as published."""
+"""Number of noise levels, as in the paper."""
 CLASSES = 1000
-"""Rows of the table of classes: diffusers' pipeline takes 1000 for no class. The first 576 are in use."""
+"""Number of class embeddings. diffusers' pipeline uses class 1000 for "no class". The first 576 classes are used."""
 
 
 @dataclass(kw_only=True)
@@ -45,48 +46,50 @@ class ClassToImageConfig(TrainingConfig):
     """
 
     may_change: ClassVar[tuple[str, ...]] = ("pool_dir", "cuda_graphs")
-    """The stills are the same wherever they are kept, and so is what is drawn; graphs change numbers by rounding."""
+    """Settings that a resumed run may change: the stills do not depend on their folder, nor the draws; CUDA graphs
+    change results by rounding only."""
 
     size: int = 64
     """Height and width of the pictures in pixels, a multiple of `patch`, at least 32."""
 
     patch: int = 4
-    """Pixels in a row or column of a token."""
+    """Side of a token in pixels."""
 
     num_layers: int = 6
-    """Blocks."""
+    """Number of transformer blocks."""
 
     num_heads: int = 8
-    """Attention heads."""
+    """Number of attention heads."""
 
     head_dim: int = 32
-    """Width of a head."""
+    """Width of an attention head."""
 
     pool_pictures: int = 36864
-    """Stills to train on, 64 of each class by default."""
+    """Number of stills for training; the default has 64 of each class."""
 
     pool_dir: str | None = None
-    """Folder of the stills, written by the first run and read by others: `latents.safetensors` and `prompts.jsonl`, as
-    `latents` and `train_dataset` of method `lit` take them; none renders them in every run."""
+    """Folder of the stills; the first run writes it, further runs read it. It has `latents.safetensors` and
+    `prompts.jsonl`, which method `lit` accepts as `latents` and `train_dataset`. None renders them in every run."""
 
     class_dropout: float = 0.1
-    """Share of rows without their class, for classifier-free guidance."""
+    """Share of samples without their class, for classifier-free guidance."""
 
     variance_weight: float = 1.0
-    """Weight of the mean term of the bound that trains the variance, nats a latent; 1 is .001 of the sum over 1000
-    timesteps, as published. 0 predicts no variance."""
+    """Weight of the variational bound that trains the variance, averaged in nats per latent value. 1 equals .001
+    times the sum over 1000 timesteps, as in the paper. 0 trains no variance."""
 
     cuda_graphs: bool = False
-    """Replay forward and backward passes as CUDA graphs; one GPU, gradient_accumulation_steps 1."""
+    """Replay forward and backward passes as CUDA graphs; needs one GPU and gradient_accumulation_steps 1."""
 
     eval_pictures: int = 64
-    """Stills that evaluation samples and judges; 0 where nothing is evaluated."""
+    """Number of stills that the evaluation samples and checks; 0 is possible without evaluation."""
 
     eval_num_inference_steps: int = 50
-    """Sampler steps of evaluation, also the default of the exported model; 2 to 1000."""
+    """Sampling steps of the evaluation, and default of the exported model; 2 to 1000."""
 
     eval_guidance_scale: float = 1.0
-    """Guidance of evaluation, also the default of the exported model; up to 1 is none, more needs `class_dropout`."""
+    """Guidance scale of the evaluation, and default of the exported model; up to 1 is no guidance, more needs
+    `class_dropout`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,12 +116,12 @@ class ClassToImageConfig(TrainingConfig):
 
 
 class ClassToImageTrainer(Trainer[ClassToImageConfig]):
-    """Trains a DiT; exports a plain `DiTPipeline` folder."""
+    """Trains a DiT and exports a plain `DiTPipeline` folder."""
 
     config_class: ClassVar[type[TrainingConfig]] = ClassToImageConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """A DiT with random weights; also renders the stills, or reads them."""
+        """Build a DiT with random weights; also render the stills, or read them."""
         args = self.args
         if args.cuda_graphs and (self.device.type != "cuda" or self.accelerator.num_processes > 1):
             raise UserError("cuda_graphs needs one GPU and one process here. Leave it out.")
@@ -135,7 +138,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         return {"transformer": self.transformer}
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Loss of one batch; metrics: `noise_loss`, `variance_loss`, the first above and below the middle level."""
+        """Return the loss of one batch; metrics: `noise_loss`, `variance_loss`, and noise loss by noise level."""
         args, batch, place = self.args, self.args.per_device_train_batch_size, self.device
         rows = torch.randint(len(self.latents), (batch,), generator=self.generator, device=place)
         x0, classes = self.latents[rows].float(), self.classes[rows]
@@ -163,7 +166,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         return self.denoiser.forward(self.models["transformer"], x, timestep, {"prompt": classes})
 
     def evaluate(self) -> dict[str, float]:
-        """Shares of sampled stills, of classes spread over all, that the world's judge calls right; their sheet."""
+        """Sample stills of evenly chosen classes; return the shares that the checker accepts; write a sheet."""
         args, count = self.args, self.args.eval_pictures
         if not count:
             return {}
@@ -192,7 +195,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
 
 
 def new_dit(args: ClassToImageConfig) -> Any:
-    """Return a DiT with random weights, its modulation and last layer at 0 (arXiv:2212.09748, section 3.2)."""
+    """Return a DiT with random weights; modulation and last layer are zero (arXiv:2212.09748, section 3.2)."""
     from diffusers import DiTTransformer2DModel
 
     model: Any = DiTTransformer2DModel(
@@ -212,7 +215,7 @@ def new_dit(args: ClassToImageConfig) -> Any:
 
 
 def make_pipeline(transformer: Any) -> Any:
-    """Return a `DiTPipeline` of pixels with DiT's betas, and the stills' classes as its labels."""
+    """Return a `DiTPipeline` in pixel space with DiT's betas; its labels are the classes of the stills."""
     from diffusers import DDIMScheduler, DiTPipeline
 
     names = dict(enumerate(labels()))
@@ -225,7 +228,7 @@ def make_pipeline(transformer: Any) -> Any:
         timestep_spacing="trailing",
     )
     pipe: Any = DiTPipeline(transformer, pixel_autoencoder(), scheduler, names)
-    pipe.register_to_config(id2label={str(number): name for number, name in names.items()})  # which saves them
+    pipe.register_to_config(id2label={str(number): name for number, name in names.items()})  # to save them
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -234,15 +237,15 @@ def make_pipeline(transformer: Any) -> Any:
 def sample_pictures(
     denoiser: Any, prompts: list[str], seeds: list[int], *, steps: int, guidance: float = 1.0, batch: int = 256
 ) -> Tensor:
-    """Return pictures (N, 3, H, W) in [0, 1], drawn by DDIM without noise.
+    """Sample pictures (N, 3, H, W) in [0, 1] with deterministic DDIM.
 
     Args:
-        denoiser: of a pipeline of pictures.
-        prompts: one each.
-        seeds: of the initial noise, one each.
-        steps: of the sampler.
-        guidance: scale of classifier-free guidance; up to 1 is none.
-        batch: pictures drawn together.
+        denoiser: denoiser of an image pipeline.
+        prompts: one prompt per picture.
+        seeds: one seed of the initial noise per picture.
+        steps: number of sampling steps.
+        guidance: scale of classifier-free guidance; up to 1 is no guidance.
+        batch: number of pictures sampled together.
     """
     side = denoiser.model.config.sample_size * denoiser.space
     size = {"num_frames": 1, "height": side, "width": side}
@@ -259,7 +262,7 @@ def sample_pictures(
 
 
 def judged(pictures_N3HW: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Return the shares of stills, repeated as clips, that the judge calls right, by attribute, and the score."""
+    """Return the shares of stills, repeated as clips, that the checker accepts, by attribute, and the mean score."""
     reports = check_batch(pictures_N3HW.float()[:, None].expand(-1, FRAMES, -1, -1, -1), prompts)
     names = ("count", "colour", "shape", "event", "all_right", "score")
     return {name: sum(float(getattr(each, name)) for each in reports) / len(reports) for name in names}

@@ -1,4 +1,4 @@
-"""The loss of a reconstructed clip, and which of its pixels are edges."""
+"""The reconstruction loss of a clip, and the detection of edge pixels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ _FULL_EDGE = 0.4
 def clip_loss(
     x: Tensor, y: Tensor, weight: Tensor, mse_weight: float, gradient_weight: float, gradient_scales: int
 ) -> Tensor:
-    """Weighted mean of |e| + mse_weight e^2 + gradient_weight times the absolute differences of e = y - x.
+    """Return the mean of |e| + mse_weight e^2, plus gradient_weight times the absolute differences of e, all weighted.
+
+    e = y - x is the error.
 
     Args:
-        x, y: true and reconstructed clip (B,3,T,H,W).
+        x, y: original and reconstructed clip (B,3,T,H,W).
         weight: (B,1,T,H,W), 1 on average.
-        mse_weight: of the squared error.
-        gradient_weight: of the differences along time, height and width.
-        gradient_scales: how often they are taken, each time but the first after halving height and width.
+        mse_weight: weight of the squared error.
+        gradient_weight: weight of the differences along time, height and width.
+        gradient_scales: number of scales of the differences; each scale after the first halves height and width.
     """
     error = y - x
     loss = (weight * (error.abs() + mse_weight * error.square())).mean()
@@ -31,9 +33,10 @@ def clip_loss(
 
 
 def edges(x: Tensor) -> Tensor:
-    """How much a picture changes around each pixel of (B,3,T,H,W) in [-1,1]: (B,1,T,H,W), from 0 to 1.
+    """Return how much a picture (B,3,T,H,W) in [-1,1] changes around each pixel: (B,1,T,H,W), from 0 to 1.
 
-    The range of the 3x3 pixels around, in the channel where it is largest; 1 from a fifth of the whole range.
+    The measure is the range of values in a 3x3 window, in the channel where the range is largest. A range of 0.4 or
+    more, a fifth of the full range, gives 1.
     """
     frames = x.transpose(1, 2).flatten(0, 1)
     high = functional.max_pool2d(frames, 3, stride=1, padding=1)

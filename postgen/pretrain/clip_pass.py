@@ -1,4 +1,4 @@
-"""One training pass of the autoencoder, from bytes to the loss: as a module, so that several processes average it."""
+"""One training pass of the autoencoder, from bytes to the loss; a module, so that processes can average gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .whole_clip import WholeClip
 
 
 class LossSettings(Protocol):
-    """What a pass reads of a configuration."""
+    """The settings that a pass reads from a configuration."""
 
     object_weight: float
     edge_weight: float
@@ -26,15 +26,15 @@ class LossSettings(Protocol):
 
 
 class ClipPass(WholeClip):
-    """A `WholeClip` whose forward is loss and measures of a batch of clips.
+    """A `WholeClip` whose forward pass returns the loss and the metrics of a batch of clips.
 
     Args:
         vae: the autoencoder.
         settings: weights of the loss.
-        every_gradient: give every parameter a gradient, zeros where a pass does not need it (one frame needs no
-            convolution over time): recorded graphs and averages over processes want that.
+        every_gradient: give every parameter a gradient, zero where a pass does not use it (a single frame uses no
+            temporal convolution). Recorded graphs and gradient averages over processes need this.
         graphs: replay forward and backward passes as CUDA graphs, see `GraphedCall`.
-        options: those of `WholeClip`.
+        options: keyword arguments of `WholeClip`.
     """
 
     MEASURES = ("kl", "mse", "mse_objects", "mse_objects_first")
@@ -47,21 +47,21 @@ class ClipPass(WholeClip):
         self._pass = GraphedCall(self._measured, {"autoencoder": self}) if graphs else self._measured
 
     def forward(self, rgb_BT3HW: Tensor, mask_BTHW: Tensor, noise: Tensor) -> Tensor:  # type: ignore[override]
-        """Return (1 + len(MEASURES),): the loss, and the measures without gradients.
+        """Return (1 + len(MEASURES),): the loss, and the metrics without gradients.
 
         Args:
-            rgb_BT3HW: bytes.
-            mask_BTHW: bytes, 1 on bodies.
-            noise: standard normal, of the latents' shape.
+            rgb_BT3HW: the clips as uint8.
+            mask_BTHW: uint8, 1 on bodies.
+            noise: standard normal noise of the shape of the latents.
         """
         with uncached_autocast(rgb_BT3HW.device.type):
             return self._pass(rgb_BT3HW, mask_BTHW, noise)
 
     def record(self, batch: int, frames: int, size: int, device: torch.device) -> None:
-        """Record the graphs of a shape: before several processes share the parameters, whose traffic would disturb it.
+        """Record the CUDA graphs of a shape, before processes share the parameters; their traffic would disturb it.
 
         Args:
-            batch, frames, size: of the clips, square.
+            batch, frames, size: number, length and side of the square clips.
             device: a GPU.
         """
         rgb = torch.zeros((batch, frames, 3, size, size), dtype=torch.uint8, device=device)
@@ -92,7 +92,7 @@ class ClipPass(WholeClip):
 
 
 def pixel_weight(x: Tensor, mask: Tensor, settings: LossSettings) -> Tensor:
-    """Weight (B,1,T,H,W) of each pixel, 1 on average.
+    """Return the weight (B,1,T,H,W) of each pixel, 1 on average.
 
     Args:
         x: clip (B,3,T,H,W) in [-1,1].

@@ -1,8 +1,8 @@
-"""The denoiser's training step on a GPU without idle time: the same function in fewer and larger kernels.
+"""Faster training steps on a GPU: the same computation in fewer and larger kernels.
 
-A step of this small model issues about two thousand kernels, which takes the host longer than the GPU computes. CUDA
-graphs replay them at once; a rotation of neighbouring pairs that writes whole rows replaces one that writes every
-other element.
+A step of this small model launches about two thousand kernels, and the launches take longer than the computation. CUDA
+graphs replay all launches at once. In addition, the rotary embedding of neighbouring pairs writes whole rows, whereas
+the stock version writes every other element.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 
 class RowRotaryAttention:
-    """Processor of Wan's self-attention that computes the rotary embedding on whole rows; the same function."""
+    """Processor of Wan's self-attention with the rotary embedding computed on whole rows; equal to the stock one."""
 
     def __call__(
         self,
@@ -27,9 +27,9 @@ class RowRotaryAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention output (B, N, D) of video tokens (B, N, D)."""
+        """Return the attention output (B, N, D) of video tokens (B, N, D)."""
         if rotary_emb is None or encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("this processor is for Wan's self-attention: a rotary embedding, no text and no mask")
+            raise ValueError("this processor is for Wan's self-attention only: pass rotary_emb, no text and no mask")
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         q = rotated(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)), *rotary_emb)
         k = rotated(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)), *rotary_emb)
@@ -40,11 +40,11 @@ class RowRotaryAttention:
 
 
 def rotated(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs, x cos + swap(x) (-sin, +sin).
+    """Apply the rotary embedding to neighbouring pairs: x cos + swap(x) (-sin, +sin).
 
     Args:
         x_BNHD: queries or keys.
-        cos, sin: broadcast to x; the two values of a pair are equal, as diffusers' tables have them.
+        cos, sin: broadcast to x; both values of a pair are equal, as in diffusers' tables.
     """
     swapped = x_BNHD.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     half = sin[..., 1::2]
@@ -53,14 +53,14 @@ def rotated(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def uncached_autocast(device: str) -> Any:
-    """The autocast that is entered, but its casts are not kept: one from an earlier pass would miss in a graph."""
+    """Return the active autocast without its cache; a cached cast of an earlier pass would be missing in a graph."""
     if not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 class _Call(nn.Module):
-    """One shape of the call, with its own graph; the parameters are shared by all."""
+    """The call for one set of input shapes, with its own graph; all calls share the parameters."""
 
     def __init__(self, function: Callable[..., Tensor], models: nn.ModuleDict) -> None:
         super().__init__()
@@ -71,16 +71,16 @@ class _Call(nn.Module):
 
 
 class GraphedCall:
-    """`function(*inputs)` replayed as CUDA graphs, forward and backward, one graph for each set of input shapes.
+    """Replays `function(*inputs)` as CUDA graphs, forward and backward, one graph per set of input shapes.
 
-    The gradients of two calls must not be accumulated: a replay writes into the memory of the one before. While graphs
-    are recorded, at the first call with a set of shapes, no other autograd graph over `models` may be alive.
+    Gradients of two calls must not be accumulated, because a replay overwrites the memory of the previous one. The
+    first call with a set of shapes records its graphs; no other autograd graph over `models` may exist at that time.
 
     Args:
-        function: computes with the parameters of `models`, draws no random number, never waits for the device.
-        models: whose parameters get gradients.
-        share_memory: keep what lies between inputs and outputs of all graphs in the same memory. Then a backward pass
-            must end before the forward pass of another shape begins.
+        function: computes with the parameters of `models`, draws no random numbers, never synchronises the device.
+        models: modules whose parameters receive gradients.
+        share_memory: use the same memory for the intermediate results of all graphs. A backward pass must then end
+            before the forward pass of another shape begins.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class GraphedCall:
         self._calls: dict[tuple[torch.Size, ...], Callable[..., Tensor]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function's value; the first call with a set of shapes records its graphs."""
+        """Return the function's value; the first call with a set of shapes records its graphs."""
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self._calls:
             samples = tuple(x.detach().clone() for x in inputs)

@@ -1,4 +1,4 @@
-"""Text encoder and denoiser as one module, so that their passes are recorded before several processes share them."""
+"""Text encoder and denoiser as one module, so that its graphs are recorded before processes share the parameters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .fast_step import GraphedCall, uncached_autocast
 
 
 class JointPass(nn.Module):
-    """A module whose forward is `function(transformer, text_encoder, x, sigma, ids)`.
+    """A module whose forward pass is `function(transformer, text_encoder, x, sigma, ids)`.
 
     Args:
-        function: computes with the parameters of the two, see `GraphedCall`.
-        transformer, text_encoder: registered under these names.
-        graphs: replay forward and backward passes as CUDA graphs, which share their memory.
+        function: computes with the parameters of both models, see `GraphedCall`.
+        transformer, text_encoder: the models, registered under these names.
+        graphs: replay forward and backward passes as CUDA graphs that share their memory.
     """
 
     def __init__(self, function: Callable[..., Tensor], transformer: Any, text_encoder: Any, *, graphs: bool) -> None:
@@ -28,12 +28,12 @@ class JointPass(nn.Module):
             self._pass = GraphedCall(self._called, {"pass": self}, share_memory=True)
 
     def forward(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
-        """The function's value at noisy latents, noise levels and token ids."""
+        """Return the function's value for noisy latents, noise levels and token ids."""
         with uncached_autocast(x.device.type):
             return self._pass(x, sigma, ids)
 
     def record(self, samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Record the graphs of these inputs' shapes, before several processes share the parameters."""
+        """Record the graphs for the shapes of these inputs, before processes share the parameters."""
         for x, sigma, ids in samples:
             self(x, sigma, ids)
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Encoded clips with tokenized captions, kept on the training device."""
+"""Encoded clips with tokenised captions, kept on the training device."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .whole_clip import WholeClip
 
 @dataclass(slots=True)
 class LatentPool:
-    """Normalised latents (N,C,T,h,w) in half precision and token ids (N,V,L) int16 of V wordings of each clip."""
+    """Normalised latents (N,C,T,h,w) in float16, and token ids (N,V,L) int16 of V captions per clip."""
 
     latents: Tensor
     ids_NVL: Tensor
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random clips with a random wording each: float32 latents (batch,C,T,h,w) and ids (batch,L)."""
+        """Draw random clips, each with a random caption: float32 latents (batch,C,T,h,w) and ids (batch,L)."""
         device = self.latents.device
         index = torch.randint(len(self.latents), (batch,), generator=generator, device=device)
         wording = torch.randint(self.ids_NVL.shape[1], (batch,), generator=generator, device=device)
@@ -33,14 +33,14 @@ class LatentPool:
 def build_pool(
     scenes: list[Scene], vae: Any, tokenizer: Any, size: int, tokens: int, device: torch.device, *, bf16: bool
 ) -> LatentPool:
-    """Render and encode scenes of one length; each has the same number of wordings.
+    """Render and encode scenes of one length; all scenes must have the same number of captions.
 
     Args:
-        scenes: what the clips show.
-        vae, tokenizer: of the model.
+        scenes: scenes of the clips.
+        vae, tokenizer: components of the model.
         size: height and width of the clips in pixels.
-        tokens: of a caption, longer ones are cut.
-        device: where the pool is kept.
+        tokens: number of tokens per caption; longer captions are truncated.
+        device: device of the pool.
         bf16: encode in bfloat16.
     """
     specs = [scene.spec for scene in scenes]

@@ -1,4 +1,4 @@
-"""The embedded model as a plain diffusers folder, and samples of it while it trains."""
+"""The embedded model as a plain diffusers folder, and its samples during training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EXAMPLES = (
     "a navy box falls and a golden sphere bounces",
     "a green cylinder stays still, the camera orbits left",
 )
-"""Prompts that show what the model knows, for those who ask it for something else."""
+"""Prompts within the model's vocabulary, shown to users whose prompt is outside it."""
 
 
 class ModelSettings(Protocol):
-    """What these functions read of a configuration."""
+    """The settings that these functions read from a configuration."""
 
     size: int
     lengths: list[int]
@@ -42,7 +42,7 @@ class ModelSettings(Protocol):
 
 
 def new_transformer(settings: ModelSettings, channels: int) -> Any:
-    """A `WanTransformer3DModel` with random weights, a patch in time and `settings.patch` in space."""
+    """Return a `WanTransformer3DModel` with random weights, with patches of 1 frame and `settings.patch` in space."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
@@ -60,7 +60,7 @@ def new_transformer(settings: ModelSettings, channels: int) -> Any:
 
 
 def make_pipeline(components: dict[str, Any], shift: float) -> Any:
-    """A `WanPipeline` with an Euler flow-matching scheduler of the given shift."""
+    """Return a `WanPipeline` with an Euler flow-matching scheduler of the given shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     pipe: Any = WanPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), **components)
@@ -69,7 +69,7 @@ def make_pipeline(components: dict[str, Any], shift: float) -> Any:
 
 
 def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSettings) -> None:
-    """Save a pipeline folder: float16 but for the text encoder (diffusers would load a half one in half precision)."""
+    """Save a pipeline in float16, but its text encoder in float32, because diffusers would load it in float16 too."""
     half = {name: copy.deepcopy(components[name]).to("cpu", torch.float16) for name in ("vae", "transformer")}
     text_encoder = copy.deepcopy(components["text_encoder"]).to("cpu", torch.float32)
     pipe = make_pipeline({**components, **half, "text_encoder": text_encoder}, settings.shift)
@@ -92,20 +92,20 @@ def write_pipeline(folder: Path, components: dict[str, Any], settings: ModelSett
 
 
 def _name_tokenizer_class(folder: Path) -> None:
-    """Write the class name that transformers 4 and 5 both know; transformers 5 saves a name of its own."""
+    """Write the tokenizer class name that transformers 4 and 5 both know; transformers 5 writes its own name."""
     for path in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
         path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 def evaluation_prompts(count: int) -> list[str]:
-    """Plain prompts of scenes that training never renders: three of four with one body, the others with two."""
+    """Return plain prompts of scenes that training never renders: one in four has two bodies, the others one."""
     specs = [world.sample(seed, num_bodies=2 if seed % 4 == 3 else 1, camera="static") for seed in range(count)]
     return [world.simple_caption(spec) for spec in specs]
 
 
 @torch.no_grad()
 def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: torch.device) -> dict[str, float]:
-    """Sample the evaluation prompts, write their contact sheet into the run's folder and let the world judge them."""
+    """Sample the evaluation prompts, write their contact sheet into the run folder, and check them with the world."""
     prompts = evaluation_prompts(settings.eval_prompts)
     pipe = make_pipeline(components, settings.shift)
     output = pipe(
@@ -125,7 +125,7 @@ def sample_sheet(components: dict[str, Any], settings: ModelSettings, device: to
 
 
 def judged(clips_BF3HW: torch.Tensor, prompts: list[str]) -> dict[str, float]:
-    """Shares of clips that the checker calls right, by attribute and for two bodies wholly, and the mean score."""
+    """Return the shares of clips that the checker accepts, by attribute and for two bodies, and the mean score."""
     from postgen.world.check import check_batch
 
     specs = [world.parse(prompt) for prompt in prompts]

@@ -1,8 +1,8 @@
-"""An `AutoencoderKL` whose latents are the pixels: a stock pipeline of latents makes small pictures as they are.
+"""An `AutoencoderKL` whose latents are the pixels, so that a stock latent pipeline generates small pictures directly.
 
-Nothing is trained. The image x is carried as channels x and -x, and silu(z) - silu(-z) = z undoes the nonlinearity.
-Two channels of +M and -M hold the deviation that the group norm divides by at M / 2 (eight channels, the sum of which
-is 0), whatever x is: it moves by x^2 / M^2.
+Nothing is trained. The image x is carried in channels x and -x, and silu(z) - silu(-z) = z cancels the nonlinearity.
+Two channels with the constants +M and -M keep the deviation of the group norm at M / 2 (eight channels whose sum is
+0), almost independently of x; its relative change is of order x^2 / M^2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOG_VARIANCE = -30.0
 
 
 def pixel_autoencoder() -> Any:
-    """Return an `AutoencoderKL` in which latents (B, 3, H, W) and pictures in [-1, 1] are the same to about 1e-5."""
+    """Return an `AutoencoderKL` whose latents (B, 3, H, W) equal the pictures in [-1, 1] to about 1e-5."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL(
@@ -41,13 +41,13 @@ def pixel_autoencoder() -> Any:
             for module in part.modules():
                 if isinstance(last := getattr(module, "conv2", None), nn.Conv2d):
                     for weight in last.parameters():
-                        weight.zero_()  # a residual block that adds nothing
+                        weight.zero_()  # the residual block adds nothing
             _carry(part.conv_in, part.conv_norm_out, part.conv_out)
     return vae.requires_grad_(False).eval()
 
 
 def _carry(into: Any, norm: Any, out: Any) -> None:
-    """Set the first and last layers of a half: x, -x and the constants in, x out."""
+    """Set the first and last layers of encoder or decoder: x, -x and the constants at its input, x at its output."""
     for layer in (into, out):
         layer.weight.zero_()
         layer.bias.zero_()
@@ -58,4 +58,4 @@ def _carry(into: Any, norm: Any, out: Any) -> None:
     norm.weight.fill_(_LARGE / 2)
     norm.bias.zero_()
     if len(out.bias) > 3:
-        out.bias[3:] = _LOG_VARIANCE  # of the encoder: no noise
+        out.bias[3:] = _LOG_VARIANCE  # log variance of the encoder: almost no noise

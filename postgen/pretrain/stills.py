@@ -1,7 +1,7 @@
-"""Stills of the world with a class each: what stands on the left and what stands on the right, 576 classes.
+"""Stills of the world with 576 classes: the body on the left and the body on the right.
 
-A class is a sentence that `world.check` judges on the still, repeated as a clip: shape and colour of both bodies and
-their places are exact. Sizes (medium, large), distance, background and light vary within a class.
+A class is a sentence that `world.check` can evaluate on the still, repeated as a clip. Shape, colour and side of both
+bodies are determined by the class. Sizes (medium, large), distance, background and light vary within a class.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from postgen.world.scenes import render_in_batches
 from postgen.world.spec import COLOURS, SHAPES
 
 FRAMES = 5
-"""Length of the clip that a still is repeated to; the shortest that the world's judge takes."""
+"""Number of frames when a still is repeated as a clip; the minimum of the world's checker."""
 _SIZES = ("medium", "large")
 _SPAN = 512
 LATENTS, PROMPTS = "latents.safetensors", "prompts.jsonl"
-"""Files of a pool: latents (N, 3, H, W), and a row {"prompt": class} for each."""
+"""Files of a pool: latents (N, 3, H, W), and one row {"prompt": class} per latent."""
 
 
 @cache
 def labels() -> tuple[str, ...]:
-    """Return the classes by their numbers.
+    """Return the sentences of all classes, in the order of the class numbers.
 
     >>> labels()[1], len(labels())
     ('a red ball stays on the left and an orange ball stays on the right', 576)
@@ -57,7 +57,7 @@ def _body(shape: str, colour: str) -> str:
 
 
 def still(number: int) -> Spec:
-    """Return the scene of a still: class number % 576, the same for the same number everywhere."""
+    """Return the scene of a still, a deterministic function of its number; its class is number % 576."""
     bodies = [*itertools.product(SHAPES, COLOURS)]
     left, right = divmod(number % len(labels()), len(bodies))
     rng = random.Random(f"postgen-still-{number}")
@@ -66,13 +66,13 @@ def still(number: int) -> Spec:
             Wish(colour=colour, shape=shape, event="stays", size=rng.choice(_SIZES), place=place)
             for (shape, colour), place in ((bodies[left], "left"), (bodies[right], "right"))
         ]
-        # Most tries fit; two large bodies may not.
+        # Most attempts succeed; two large bodies may not fit.
         if (spec := arrange(wishes, rng, num_frames=FRAMES)) is not None:
             return spec
 
 
 def draw(numbers: Sequence[int]) -> list[Spec]:
-    """Return the scenes of some numbers; many are drawn by several processes."""
+    """Return the scenes of the stills with these numbers, drawn by several processes if there are many."""
     spans = [numbers[low : low + _SPAN] for low in range(0, len(numbers), _SPAN)]
     return [spec for part in spread(_drawn, spans, "draws stills") for spec in part]
 
@@ -82,23 +82,23 @@ def _drawn(numbers: Sequence[int]) -> list[Spec]:
 
 
 def render_stills(numbers: Sequence[int], size: int, device: torch.device | str) -> Tensor:
-    """Render the stills of some numbers: (N, 3, H, W) in [-1, 1], float16, on the device."""
+    """Render the stills with these numbers: (N, 3, H, W) in [-1, 1], float16, on the device."""
     specs = [replace(spec, num_frames=1) for spec in draw(numbers)]
     return torch.cat([(rgb[:, 0] * 2 - 1).half() for rgb, _ in render_in_batches(specs, size, device, mask=False)])
 
 
 def pool_of(folder: Path | None, count: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return stills from number 0 on and their classes, from a folder where it has them; else they are written there.
+    """Return the first stills and their classes, read from a folder; render and write them if they are missing.
 
-    Of several processes one renders, and the others wait for it.
+    If several processes call this function, one renders and the others wait.
 
     Args:
-        folder: where they are kept; None keeps none.
-        count, size: how many, and their height and width.
-        device: where they are rendered and returned.
+        folder: folder of the stills; None does not store them.
+        count, size: number of stills, and their height and width in pixels.
+        device: device of the rendering and of the result.
 
     Raises:
-        UserError: the folder holds others, or cannot be written.
+        UserError: the folder has other stills, or cannot be written.
     """
     classes = torch.arange(count, device=device) % len(labels())
     if folder is None:
@@ -111,7 +111,7 @@ def pool_of(folder: Path | None, count: int, size: int, device: torch.device) ->
     wanted = [labels()[number % len(labels())] for number in range(count)]
     shape = (count, 3, size, size)
     if kept is None or tuple(kept.shape) != shape or [row["prompt"] for row in rows] != wanted:
-        raise UserError(f"pool_dir: {folder} holds other stills than {count} of {size} px: name another folder")
+        raise UserError(f"pool_dir: {folder} does not have {count} stills of {size} px: use another folder")
     return kept.to(device), classes
 
 
@@ -120,7 +120,7 @@ def _there(folder: Path) -> bool:
 
 
 def _make(folder: Path, count: int, size: int, device: torch.device) -> None:
-    """Render the stills of a folder, unless somebody else has done so in the meantime."""
+    """Render the stills of a folder, unless another process has done so in the meantime."""
     lock = RunLock(folder, ".stills.lock", "pool_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,4 +146,4 @@ def _write(folder: Path, latents: Tensor) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"pool_dir {folder} cannot be written: {error.strerror}. Name another folder")
+    return UserError(f"pool_dir {folder} cannot be written: {error.strerror}. Use another folder")

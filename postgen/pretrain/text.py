@@ -1,8 +1,8 @@
-"""Text side of the embedded model: a small UMT5, and padding that costs nothing.
+"""Text encoder of the embedded model: a small UMT5, and cross-attention with padding at no cost.
 
-Wan pads prompt embeddings with zeros to 512 tokens without a mask, so every padded key is the same. Attention over n
-equal keys is attention over one key with log(n) added to its score; `PaddedCrossAttention` uses that to train on the
-short sequence and still compute exactly what the pipeline computes with 512 tokens.
+Wan pads prompt embeddings with zeros to 512 tokens and uses no mask, so all padded keys are equal. Attention over n
+equal keys equals attention over one key with log(n) added to its score. `PaddedCrossAttention` uses this fact to train
+on the short sequence, with the same result as the pipeline's 512 tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from postgen.training.tokenizers import MAX_SEQUENCE_LENGTH
 
 
 def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> Any:
-    """A `UMT5EncoderModel` with random weights."""
+    """Return a `UMT5EncoderModel` with random weights."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    # is_gated_act and tie_word_embeddings are taken, but the declared signature lacks them.
+    # UMT5Config accepts is_gated_act and tie_word_embeddings, but its declared signature lacks them.
     config = UMT5Config(  # type: ignore[call-arg]
         vocab_size=vocabulary,
         d_model=width,
@@ -41,9 +41,9 @@ def new_text_encoder(vocabulary: int, width: int, layers: int, heads: int) -> An
 
 
 def encode_text(text_encoder: Any, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, L+1, D), zero beyond each text as the pipeline pads them, and the keys' score offset (B, L+1).
+    """Return embeddings (B, L+1, D), zero after each text as in the pipeline, and score offsets of the keys (B, L+1).
 
-    The offset is 0 for tokens, log(512 - n) for the first zero (it stands for all of them) and -inf behind it.
+    The offset is 0 for tokens, log(512 - n) for the first zero, which represents all zeros, and -inf after it.
     """
     mask = ids_BL != 0
     hidden = text_encoder(input_ids=ids_BL.long(), attention_mask=mask.long()).last_hidden_state
@@ -56,17 +56,17 @@ def encode_text(text_encoder: Any, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PaddedCrossAttention:
-    """Processor of Wan's text cross-attention over a short sequence with score offsets (see the head of this file).
+    """Processor of Wan's text cross-attention over a short sequence with score offsets (see the module docstring).
 
-    `offset` (B, 1, 1, S) is set before each forward pass, shared by all layers.
+    `set` stores the offsets, (B, 1, 1, S), before each forward pass; all layers share them.
     """
 
     def __init__(self) -> None:
         self.offset: Tensor | None = None
 
     def set(self, offset_BS: Tensor, dtype: torch.dtype) -> None:
-        """Take the offsets of the next forward pass, in the dtype of its attention."""
-        # Memory-efficient attention reads rows of the mask that start at multiples of 8 elements.
+        """Store the offsets of the next forward pass, in the dtype of its attention."""
+        # Memory-efficient attention requires rows of the mask that start at multiples of 8 elements.
         keys = offset_BS.shape[1]
         room = F.pad(offset_BS.to(dtype), (0, -keys % 8), value=-math.inf)
         self.offset = room[:, None, None, :keys]
@@ -79,7 +79,7 @@ class PaddedCrossAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """Attention output (B, N, D) of video tokens (B, N, D) over text embeddings (B, S, D)."""
+        """Return the attention output (B, N, D) of video tokens (B, N, D) over text embeddings (B, S, D)."""
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         k = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         v = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""Method `text_to_video`: trains a Wan denoiser and its text encoder by flow matching on latents of the world.
+"""Method `text_to_video`: trains a Wan denoiser and its text encoder by flow matching on encoded clips of the world.
 
-Flow matching: x = (1 - sigma) x0 + sigma eps, target eps - x0 (arXiv:2210.02747), sigma logit-normal and shifted
-(arXiv:2403.03206, eq. 19 and section 5.3.2).
+Flow matching: x = (1 - sigma) x0 + sigma eps with the target eps - x0 (arXiv:2210.02747); sigma is logit-normal and
+shifted (arXiv:2403.03206, eq. 19 and section 5.3.2).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .pipeline_folder import make_pipeline, new_transformer, sample_sheet, write
 from .text import PaddedCrossAttention, encode_text, new_text_encoder
 
 NAME = "text_to_video"
-"""Name on the processor stack while it trains."""
+"""Name of the claim on the processor stack during training."""
 
 
 @dataclass(kw_only=True)
@@ -49,51 +49,51 @@ class TextToVideoConfig(TrainingConfig):
     """
 
     autoencoder: str
-    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline with one in `vae`; `embedded`
-    is that of the embedded model."""
+    """Folder of a trained autoencoder: the export of method `autoencoder`, or a pipeline with a `vae` folder;
+    `embedded` is the autoencoder of the embedded model."""
 
     size: int = 96
     """Height and width of the clips in pixels, a multiple of 16."""
 
     lengths: list[int] = field(default_factory=lambda: [17, 9, 25, 33])
-    """Clip lengths to train on, each 4n+1; the first is the default of the model."""
+    """Clip lengths for training, each 4n+1; the first is the default of the exported model."""
 
     length_weights: list[float] = field(default_factory=lambda: [0.6, 0.1, 0.15, 0.15])
-    """How often each length is drawn, and the share of the pool that it gets."""
+    """Relative frequency of each length, and its share of the pool."""
 
     sizes: list[int] = field(default_factory=list)
-    """Height and width of the clips of each length, the first one `size`; [] is `size` for all."""
+    """Height and width of the clips of each length, the first one `size`; [] uses `size` for all."""
 
     even_cost: bool = False
-    """Draw more clips of the smaller kinds in a batch, so that all batches have about as many latents."""
+    """Use more clips in batches of smaller clips, so that all batches have about the same number of latents."""
 
     noise_shares: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
-    """Shares of batches with one noise level for a clip, with a clean first latent, with a level for each latent."""
+    """Shares of batches with one noise level per clip, with a clean first latent, with one level per latent frame."""
 
     pool_clips: int = 32768
-    """Encoded clips kept on the device, all lengths together."""
+    """Number of encoded clips kept on the device, over all lengths."""
 
     captions_per_clip: int = 4
-    """Wordings of each clip."""
+    """Number of differently worded captions per clip."""
 
     pool_round: int = 0
-    """Another number renders another pool, so that a run that goes on from an export sees new clips."""
+    """Index of the pool; another index renders other clips, for a run that continues from an export."""
 
     patch: int = 2
-    """Latent pixels in a row or column of a token of the denoiser, 1 or 2."""
+    """Side of a token of the denoiser in latent pixels, 1 or 2."""
 
     blocks_from: str = ""
-    """Folder of a trained pipeline whose denoiser and text encoder this one begins with, perhaps with other patches
-    (`postgen.pretrain.other_patch`); `embedded` is the embedded model, empty begins with random weights."""
+    """Folder of a trained pipeline from which denoiser and text encoder are initialised, possibly with another patch
+    size (`postgen.pretrain.other_patch`); `embedded` is the embedded model, empty uses random weights."""
 
     num_layers: int = 6
-    """Blocks of the denoiser."""
+    """Number of transformer blocks of the denoiser."""
 
     num_heads: int = 4
-    """Attention heads of the denoiser."""
+    """Number of attention heads of the denoiser."""
 
     head_dim: int = 64
-    """Width of a head."""
+    """Width of an attention head."""
 
     ffn_dim: int = 576
     """Width of the feed-forward layers."""
@@ -105,22 +105,22 @@ class TextToVideoConfig(TrainingConfig):
     """Layers of the text encoder."""
 
     text_length: int = 39
-    """Most tokens of a training caption; longer ones are cut."""
+    """Largest number of tokens of a training caption; longer captions are truncated."""
 
     vocabulary: int = 640
-    """Most pieces of the tokenizer."""
+    """Largest number of tokens in the tokenizer's vocabulary."""
 
     whole_words: bool = False
-    """A tokenizer that knows the words of the world and no other, instead of one of pieces; `vocabulary` is unused."""
+    """Use a tokenizer of the whole words of the world, and no others, instead of subwords; `vocabulary` is unused."""
 
     synonym_share: float = 0.0
-    """Chance of each colour, shape and verb of a caption to be said by a synonym, in [0, 1]."""
+    """Probability that a synonym replaces a colour, shape or verb of a caption, in [0, 1]."""
 
     unknown_share: float = 0.0
-    """Chance of a stray unknown word in a caption, in [0, 1]; needs `whole_words`."""
+    """Probability of an additional unknown word in a caption, in [0, 1]; needs `whole_words`."""
 
     shift: float = 2.0
-    """Shift of sigma in training, and of the scheduler that is exported; at least 1."""
+    """Shift of sigma in training, and of the exported scheduler; at least 1."""
 
     caption_dropout: float = 0.1
     """Share of captions replaced by "", for classifier-free guidance."""
@@ -129,24 +129,24 @@ class TextToVideoConfig(TrainingConfig):
     """Shares of scenes with one, two and three bodies."""
 
     pair_share: float = 0.0
-    """Share of the scenes with more bodies that are made to show a collision or a body passing behind another, besides
-    those that the world draws anyway, in [0, 1]."""
+    """Share of scenes with several bodies that must show a collision or a body passing behind another, in addition to
+    scenes in which the world draws such an event anyway; in [0, 1]."""
 
     compile: bool = False
-    """Compile the denoiser's blocks."""
+    """Compile the blocks of the denoiser."""
 
     cuda_graphs: bool = False
-    """Replay forward and backward passes as CUDA graphs, with gradient_accumulation_steps 1. On several GPUs both
-    models are one module then: `init_from` takes exports, and of checkpoints those of such a run alone."""
+    """Replay forward and backward passes as CUDA graphs; needs gradient_accumulation_steps 1. On several GPUs both
+    models then form one module: `init_from` accepts exports, and checkpoints of such a run only."""
 
     eval_prompts: int = 16
-    """Prompts that evaluation samples and judges."""
+    """Number of prompts that the evaluation samples and checks."""
 
     eval_num_inference_steps: int = 20
-    """Sampler steps of evaluation, also the default of the exported model."""
+    """Sampling steps of the evaluation, and default of the exported model."""
 
     eval_guidance_scale: float = 4.0
-    """Guidance of evaluation, also the default of the exported model."""
+    """Guidance scale of the evaluation, and default of the exported model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,16 +181,16 @@ class TextToVideoConfig(TrainingConfig):
             self.require(not self.fully_shard, "fully_shard", "false with cuda_graphs")
         begun = model_folder(self.blocks_from) if self.blocks_from else None
         if begun is not None and not (begun / "transformer").is_dir():
-            raise UserError(f"blocks_from: {self.blocks_from} is no folder of a pipeline with a transformer.")
+            raise UserError(f"blocks_from: {self.blocks_from} is not a pipeline folder with a transformer. Give one.")
         folder = model_folder(self.autoencoder)
         if not (folder / "config.json").is_file() and not (folder / "vae").is_dir():
             raise UserError(
-                f"autoencoder: {self.autoencoder} holds no autoencoder. Train one: recipes/tiny-autoencoder.yaml."
+                f"autoencoder: {self.autoencoder} has no autoencoder. Train one with recipes/tiny-autoencoder.yaml."
             )
 
 
 def load_autoencoder(folder: str) -> Any:
-    """The autoencoder of an export, of a pipeline folder or of the embedded model, in float32."""
+    """Load the autoencoder of an export, of a pipeline folder or of the embedded model, in float32."""
     from diffusers import AutoencoderKLWan
 
     path = model_folder(folder)
@@ -198,12 +198,12 @@ def load_autoencoder(folder: str) -> Any:
 
 
 class TextToVideoTrainer(Trainer[TextToVideoConfig]):
-    """Trains denoiser and text encoder together; exports a plain `WanPipeline` folder."""
+    """Trains denoiser and text encoder together and exports a plain `WanPipeline` folder."""
 
     config_class: ClassVar[type[TrainingConfig]] = TextToVideoConfig
 
     def build(self) -> Mapping[str, nn.Module]:
-        """Denoiser and text encoder with random weights; also encodes the clips to train on."""
+        """Build denoiser and text encoder, with random or given weights; also encode the clips for training."""
         args = self.args
         if args.cuda_graphs and self.device.type != "cuda":
             raise UserError(f"cuda_graphs needs a GPU, not {self.device.type}. Leave it out.")
@@ -228,12 +228,12 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 
     def _joint(self) -> bool:
-        """Whether both models are one module, recorded before the processes average its gradients."""
+        """Whether both models form one module, whose graphs are recorded before processes average gradients."""
         return self.args.cuda_graphs and self.accelerator.num_processes > 1
 
     def _joint_pass(self) -> JointPass:
         if self.accelerator.is_fsdp2:
-            raise UserError("cuda_graphs cannot be recorded for a model that is cut over processes. Leave one out.")
+            raise UserError("cuda_graphs cannot record a model that is sharded over processes. Leave one of them out.")
         joint = JointPass(self._velocity, self.transformer, self.text_encoder, graphs=self.args.cuda_graphs)
         self.predict = lambda *inputs: self.models["joint"](*inputs)
         if self.args.cuda_graphs:
@@ -243,7 +243,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return joint
 
     def _samples(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs of every shape that training steps have."""
+        """Yield inputs of every shape that occurs in training steps."""
         for index, pool in enumerate(self.pools):
             batch = self._batch(index)
             x = torch.zeros((batch, *pool.latents.shape[1:]), device=self.device)
@@ -273,7 +273,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return build_pool(scenes, self.vae, self.tokenizer, size, tokens, self.device, bf16=args.bf16)
 
     def _batch(self, index: int) -> int:
-        """Clips in a batch of a kind."""
+        """Return the number of clips in a batch of a length."""
         args = self.args
         if not args.even_cost:
             return args.per_device_train_batch_size
@@ -281,13 +281,13 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return max(1, args.per_device_train_batch_size * costs[0] // costs[index])
 
     def training_step(self) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Flow-matching loss of one batch.
+        """Return the flow-matching loss of one batch.
 
-        Metrics: `loss_noisy` and `loss_clean`, its mean over clips above and below noise level 0.75, of batches with
-        one level a clip; with mixed levels also `loss_<kind>` for each of `levels.KINDS`.
+        Metrics: `loss_noisy` and `loss_clean`, the mean error of clips above and below noise level 0.75, for batches
+        with one level per clip; with mixed levels also `loss_<kind>` for each of `levels.KINDS`.
         """
         args = self.args
-        # The same kind of batch in every process, so that none waits for another.
+        # All processes draw the same kind of batch, so that none waits for another.
         chance = random.Random(f"kind-{args.seed}-{self.global_step}")
         index = chance.choices(range(len(self.pools)), args.length_weights)[0]
         kind, batch = draw_kind(args.noise_shares, chance), self._batch(index)
@@ -304,7 +304,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         return error.mean(), metrics
 
     def _predict(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
-        # Each model enters its own autocast: a cache of casts that outlived one would be recorded into a graph.
+        # Each model enters its own autocast: a cached cast that outlives it would be recorded into a graph.
         return self._velocity(self.models["transformer"], self.models["text_encoder"], x, sigma, ids)
 
     def _velocity(self, transformer: Any, text_encoder: Any, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
         )[0]
 
     def _claim(self) -> None:
-        """Compute attention as training does: rotation by rows, and the padding of texts as one key."""
+        """Claim all attention modules for training: rotation by rows, and text padding represented by one key."""
         own, text = (partial(_compute_by, each) for each in (self.self_attention, self.cross_attention))
         blocks = range(len(self.transformer.blocks))
         computes = {f"blocks.{n}.{name}": fn for n in blocks for name, fn in (("attn1", own), ("attn2", text))}
@@ -324,7 +324,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
 
     @contextmanager
     def stock_attention(self) -> Iterator[None]:
-        """While open, diffusers' own processors compute attention: on samples, and in what is written."""
+        """Use diffusers' own attention processors inside the block, for samples and for the export."""
         processor_stack(self.transformer).release(NAME)
         try:
             yield
@@ -332,10 +332,10 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
             self._claim()
 
     def evaluate(self) -> dict[str, float]:
-        """What `sample_sheet` measures on samples of the evaluation prompts; empty without prompts."""
+        """Return the metrics of `sample_sheet` on samples of the evaluation prompts; empty without prompts."""
         if not self.args.eval_prompts:
             return {}
-        # Compiling the blocks anew for these few calls would take longer than they do.
+        # Compiling the blocks for these few calls would take longer than the calls.
         with self.stock_attention(), torch.compiler.set_stance("force_eager"):
             return sample_sheet(self.components(), self.args, self.device)
 
@@ -348,7 +348,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
             write_pipeline(folder, parts, self.args)
 
     def components(self) -> dict[str, Any]:
-        """The modules of the pipeline by their names there."""
+        """Return the components of the pipeline by their names."""
         return {
             "vae": self.vae,
             "transformer": self.transformer,
@@ -358,12 +358,12 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
 
 
 def _compute_by(processor: Any, inner: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
-    """In the compute slot of a module: another processor than its own."""
+    """Run the given processor in the compute slot of a module instead of the module's own."""
     return processor(attention, *args, **kwargs)
 
 
 def _tokenizer(args: TextToVideoConfig) -> Any:
-    """The tokenizer. It does not depend on the pool, so weights stay usable with another pool."""
+    """Return the tokenizer. It does not depend on the pool, so the weights stay usable with another pool."""
     if args.whole_words:
         return word_tokenizer(world_words())
     specs = ((seed, world.sample(seed, split="all")) for seed in range(3000))

@@ -1,7 +1,7 @@
-"""The loss of a learned variance, beside that of the noise (arXiv:2102.09672, sections 3.1 and 3.2).
+"""The loss of a learned variance, used in addition to the noise loss (arXiv:2102.09672, sections 3.1 and 3.2).
 
-Log variance of the reverse step t -> t - 1 is f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (eq. 15). The
-divergence from the true posterior moves v alone: the noise is detached in it.
+The log variance of the reverse step t -> t - 1 is f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (eq. 15).
+The divergence from the true posterior trains v only: the noise prediction is detached.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import Tensor
 def variance_bound(
     noise: Tensor, predicted: Tensor, v: Tensor, timestep_B: Tensor, alpha_bars_T: Tensor, latents: Tensor
 ) -> Tensor:
-    """Return the terms of the variational bound, nats a latent, (B,); that of timestep 0 is left out, as 0.
+    """Return the terms of the variational bound in nats per latent value, (B,); timestep 0 gives 0.
 
-    No sampler here takes a random step to the clean picture, so that the likelihood of timestep 0 decides nothing.
+    The term of timestep 0 is left out because no sampler here takes a random step to the clean picture.
 
     Args:
-        noise: (B, C, H, W) that was added.
-        predicted: what the network takes it for.
-        v: the channels of the variance.
-        timestep_B: of the noisy latents, whole numbers from 0 on.
-        alpha_bars_T: of the schedule.
-        latents: (B, C, H, W) noisy ones, for their device and shape.
+        noise: (B, C, H, W) noise that was added.
+        predicted: noise that the network predicts.
+        v: channels of the variance.
+        timestep_B: timesteps of the noisy latents, integers from 0.
+        alpha_bars_T: alpha bars of the schedule.
+        latents: (B, C, H, W) noisy latents, used for their device.
     """
     bars = alpha_bars_T.to(latents.device, torch.float64)
     before = torch.cat([bars.new_ones(1), bars[:-1]])
     betas = 1 - bars / before
     posterior = betas * (1 - before) / (1 - bars)
-    # The means differ by (x0 - x0') sqrt(abar_{t-1}) beta_t / (1 - abar_t), and x0 - x0' is that of the noise, scaled.
+    # The means differ by (x0 - x0') sqrt(abar_{t-1}) beta_t / (1 - abar_t); x0 - x0' is the scaled noise error.
     factor = before.sqrt() * betas / (1 - bars) * ((1 - bars) / bars).sqrt()
-    low = posterior.clamp_min(posterior[1]).log()  # that of 0 is 0
+    low = posterior.clamp_min(posterior[1]).log()  # the posterior variance of timestep 0 is 0
     step = timestep_B.to(bars.device)
 
     def of(table_T: Tensor) -> Tensor:

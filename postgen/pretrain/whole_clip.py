@@ -1,9 +1,8 @@
-"""Wan's causal autoencoder on a whole clip at once: the function of `AutoencoderKLWan` without its loop over chunks.
+"""Wan's causal autoencoder on a whole clip at once: `AutoencoderKLWan` without its loop over chunks.
 
-`encode` and `decode` of diffusers walk through a clip four frames at a time with a cache of past features; for
-training that is thousands of small launches. Every layer but the temporal resampling is causal already, so the same
-values come from one pass. Unlike the stock decoder, no clamp stops the gradient at -1 and 1. Shapes: (B, C, T, H, W),
-T = 4n + 1.
+diffusers' `encode` and `decode` process a clip four frames at a time with a cache of past features. For training this
+means thousands of small launches. Every layer except the temporal resampling is causal, so one pass computes the same
+values. Unlike the stock decoder, no clamp stops the gradient at -1 and 1. Shapes: (B, C, T, H, W), T = 4n + 1.
 """
 
 from __future__ import annotations
@@ -21,19 +20,20 @@ from postgen.kernels.norm_silu.ops import norm_silu_pad
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """SiLU of the RMS norm over channels (dim 1), statistics in float32 or wider; gamma has shape (C,1,1,1)."""
+    """Return the SiLU of the RMS norm over channels (dim 1), in float32 or wider; gamma has shape (C,1,1,1)."""
     return naive.norm_silu(x, gamma.flatten())
 
 
 class WholeClip(nn.Module):
-    """Whole-clip `encode` and `decode` over the weights of an `AutoencoderKLWan`, which it holds and does not copy.
+    """Whole-clip `encode` and `decode` with the weights of an `AutoencoderKLWan`, which are shared, not copied.
 
     Args:
-        vae: the autoencoder; blocks of the residual kind (`is_residual=True`, Wan 2.2) are not supported.
-        folded: compute a 3x3x3 convolution as a 2-D one over three stacked frames; often faster with few channels.
-        compiled: fuse norm and activation with `torch.compile`; without it, and not folded, they and the padding are
-            `postgen.kernels.norm_silu`.
-        align: fill the channels of pixels up to a multiple of this with zeros; on GPUs 32 are fast.
+        vae: the autoencoder; residual blocks (`is_residual=True`, Wan 2.2) are not supported.
+        folded: compute a 3x3x3 convolution as a 2-D convolution over three stacked frames; often faster for few
+            channels.
+        compiled: fuse norm and activation with `torch.compile`. If neither `folded` nor `compiled` is set,
+            `postgen.kernels.norm_silu` computes norm, activation and padding.
+        align: pad the channels of the pixels with zeros to a multiple of this number; 32 is fast on GPUs.
 
     Raises:
         UserError: an autoencoder with residual blocks.
@@ -43,27 +43,27 @@ class WholeClip(nn.Module):
         super().__init__()
         if vae.config.is_residual:
             raise UserError("WholeClip supports autoencoders with is_residual=False (Wan 2.1) only.")
-        # The same names as in the autoencoder, so that its weight files fit.
+        # Use the names of the autoencoder, so that its weight files fit.
         self.encoder, self.decoder = vae.encoder, vae.decoder
         self.quant_conv, self.post_quant_conv = vae.quant_conv, vae.post_quant_conv
         self.patch = int(vae.config.patch_size or 1)
         self.folded = folded
-        # Before shortcuts were products and pixels had 32 channels, one weight gradient took cuDNN 150 ms on an H200.
+        # Without matrix-product shortcuts and 32 pixel channels, one weight gradient took cuDNN 150 ms on an H200.
         self.plain, self.align = folded or compiled, align
         self._norm_silu: Callable[[Tensor, Tensor], Tensor] = norm_silu
         if compiled:
             self._norm_silu = torch.compile(norm_silu, dynamic=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clip in [-1,1] -> reconstruction (unclamped), mean and log-variance of the latents (a draw is decoded)."""
+        """Return the unclamped reconstruction of a clip in [-1,1] from sampled latents, and their mean and logvar."""
         mean, logvar = self.encode(x)
         noise = torch.randn_like(mean)
         return self.decode(mean + noise * (0.5 * logvar).exp()), mean, logvar
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, z, 1 + (T-1)/4, h, w) of the latents, not normalised; the latter in [-30, 20]."""
+        """Return mean and log variance (B, z, 1 + (T-1)/4, h, w), not normalised; the log variance is in [-30, 20]."""
         if (x.shape[2] - 1) % 4:
-            raise UserError(f"A clip for this autoencoder has 4n+1 frames, not {x.shape[2]}.")
+            raise UserError(f"A clip for this autoencoder must have 4n+1 frames, got {x.shape[2]}.")
         encoder: Any = self.encoder
         h = self._conv_in(encoder.conv_in, self._patchify(x))
         for block in encoder.down_blocks:
@@ -74,7 +74,7 @@ class WholeClip(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Clip (B, 3, T, H, W), about in [-1,1], of latents that are not normalised."""
+        """Return the clip (B, 3, T, H, W), about in [-1,1], of latents that are not normalised."""
         decoder: Any = self.decoder
         h = self.post_quant_conv(z).contiguous(memory_format=torch.channels_last_3d)
         h = self._middle(decoder.mid_block, self._conv(decoder.conv_in, h))
@@ -93,7 +93,7 @@ class WholeClip(nn.Module):
     def _norm_conv(self, norm: Any, conv: Any, x: Tensor) -> Tensor:
         if self.plain:
             return self._conv(conv, self._norm_silu(x, norm.gamma))
-        # Padded already: the layer's own forward would do it again.
+        # The input is padded already; the layer's own forward pass would pad it again.
         return self._aligned(conv, norm_silu_pad(x, norm.gamma.flatten()))
 
     def _conv_in(self, conv: Any, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class WholeClip(nn.Module):
     def _shortcut(self, conv: Any, x: Tensor) -> Tensor:
         if self.plain or not isinstance(conv, nn.Conv3d):
             return conv(x)  # type: ignore[no-any-return]
-        # One place at a time is a matrix product.
+        # A convolution with a 1x1x1 kernel is a matrix product.
         return F.linear(x.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
     def _middle(self, block: Any, x: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class WholeClip(nn.Module):
 def _larger(upsample: Any, pictures: Tensor) -> Tensor:
     if pictures.dtype not in (torch.bfloat16, torch.float16):
         return upsample(pictures)  # type: ignore[no-any-return]
-    # Copies of pixels need no float32, which the layer's own forward takes.
+    # Copying pixels needs no float32, to which the layer's own forward pass converts.
     return F.interpolate(pictures, scale_factor=upsample.scale_factor, mode=upsample.mode)
 
 

@@ -175,13 +175,13 @@ REWARDS: dict[str, tuple[Callable[[], Any], str]] = {
     "brackets": (lambda: split_rewards("world, clip_score(frames=8"), "do not match"),
     "none": (lambda: RewardRunner([]), "no reward"),
     "twice": (lambda: RewardRunner(["world", "world"]), "two rewards are named"),
-    "weights too many": (lambda: RewardRunner([brightness], [1.0, 2.0]), "finite weights"),
-    "weights NaN": (lambda: RewardRunner([brightness], [math.nan]), "finite weights"),
-    "weights 0": (lambda: RewardRunner([brightness], [0.0]), "finite weights"),
-    "weights words": (lambda: RewardRunner([brightness], ["1"]), "finite weights"),  # type: ignore[list-item]
-    "weights true": (lambda: RewardRunner([brightness], [True]), "finite weights"),
-    "weight 5000 digits": (lambda: RewardRunner([brightness], [10**5000]), "finite weights"),
-    "a weight": (lambda: RewardRunner([brightness], 1.0), "finite weights"),  # type: ignore[arg-type]
+    "weights too many": (lambda: RewardRunner([brightness], [1.0, 2.0]), "finite number"),
+    "weights NaN": (lambda: RewardRunner([brightness], [math.nan]), "finite number"),
+    "weights 0": (lambda: RewardRunner([brightness], [0.0]), "finite number"),
+    "weights words": (lambda: RewardRunner([brightness], ["1"]), "finite number"),  # type: ignore[list-item]
+    "weights true": (lambda: RewardRunner([brightness], [True]), "finite number"),
+    "weight 5000 digits": (lambda: RewardRunner([brightness], [10**5000]), "finite number"),
+    "a weight": (lambda: RewardRunner([brightness], 1.0), "finite number"),  # type: ignore[arg-type]
     "reward_error": (lambda: RewardRunner([brightness], reward_error="quiet"), "reward_error"),  # type: ignore[arg-type]
     "frames 0": (lambda: per_frame(brightness, frames=0), "frames"),
     "frames a word": (lambda: per_frame(brightness, frames="all"), "frames"),  # type: ignore[arg-type]

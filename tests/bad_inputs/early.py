@@ -140,7 +140,7 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("serve-reward", "world(prompts=1)"): "no option 'prompts': it has workers$",
     ("serve-reward", "motion_floor(completions=1)"): "it has floor$",
     ("serve-reward", "depth_consistency(log_metric=1)"): "it has none$",
-    ("serve-reward", "http://127.0.0.1:9(retries=0)"): "nobody listens there: start `postgen serve-reward",
+    ("serve-reward", "http://127.0.0.1:9(retries=0)"): "no server listens there: start `postgen serve-reward",
     ("serve-reward", "clip_score(frames=0)"): "frames",
     ("serve-reward", "world", "--device", "tpu"): "device",
     ("score", "frames", "--prompt", "a", "--reward", "wrld"): "Did you mean 'world'",

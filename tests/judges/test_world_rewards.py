@@ -189,10 +189,10 @@ def test_world_judge_takes_clips_of_a_pipeline(tmp_path, tiny_wan, monkeypatch):
 
 
 def test_weights_that_are_not_there_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"no weights in .*train them with recipes/world-clip\.yaml"):
+    with pytest.raises(UserError, match=r"has no weights: train them with recipes/world-clip\.yaml"):
         get_reward("world_clip", model=tmp_path).load()
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="holds no reward"):
+    with pytest.raises(UserError, match="does not contain a reward"):
         get_reward("world_judge", model=tmp_path).load()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is of another model"):

@@ -148,7 +148,7 @@ def test_stills_are_rendered_once(run: Path, tmp_path: Path) -> None:
     assert (run / "pool" / "latents.safetensors").stat().st_mtime_ns == before
     torch.testing.assert_close(trainer.latents[3:5], render_stills([3, 4], 32, "cpu"), atol=2e-3, rtol=0)
     assert trainer.classes[3] == 3
-    with pytest.raises(UserError, match="holds other stills than 65 of 32 px"):
+    with pytest.raises(UserError, match="does not have 65 stills of 32 px"):
         ClassToImageTrainer(
             ClassToImageConfig.from_dict({**given, "pool_pictures": 65, "output_dir": str(tmp_path / "other")})
         ).train()

@@ -104,7 +104,7 @@ def test_parameters_are_the_autoencoders_own(vae):
 
 @pytest.mark.parametrize("frames", [2, 4, 16])
 def test_other_lengths_are_refused(vae, frames):
-    with pytest.raises(UserError, match=f"4n\\+1 frames, not {frames}"):
+    with pytest.raises(UserError, match=f"4n\\+1 frames, got {frames}"):
         WholeClip(vae).encode(clip(frames))
 
 

@@ -95,7 +95,7 @@ def test_open_clips_own_preparation_of_pictures(tmp_path, folder, clips):
     assert reward(PROMPTS, clips) == pytest.approx(want.tolist(), abs=1e-5)
     seen["resize_mode"] = "longest"
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": QUICK, "preprocess_cfg": seen}))
-    with pytest.raises(UserError, match="resize_mode='longest': known are shortest, squash"):
+    with pytest.raises(UserError, match="resize_mode='longest': supported are shortest, squash"):
         ClipScore(str(tmp_path), open_clip="net.bin").load()
 
 
@@ -206,18 +206,18 @@ def test_odd_margins():
 
 def test_errors(tmp_path, folder):
     clip = torch.rand(1, 3, 32, 32)
-    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"the folder .*nowhere does not exist"):
         ClipScore(str(tmp_path / "nowhere")).load()
-    with pytest.raises(UserError, match=r"holds no HPS_v2.1_compressed.pt"):
+    with pytest.raises(UserError, match=r"does not contain HPS_v2.1_compressed.pt"):
         HPSv21(str(tmp_path)).load()
     torch.save({"state_dict": open_clip.random_state(QUICK)}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(UserError, match=r"those of another model: it lacks .* more"):
+    with pytest.raises(UserError, match=r"those of another model: they lack .* more"):
         HPSv21(str(tmp_path)).load()
     wider = TINY | {"embed_dim": 20}
     with pytest.raises(UserError, match=r"visual_projection.weight is \(12, 16\), expected \(20, 16\)"):
         HPSv21(str(tmp_path), shape=wider).load()
     torch.save({"epoch": 3}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(UserError, match="no plain weights"):
+    with pytest.raises(UserError, match="does not contain plain weights"):
         HPSv21(str(tmp_path), shape=TINY).load()
     with pytest.raises(UserError, match="hf_model_name"):
         clip_config(TINY | {"text_cfg": TINY["text_cfg"] | {"hf_model_name": "x"}})
@@ -237,7 +237,7 @@ def test_damaged_and_missing_files(tmp_path, folder):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"cannot load .*mismatch"):
         ClipScore(str(tmp_path)).load()
-    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"the folder .*nowhere does not exist"):
         find_file(str(tmp_path / "nowhere"), "model.pth")
 
 

@@ -176,8 +176,8 @@ def test_time_limit():
     first, second = (runner(["a"], [clip()]) for _ in range(2))
     assert time.monotonic() - start < 0.5
     assert first.failed == {"slow": 1, "slow_too": 1, "level": 0}
-    assert "no answer within 0.1 s" in first.errors["slow"]
-    assert "no answer within 0.1 s" in first.errors["slow_too"]
+    assert "no result within 0.1 s" in first.errors["slow"]
+    assert "no result within 0.1 s" in first.errors["slow_too"]
     assert "still busy" in second.errors["slow"]
     time.sleep(0.6)
     runner.timeout = 0.8
@@ -306,8 +306,8 @@ def test_uneven_batches_are_refused(change, message):
     [
         ([], {}, "there is no reward"),
         ([level, level], {}, "two rewards are named 'level'"),
-        ([level], {"weights": [1.0, 2.0]}, "1 rewards need as many finite weights"),
-        ([level], {"weights": [math.nan]}, "finite weights"),
+        ([level], {"weights": [1.0, 2.0]}, "weights must be 1 finite numbers"),
+        ([level], {"weights": [math.nan]}, "finite number"),
         ([level], {"weights": [0.0]}, "not all 0"),
         ([level], {"timeout": 0.0}, "must be above 0"),
         ([level], {"batch_bytes": 0}, "must be above 0"),

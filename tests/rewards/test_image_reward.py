@@ -208,10 +208,10 @@ def test_the_published_constants():
 
 
 def test_errors(tmp_path, folder, clips):
-    with pytest.raises(UserError, match=r"holds no ImageReward\.pt"):
+    with pytest.raises(UserError, match=r"does not contain ImageReward\.pt"):
         ImageReward(str(tmp_path)).load()
     torch.save(random_state() | {"blip.extra": torch.zeros(1)}, tmp_path / "ImageReward.pt")
-    with pytest.raises(UserError, match=r"another model: it has blip\.extra"):
+    with pytest.raises(UserError, match=r"another model: they include blip\.extra"):
         reward(tmp_path).load()
     BertTokenizer(vocab={w: i for i, w in enumerate([*WORDS, *map(str, range(40)), "green"])}).save_pretrained(
         tmp_path

@@ -139,7 +139,7 @@ def test_a_batch_scores_like_single_clips():
 
 
 def test_errors():
-    with pytest.raises(UserError, match="known are dis, raft"):
+    with pytest.raises(UserError, match="allowed are dis, raft"):
         DynamicDegree(flow="farneback")
     with pytest.raises(UserError, match="has no weights"):
         get_reward("flow_smoothness", weights="raft.pth")

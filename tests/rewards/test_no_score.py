@@ -68,7 +68,7 @@ def test_a_clip_without_a_prompt_fails_alone():
     assert seen == ["a", "b"]
     torch.testing.assert_close(result.column("named"), torch.tensor([0.25, torch.nan, 0.75]), equal_nan=True)
     assert result.column("level").tolist() == [0.25, 0.5, 0.75]
-    assert result.failures == {"named": {1: "it needs a prompt, and there is none"}, "level": {}}
+    assert result.failures == {"named": {1: "it needs a prompt, but the clip has none"}, "level": {}}
     assert (result.errors, result.reasons) == ({}, {"named": {}, "level": {}})
     spec = RewardRunner(["world"])(
         prompts=[None], completions=[world.render([SPEC]).rgb_BF3HW[0]], spec=[SPEC], must_score=False
@@ -86,7 +86,7 @@ def test_reasons_and_failures_are_of_single_clips():
     clips = [torch.full((2, 3, 8, 8), value) for value in (0.0, 0.5, 0.75, 1.0)]
     runner = RewardRunner([odd], batch_bytes=1)
     result = runner(prompts=[""] * 4, completions=clips)
-    assert result.reasons == {"odd": {0: "it is dark", 1: "it gave no finite number"}}
+    assert result.reasons == {"odd": {0: "it is dark", 1: "it returned no finite number"}}
     assert result.failures == {"odd": {3: "RuntimeError: too bright"}}
     wrapped = RewardRunner([thresholded(odd, 0.5), per_frame(level, name="frame")])
     assert wrapped(prompts=[""] * 2, completions=clips[:2], must_score=False).reasons["odd"][0] == "it is dark"
@@ -99,14 +99,14 @@ def test_reasons_and_failures_are_of_single_clips():
         ("world", "a red ball", (4, 64), "it has 4 frames of 64x64, and needs at least 5 frames of 32 px a side"),
         ("world", "a red ball", (5, 16), "16x16, and needs at least 5 frames of 32 px"),
         ("parabola", "a cat", (5, 64), "names no scene of the world"),
-        ("parabola", "a red ball stays", (5, 64), "nothing that falls or bounces"),
+        ("parabola", "a red ball stays", (5, 64), "no falling or bouncing body"),
         ("parabola", "a red ball falls", (4, 64), "at least 5 frames"),
         ("permanence", None, (1, 64), "it has 1 frame of 64x64"),
         ("vbench_flicker", None, (1, 64), "at least 2 frames"),
         ("dynamic_degree", None, (5, 8), "at least 2 frames of 12 px"),
         ("flow_smoothness", None, (2, 64), "at least 3 frames"),
         ("brisque", None, (5, 64), "at least 128 px"),
-        ("ocr", "a sign", (1, 64), "no text is asked for"),
+        ("ocr", "a sign", (1, 64), "no text is wanted"),
     ],
 )
 def test_rewards_say_why_they_have_no_score(reward, prompt, clip, reason):
@@ -129,7 +129,7 @@ def test_a_folder_with_files_that_have_no_prompt(cli, tmp_path, suffix):
     for _ in range(2):  # the second call takes the reasons of the first
         done = cli(*words)
         assert done.code == 1
-        assert "world failed for b.webm, 1 of 3 videos: it needs a prompt, and there is none" in done.err
+        assert "world failed for b.webm, 1 of 3 videos: it needs a prompt, but the clip has none" in done.err
         assert "world has no score for a.webm, 2 of 3 videos: the prompt names no scene" in done.err
         text = out.read_text()
         rows = [*csv.DictReader(text.splitlines())] if suffix == "csv" else [*map(json.loads, text.splitlines())]
@@ -139,7 +139,11 @@ def test_a_folder_with_files_that_have_no_prompt(cli, tmp_path, suffix):
             "",
             "world: the prompt names no s",
         ]
-        assert [row["error"] or None for row in rows] == [None, "world: it needs a prompt, and there is none", None]
+        assert [row["error"] or None for row in rows] == [
+            None,
+            "world: it needs a prompt, but the clip has none",
+            None,
+        ]
     assert "2 of 3 are in" in done.err
     (tmp_path / "a.json").unlink()
     (tmp_path / "c.json").unlink()
@@ -153,7 +157,7 @@ def test_two_calls_begin_one_table_at_once(tmp_path, monkeypatch):
     replace = Table._replace
 
     def meanwhile(self, clips):
-        with pytest.raises(UserError, match="another call is writing"):
+        with pytest.raises(UserError, match="another process is writing"):
             second.__enter__()
         replace(self, clips)
 

@@ -110,9 +110,9 @@ def test_an_address_is_a_reward_and_is_asked_beside_the_others(server):
 def test_health(server):
     assert remote(server.url).health() == {"reward": "level", "max_bytes": 100_000}
     RewardRunner([remote(server.url)]).load()
-    with pytest.raises(RemoteError, match="nobody listens there"):
+    with pytest.raises(RemoteError, match="no server listens there"):
         remote(f"http://127.0.0.1:{free_port()}").health()
-    with pytest.raises(UserError, match="nobody listens there: start `postgen serve-reward"):
+    with pytest.raises(UserError, match="no server listens there: start `postgen serve-reward"):
         RewardRunner([remote(f"http://127.0.0.1:{free_port()}")]).load()
 
 
@@ -125,14 +125,14 @@ def free_port():
 def test_an_absent_server_is_survived():
     result = score(remote(f"http://127.0.0.1:{free_port()}", name="gone"), level)
     assert result.failed == {"gone": 3, "level": 0}
-    assert "nobody listens there: start `postgen serve-reward" in result.errors["gone"]
+    assert "no server listens there: start `postgen serve-reward" in result.errors["gone"]
 
 
 def test_a_500_server_is_tried_again_and_survived():
     with odd(lambda handler: handler.say(500, {"error": "boom"})) as server:
         result = score(remote(server.url, retries=2, name="r"), level)
         assert result.failed == {"r": 3, "level": 0}
-        assert "answered 500" in result.errors["r"]
+        assert "returned status 500" in result.errors["r"]
         assert server.posts == 3
 
 
@@ -161,7 +161,7 @@ def test_a_hung_server_is_survived():
         assert time.monotonic() - start < 3
         release.set()
     assert result.failed == {"r": 3, "level": 0}
-    assert "no answer within 0.2 s" in result.errors["r"]
+    assert "no response within 0.2 s" in result.errors["r"]
 
 
 def test_the_time_limit_of_the_runner_holds_for_a_hung_server():
@@ -266,7 +266,7 @@ def test_the_server_listens_on_this_machine_only(server):
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:99999", "https:/x"])
 def test_addresses_are_checked(url):
-    with pytest.raises(UserError, match="no address of a reward"):
+    with pytest.raises(UserError, match="not the address of a reward"):
         RemoteReward(url)
 
 

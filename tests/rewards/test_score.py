@@ -162,14 +162,14 @@ def test_a_row_each_for_the_clips_of_two_folders(cli, folders, tmp_path):
     ("words_", "message"),
     [
         (["b", "--reward", "wrold"], "Did you mean 'world'"),
-        (["nowhere.mp4"], "there is no"),
+        (["nowhere.mp4"], "does not exist: give videos"),
         (["b", "--prompt", "x", "--prompts", "y"], "not both"),
         (["b", "-o", "t.xlsx"], "must end in .jsonl or .csv"),
         (["b", "-o", "/proc/t.csv"], "cannot write /proc/t.csv"),
-        (["b", "--reward", "world", "--weights", "1,2"], "1 rewards need as many finite weights"),
+        (["b", "--reward", "world", "--weights", "1,2"], "weights must be 1 finite numbers"),
         (["b", "--weights", "a"], "must be numbers"),
         (["b", "--device", "abacus"], "abacus"),
-        (["empty"], "holds neither videos"),
+        (["empty"], "has neither videos"),
         (["bare.mp4", "--reward", "world"], "world needs a prompt for bare.mp4"),
         (["b", "--prompts", "two.txt"], "2 prompts for 3 videos"),
         (["b", "--prompts", "other.jsonl"], "no row of the prompts has the file 0.mp4"),
@@ -200,7 +200,7 @@ def test_mistakes_are_one_line(cli, folders, monkeypatch, words_, message):
         (["motion_floor", "--max-mb", "inf"], "--max-mb must be above 0"),
         (["motion_floor", "--device", "abacus"], "unknown device 'abacus'"),
         (["motion_floor", "--timeout", "0"], "must be above 0"),
-        (["world_clip(model='nowhere')"], "no weights in nowhere"),
+        (["world_clip(model='nowhere')"], "nowhere has no weights"),
     ],
 )
 def test_mistakes_of_a_server_are_one_line(cli, words_, message):

@@ -262,7 +262,7 @@ def test_a_second_call_does_not_write_to_the_table_of_another(cli, folder, tmp_p
         before = out.stat().st_ino
         done = cli("score", folder, "--reward", OWN, "-o", out)
         assert (done.code, out.stat().st_ino, out.read_text()) == (2, before, "")
-        assert f"another call is writing {out}" in done.err
+        assert f"another process is writing {out}" in done.err
     assert cli("score", folder, "--reward", OWN, "-o", out).code == 0
     assert len(rows(out)) == 5
 

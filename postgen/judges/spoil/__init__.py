@@ -1,10 +1,10 @@
-"""Graded ways to spoil clips, which `world_judge` learns to rank and is measured by.
+"""Graded corruptions of clips, which `world_judge` learns to rank and with which it is evaluated.
 
-Level 0 leaves a clip as it is; levels 1 to 4 are fixed strengths. With equally seeded generators two levels spoil a
-clip in the same way and differ in strength only. Suffixes: B clips, T frames, K bodies, C channels.
+Level 0 leaves a clip unchanged; levels 1 to 4 have fixed strengths. With generators of the same seed, two levels
+corrupt a clip in the same way and differ in strength only. Suffixes: B clips, T frames, K bodies, C channels.
 
-`whole` spoils whole pictures, `layers` and `looks` and `motion` the first body, `guests` brings in bodies of other
-scenes, `courses` renders bodies on ways that no body goes.
+`whole` corrupts whole pictures; `layers`, `looks` and `motion` corrupt the first body; `guests` inserts bodies of
+other scenes; `courses` renders bodies on impossible trajectories.
 """
 
 from .courses import COURSES

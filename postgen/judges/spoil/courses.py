@@ -1,8 +1,8 @@
-"""Bodies on ways that no body goes: kinds that are rendered, at each strength, from changed positions.
+"""Bodies on impossible trajectories: kinds that are rendered, at each strength, from changed positions.
 
-A way is a function of the true places (T,K,3) in metres of a scene's bodies, of the scene and of a strength. What is
-random in it is drawn from the scene alone, so that the strengths of a scene differ in strength only. The places reach
-a little beyond the clip (`course_frames`), for what comes early.
+A `Way` maps the true positions (T,K,3) of the bodies of a scene in metres, the scene and a strength to new positions.
+Its random numbers depend on the scene alone, so that the strengths of a scene differ in strength only. The positions
+extend a little beyond the end of the clip (`course_frames`), for events that are moved to an earlier time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BEYOND = 8
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A kind: its four strengths, the way, and whether a scene can show it."""
+    """A kind: its four strengths, the function of the positions, and a test whether a scene can show the kind."""
 
     strengths: tuple[float, float, float, float]
     way: Callable[[Tensor, Spec, float], Tensor]
@@ -29,7 +29,7 @@ class Way:
 
 
 def course_frames(frames: int) -> int:
-    """Frames of the true places that a way is given for a clip of so many."""
+    """Return the number of frames of true positions that a way needs for a clip of `frames` frames."""
     return frames + _BEYOND
 
 
@@ -38,7 +38,7 @@ def _chance(kind: str, spec: Spec) -> random.Random:
 
 
 def _leap(places: Tensor, spec: Spec, metres: float) -> Tensor:
-    """From some frame on the first body is elsewhere: to the side, towards the middle."""
+    """Move the first body sideways, towards the middle, from a random frame on."""
     frames = len(places) - _BEYOND
     start = _chance("leap", spec).randint(frames // 4, 3 * frames // 4)
     result = places.clone()
@@ -47,7 +47,7 @@ def _leap(places: Tensor, spec: Spec, metres: float) -> Tensor:
 
 
 def _tremble(places: Tensor, spec: Spec, metres: float) -> Tensor:
-    """The first body is a little beside its way in every frame (standard deviation in metres)."""
+    """Shift the first body randomly in every frame (standard deviation in metres)."""
     rng = _chance("tremble", spec)
     result = places.clone()
     shift = [[rng.gauss(0, 1), rng.gauss(0, 1), 0.0] for _ in range(len(places))]
@@ -56,7 +56,7 @@ def _tremble(places: Tensor, spec: Spec, metres: float) -> Tensor:
 
 
 def _float(places: Tensor, spec: Spec, metres: float) -> Tensor:
-    """The first body never comes nearer to the floor than so many metres: a fall ends in mid-air, the rest hovers."""
+    """Keep the first body at least `metres` above the floor: a fall ends in mid-air, other bodies hover."""
     result, first = places.clone(), spec.bodies[0]
     height = places[:, 0, 2]
     result[:, 0, 2] = height.clamp_min(first.half_height + metres) if first.event == "falls" else height + metres
@@ -64,7 +64,7 @@ def _float(places: Tensor, spec: Spec, metres: float) -> Tensor:
 
 
 def _slide(places: Tensor, spec: Spec, metres: float) -> Tensor:
-    """The first body lies or stands, and goes away by itself, so many metres until the end."""
+    """Move a resting first body away without a cause, by `metres` until the end of the clip."""
     rng, frames = _chance("slide", spec), len(places) - _BEYOND
     start = rng.randint(frames // 3, frames // 2)
     time = torch.arange(len(places), dtype=places.dtype)
@@ -78,7 +78,7 @@ def _slide(places: Tensor, spec: Spec, metres: float) -> Tensor:
 
 
 def _mistimed(places: Tensor, spec: Spec, frames: float) -> Tensor:
-    """The body that is hit moves off so many frames late, or early."""
+    """Start the motion of the body that is hit a number of frames too late or too early."""
     shift = int(frames) if _chance("mistimed", spec).random() < 0.5 else -int(frames)
     time = (torch.arange(len(places)) - shift).clamp(0, len(places) - 1)
     result = places.clone()
@@ -87,14 +87,14 @@ def _mistimed(places: Tensor, spec: Spec, frames: float) -> Tensor:
 
 
 def _gap(places: Tensor, spec: Spec, metres: float) -> Tensor:
-    """The body that is hit lies farther off: a gap is left between both when it moves off."""
+    """Move the body that is hit farther away, so that it starts to move before it is touched."""
     result = places.clone()
     result[:, 1, 0] += metres if spec.bodies[0].velocity[0] > 0 else -metres
     return result
 
 
 def _overlap(places: Tensor, spec: Spec, metres: float) -> Tensor:
-    """A collision, or a way behind another body, in which both run into each other by so many metres."""
+    """Let two bodies that collide, or pass behind each other, overlap by `metres`."""
     first, second = spec.bodies[:2]
     deep = metres - _width(first) - _width(second)
     result = places.clone()
@@ -123,4 +123,4 @@ COURSES = {
     "gap": Way((0.3, 0.6, 0.9, 1.3), _gap, _is("collides")),
     "overlap": Way((0.3, 0.6, 0.85, 1.1), _overlap, _is(*PAIR_EVENTS)),
 }
-"""Kind -> strengths, metres but for `mistimed hit`, whose are frames; the way; and what shows it."""
+"""Kind -> strengths in metres (`mistimed hit`: frames), function of the positions, and test of a scene."""

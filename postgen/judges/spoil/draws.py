@@ -1,4 +1,4 @@
-"""What the kinds draw at random. How much is drawn never depends on a strength, so that levels differ in it only."""
+"""Random draws of the corruptions. The number of draws never depends on a strength, so levels differ in that only."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from postgen.world.spec import COLOURS
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Numbers in [0,1)."""
+    """Return uniform random numbers in [0,1)."""
     return torch.rand(shape, generator=generator, device=device)
 
 
 def wide(value: Tensor) -> Tensor:
-    """(B,) or (B,T) -> (B,1 or T,1,1,1)."""
+    """Reshape (B,) or (B,T) to (B,1 or T,1,1,1) for broadcasting over clips."""
     return value.reshape(len(value), -1, 1, 1, 1)
 
 
 def window(clips: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames of a stretch of a length, after the first frame and, where it fits, before the last: (B,T,1,1,1)."""
+    """Mask an interval of `length` frames after the first frame and, if possible, before the last: (B,T,1,1,1)."""
     batch, frames = clips.shape[:2]
     part = torch.rand(batch, generator=generator, device=clips.device)
     start = 1 + (part * (frames - 1 - length).clamp_min(1)).floor()
@@ -28,9 +28,9 @@ def window(clips: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def ranks(clips: Tensor, generator: torch.Generator) -> Tensor:
-    """A number for every frame, (B,T): the frames below n are n frames at random or, in every second clip, the last n.
+    """Rank all frames, (B,T): frames of rank below n are n random frames or, in half of the clips, the last n.
 
-    So the frames of a lower level are among those of a higher one.
+    The frames of a lower level are therefore a subset of those of a higher level.
     """
     batch, frames = clips.shape[:2]
     drawn = uniform((batch, frames + 1), generator, clips.device)
@@ -40,7 +40,7 @@ def ranks(clips: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rhythm(clips: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames (B,T), bool: every second, every third, or some at random; one of the middle at least."""
+    """Select frames (B,T), bool: every second, every third, or a random set that contains the middle frame."""
     batch, frames = clips.shape[:2]
     drawn = uniform((batch, frames + 2), generator, clips.device)
     time = torch.arange(frames, device=clips.device)
@@ -51,6 +51,6 @@ def rhythm(clips: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def colours(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Albedos of the world's colours at random: (*shape,3)."""
+    """Draw random albedos from the world's colours: (*shape,3)."""
     palette = torch.tensor(list(COLOURS.values()), device=device)
     return palette[torch.randint(len(palette), shape, generator=generator, device=device)]

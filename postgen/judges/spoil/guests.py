@@ -1,7 +1,7 @@
-"""Bodies of other scenes, and second copies of the first body, where there should be none.
+"""Inserts bodies of other scenes, or second copies of the first body.
 
-A whole body more is no fault that a judge without a prompt can see, so guests are seen through, too small, or differ
-from frame to frame.
+An additional intact body is not a fault that a judge can detect without a prompt. Inserted bodies are therefore
+transparent, too small, or different from frame to frame.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MOST_SPECKS = 7
 
 
 def ghost(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """A further body that is seen through; the strength is its opacity, at most one half."""
+    """Insert a transparent body; the strength is its opacity, at most one half."""
     return first_body(picked.guests(generator)).over(picked.clean, wide(strength))
 
 
 def specks(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """So many bodies smaller than any of the world, which stand anywhere."""
+    """Insert `strength` bodies, smaller than any body of the world, at random places."""
     guests = picked.guests(generator)
     body, result = first_body(guests), picked.clean
     batch, frames = result.shape[:2]
@@ -39,7 +39,7 @@ def specks(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tens
 
 
 def iridescent(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """A further body in so many frames, in each in another colour."""
+    """Insert a body in `strength` frames, with another colour in each."""
     guests = picked.guests(generator)
     shown = ranks(picked.clean, generator) < strength[:, None]
     new = colours(picked.clean.shape[:2], generator, picked.clean.device)
@@ -47,7 +47,7 @@ def iridescent(picked: Picked, strength: Tensor, generator: torch.Generator) -> 
 
 
 def double(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """The first body twice, so many radii apart: both seen through all the time, or one comes out of the other."""
+    """Show the first body twice, `strength` radii apart: both half transparent, or one splits off from the other."""
     body, clips = first_body(picked), picked.clean
     batch, frames = clips.shape[:2]
     drawn = uniform((batch, 3), generator, clips.device)
@@ -59,7 +59,7 @@ def double(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tens
     step = torch.stack((shift * angle.cos(), shift * angle.sin()), -1)
     one, two = (body.placed(body.centre + way * step, torch.ones_like(shift)) for way in (-1, 1))
     first, second = one.over(picked.empty), two.over(picked.empty)
-    # Two shadows that fall on one place are no darker than one.
+    # Where two shadows overlap, the ground is no darker than under one shadow.
     ground = torch.minimum(first, second)
     apart = ground + one.cover * (first - ground)
     apart = apart + two.cover * (second - apart)

@@ -1,4 +1,4 @@
-"""The table of kinds."""
+"""The table of corruption kinds: judge head, strengths and function."""
 
 from __future__ import annotations
 
@@ -50,30 +50,32 @@ LEVELS: dict[str, tuple[float, ...]] = {
     **{kind: row.strengths for kind, row in _KINDS.items()},
     **{kind: row.strengths for kind, row in COURSES.items()},
 }
-"""Kind -> strengths: blur and melting in pixels (standard deviation), noise in [0,1] (the same), drift, flicker and
-patches in parts of the brightness, a double image in radii, ghosts in opacity; vanishing, freezing, other shapes and
-iridescence in frames, specks by number; an outline by the height of its waves and a size by its change in parts of the
-radius; flatness, stains, dullness, strobing and recolouring by how much of them is mixed in. For the rest see
-`COURSES`."""
+"""Kind -> the strengths of levels 1 to 4.
+
+Blur and melting: standard deviation in pixels. Noise: standard deviation in [0,1]. Drift, flicker and patches:
+relative to the brightness. Double image: radii. Ghosts: opacity. Vanishing, freezing, shape jitter and iridescence:
+frames. Specks: number. Outline: height of its waves relative to the radius. Size jitter: change relative to the
+radius. Flatness, stains, dullness, strobing and recolouring: share that is mixed in. All others: see `COURSES`.
+"""
 
 HEAD: dict[str, Literal["visual", "motion"]] = {
     **{kind: row.head for kind, row in _KINDS.items()},
     **dict.fromkeys(COURSES, "motion"),
 }
-"""Kind -> which of the judge's heads it is for: `visual` for what one frame shows, `motion` for what needs several."""
+"""Kind -> head of the judge: `visual` for faults visible in one frame, `motion` for faults across frames."""
 
 ON_ANY_CLIP = ("blur", "noise", "colour drift", "flicker", "freeze")
-"""Kinds that need no more than the clip itself."""
+"""Kinds that need only the clip itself, and no other render of its scene."""
 
 
 def corrupt(kind: str, level: Tensor, picked: Picked, generator: torch.Generator) -> Tensor:
-    """Return clips (B,T,3,H,W) in [0,1], spoilt.
+    """Return corrupted clips (B,T,3,H,W) in [0,1].
 
     Args:
         kind: key of `LEVELS`.
         level: (B,) int64, 0 to 4.
         picked: scenes that show the kind, from `Takes.pick`.
-        generator: on the clips' device.
+        generator: random generator on the device of the clips.
     """
     if kind in COURSES:
         spoilt = picked.course(kind, level)

@@ -1,4 +1,4 @@
-"""Spoils how the first body looks; a single frame shows it."""
+"""Corruptions of the appearance of the first body that are visible in a single frame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .whole import blurred
 
 
 def outline(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Two to six waves round the outline, or a hole in the middle."""
+    """Add two to six waves to the outline, or a hole in the middle of the body."""
     body, device = first_body(picked), picked.clean.device
     batch = len(picked.rows)
     drawn = uniform((3, batch), generator, device)[..., None, None, None]
@@ -32,14 +32,14 @@ def outline(picked: Picked, strength: Tensor, generator: torch.Generator) -> Ten
 
 
 def melted(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Soft edges, of the body alone."""
+    """Soften the edges of the body only."""
     body = first_body(picked)
     soft = blurred(torch.cat((body.paint, body.cover), 2), strength)
     return Layer(soft[:, :, :3], soft[:, :, 3:], body.centre, body.radius).over(picked.empty)
 
 
 def flat(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """No light and shade on the body: one even colour."""
+    """Remove the shading of the body: one even colour."""
     body = first_body(picked)
     inside = (body.cover > 0.99).float()
     mean = (body.paint * inside).sum((-1, -2), keepdim=True) / inside.sum((-1, -2), keepdim=True).clamp_min(1)
@@ -49,7 +49,7 @@ def flat(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor
 
 
 def stain(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Another colour runs into the body from one side."""
+    """Blend another colour into the body from one side."""
     body, device = first_body(picked), picked.clean.device
     drawn = uniform((2, len(picked.rows)), generator, device)[..., None, None, None]
     colour = _another(picked, generator)
@@ -60,7 +60,7 @@ def stain(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tenso
 
 
 def dull(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """A body of a colour that the world has not: grey, black, white, or its own but dark or pale."""
+    """Paint the body with a colour outside the world's palette: grey, black, white, or a dark or pale version."""
     device = picked.clean.device
     drawn = uniform((2, len(picked.rows)), generator, device)[..., None]
     grey = (0.05 + 0.9 * drawn[1]).expand(-1, 3)
@@ -71,7 +71,7 @@ def dull(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _another(picked: Picked, generator: torch.Generator) -> Tensor:
-    """A colour of the world for each scene that is not its first body's: (B,3)."""
+    """Choose for each scene a colour of the world that differs from that of its first body: (B,3)."""
     tried = colours((4, len(picked.rows)), generator, picked.clean.device)
     far = (tried - picked.colour).abs().sum(-1)
     return tried[far.argmax(0), torch.arange(tried.shape[1], device=tried.device)]

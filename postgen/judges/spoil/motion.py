@@ -1,4 +1,4 @@
-"""Spoils how the first body lasts from frame to frame."""
+"""Corruptions of the consistency of the first body from frame to frame."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .takes import Picked
 
 
 def vanishing(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Gone for some frames in the midst of the clip."""
+    """Remove the body for some frames in the middle of the clip."""
     return torch.where(window(picked.clean, strength, generator), picked.empty, picked.clean)
 
 
 def strobe(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Seen through in every second or third frame, or in some; at the last level it is gone in these."""
+    """Make the body transparent in every second or third frame, or in random ones; invisible there at level 4."""
     beat = rhythm(picked.clean, generator).float()
     return first_body(picked).over(picked.empty, 1 - wide(strength) * wide(beat))
 
 
 def size_jitter(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Larger in one frame, smaller in the next."""
+    """Enlarge or shrink the body randomly in each frame."""
     body = first_body(picked)
     drawn = uniform((2, *picked.clean.shape[:2]), generator, picked.clean.device)
     way = torch.where(drawn[0] < 0.5, -1.0, 1.0) * (0.5 + 0.5 * drawn[1])
@@ -30,19 +30,19 @@ def size_jitter(picked: Picked, strength: Tensor, generator: torch.Generator) ->
 
 
 def shape_jitter(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Another solid in some frames, or in the last ones."""
+    """Show another shape in some frames, or in the last ones."""
     shown = ranks(picked.clean, generator) < strength[:, None]
     return torch.where(wide(shown), picked.other, picked.clean)
 
 
 def recolouring(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Another colour, more or less strongly: from some frame on, in a rhythm, or a new one in every frame."""
+    """Blend in another colour: from some frame on, in a rhythm, or a new colour in every frame."""
     clips = picked.clean
     batch, frames = clips.shape[:2]
     drawn = uniform((batch, 2), generator, clips.device)
     beat = rhythm(clips, generator)
     many = colours((batch, frames), generator, clips.device)
-    # One colour for all frames: the farthest of those drawn from the body's own.
+    # One colour for all frames: of the drawn colours, the one that differs most from the body's own.
     far = (many - picked.colour[:, None]).abs().sum(-1).argmax(1)
     one = many[torch.arange(batch, device=clips.device), far][:, None].expand_as(many)
     start = (frames * (0.3 + 0.6 * drawn[:, 1:])).floor()

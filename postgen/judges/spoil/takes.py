@@ -1,4 +1,4 @@
-"""Renders of scenes in the versions that spoiling needs."""
+"""Renders of scenes in the versions that the corruptions need."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .courses import COURSES, course_frames
 _AT_ONCE = 256
 _MOVING = ("moves left", "moves right", "moves closer", "moves away")
 _NOWHERE = (0.0, 900.0, 0.6)
-"""Far beyond the fog: not visible."""
+"""Position far beyond the fog, where a body is not visible."""
 
 
 def shows(kind: str, spec: Spec) -> bool:
-    """Whether a kind can be seen on a scene at all: a body that rests cannot freeze."""
+    """Return whether a scene can show a kind at all; for example, freezing is invisible on a resting body."""
     if kind in COURSES:
         return COURSES[kind].shows(spec)
     return kind != "freeze" or spec.bodies[0].event in _MOVING
@@ -31,7 +31,7 @@ def shows(kind: str, spec: Spec) -> bool:
 
 @dataclass(slots=True)
 class Course:
-    """Some scenes at the four strengths of a kind: `clips` (4,R,T,3,H,W) uint8; `row` (N,) of a scene, or -1."""
+    """Renders of one kind at its four strengths: `clips` (4,R,T,3,H,W) uint8; `row` (N,) of each scene, or -1."""
 
     clips: Tensor
     row: Tensor
@@ -39,11 +39,11 @@ class Course:
 
 @dataclass(slots=True)
 class Takes:
-    """Renders of N scenes, uint8: as they are, without their first body, and with that body in another shape.
+    """Renders of N scenes, uint8: unchanged, without their first body, and with this body in another shape.
 
-    `clean`, `empty`, `other` (N,T,3,H,W); `matte` (N,T,2,H,W): how much of a pixel the first body fills, and any body;
-    `colour` (N,3): albedo of the first body. `plain`: numbers of the scenes in which nothing hides the first body on
-    purpose, of all where there is none. `courses`: by kind of `COURSES`.
+    `clean`, `empty`, `other` (N,T,3,H,W). `matte` (N,T,2,H,W): part of a pixel that is covered by the first body, and
+    by any body. `colour` (N,3): albedo of the first body. `plain`: indices of the scenes whose event does not hide the
+    first body, or of all scenes if there are none. `courses`: renders for each kind of `COURSES`.
     """
 
     clean: Tensor
@@ -56,23 +56,23 @@ class Takes:
     courses: dict[str, Course] = field(default_factory=dict)
 
     def rows(self, kind: str) -> Tensor:
-        """Numbers of the scenes that show a kind and are rendered for it."""
+        """Return the indices of the scenes that show a kind and are rendered for it."""
         if kind in self.courses:
             return (self.courses[kind].row >= 0).nonzero()[:, 0]
         shown = [row for row, spec in enumerate(self.specs) if shows(kind, spec)]
         return torch.tensor(shown, dtype=torch.long, device=self.clean.device)
 
     def pick(self, rows: Tensor) -> Picked:
-        """Some of the scenes."""
+        """Select some of the scenes."""
         return Picked(self, rows)
 
 
 class Picked:
-    """Some scenes of takes, as floats in [0,1], each version made when it is asked for.
+    """A selection of scenes of `Takes` as floats in [0,1]; each version is converted on first access.
 
     Args:
-        takes: from `render_takes`.
-        rows: (B,) of the scenes, on the takes' device.
+        takes: output of `render_takes`.
+        rows: (B,) indices of the scenes, on the device of the takes.
     """
 
     def __init__(self, takes: Takes, rows: Tensor) -> None:
@@ -80,7 +80,7 @@ class Picked:
 
     @classmethod
     def of(cls, clips: Tensor) -> Picked:
-        """Clips (B,T,3,H,W) in [0,1] of which nothing else is known: for the kinds of `ON_ANY_CLIP`."""
+        """Wrap clips (B,T,3,H,W) in [0,1] without further renders, for the kinds of `ON_ANY_CLIP`."""
         none = clips[:0]
         picked = cls(Takes(none, none, none, none, none, none, []), torch.arange(len(clips), device=clips.device))
         picked.__dict__["clean"] = clips
@@ -88,22 +88,22 @@ class Picked:
 
     @cached_property
     def clean(self) -> Tensor:
-        """As they are, (B,T,3,H,W)."""
+        """The unchanged clips, (B,T,3,H,W)."""
         return self.takes.clean[self.rows].float() / 255
 
     @cached_property
     def empty(self) -> Tensor:
-        """Without the first body."""
+        """The clips without the first body, (B,T,3,H,W)."""
         return self.takes.empty[self.rows].float() / 255
 
     @cached_property
     def other(self) -> Tensor:
-        """With the first body in another shape."""
+        """The clips with the first body in another shape, (B,T,3,H,W)."""
         return self.takes.other[self.rows].float() / 255
 
     @cached_property
     def matte(self) -> Tensor:
-        """How much of a pixel the first body fills, and any body: (B,T,2,H,W)."""
+        """Part of each pixel covered by the first body, and by any body: (B,T,2,H,W)."""
         return self.takes.matte[self.rows].float() / 255
 
     @property
@@ -112,12 +112,12 @@ class Picked:
         return self.takes.colour[self.rows]
 
     def course(self, kind: str, level: Tensor) -> Tensor:
-        """The scenes at levels 1 to 4 (B,) of a kind of `COURSES`; level 0 is taken for 1."""
+        """Return the scenes at levels 1 to 4 (B,) of a kind of `COURSES`; level 0 is treated as 1."""
         course = self.takes.courses[kind]
         return course.clips[(level - 1).clamp_min(0), course.row[self.rows]].float() / 255
 
     def guests(self, generator: torch.Generator) -> Picked:
-        """As many other scenes, at random, in which the first body is seen as a whole."""
+        """Draw as many other scenes, in which the first body is completely visible."""
         plain = self.takes.plain
         drawn = torch.randint(len(plain), self.rows.shape, generator=generator, device=self.rows.device)
         drawn = (drawn + (plain[drawn] == self.rows).long()) % len(plain)
@@ -125,13 +125,14 @@ class Picked:
 
 
 def render_takes(specs: list[Spec], size: int, device: torch.device | str, most: int | None = None) -> Takes:
-    """Render scenes and the versions of them that spoiling needs.
+    """Render scenes and the versions of them that the corruptions need.
 
     Args:
         specs: scenes of one length.
         size: height and width in pixels.
-        device: where to compute and to keep them.
-        most: scenes that each kind of `COURSES` is rendered for, except leaps, which all have; None: all that show it.
+        device: device of the computation and of the result.
+        most: largest number of scenes that are rendered for each kind of `COURSES` but `teleport`, which is rendered
+            for all; None renders all scenes that show the kind.
     """
     parts = [_scenes(specs[low : low + _AT_ONCE], size, device) for low in range(0, len(specs), _AT_ONCE)]
     clean, empty, other, matte = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -147,9 +148,9 @@ def _bytes(picture: Tensor) -> Tensor:
 
 
 def _scenes(specs: list[Spec], size: int, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clean, empty, in another shape, and the matte."""
+    """Render scenes; return clean clips, clips without the first body, with another shape, and the matte."""
     motion = Simulation(specs, device).run(specs[0].num_frames)
-    # One ray in each quarter of a pixel: averaged they are the picture of 2x2 rays, and so are the shares of bodies.
+    # One ray per quarter of a pixel: the average equals a render with 2x2 rays, and gives the share of the bodies too.
     fine = world.render(specs, size=2 * size, supersample=1, device=device, motion=motion)
     assert fine.ids_BFHW is not None
     filled = torch.stack((fine.ids_BFHW == 1, fine.ids_BFHW > 0), 2).float()
@@ -175,7 +176,7 @@ def pictures(specs: Sequence[Spec], size: int, device: torch.device | str, motio
 
 
 def _reshaped(spec: Spec) -> Spec:
-    """The first body in another shape of about the same width."""
+    """Give the first body another shape of about the same width."""
     first = spec.bodies[0]
     step = 1 + int(10 * spec.floor_phase[0]) % 2
     shape = SHAPES[(SHAPES.index(first.shape) + step) % len(SHAPES)]
@@ -184,7 +185,7 @@ def _reshaped(spec: Spec) -> Spec:
 
 
 def _course(kind: str, specs: list[Spec], size: int, device: torch.device | str, most: int | None) -> Course:
-    """Render a kind at its strengths, for the scenes that show it."""
+    """Render a kind at its four strengths, for the scenes that show it."""
     how = COURSES[kind]
     chosen = [row for row, spec in enumerate(specs) if how.shows(spec)]
     chosen = chosen if most is None or kind == "teleport" else chosen[:most]

@@ -1,4 +1,4 @@
-"""Spoils whole pictures, whatever they show; the last kind needs to know where bodies are."""
+"""Corruptions of whole pictures, which need no knowledge of the scene; only `ground_patch` uses the body masks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .takes import Picked
 
 
 def blur(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian blur."""
+    """Blur the clips with a Gaussian."""
     return blurred(picked.clean, strength)
 
 
 def blurred(clips_BTCHW: Tensor, deviation: Tensor) -> Tensor:
-    """Blur each clip by its own standard deviation (B,) in pixels, at most 3."""
+    """Blur each clip with its own standard deviation (B,) in pixels, at most 3."""
     batch = len(clips_BTCHW)
     steps = torch.arange(-9, 10, device=clips_BTCHW.device).float()
     kernel = torch.exp(-0.5 * (steps / deviation.clamp_min(1e-2)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
-    # A group a clip; its frames and colours are the batch.
+    # Each clip is a group of the convolution; its frames and channels are the batch.
     x = clips_BTCHW.flatten(1, 2).transpose(0, 1)
     x = functional.pad(x, (9,) * 4, mode="replicate")
     x = functional.conv2d(x, kernel[..., None], groups=batch)
@@ -32,13 +32,13 @@ def blurred(clips_BTCHW: Tensor, deviation: Tensor) -> Tensor:
 
 
 def noise(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent noise in every pixel."""
+    """Add independent noise to every pixel."""
     clips = picked.clean
     return clips + wide(strength) * torch.randn(clips.shape, generator=generator, device=clips.device)
 
 
 def drift(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Each channel gains or loses brightness, more and more."""
+    """Change the brightness of each channel, increasingly over time."""
     clips = picked.clean
     batch, frames = clips.shape[:2]
     way = torch.randn(batch, 1, 3, 1, 1, generator=generator, device=clips.device)
@@ -48,14 +48,14 @@ def drift(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tenso
 
 
 def flicker(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Every frame is a little brighter or darker."""
+    """Change the brightness of every frame randomly."""
     clips = picked.clean
     change = torch.randn(clips.shape[:2], generator=generator, device=clips.device)
     return clips * (1 + wide(strength) * wide(change))
 
 
 def freeze(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """The clip stands still for some frames and then goes on where it would have been."""
+    """Freeze the clip for some frames; afterwards it continues at its original timing."""
     clips = picked.clean
     batch, frames = clips.shape[:2]
     held = window(clips, strength, generator)[:, :, 0, 0, 0]
@@ -66,7 +66,7 @@ def freeze(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tens
 
 
 def ground_patch(picked: Picked, strength: Tensor, generator: torch.Generator) -> Tensor:
-    """Stripes or checks on a part of the ground, around the bodies."""
+    """Draw stripes or checks on a part of the ground, around the bodies."""
     clips = picked.clean
     batch, size, device = len(clips), clips.shape[-1], clips.device
     drawn = uniform((8, batch), generator, device)[..., None, None]
