@@ -251,7 +251,7 @@ def test_the_name_behaves_like_those_of_diffusers() -> None:
 def test_another_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(dispatch.AttentionBackendName)
     monkeypatch.delattr(dispatch, "_native_attention")
-    with pytest.raises(UserError, match=r"diffusers [\d.]+ has another attention dispatcher than 0\.42.*'other'"):
+    with pytest.raises(UserError, match=r"dispatcher of diffusers [\d.]+ differs from that of 0\.42.*'other'"):
         register("other", backend_attention)
     assert list(dispatch.AttentionBackendName) == names
 

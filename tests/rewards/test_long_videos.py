@@ -94,7 +94,7 @@ def test_other_rewards_get_all_frames_up_to_a_bound(scene, both):
     clip, long = both
     assert get_reward(mean)([""], [long]) == [pytest.approx(float(clip.mean()))]
     result = RewardRunner([mean, windows_of])([""], [Footage(scene[1], most=1000)])
-    assert "26 of 64x64 take 1 MiB, more than the 0" in result.errors["mean"]
+    assert "26 frames of 64x64 take 1 MiB, more than the 0" in result.errors["mean"]
     assert result.column("windows_of").tolist() == [4.0]
 
 

@@ -119,7 +119,7 @@ def test_both_stages_learn_and_the_second_from_the_word_on_a_whole_clip(windows)
     before = net(kept[:2].float() / 255)
     after = learn_looked(net, [(right, False), (wrong, True)], steps=12)(kept[:2].float() / 255)
     assert after[1] - after[0] > before[1] - before[0]
-    with pytest.raises(UserError, match="got 1 and 0"):
+    with pytest.raises(UserError, match="got 1 right and 0 wrong"):
         learn_looked(net, [(right, False)], steps=1)
 
 
