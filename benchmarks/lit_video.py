@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import lit_video_report
+from benchmarks.command import ended
 from benchmarks.job_queue import places_on, run_jobs, told
 from benchmarks.lit_video_arms import ARMS, GROUPS, TYPES, jobs_of, read_results, table, winner_of
 from benchmarks.lit_video_files import pack, unpack
@@ -125,31 +126,31 @@ def job_words(options: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run jobs, save or restore results, or write the report."""
     options = parser().parse_args(argv)
-    try:
-        if options.tiny:
-            vars(options).update(TINY)
-        if not options.gpus:
-            options.device = "cpu"
-        if options.table:
-            print(table())
-        elif options.pack is not None or options.unpack is not None:
-            if options.unpack is not None:
-                unpack(options.unpack, options.out)
-            elif options.back is None:
-                raise UserError("--pack needs --back, the folder for the saved files")
-            else:
-                print(*pack(options.pack, options.back), sep="\n")
-        elif options.report:
-            lit_video_report.write(options.out, options.embedded, options.output, docs=options.docs)
-        elif options.group is None:
-            raise UserError(
-                f"nothing to do: give one of --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack"
-            )
+    return ended("benchmarks.lit_video", lambda: _work(options))
+
+
+def _work(options: argparse.Namespace) -> int:
+    if options.tiny:
+        vars(options).update(TINY)
+    if not options.gpus:
+        options.device = "cpu"
+    if options.table:
+        print(table())
+    elif options.pack is not None or options.unpack is not None:
+        if options.unpack is not None:
+            unpack(options.unpack, options.out)
+        elif options.back is None:
+            raise UserError("--pack needs --back, the folder for the saved files")
         else:
-            return 1 if run(options, job_words(options)) else 0
-    except UserError as error:
-        print(f"benchmarks.lit_video: {error}", file=sys.stderr)
-        return 2
+            print(*pack(options.pack, options.back), sep="\n")
+    elif options.report:
+        lit_video_report.write(options.out, options.embedded, options.output, docs=options.docs)
+    elif options.group is None:
+        raise UserError(
+            f"nothing to do: give one of --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack"
+        )
+    else:
+        return 1 if run(options, job_words(options)) else 0
     return 0
 
 
