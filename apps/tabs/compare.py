@@ -276,8 +276,9 @@ def _wire(app: App, page: _Page) -> None:
 
     async def again(id: Any) -> AsyncIterator[list[Any]]:
         rewards = gr.update(choices=[("none", ""), *((name, name) for name in rewards_here())])
-        idle = [None, status(None, IDLE), gr.update(interactive=True), gr.update(interactive=False)]
-        yield [rewards, *idle, *page.result.newest()]
+        # The rest is as it was laid out, or of a job that was asked for while the page loaded.
+        rest = [gr.skip()] * (len(page.told) - len(page.result.shown))
+        yield [rewards, *rest, *page.result.newest()]
         if (task := app.jobs.find(id)) is not None and not app.jobs.progress(task).ended:
             async for progress in app.jobs.follow(task):
                 yield [gr.skip(), *_told(app, page, task, progress)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +14,7 @@ from postgen.apps.errors import raise_failed, said
 from postgen.apps.jobs import Progress, Task
 from postgen.apps.making import FIELDS, Form
 from postgen.apps.state import App
-from postgen.apps.status import status
+from postgen.apps.status import line, status
 from postgen.apps.tabs.results import Results
 from postgen.errors import UserError
 
@@ -177,7 +176,11 @@ def _wire_jobs(app: App, page: _Page) -> None:
 
     async def start(randomise: bool, preset: str | None, *values: Any) -> AsyncIterator[list[Any]]:
         values = (*values[:_SEED], making.drawn_seed() if randomise else values[_SEED], *values[_SEED + 1 :])
-        task = said(lambda: making.submitted(app, _form(values)))
+        try:
+            task = making.submitted(app, _form(values))
+        except UserError as error:
+            yield [_same(), _same(), *_refused(page, str(error))]
+            return
         yield [values[_SEED], _kept(task.id, randomise, preset, values), *_told(app, page, task, None)]
         async for progress in app.jobs.follow(task):
             yield [_same(), _same(), *_told(app, page, task, progress)]
@@ -198,11 +201,8 @@ def _wire_jobs(app: App, page: _Page) -> None:
     def keep(id: Any) -> None:
         app.jobs.finish_early(id)
 
-    def check(randomise: bool, preset: str | None, *values: Any) -> list[Any]:
-        return _problems(app, randomise, values)
-
     inputs = [page.randomise, page.preset, *page.values]
-    begin = {"inputs": inputs, "outputs": [page.fields["seed"], page.browser, *page.told], "validator": check}
+    begin: dict[str, Any] = {"inputs": inputs, "outputs": [page.fields["seed"], page.browser, *page.told]}
     # Gradio would decode the first frame itself, before any limit, and keep what it made of it.
     begin["preprocess"] = False
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -225,25 +225,22 @@ def _form(values: tuple[Any, ...]) -> Form:
     return Form(**own, plug_ins=controls.plug_in_texts(values[len(FIELDS) :]))
 
 
-def _problems(app: App, randomise: bool, values: tuple[Any, ...]) -> list[Any]:
-    """Say what is wrong at the control that it is about, before the job is queued."""
-    fine = [gr.validate(True, "")] * (2 + len(values))
-    try:
-        form = _form(values)
-        making.job_of(app, dataclasses.replace(form, seed=0) if randomise else form)
-    except UserError as error:
-        place = making.place_of(str(error))
-        fine[2 + place] = gr.validate(False, str(error))
-        if place in _FOLDED:  # there it would not be seen
-            fine[2] = gr.validate(False, f"More settings: {error}")
-    return fine
+def _refused(page: _Page, why: str) -> list[Any]:
+    """Return what `_Page.told` shows of a form that cannot be made.
+
+    A line of the page's own: what Gradio's `validator` says at a control goes away with the next event of any
+    tab, such as the timer of the training plots.
+    """
+    folded = "More settings: " if making.place_of(why) in _FOLDED else ""
+    said = line("failed", f"{folded}{why}", "")
+    return [said if part is page.status else _same() for part in page.told]
 
 
 def _told(app: App, page: _Page, task: Task | None, progress: Progress | None) -> list[Any]:
     """Return what `_Page.told` shows of a job."""
-    if task is None:
-        idle = [gr.update(interactive=True), gr.update(interactive=False), gr.update(interactive=False)]
-        return [None, status(None, IDLE), gr.update(visible=False), *idle, *page.results.newest()]
+    if task is None:  # the rest is as it was laid out, or of a job that was asked for while the page loaded
+        kept = len(page.told) - len(page.results.shown)
+        return [*(_same() for _ in range(kept)), *page.results.newest()]
     live = progress is None or not progress.ended
     running = progress is not None and progress.state == "running"
     picture = progress.preview if progress is not None else None

@@ -243,7 +243,7 @@ def _wire(app: App, page: _Page) -> None:
             yield told
 
     async def again(id: Any) -> AsyncIterator[list[Any]]:
-        yield _idle(page)
+        yield _loaded(page)
         if (task := app.jobs.find(id)) is not None and not app.jobs.progress(task).ended:
             async for told in followed(task):
                 yield told
@@ -297,6 +297,10 @@ def _told(page: _Page, task: Task, progress: Progress, new: bool) -> list[Any]:
     return [task.id if live else None, status(progress), off, on, on, off, off, *result]
 
 
-def _idle(page: _Page) -> list[Any]:
-    on, off = gr.update(interactive=True), gr.update(interactive=False)
-    return [None, status(None, IDLE), on, off, off, on, on, *page.result.newest()]
+def _loaded(page: _Page) -> list[Any]:
+    """Return what `_Page.told` shows once the page is loaded: its results, and the rest as it was laid out.
+
+    A job may have been asked for in the meantime.
+    """
+    kept = len(page.told) - len(page.result.shown)
+    return [*(gr.skip() for _ in range(kept)), *page.result.newest()]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.apps.browser.driving import LONG, TINY, ask, heard, histories, made, numbers, opened, says
+from tests.apps.browser.driving import LONG, TINY, ask, heard, histories, made, numbers, opened, says, tab
 from tests.apps.served import Served
 
 FPS = 16
@@ -81,8 +81,14 @@ def test_a_bad_input_is_one_line_before_the_queue(server: Served, page: Any) -> 
         found = page.locator("#ask").get_by_text(line)
         found.wait_for()
         assert "\n" not in found.inner_text().strip()
-        says(page, "Ready.")
+        assert page.locator("#status .failed").count() == 1
         assert page.locator("#generate").is_enabled()
+    tab(page, "Training")  # its timer is an event of the page
+    tab(page, "Generate")
+    page.locator("#preset label").first.click()
+    page.locator("#preset input").first.wait_for()
+    page.wait_for_timeout(500)
+    assert found.is_visible(), "what is wrong stays until Generate is pressed again"
     ask(page, "mended", **TINY)
     made(page, "mended")
     assert page.locator("#ask").get_by_text("make it smaller").count() == 0
