@@ -198,7 +198,7 @@ def test_wrong_calls() -> None:
     clip = {"num_frames": 9, "height": 64, "width": 64}
     with pytest.raises(UserError, match=r"no layout for Linear\. Known: .*WanTransformer3DModel"):
         forward_cost(torch.nn.Linear(1, 1), **clip)
-    with pytest.raises(UserError, match="needs _class_name"):
+    with pytest.raises(UserError, match="the config has no _class_name"):
         forward_cost({"num_layers": 2}, **clip)
     with pytest.raises(UserError, match=r"no tokens of a video or picture in UNet3DConditionModel: .*Known"):
         forward_cost({"_class_name": "UNet3DConditionModel"}, **clip)

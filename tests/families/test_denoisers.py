@@ -264,5 +264,5 @@ def test_a_schedule_has_no_more_steps_than_there_are_timesteps():
     with pytest.raises(UserError, match=f"num_inference_steps must be at least 1 and at most {known:,}, got"):
         denoiser_for(stable).sigmas(known + 1)
     stable.scheduler.register_to_config(prediction_type="noise")
-    with pytest.raises(UserError, match="'noise': epsilon, sample, v_prediction are known"):
+    with pytest.raises(UserError, match="is 'noise', it must be one of epsilon, sample, v_prediction"):
         denoiser_for(stable)
