@@ -9,8 +9,8 @@ stock call. The norms, linear layers and modulation process single tokens, so th
 two attention modules of a block receive the whole clip. Wan and LTX also embed one timestep per token; here they embed
 one per frame.
 
-Other hooks and modules see arguments and outputs with the shapes of a stock call. The results are the same, on a CPU
-to the bit.
+Other hooks and modules see arguments and outputs with the shapes of a stock call. The results are those of a stock
+call up to rounding, and on most CPUs bit by bit.
 """
 
 from __future__ import annotations
