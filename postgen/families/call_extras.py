@@ -26,7 +26,7 @@ class Size:
 
     batch: int
     num_frames: int
-    """Frames of the clip, before the autoencoder."""
+    """Frames of the clip, in pixel space."""
     frames: int
     """Latent frames."""
     height: int
@@ -75,7 +75,7 @@ Extras = Callable[[Any, Size], dict[str, Any]]
 
 
 def nothing(config: Any, size: Size) -> dict[str, Any]:
-    """Return no more arguments (Latte)."""
+    """Return an empty dictionary: Latte takes no further arguments."""
     return {}
 
 
