@@ -38,7 +38,10 @@ def bind(
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read self-attention; None for cross-attention, feature maps, and modules that do more than project."""
+    """Return the parts of a self-attention call.
+
+    None for cross-attention, feature maps, and modules that do more than project.
+    """
     attention, picture = call.attention, call.hidden_states
     if _is_more(call):
         return None
@@ -46,7 +49,7 @@ def read(call: AttentionCall) -> Reading | None:
 
 
 def read_fused(call: AttentionCall) -> Reading | None:
-    """Read self-attention as `read` does, with one fused projection."""
+    """Return the parts of a self-attention call, with one fused projection."""
     if _is_more(call):
         return None
     return _reading(call, projected_at_once(call.attention, call.attention.to_qkv, call.hidden_states))

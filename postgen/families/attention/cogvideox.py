@@ -36,7 +36,7 @@ def bind(
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read joint attention; None for a cross-attention module, whose keys are not rotated."""
+    """Return the parts of a joint-attention call; None for a cross-attention module, whose keys are not rotated."""
     attention = call.attention
     if call.encoder_hidden_states is None or attention.is_cross_attention:
         return None
@@ -51,7 +51,7 @@ def read(call: AttentionCall) -> Reading | None:
 
 
 def read_fused(call: AttentionCall) -> Reading | None:
-    """Read joint attention as `read` does; None also for a call with a mask.
+    """Return the result of `read`; None also for a call with a mask.
 
     This processor of diffusers prepares the mask for the length of the text only.
     """

@@ -29,7 +29,10 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read joint attention; None without rotary tables, and if text and text projections are not given together."""
+    """Return the parts of a joint-attention call.
+
+    None without rotary tables, without text in a double block, or with text in a single block.
+    """
     attention, text, rotary = call.attention, call.encoder_hidden_states, call.rotary
     if rotary is None or (text is None) != (attention.added_kv_proj_dim is None):
         return None

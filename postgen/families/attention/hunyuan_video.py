@@ -31,7 +31,7 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read joint attention; None without text or without rotary tables."""
+    """Return the parts of a joint-attention call; None without text or without rotary tables."""
     text, mask = call.encoder_hidden_states, call.attention_mask
     if text is None or call.rotary is None:
         return None
@@ -40,7 +40,7 @@ def read(call: AttentionCall) -> Reading | None:
 
 
 def read_15(call: AttentionCall) -> Reading | None:
-    """Read joint attention of 1.5; None without text, without a text mask, or without rotary tables."""
+    """Return the parts of a joint-attention call of 1.5; None without text, text mask or rotary tables."""
     text, mask = call.encoder_hidden_states, call.attention_mask
     if text is None or mask is None or call.rotary is None:
         return None

@@ -23,7 +23,7 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read self-attention; None for cross-attention, with a mask, or without rotary tables."""
+    """Return the parts of a self-attention call; None for cross-attention, with a mask, or without rotary tables."""
     if call.encoder_hidden_states is not None or call.attention_mask is not None or call.rotary is None:
         return None
     attention = call.attention

@@ -28,7 +28,7 @@ def bind(
 
 
 def read(call: AttentionCall) -> Reading:
-    """Read joint attention; without text, read the self-attention of the picture."""
+    """Return the parts of a joint-attention call, or without text of a self-attention call of the picture."""
     attention, text = call.attention, call.encoder_hidden_states
     layers = attention.to_q, attention.to_k, attention.to_v
     query, key, value = projected_by(attention, layers, call.hidden_states)

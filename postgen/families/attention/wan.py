@@ -27,7 +27,7 @@ def bind(
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read self-attention; None for cross-attention, or without rotary tables."""
+    """Return the parts of a self-attention call; None for cross-attention, or without rotary tables."""
     attention, rotary = call.attention, call.rotary
     if call.encoder_hidden_states is not None or attention.is_cross_attention or rotary is None:
         return None
