@@ -1,7 +1,8 @@
-"""What postgen knows of each diffusers architecture. Methods ask here and never name a model class.
+"""The knowledge of postgen about each diffusers architecture.
 
-A layout is a data row per transformer class, a denoiser is a small class per pipeline class. Blocks are recorded and
-run alone by `postgen.families.recording`, which is not imported here because it needs torch.
+Methods take this knowledge from here and never name a model class. A layout is a data row for a transformer class. A
+denoiser is a small class for a pipeline class. `postgen.families.recording` records blocks and runs single blocks.
+This package does not import it, because it needs torch.
 """
 
 from postgen.families.blocks import Block, BlockGroup, Blocks

@@ -1,8 +1,9 @@
-"""A plug-in as it stands on one transformer, with settings that belong to the call.
+"""A plug-in on one transformer, with settings that can differ between calls.
 
-What `apply_*` sets holds for every call. What `for_call` sets holds in its block, for the thread or task that opened
-it (a context variable of Python) and for nobody else, whatever else is called on the same transformer meanwhile. Of
-blocks that overlap the one opened last counts, and each takes its own settings away, in whatever order they end.
+`apply_*` sets the settings for all calls. `for_call` opens a `with` block with settings of its own. They apply only to
+calls from the thread or asyncio task that opened the block (a Python context variable). Calls of other threads on the
+same transformer at the same time keep their settings. If blocks overlap, the settings of the block that was opened
+last apply. Overlapping blocks may end in any order; each one removes only its own settings.
 """
 
 from __future__ import annotations
@@ -23,111 +24,115 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 CHANGING = threading.RLock()
-"""Held while something is put on a model or taken off; not while a model computes."""
+"""Lock that a thread holds while it puts a plug-in on a model or removes it, but not while a model computes."""
 
 
 class Setting(Generic[C]):
-    """Settings, and whether they act: the usual ones of a plug-in, or those of one `for_call` block."""
+    """Settings and whether they are enabled: the usual settings of a plug-in, or those of one `for_call` block."""
 
     __slots__ = ("config", "enabled", "open", "prepared")
 
     def __init__(self, config: C, *, enabled: bool, prepared: Any = None) -> None:
         self.config, self.enabled = config, enabled
         self.prepared = prepared
-        """What `AttachedPlugIn.prepare` made of the config."""
+        """The result of `AttachedPlugIn.prepare` for the config."""
         self.open = True
-        """Whether the block that they are of has not ended."""
+        """False after the end of the block to which the settings belong."""
 
 
 _blocks: ContextVar[tuple[tuple[AttachedPlugIn[Any], Setting[Any]], ...]] = ContextVar("postgen_for_call", default=())
-"""(plug-in, settings) of the blocks that this context is in, the one opened last at the end."""
+"""(plug-in, settings) of the open blocks of the current context, in the order in which they were opened."""
 
 
 class _Here(threading.local):
-    """Settings of the forward under way in this thread. Unlike a context variable, compiled code can read it."""
+    """Settings of the running forward pass of a thread. Compiled code can read them, unlike a context variable."""
 
-    # Set in every thread rather than on the class: compiled code guards on the attribute being there.
+    # An instance attribute in every thread, not a class attribute: compiled code guards on its presence.
     def __init__(self) -> None:
         self.setting: Setting[Any] | None = None
 
 
 class AttachedPlugIn(Generic[C]):
-    """What a method leaves on a transformer; the method says what is put where in `arrange`.
+    """Base class of the object that a method puts on a transformer.
 
-    Code that runs within a forward reads `now`, which may be another in every thread; everybody else reads `config`
-    and `enabled`.
+    A method implements `arrange`, which changes the modules of the transformer. Code inside a forward pass reads
+    `now`, which can differ between threads. Other code reads `config` and `enabled`.
     """
 
     name: ClassVar[str]
-    """Under which a transformer has it among its plug-ins."""
+    """Name of the plug-in in the record of a transformer (`installed(transformer).plug_ins`)."""
 
     def __init__(self, model: nn.Module, config: C) -> None:
-        """Check settings on a transformer; nothing is put there.
+        """Check the settings for a transformer, without changing the transformer.
 
         Raises:
-            UserError: as `prepare`.
+            UserError: `prepare` refuses the settings.
         """
         self._usual = Setting(config, enabled=False, prepared=self.prepare(model, config))
         self._applied = False
-        self._calls: list[Setting[C]] = []  # of every thread
+        self._calls: list[Setting[C]] = []  # open blocks of all threads
         self._kept: Setting[C] | None = None
         self._here = _Here()
         self._hooks: list[Any] = []
 
-    # What a method says.
+    # A method implements these.
 
     def prepare(self, model: nn.Module, config: C) -> Any:
-        """Find everything that is wrong with settings on the transformer as it is now, and change nothing.
+        """Check the settings for the current state of the transformer, without changing the transformer.
 
         Returns:
-            Whatever the method needs to act by these settings; it is their `Setting.prepared`.
+            Any object that the method needs to apply the settings; it becomes their `Setting.prepared`.
 
         Raises:
-            UserError: what is wrong.
+            UserError: the settings do not fit the transformer.
         """
 
     @abstractmethod
     def arrange(self, model: nn.Module, live: Sequence[Setting[C]]) -> None:
-        """Bring the transformer in line with the settings that some call may read; of none, take everything off.
+        """Change the modules of the transformer for the settings in use; if there are none, remove all changes.
 
-        What is in place must give the stock model's bits while `now.enabled` is false. Where it fails, it changes
-        nothing.
+        While `now.enabled` is False, the changed modules must compute the same bits as the stock model. If this method
+        raises, it must leave the transformer unchanged.
+
+        Args:
+            model: the transformer.
+            live: all settings that a call may read.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return one line that describes the plug-in and its settings."""
 
     # The settings.
 
     @property
     def now(self) -> Setting[C]:
-        """The settings of the forward under way in this thread."""
+        """The settings of the running forward pass of this thread."""
         found = self._here.setting
         if found is not None:
             return found
-        # Gradient checkpointing runs layers again outside a forward, on a GPU in a thread of its own.
+        # Gradient checkpointing recomputes layers outside a forward pass, on a GPU in another thread.
         kept = self._kept
         return kept if kept is not None and kept.open else self._usual
 
     @property
     def setting(self) -> Setting[C]:
-        """The settings of this thread or task, also between forwards."""
+        """The settings of the current thread or task, also outside a forward pass."""
         return self._of_block() or self._usual
 
     @property
     def config(self) -> C:
-        """The settings of this thread or task."""
+        """The config of the current thread or task."""
         return self.setting.config
 
     @property
     def enabled(self) -> bool:
-        """Whether it acts in this thread or task."""
+        """Whether the plug-in is enabled for the current thread or task."""
         return self.setting.enabled
 
     @property
     def visible(self) -> bool:
-        """Whether it stands here for this thread or task, and not only for a call in another one."""
+        """Whether the current thread or task sees the plug-in; False if only a block of another thread has it."""
         return self._applied or self._of_block() is not None
 
     def _of_block(self) -> Setting[C] | None:
@@ -137,18 +142,18 @@ class AttachedPlugIn(Generic[C]):
                 return found
         return None
 
-    # What a handle does. Inside a block it acts on the settings of the block.
+    # The operations of a handle. Inside a block they change the settings of that block.
 
     def check(self, model: nn.Module, config: C) -> None:
-        """Refuse settings that are wrong on the transformer as it is now.
+        """Check settings for the current state of the transformer.
 
         Raises:
-            UserError: as `prepare`.
+            UserError: `prepare` refuses the settings.
         """
         self.prepare(model, config)
 
     def install(self, model: nn.Module) -> None:
-        """Put it on the transformer for all calls."""
+        """Put the plug-in on the transformer for all calls."""
         self._usual.enabled = self._applied = True
         try:
             self._changed(model)
@@ -157,31 +162,31 @@ class AttachedPlugIn(Generic[C]):
             raise
 
     def configure(self, model: nn.Module, config: C) -> None:
-        """Take new settings, enabled or not.
+        """Replace the settings; the plug-in stays enabled or disabled.
 
         Raises:
-            UserError: they are wrong; nothing changes.
+            UserError: the settings do not fit the transformer; nothing changes.
         """
         self._set(model, self.setting, config, self.setting.enabled)
 
     def enable(self, model: nn.Module) -> None:
-        """Act again after `disable`.
+        """Enable the plug-in again after `disable`.
 
         Raises:
-            UserError: it cannot any more; nothing changes.
+            UserError: the plug-in cannot be enabled; nothing changes.
         """
         self._set(model, self.setting, self.setting.config, True)
 
     def disable(self, model: nn.Module) -> None:
-        """Give the stock model back, bit by bit, but stay entered."""
+        """Let the transformer compute the same bits as the stock model; the plug-in stays on it."""
         if self.setting.enabled:
             self._set(model, self.setting, None, False)
 
     def remove(self, model: nn.Module) -> None:
-        """Take it off for good. Calls of other threads that brought settings of their own keep them to their end.
+        """Remove the plug-in from the transformer. Open blocks of other threads keep their settings until they end.
 
         Raises:
-            UserError: it cannot be taken off; nothing changes.
+            UserError: the plug-in cannot be removed; nothing changes.
         """
         before = self._applied, self._usual.enabled, [*self._calls]
         own = [setting for plug_in, setting in _blocks.get() if plug_in is self and setting.open]
@@ -196,7 +201,10 @@ class AttachedPlugIn(Generic[C]):
             setting.open = False
 
     def snapshot(self) -> Callable[[nn.Module], None]:
-        """Return what brings it back to how it stands now, for changes of several transformers of which one fails."""
+        """Return a function `(transformer)` that restores the present state of the plug-in.
+
+        A handle changes several transformers together. If one of them fails, it restores the others.
+        """
         setting, standing = self.setting, (self._applied, self._usual.enabled, [*self._calls])
         before = setting.config, setting.prepared, setting.enabled
         usable = [each for each in self._calls if each.open]
@@ -211,14 +219,17 @@ class AttachedPlugIn(Generic[C]):
         return bring_back
 
     def open_block(self, model: nn.Module, made: AttachedPlugIn[C] | None) -> Setting[C]:
-        """Begin a block of calls with settings of their own.
+        """Open a block in which calls have settings of their own.
 
         Args:
             model: the transformer.
-            made: one that was made with these settings, perhaps this one; None is off.
+            made: a plug-in object with these settings, which may be this object; None disables the plug-in.
+
+        Returns:
+            The settings of the block, for `close_block`.
 
         Raises:
-            UserError: it cannot be put on; nothing changes.
+            UserError: the plug-in cannot be put on the transformer; nothing changes.
         """
         given = self.setting if made is None else made.setting
         setting = Setting(given.config, enabled=made is not None, prepared=given.prepared)
@@ -233,7 +244,7 @@ class AttachedPlugIn(Generic[C]):
         return setting
 
     def close_block(self, model: nn.Module, setting: Setting[C]) -> None:
-        """End a block; one that `remove` ended is left."""
+        """Close a block; a block that `remove` has closed already stays closed."""
         _blocks.set(tuple(each for each in _blocks.get() if each[1] is not setting))
         if setting.open:
             self._close(setting)
@@ -260,7 +271,7 @@ class AttachedPlugIn(Generic[C]):
         live = [*([self._usual] if self._applied else []), *self._calls]
         self.arrange(model, live)
         if live and not self._hooks:
-            # Native hooks: the hooks of diffusers and accelerate replace `forward`, and these survive that.
+            # Hooks of torch: these remain when hooks of diffusers or accelerate replace `forward`.
             self._hooks.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(self.after_forward, always_call=True))
             installed(model).plug_ins[self.name] = self
@@ -270,22 +281,25 @@ class AttachedPlugIn(Generic[C]):
             self._hooks = []
             del installed(model).plug_ins[self.name]
 
-    # The forward.
+    # The hooks of the forward pass.
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take the settings of the thread or task that calls. In a model compiled as a whole, the thread's last."""
+        """Use the settings of the calling thread or task for this pass.
+
+        In a model that is compiled as a whole, this hook does nothing: the pass uses the last settings of the thread.
+        """
         if not torch.compiler.is_compiling():
             self._here.setting = self.setting
 
     def after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        """End the call, also one that failed, or that began before this was put here."""
+        """End the pass, also if it failed or if it began before the hooks were registered."""
         if not torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 self._kept = self._here.setting
             self._here.setting = self._of_block()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy keeps what it was copied with, for good: no block of another model ends it.
+        # A copy keeps the settings that hold when it is made. Blocks of the original model do not change the copy.
         usual = Setting(self.config, enabled=self.enabled, prepared=self.setting.prepared)
         fresh = {"_usual": usual, "_applied": True, "_calls": [], "_kept": None, "_hooks": living(self._hooks)}
         return {name: value for name, value in {**self.__dict__, **fresh}.items() if name != "_here"}

@@ -1,7 +1,7 @@
-"""The repeated blocks of a model in the order in which they run, and which of their arguments and outputs carry what.
+"""The repeated blocks of a model in running order, and which arguments and outputs carry the latents and the text.
 
-A row names the blocks that the latents pass. Blocks that see the text alone (encoders and refiners of it) are not
-among them. To record what goes in and out of a block, and to run one alone, see `postgen.families.recording`.
+A layout row names the blocks that process the latents. It does not name blocks that process only the text (text
+encoders and refiners). `postgen.families.recording` records the inputs and outputs of blocks and runs single blocks.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockGroup:
-    """Blocks of one kind, which run one after another: one entry of a row."""
+    """Blocks of one kind, which run one after another: one entry of a layout row."""
 
     names: str
-    """Pattern that the names of the modules match in full."""
+    """Regular expression that matches the full names of the modules."""
     hidden: str = "hidden_states"
-    """Argument of their forward that carries the latents."""
+    """Argument of the block's `forward` that carries the latents."""
     text: str | None = "encoder_hidden_states"
-    """Argument that carries the text; None, or a name that a block's forward does not have: it takes none."""
+    """Argument that carries the text. A block takes no text if this is None, or if its `forward` has no such name."""
     hidden_out: int | None = None
-    """Position of the latents among what a block returns; None: it returns nothing else."""
+    """Position of the latents in the output tuple of a block; None if the block returns only the latents."""
     text_out: int | None = None
-    """Position of the text among what a block returns; None: it returns no text, and the next one takes the same."""
+    """Position of the text in the output tuple; None if a block returns no text. The next block then receives the same
+    text."""
     breaks: str = ""
-    """What passes from block to block of this group beside the two; empty: nothing, they are a chain."""
+    """What the blocks of this group exchange besides latents and text; empty if nothing, so that they are a chain."""
     enters: str = ""
-    """What the first of them takes beside what the group before returned; empty: nothing."""
+    """What the first block receives besides the output of the previous group; empty if nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,42 +47,50 @@ class Block:
     """One repeated block of one model."""
 
     name: str
-    """As `named_modules` has it."""
+    """Name in `named_modules()` of the transformer."""
     module: nn.Module
     hidden: str
     """Argument that carries the latents."""
     text: str | None
-    """Argument that carries the text; None: it takes none."""
+    """Argument that carries the text; None if the block takes no text."""
     hidden_out: int | None
-    """Position of the latents in the output; None: the output is the latents."""
+    """Position of the latents in the output tuple; None if the output is the latents."""
     text_out: int | None
-    """Position of the text in the output; None: it returns no text."""
+    """Position of the text in the output tuple; None if the block returns no text."""
     follows: bool
-    """Whether it takes just what the block before returned, latents and (where that one returns it) text, and nothing
-    else passes between the two. False for the first block."""
+    """Whether the block receives exactly the output of the previous block: the latents, and the text if the previous
+    block returns it. Nothing else passes between the two. False for the first block."""
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return latents and text of a call of the block; the text is None where it takes none or was given none.
+        """Return the latents and the text of a call of the block.
+
+        The text is None if the block takes no text or the call has none.
 
         Raises:
-            UserError: the block was given no latents, or a wrapper hides its arguments.
+            UserError: the call has no latents, or a wrapper hides the arguments of the block.
         """
         hidden = self._found(self.hidden, args, kwargs)
         text = None if self.text is None else self._found(self.text, args, kwargs, needed=False)
         return hidden, text
 
     def outputs(self, output: Any) -> tuple[Any, Any]:
-        """Return latents and text of what the block returned; the text is None where it returns none."""
+        """Return the latents and the text of an output of the block; the text is None if the block returns none."""
         hidden = output if self.hidden_out is None else output[self.hidden_out]
         return hidden, None if self.text_out is None else output[self.text_out]
 
     def fed(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Any = None, text: Any = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call with other latents and another text; None leaves what there is.
+        """Return the arguments of a call with other latents and another text.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            hidden: new latents; None keeps those of the call.
+            text: new text; None keeps that of the call.
 
         Raises:
-            UserError: a wrapper hides its arguments.
+            UserError: a wrapper hides the arguments of the block.
         """
         changed, named = list(args), dict(kwargs)
         for name, value in ((self.hidden, hidden), (self.text, text)):
@@ -100,7 +109,9 @@ class Block:
         if place < len(args):
             return args[place]
         if needed:
-            raise UserError(f"block {self.name} was called without {name}: its layout row is out of date")
+            raise UserError(
+                f"block {self.name} was called without {name}: its layout row is out of date, update the row"
+            )
         return None
 
     def _place(self, name: str) -> int:
@@ -108,47 +119,51 @@ class Block:
         names = _parameters(kind)
         if name not in names:
             raise UserError(
-                f"the forward of {self.name}, a {kind.__name__}, has no argument {name}: take the wrapper"
-                " off the block, or bring its layout row up to date"
+                f"the forward of {self.name}, a {kind.__name__}, has no argument {name}: remove the wrapper"
+                " from the block, or update its layout row"
             )
         return names.index(name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """The blocks of a transformer class, as a row of `Layout` has them."""
+    """The blocks of a transformer class: a field of its layout row (`Layout.blocks`)."""
 
     groups: tuple[BlockGroup, ...]
-    """In the order in which they run."""
+    """The groups, in the order in which they run."""
     interleaved: bool = False
-    """One block of each group in turn, instead of one group after the other."""
+    """True if one block of each group runs in turn; False if the groups run one after the other."""
 
     @property
     def chain(self) -> bool:
-        """Whether every block takes what the one before returned and nothing else passes between them.
+        """Whether every block receives exactly the output of the previous block and nothing else passes between them.
 
-        Holds for calls without residuals of a control network, which some models add between their blocks.
+        This holds for calls without residuals of a ControlNet, which some models add between their blocks.
         """
         return not self.broken
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """Say what keeps the blocks from being a chain; nothing where they are one."""
+        """Reasons why the blocks are no chain; empty if they are a chain."""
         reasons = (reason for group in self.groups for reason in (group.enters, group.breaks) if reason)
         return tuple(dict.fromkeys(reasons))
 
     def find(self, transformer: nn.Module) -> tuple[Block, ...]:
-        """Return the blocks of a transformer (no wrapper around it), in the order in which they run.
+        """Return the blocks of a transformer in the order in which they run.
+
+        Args:
+            transformer: the transformer, without a wrapper (DDP, compiled, peft).
 
         Raises:
-            UserError: none matches; the model's structure is not what the row says.
+            UserError: no module matches the patterns, so the model's structure differs from the layout row.
         """
         named = dict(transformer.named_modules())
         found = [[name for name in named if re.fullmatch(group.names, name)] for group in self.groups]
         if not any(found):
             patterns = ", ".join(repr(group.names) for group in self.groups)
             raise UserError(
-                f"{type(transformer).__name__} has no blocks named {patterns}: its layout row is out of date"
+                f"{type(transformer).__name__} has no blocks named {patterns}: its layout row is out of date,"
+                " update the row"
             )
         made = [
             [
@@ -165,7 +180,7 @@ class Blocks:
 def _block(group: BlockGroup, name: str, module: nn.Module, *, follows: bool) -> Block:
     kind: Any = type(module)
     known = _parameters(kind)
-    # A wrapper that takes anything does not tell.
+    # A wrapper with `*args, **kwargs` hides the names; the block may then take the text.
     takes_text = group.text in known or group.hidden not in known
     return Block(
         name=name,
@@ -180,5 +195,5 @@ def _block(group: BlockGroup, name: str, module: nn.Module, *, follows: bool) ->
 
 @functools.cache
 def _parameters(kind: Any) -> tuple[str, ...]:
-    """Names of the parameters of a class's own forward, without self: hooks replace that of an instance."""
+    """Return the parameter names of the `forward` of a class, without self; hooks may replace that of an instance."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -1,12 +1,16 @@
-"""Wan, SkyReels-V2 and LTX modulated frame by frame, where all tokens of a frame have one timestep.
+"""Modulation by frame for Wan, SkyReels-V2 and LTX, for calls in which all tokens of a latent frame have one timestep.
 
-A network that is told a timestep for every token makes six vectors of each token in every block, in Wan and
-SkyReels-V2 of float32: 2.9 GB at the widths of 14B for 15 latent frames of 480 x 832, written once and read several
-times. With the frames in the batch of a
-block there is one timestep a row, as in a stock call: norms, linear layers and modulation look at single tokens
-anyway, and the two attentions are handed the whole clip. Wan and LTX also embed the time of every token; here they do
-of every frame. Everybody's arguments and outputs keep the shapes of a stock call, and the numbers are the same,
-on a CPU to the bit.
+A network that receives a timestep for every token computes six modulation vectors per token in every block. In Wan and
+SkyReels-V2 these are float32: 2.9 GB at the widths of Wan 14B for 15 latent frames of 480 x 832 pixels, which are
+written once and read several times.
+
+This module moves the latent frames of a clip into the batch of a block, so that each row has one timestep, as in a
+stock call. The norms, linear layers and modulation process single tokens, so this does not change their results. The
+two attention modules of a block receive the whole clip. Wan and LTX also embed one timestep per token; here they embed
+one per frame.
+
+Other hooks and modules see arguments and outputs with the shapes of a stock call. The results are those of a stock
+call up to rounding, and on most CPUs bit by bit.
 """
 
 from __future__ import annotations
@@ -26,15 +30,15 @@ _ATTENTIONS = ("attn1", "attn2")
 
 @contextmanager
 def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
-    """While open, let the blocks of a network modulate by frame in the calls of this thread.
+    """Context manager in which the blocks of a network modulate by frame, in calls of this thread.
 
-    Calls that have one timestep for the whole clip stay as they are. So does everything where gradients are wanted
-    (blocks that are computed again later would not know of it), where a block is compiled or somebody replaced its
-    forward, and in networks of other classes.
+    A call does not change if it has one timestep for the whole clip. Nothing changes if gradients are enabled
+    (checkpointed blocks are recomputed later, without this context), if a block is compiled, if the `forward` of a
+    block was replaced, or if the network has blocks of another class.
 
     Args:
         network: the transformer, which may be wrapped.
-        frames: of the tokens; all tokens of a frame have the same timestep.
+        frames: number of latent frames; all tokens of a frame have the same timestep.
     """
     model = unwrap(network)
     blocks = list(getattr(model, "blocks", ()) or getattr(model, "transformer_blocks", ()))
@@ -48,7 +52,7 @@ def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
         stack.callback(embedder.register_forward_pre_hook(fold.before_embedder, with_kwargs=True).remove)
         stack.callback(embedder.register_forward_hook(fold.after_embedder, prepend=True).remove)
         for block in blocks:
-            # What others hang on a block or an attention sees the shapes of a stock call.
+            # The order of the hooks lets all other hooks of a block or an attention see the shapes of a stock call.
             stack.callback(block.register_forward_pre_hook(fold.before_block, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(fold.after_block, prepend=True).remove)
             for name in _ATTENTIONS:
@@ -60,23 +64,27 @@ def modulated_by_frame(network: nn.Module, frames: int) -> Iterator[None]:
 
 
 def altered(module: nn.Module) -> bool:
-    """Whether a transformer or block is compiled, or the forward of a block is no longer that of its class."""
+    """Whether a transformer or block is compiled, or the `forward` of a block is not the one of its class."""
     return is_compiled(module) or (hasattr(module, "attn1") and "forward" in vars(module))
 
 
 class _Fold:
-    """Hooks of one call: frames go into the batch before a block and out of it behind, and around each attention."""
+    """Hooks for the calls of one context.
+
+    The frames are moved into the batch before a block and out of it after the block. Around each attention module they
+    are moved out of the batch and back.
+    """
 
     embedder = "condition_embedder"
     axis = 1
-    """Of the tokens in what a block is told of the time: (B, L, 6, D) or (B, 6, L, D)."""
+    """Axis of the tokens in the time embedding that a block receives: (B, L, 6, D) or (B, 6, L, D)."""
 
     def __init__(self, frames: int) -> None:
         self.frames, self.caller = frames, threading.get_ident()
         self.rows = 0
-        """B while a block is under way whose frames stand in the batch, else 0."""
+        """B while a block with the frames in its batch is running, else 0."""
         self.tokens = 0
-        """Of a frame, while times are embedded one for each frame instead of one for each token; else 0."""
+        """Tokens of a frame while the embedder computes one timestep per frame instead of one per token, else 0."""
 
     def before_embedder(self, embedder: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
         length = words.get("timestep_seq_len")
@@ -100,7 +108,7 @@ class _Fold:
             return None
         hidden, text, told, *rest = args
         self.rows = len(hidden)
-        # One token of each frame speaks for all.
+        # All tokens of a frame have the same time embedding: take that of the first.
         told = told.unflatten(self.axis, (self.frames, -1)).select(self.axis + 1, 0).movedim(self.axis, 1)
         return (self._apart(hidden), text, told.flatten(0, 1), *rest), words
 
@@ -124,12 +132,12 @@ class _Fold:
         return bool(self.rows) and threading.get_ident() == self.caller
 
     def _apart(self, tokens: Tensor) -> Tensor:
-        """(B, T * n, D) -> (B * T, n, D)."""
+        """Move the frames into the batch: (B, T * n, D) -> (B * T, n, D)."""
         apart: Tensor = tokens.unflatten(1, (self.frames, -1)).flatten(0, 1)
         return apart
 
     def _together(self, tokens: Tensor) -> Tensor:
-        """(B * T, n, D) -> (B, T * n, D)."""
+        """Move the frames out of the batch: (B * T, n, D) -> (B, T * n, D)."""
         together: Tensor = tokens.unflatten(0, (self.rows, -1)).flatten(1, 2)
         return together
 
@@ -139,7 +147,7 @@ class _FoldOfSkyReels(_Fold):
 
 
 class _FoldOfLTX(_Fold):
-    """Times are (B * L,) and their embedding (B, L, 6 * D); a block is called by names."""
+    """Timesteps are (B * L,), their embedding is (B, L, 6 * D), and blocks are called with keyword arguments."""
 
     embedder = "time_embed"
 
@@ -174,4 +182,4 @@ _FOLDS: dict[str, type[_Fold]] = {
     "SkyReelsV2TransformerBlock": _FoldOfSkyReels,
     "LTXVideoTransformerBlock": _FoldOfLTX,
 }
-"""Class of a block -> how its frames are told apart."""
+"""Class name of a block -> the hooks for it."""

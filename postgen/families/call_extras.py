@@ -1,6 +1,7 @@
-"""What transformers are told besides latents, timestep and text, at a given size: random normal, no token is padding.
+"""The forward arguments of transformers besides latents, timestep and text, for a call of a given size.
 
-One function for each way of being called, `(config, size) -> arguments by name`; layout rows name them in `Call`.
+Values are random normal, and masks mark no token as padding. There is one function `(config, size) -> arguments by
+name` for each set of arguments. Layout rows name these functions in `Call`.
 """
 
 from __future__ import annotations
@@ -16,48 +17,49 @@ from postgen.errors import UserError
 from postgen.families.video_tokens import LatentAxes
 
 FRAME_RATE = 24
-"""Frames per second that the length of a sound track is told from."""
+"""Frames per second, for the length of the sound track of a clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Size of one call. `make` makes its tensors."""
+    """Size, device and dtype of a call; the methods make the tensors of the call."""
 
     batch: int
     num_frames: int
-    """Frames of the clip."""
+    """Frames of the clip, in pixel space."""
     frames: int
     """Latent frames."""
     height: int
-    """Of a latent frame."""
+    """Height of a latent frame, in latent pixels."""
     width: int
+    """Width of a latent frame, in latent pixels."""
     text_tokens: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
     def noise(self, *shape: int) -> Tensor:
-        """(batch, *shape), always the same; the random state of the program is left alone."""
+        """Return normal noise (batch, *shape): always the same values. The global random state does not change."""
         source = torch.Generator(self.device).manual_seed(0)
         return torch.randn(self.batch, *shape, generator=source, device=self.device, dtype=self.dtype)
 
     def text(self, width: int, tokens: int | None = None) -> Tensor:
-        """(batch, tokens, width)"""
+        """Return a text encoding (batch, tokens, width) of normal noise."""
         return self.noise(tokens or self.text_tokens, width)
 
     def mask(self, tokens: int | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
-        """(batch, tokens): no token is padding."""
+        """Return a mask (batch, tokens) of ones: no token is padding."""
         return torch.ones(self.batch, tokens or self.text_tokens, device=self.device, dtype=dtype)
 
     def full(self, value: float, *shape: int) -> Tensor:
-        """(batch, *shape) of one value."""
+        """Return a float32 tensor (batch, *shape) that is filled with one value."""
         return torch.full((self.batch, *shape), value, device=self.device)
 
     def indices(self, start: int, count: int) -> Tensor:
-        """(count,) consecutive positions."""
+        """Return (count,) consecutive positions."""
         return torch.arange(start, start + count, device=self.device)
 
     def latents(self, channels: int, axes: LatentAxes, frames: int | None = None) -> Tensor:
-        """Latents in the axes of a layout row."""
+        """Return latents of normal noise, with the axes of a layout row."""
         frames = frames or self.frames
         shapes = {
             "BCTHW": (channels, frames, self.height, self.width),
@@ -73,24 +75,24 @@ Extras = Callable[[Any, Size], dict[str, Any]]
 
 
 def nothing(config: Any, size: Size) -> dict[str, Any]:
-    """Nothing more: Latte."""
+    """Return an empty dictionary: Latte takes no further arguments."""
     return {}
 
 
 def image_of_wan(config: Any, size: Size) -> dict[str, Any]:
-    """The first frame as CLIP sees it: 16 x 16 patches and a class token."""
+    """Return the CLIP encoding of the first frame (16 x 16 patches and a class token) if the model takes one."""
     return {} if config["image_dim"] is None else {"encoder_hidden_states_image": size.text(config["image_dim"], 257)}
 
 
 def vace(config: Any, size: Size) -> dict[str, Any]:
-    """The control, and how much it counts in each of its blocks."""
+    """Return the control latents, and their scale in each VACE block."""
     control = size.latents(config["vace_in_channels"], "BCTHW")
     scale = torch.ones(len(config["vace_layers"]), device=size.device, dtype=size.dtype)
     return {**image_of_wan(config, size), "control_hidden_states": control, "control_hidden_states_scale": scale}
 
 
 def animate(config: Any, size: Size) -> dict[str, Any]:
-    """The first latent frame is the reference image; a face for every frame of the others."""
+    """Return pose latents and face pictures. The first latent frame is the reference image and has no pose or face."""
     side, frames = config["motion_encoder_size"], size.frames - 1
     faces = size.noise(3, 4 * frames - 3, side, side)
     pose = size.latents(config["latent_channels"], "BCTHW", frames)
@@ -98,7 +100,7 @@ def animate(config: Any, size: Size) -> dict[str, Any]:
 
 
 def skyreels(config: Any, size: Size) -> dict[str, Any]:
-    """A timestep per frame and causal blocks where the model has them, and the frame rate where it is told."""
+    """Return a timestep per latent frame if the model is block-causal, and the frame rate if the model takes it."""
     extras = image_of_wan(config, size)
     if config["num_frame_per_block"] > 1:
         extras |= {"enable_diffusion_forcing": True, "timestep": size.full(500.0, size.frames)}
@@ -108,13 +110,13 @@ def skyreels(config: Any, size: Size) -> dict[str, Any]:
 
 
 def anyflow(config: Any, size: Size) -> dict[str, Any]:
-    """A timestep per frame, and the one that it goes to."""
+    """Return the start timestep and the target timestep of each latent frame."""
     timestep = size.full(500.0, size.frames)
     return {"timestep": timestep, "r_timestep": timestep - 100}
 
 
 def helios(config: Any, size: Size) -> dict[str, Any]:
-    """16, 2 and 1 latent frames of history, as the pipeline keeps by default."""
+    """Return 16, 2 and 1 latent frames of history, the defaults of the pipeline, and the positions of all frames."""
     extras: dict[str, Any] = {}
     start = 0
     for name, frames in (("long", 16), ("mid", 2), ("short", 1)):
@@ -131,7 +133,7 @@ def _rotary(tokens: int, config: Any, size: Size) -> tuple[Tensor, Tensor]:
 
 
 def cogvideox(config: Any, size: Size) -> dict[str, Any]:
-    """Angles, and a given offset of the last image, where the model takes them."""
+    """Return the rotary tables and the offset embedding (`ofs`) if the model takes them."""
     extras: dict[str, Any] = {}
     if config["use_rotary_positional_embeddings"]:
         patch, patch_t = config["patch_size"], config.get("patch_size_t") or 1
@@ -143,7 +145,7 @@ def cogvideox(config: Any, size: Size) -> dict[str, Any]:
 
 
 def consisid(config: Any, size: Size) -> dict[str, Any]:
-    """The face as seen by its recogniser and by five layers of CLIP: 24 x 24 patches and a class token."""
+    """Return the face encoding, and the face in five CLIP layers (24 x 24 patches and a class token each)."""
     extras = cogvideox(config, size)
     if config["is_train_face"]:
         extras["id_cond"] = size.noise(config["LFE_id_dim"])
@@ -152,7 +154,7 @@ def consisid(config: Any, size: Size) -> dict[str, Any]:
 
 
 def hunyuan(config: Any, size: Size) -> dict[str, Any]:
-    """A mask and a pooled text, and the guidance where it is distilled."""
+    """Return the text mask, the pooled text, and the guidance scale if guidance is distilled into the model."""
     extras = {
         "encoder_attention_mask": size.mask(),
         "pooled_projections": size.noise(config["pooled_projection_dim"]),
@@ -161,7 +163,7 @@ def hunyuan(config: Any, size: Size) -> dict[str, Any]:
 
 
 def framepack(config: Any, size: Size) -> dict[str, Any]:
-    """16, 2 and 2 latent frames of history, and the given image as SigLIP sees it: 27 x 27 patches."""
+    """Return 16, 2 and 2 latent frames of history, and the SigLIP encoding of the input image (27 x 27 patches)."""
     extras = {**hunyuan(config, size), "image_embeds": size.text(config["image_proj_dim"], 729)}
     start = 0
     for name, frames in (("history_4x", 16), ("history_2x", 2), ("clean", 2)):
@@ -172,7 +174,7 @@ def framepack(config: Any, size: Size) -> dict[str, Any]:
 
 
 def hunyuan_15(config: Any, size: Size) -> dict[str, Any]:
-    """With 256 tokens of glyphs; an image of zeros says that there is none."""
+    """Return the text mask, 256 tokens of glyph text with their mask, and an image encoding of zeros (no image)."""
     image = torch.zeros(size.batch, 729, config["image_embed_dim"], device=size.device, dtype=size.dtype)
     return {
         "encoder_attention_mask": size.mask(),
@@ -183,18 +185,18 @@ def hunyuan_15(config: Any, size: Size) -> dict[str, Any]:
 
 
 def packed(config: Any, size: Size) -> dict[str, Any]:
-    """The grid of packed tokens, and a mask of the text."""
+    """Return the text mask and the grid of the packed tokens."""
     sizes = {"num_frames": size.frames, "height": size.height, "width": size.width}
     return {"encoder_attention_mask": size.mask(), **sizes}
 
 
 def ltx(config: Any, size: Size) -> dict[str, Any]:
-    """Also in which unit the positions are told."""
+    """Return the arguments of `packed`, and the units of the positions."""
     return {**packed(config, size), "rope_interpolation_scale": (8 / FRAME_RATE, 32, 32)}
 
 
 def ltx2(config: Any, size: Size) -> dict[str, Any]:
-    """With the sound of a clip of this length."""
+    """Return the arguments of `packed`, and the sound latents of a clip of this length with their text."""
     rate = config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]
     sound = max(1, round(size.num_frames / FRAME_RATE * rate))
     return {
@@ -207,17 +209,17 @@ def ltx2(config: Any, size: Size) -> dict[str, Any]:
 
 
 def mask_of_text(config: Any, size: Size) -> dict[str, Any]:
-    """A mask of the text."""
+    """Return the text mask."""
     return {"encoder_attention_mask": size.mask()}
 
 
 def mochi(config: Any, size: Size) -> dict[str, Any]:
-    """A mask of the text, in bools."""
+    """Return the text mask as bool."""
     return {"encoder_attention_mask": size.mask(dtype=torch.bool)}
 
 
 def allegro(config: Any, size: Size) -> dict[str, Any]:
-    """A mask of the text, and angles with their places."""
+    """Return the text mask, and the rotary frequencies with the positions of the tokens."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
     patch = config["patch_size"]
@@ -231,13 +233,17 @@ def allegro(config: Any, size: Size) -> dict[str, Any]:
 
 
 def easyanimate(config: Any, size: Size) -> dict[str, Any]:
-    """A second text where the model takes one."""
+    """Return a second text encoding if the model takes one."""
     width = config["text_embed_dim_t5"]
     return {} if width is None else {"encoder_hidden_states_t5": size.text(width)}
 
 
 def cosmos(config: Any, size: Size) -> dict[str, Any]:
-    """The frame rate, and a mask of padded pixels where the model takes one."""
+    """Return the frame rate, and the padding mask in pixels if the model takes one.
+
+    Raises:
+        UserError: the model takes the mask and torchvision is not installed.
+    """
     extras: dict[str, Any] = {"fps": FRAME_RATE}
     if config["concat_padding_mask"]:
         from diffusers.utils.import_utils import is_torchvision_available
@@ -250,7 +256,7 @@ def cosmos(config: Any, size: Size) -> dict[str, Any]:
 
 
 def kandinsky5(config: Any, size: Size) -> dict[str, Any]:
-    """A pooled text, and the places of tokens of video and text."""
+    """Return the pooled text, and the rotary positions of the video and text tokens."""
     _, rows, columns = config["patch_size"]
     grid = (size.frames // config["patch_size"][0], size.height // rows, size.width // columns)
     return {
@@ -261,7 +267,7 @@ def kandinsky5(config: Any, size: Size) -> dict[str, Any]:
 
 
 def kandinsky6(config: Any, size: Size) -> dict[str, Any]:
-    """With the sound of a clip of this length: 44,100 samples a second, 1,024 in a latent."""
+    """Return the pooled text and the sound latents of the clip: 44,100 samples per second, 1,024 per latent."""
     sound = -(-size.num_frames * 44_100 // (FRAME_RATE * 1024))
     return {
         "pooled_projections": size.noise(config["in_text_dim2"]),
@@ -270,12 +276,12 @@ def kandinsky6(config: Any, size: Size) -> dict[str, Any]:
 
 
 def dit(config: Any, size: Size) -> dict[str, Any]:
-    """A class instead of a text."""
+    """Return a class label per sample, which takes the place of a text."""
     return {"class_labels": size.mask(1)[:, 0]}
 
 
 def pixart(config: Any, size: Size) -> dict[str, Any]:
-    """A mask of the text, and the size of the picture where the model is told it."""
+    """Return the text mask, and the resolution and aspect ratio of the picture if the model takes them."""
     told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if config["use_additional_conditions"] or (
         config["use_additional_conditions"] is None and config["sample_size"] == 128
@@ -286,7 +292,7 @@ def pixart(config: Any, size: Size) -> dict[str, Any]:
 
 
 def pooled(config: Any, size: Size) -> dict[str, Any]:
-    """A pooled text: Stable Diffusion 3."""
+    """Return the pooled text (Stable Diffusion 3)."""
     return {"pooled_projections": size.noise(config["pooled_projection_dim"])}
 
 
@@ -297,17 +303,17 @@ def _places(size: Size) -> dict[str, Any]:
 
 
 def chroma(config: Any, size: Size) -> dict[str, Any]:
-    """Where the tokens of picture and text are, and a mask of both."""
+    """Return the positions of picture and text tokens, and a mask of both."""
     return {**_places(size), "attention_mask": size.mask(size.text_tokens + size.height * size.width, torch.bool)}
 
 
 def flux(config: Any, size: Size) -> dict[str, Any]:
-    """Where the tokens of picture and text are, a pooled text, and the guidance where it is distilled."""
+    """Return the token positions, the pooled text, and the guidance scale if guidance is distilled into the model."""
     extras = {**_places(size), **pooled(config, size)}
     return extras | ({"guidance": size.full(3.5)} if config["guidance_embeds"] else {})
 
 
 def motif(config: Any, size: Size) -> dict[str, Any]:
-    """The given image as SigLIP sees it, 256 patches, where the model takes one."""
+    """Return the text mask, and the SigLIP encoding of an input image (256 patches) if the model takes one."""
     width = config["image_embed_dim"]
     return mask_of_text(config, size) | ({} if width is None else {"image_embeds": size.text(width, 256)})

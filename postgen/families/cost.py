@@ -1,8 +1,9 @@
-"""FLOPs and bytes of a transformer's forward, counted on the real model without its memory and without computing.
+"""FLOPs and bytes of a transformer's forward pass, counted without allocating weights and without computing.
 
-The model is built from its config with fake weights (shapes only) and called once; every matrix product, convolution
-and attention call is counted where torch executes it, by the module it runs in. So there is no formula per family that
-could go stale. A multiplication and an addition are two FLOPs; norms, activations, rotations and softmax are left out.
+The model is built from its config with fake weights (shapes only) and called once. Every matrix product, convolution
+and attention call is counted when torch executes it, for the module in which it runs. So there is no formula per
+family that could go out of date. A multiplication and an addition are two FLOPs. Norms, activations, rotations and
+softmax are not counted.
 
     print(forward_cost(pipe.transformer, num_frames=81, height=480, width=832).table())
 """
@@ -48,17 +49,18 @@ from postgen.families.linear import role_of
 from postgen.families.video_tokens import Grid
 
 Part = Literal["self-attention", "other attention", "projections", "feed-forward", "modulation", "other"]
-"""`self-attention`: scores and values among the video tokens, text in the same sequence included; `other attention`:
-the same of cross-attention, text refiners and attention within a frame; `projections`: linear layers of any
-attention; `modulation`: linear layers that make scales and shifts; `other`: embeddings and the output layer."""
+"""`self-attention`: scores and values among the video tokens, including text tokens in the same sequence;
+`other attention`: scores and values of cross-attention, text refiners and attention within a frame; `projections`:
+linear layers of any attention; `feed-forward`: feed-forward layers; `modulation`: linear layers that compute scales
+and shifts; `other`: embeddings and the output layer."""
 
 PARTS: tuple[Part, ...] = get_args(Part)
 
 _aten: Any = torch.ops.aten
-# torch counts no attention on CPU: its kernel has the shapes of the others.
+# torch does not count its CPU attention kernel, which takes the same shapes as the other attention kernels.
 _FLOPS: dict[Any, Any] = {**flop_registry, _aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 _SMALL = 2**20
-"""Tensors without weights (masks, positions) are computed up to this length, because models branch on them."""
+"""Tensors without weights (masks, positions) are computed up to this number of elements: models branch on them."""
 _WITH_WEIGHTS = {_aten.mm, _aten.addmm, _aten.convolution}
 _PARTS_OF_ROLES: dict[str, Part] = {
     "attention": "projections",
@@ -70,14 +72,15 @@ _PARTS_OF_ROLES: dict[str, Part] = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one part of a forward costs."""
+    """Cost of one part of a forward pass."""
 
     flops: int = 0
     weight_bytes: int = 0
-    """Parameters that are read, each once a pass; of embedding tables nothing."""
+    """Bytes of the parameters that are read, once per pass; embedding tables are not counted."""
     activation_bytes: int = 0
-    """What products and attention calls read and write when each is one kernel that does the work around it as well:
-    scores are never written. Only a kernel that joins two products needs less."""
+    """Bytes of the activations that matrix products and attention calls read and write, if each of them is one kernel
+    that also does the elementwise work around it. Attention scores are never written. Only a kernel that fuses two
+    products moves fewer bytes."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -92,33 +95,33 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a forward of a transformer costs, by part and by block."""
+    """Cost of a forward pass of a transformer, by part and by block."""
 
     transformer: str
-    """Class name."""
+    """Class name of the transformer."""
     grid: Grid | None
-    """Token grid of the video; None where the call does not tell."""
+    """Token grid of the video; None if the arguments of the call do not determine it."""
     parts: dict[Part, Work]
-    """The whole forward."""
+    """Cost of the whole forward pass, by part."""
     blocks: dict[str, dict[Part, Work]]
-    """Each repeated block, by name. What stands in none is in `parts` only."""
+    """Cost of each repeated block, by name and part. Modules outside the blocks count in `parts` only."""
 
     @property
     def total(self) -> Work:
-        """Everything."""
+        """Sum of all parts."""
         return sum(self.parts.values(), Work())
 
     @property
     def flops(self) -> int:
-        """FLOPs of everything."""
+        """FLOPs of all parts."""
         return self.total.flops
 
     def share(self, *parts: Part) -> float:
-        """Return the share of the FLOPs that some parts have, 0 to 1."""
+        """Return the share of the given parts in all FLOPs, 0 to 1."""
         return sum(self.parts[part].flops for part in parts) / max(1, self.flops)
 
     def table(self) -> str:
-        """Return one line a part: TFLOP, share, gigabytes of weights and of activations."""
+        """Return a text table with one line per part: TFLOP, share, gigabytes of weights and of activations."""
         grid = self.grid
         size = "" if grid is None else f", {grid.frames} x {grid.height} x {grid.width} = {grid.tokens} video tokens"
         lines = [f"{self.transformer}{size}, {len(self.blocks)} blocks"]
@@ -142,24 +145,26 @@ def forward_cost(
     dtype: torch.dtype = torch.bfloat16,
     factors: tuple[int, int] | None = None,
 ) -> Cost:
-    """Count one step of the denoiser: a call as the class's pipeline makes it, at a size in pixels.
+    """Count the cost of one denoising step: the call that the pipeline of the class makes, for a size in pixels.
 
     Args:
-        model: a transformer, or the config of one (with `_class_name`, as in its config.json). Nothing is allocated
-            for a config; of a transformer only class and config are read, so no plug-in counts.
-        num_frames: frames of the clip; 1 for a picture.
-        height: in pixels.
-        width: in pixels.
-        text_tokens: tokens of the prompt, all of them counted; None is what the pipeline pads to, or that there is no
-            text (DiT).
-        batch: clips.
-        guidance: above 1 there is a second pass for the negative prompt, which reads the weights again.
-        dtype: of weights and activations, for the bytes.
-        factors: frames and pixels a side that the autoencoder puts into a latent; None takes those of the
+        model: a transformer, or the config of a transformer (with `_class_name`, as in config.json). Only the class
+            and the config of a transformer are read, so plug-ins on it do not change the result. No memory is
+            allocated for weights.
+        num_frames: number of frames of the clip; 1 for a picture.
+        height: height in pixels.
+        width: width in pixels.
+        text_tokens: number of tokens of the prompt, which are all counted. None uses the padded length of the
+            pipeline, or no text for a model without text (DiT).
+        batch: number of clips.
+        guidance: guidance scale. Above 1, a second pass for the negative prompt is counted, which reads the weights
+            again.
+        dtype: dtype of weights and activations, for the bytes.
+        factors: frames in a latent frame, and pixels per side in a latent pixel. None uses the factors of the
             autoencoder that the class is published with.
 
     Raises:
-        UserError: an unknown class, or a size that the model does not take.
+        UserError: the class is unknown, or the model does not take this size.
     """
     kind, config = _kind_and_config(model)
     row = registered_name(kind)
@@ -174,16 +179,16 @@ def call_cost(
     passes: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Cost:
-    """Count a call with given arguments.
+    """Count the cost of a call with given arguments.
 
     Args:
-        model: a transformer, or the config of one with `_class_name`.
-        arguments: keyword arguments of its forward, on any device and of any dtype.
-        passes: how often it is called, at least once.
-        dtype: what the bytes are counted in; shapes are found in float32.
+        model: a transformer, or the config of a transformer with `_class_name`.
+        arguments: keyword arguments of its `forward`, on any device and of any dtype.
+        passes: number of forward passes, at least 1.
+        dtype: dtype for the bytes; the shapes are determined in float32.
 
     Raises:
-        UserError: an unknown class, no pass, or arguments that the class or its configuration does not take.
+        UserError: the class is unknown, `passes` is below 1, or the model does not take the arguments.
     """
     if passes < 1:
         raise UserError(f"passes must be at least 1, got {passes}")
@@ -198,13 +203,13 @@ def call_cost(
         built: Any = kind(**{name: value for name, value in config.items() if name in known and name != "self"}).eval()
     counter = _Counter(fake, dtype.itemsize)
     try:
-        # Setting the backend of any model sets that of the process, and torch counts its own attention alone.
+        # The attention backend of diffusers is a setting of the whole process, and only torch's own is counted.
         with torch.no_grad(), attention_backend("native"), counter.modules, counter:
             built(**arguments)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         told = " ".join(str(error).split())
         raise UserError(
-            f"{kind.__name__} does not take this call: {told}. Give a size and arguments that it takes"
+            f"{kind.__name__} does not take this call: {told}. Use a size and arguments that its config allows"
         ) from error
     return _collect(built, counter, arguments, passes)
 
@@ -221,11 +226,15 @@ def latent_size(
     factors: tuple[int, int] | None = None,
     **place: Any,
 ) -> Size:
-    """Turn a size in pixels into that of the latents.
+    """Convert a size in pixels into the size of the latents.
+
+    `kind` is the name of a registered transformer class, `config` its config, and `place` has the `device` and `dtype`
+    of the `Size`. The other arguments are those of `forward_cost`.
 
     Raises:
-        UserError: frames, height or width that the autoencoder and the patches do not divide.
+        UserError: the autoencoder and the patches do not divide the size, or a number is too small.
     """
+    # The number of text tokens, and the frames and pixels per token.
     call = call_of(kind)
     least = _least_text(kind, call, text_tokens)
     text_tokens = call.text_tokens if text_tokens is None else text_tokens
@@ -233,9 +242,10 @@ def latent_size(
         raise UserError(f"{kind} makes pictures: num_frames must be 1, got {num_frames}")
     time, space = factors or compression(kind, config)
     if min(time, space) < 1:
-        raise UserError(f"factors are {time} frames and {space} pixels in a latent, they must be at least 1")
+        raise UserError(f"factors are {time} frames and {space} pixels in a latent, both must be at least 1")
     patch = config.get("patch_size") or 1
     side = space * (patch if isinstance(patch, int) else patch[-1])
+    # The clip must consist of whole tokens.
     wrong = (num_frames - 1) % time or height % side or width % side
     if wrong or min(num_frames, height, width, batch) < 1 or text_tokens < least:
         raise UserError(
@@ -248,7 +258,7 @@ def latent_size(
     return Size(
         batch=batch,
         num_frames=num_frames,
-        # CogVideoX 1.5 fills its last patch in time.
+        # CogVideoX 1.5 pads the clip to whole patches in time.
         frames=-(-frames // patch_t) * patch_t,
         height=height // space,
         width=width // space,
@@ -275,20 +285,20 @@ def _kind_and_config(model: nn.Module | Mapping[str, Any]) -> tuple[Any, Mapping
 
     name = model.get("_class_name")
     if name is None:
-        raise UserError("a config needs _class_name, the transformer's class, as its config.json has it")
+        raise UserError("the config has no _class_name: add the class name of the transformer, as in its config.json")
     call_of(name)
     kind = getattr(diffusers, name, None)
     if kind is None:
-        raise UserError(f"diffusers {diffusers.__version__} has no {name}: give the transformer itself")
+        raise UserError(f"diffusers {diffusers.__version__} has no {name}: pass the transformer instead of its config")
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     return kind, {**defaults, **model}
 
 
 class _Counter(TorchDispatchMode):
-    """Counts what is executed, by the name of the innermost module that runs.
+    """Counts the executed operations by the name of the innermost running module.
 
-    Whatever touches a weight is fake. What masks and positions say is known as long as they are small; a boolean
-    index is turned into numbers while it is known.
+    Every tensor that depends on a weight is fake. Small masks and positions have real values. A boolean index with
+    real values is converted into integer indices, because the result of a fake boolean index has no known shape.
     """
 
     def __init__(self, fake: FakeTensorMode, itemsize: int) -> None:
@@ -297,7 +307,7 @@ class _Counter(TorchDispatchMode):
         self.itemsize = itemsize
         self.modules = ModuleTracker()
         self.work: defaultdict[tuple[str, bool], Work] = defaultdict(Work)
-        """By module name and whether it is attention between tokens."""
+        """Work by (module name, whether the operation is an attention call)."""
         self.ran: set[str] = set()
 
     def __torch_dispatch__(
@@ -312,7 +322,7 @@ class _Counter(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         with self.fake:
             out = function(*args, **kwargs)
-        # The names of the modules that are running contain one another; the class of the outermost leads them.
+        # `parents` has the full names of all running modules, which begin with the class of the outermost one.
         self.ran |= self.modules.parents
         packet = function._overloadpacket
         if packet in _FLOPS:
@@ -323,8 +333,8 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _is_small(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an operation without weights is worth computing: one that gives a dense mask is not."""
-        # Broadcasting, joining and repeating give at most the product of what they are given.
+        """Whether to compute an operation without weights; an operation that returns a dense mask is too large."""
+        # The result of broadcasting, concatenation or repetition has at most as many elements as the product.
         sizes = (each.numel() if isinstance(each, Tensor) else each for each in tree_leaves((args, kwargs)))
         if prod(1 + abs(size) for size in sizes if isinstance(size, int)) <= _SMALL:
             return True
@@ -350,7 +360,7 @@ def _as_numbers(indices: Any) -> Iterator[Any]:
 
 
 def _moved(packet: Any, args: tuple[Any, ...], out: Any) -> int:
-    """Numbers in the activations among the operands, and in the result."""
+    """Return the number of elements that an operation reads and writes; weights are not counted."""
     operands = {_aten.mm: args[:1], _aten.addmm: args[1:2], _aten.convolution: args[:1]}.get(packet, args[:3])
     result = out[0] if isinstance(out, tuple) else out
     return sum(each.numel() for each in (*operands, result) if isinstance(each, Tensor))

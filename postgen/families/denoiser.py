@@ -1,4 +1,4 @@
-"""What training and rollouts need of a pipeline class."""
+"""The interface of a pipeline class for training and rollouts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Condition = Mapping[str, "Tensor"]
-"""What the transformer is told besides the noisy latents. Every tensor has the batch as its first axis, so rows can be
-picked, stacked and cached without knowing the family. `prompt` is always there, `negative` only for guidance."""
+"""Inputs of the transformer besides the noisy latents and the timestep, by name. The first axis of every tensor is
+the batch, so callers can select, stack and cache rows of any family. `prompt` is always present; `negative` is present
+only for classifier-free guidance."""
 
 PredictionType = Literal["flow", "epsilon", "v_prediction", "sample"]
 """`flow`: the prediction is noise - clean, and x = (1 - sigma) * clean + sigma * noise."""
@@ -19,42 +20,42 @@ PredictionType = Literal["flow", "epsilon", "v_prediction", "sample"]
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """One pipeline class seen as: encode, noise, predict, decode.
+    """A pipeline class as four operations: encode, draw noise, predict, decode.
 
-    Latents are float32 and normalised, as the transformer sees them. Nothing switches gradients off: wrap calls in
-    `torch.no_grad()` where none are wanted. The scheduler of the pipeline is read, never stepped.
+    Latents are float32 and normalised, as the transformer takes them. The methods do not disable gradients: wrap calls
+    in `torch.no_grad()` if you need none. The denoiser reads the scheduler of the pipeline and never steps it.
     """
 
     transformers: MutableMapping[str, nn.Module]
     """The networks that `predict` calls, by component name. A trainer puts its wrapped (DDP, compiled) ones here."""
 
     max_sequence_length: int
-    """Tokens of a prompt's encoding. May be set before prompts are encoded; where the model fixes it, another number
-    is refused with a `UserError`."""
+    """Number of tokens of an encoded prompt. It may be set before prompts are encoded. A model with a fixed length
+    raises a `UserError` for another number."""
 
     @property
     def prediction_type(self) -> PredictionType:
-        """Meaning of what `predict` returns."""
+        """Meaning of the prediction that `predict` returns."""
 
     @property
     def timestep_scale(self) -> float:
-        """The network's timestep is sigma times this."""
+        """Factor from the noise level to the timestep of the network: timestep = sigma * timestep_scale."""
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """Names of the layers that LoRA adapts by default, as peft's `target_modules`."""
+        """Names of the layers that LoRA adapts by default, in the format of `target_modules` of PEFT."""
 
     @property
     def frame_axis(self) -> int | None:
-        """Axis of the latents that is time: 2 for (B, C, T, H, W), 1 for (B, T, C, H, W), None for pictures."""
+        """Time axis of the latents: 2 for (B, C, T, H, W), 1 for (B, T, C, H, W), None for pictures."""
 
     @property
     def per_frame(self) -> bool:
-        """Whether `predict` takes a noise level per latent frame, `sigma` of shape (B, T)."""
+        """Whether `predict` takes one noise level per latent frame, `sigma` of shape (B, T)."""
 
     @property
     def encodes_video(self) -> bool:
-        """Whether `encode_video` exists; where it is False, a call of it is refused."""
+        """Whether `encode_video` is supported; if False, a call raises a `UserError`."""
 
     def encode_prompt(
         self, prompts: list[str], negative_prompts: list[str] | None = None, *, guidance: bool = True
@@ -62,35 +63,43 @@ class Denoiser(Protocol):
         """Encode B prompts exactly as the pipeline's default call does.
 
         Args:
-            prompts: B texts.
-            negative_prompts: B texts; None is the empty text.
-            guidance: whether `negative` is wanted at all.
+            prompts: B prompts.
+            negative_prompts: B negative prompts; None uses empty ones.
+            guidance: whether the result has a `negative` entry.
+
+        Returns:
+            The condition for `predict`, with the batch as the first axis of every tensor.
         """
 
     def encode_image(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
-        """Encode first frames (B, 3, H, W) in [0, 1] as further condition entries for clips of `num_frames`.
+        """Encode first frames (B, 3, H, W) in [0, 1] as more condition entries for clips of `num_frames` frames.
 
         Raises:
-            UserError: the pipeline takes text only.
+            UserError: the pipeline takes only text.
         """
 
     def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Turn clips (B, F, 3, H, W) in [0, 1] into latents.
+        """Encode clips (B, F, 3, H, W) in [0, 1] as latents.
 
         Args:
             clips: the clips.
-            sample: draw from the autoencoder's distribution instead of taking its mode.
-            generator: source of that draw.
+            sample: sample from the distribution of the autoencoder; otherwise its mode is used.
+            generator: random generator for `sample`.
 
         Raises:
-            UserError: `encodes_video` is False, or clips of a shape or size that the model cannot make.
+            UserError: `encodes_video` is False, or the model does not support the shape or size of the clips.
         """
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents, without the batch: frames and pixels in.
+        """Return the shape of the latents of one sample, without the batch axis.
+
+        Args:
+            num_frames: number of frames of the clip.
+            height: height in pixels.
+            width: width in pixels.
 
         Raises:
-            UserError: a size or frame count that the model cannot make.
+            UserError: the model does not support this size or number of frames.
         """
 
     def initial_latents(
@@ -102,68 +111,80 @@ class Denoiser(Protocol):
         width: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """Draw the noise that the pipeline would start from: pixels and frames in, (batch, ...) latents out.
+        """Draw the initial noise that the pipeline draws for the same generator.
+
+        Args:
+            batch: number of samples.
+            num_frames: number of frames of a clip.
+            height: height in pixels.
+            width: width in pixels.
+            generator: random generator, or one generator per sample.
+
+        Returns:
+            Latents (batch, ...).
 
         Raises:
-            UserError: a size or frame count that the model cannot make.
+            UserError: the model does not support this size or number of frames.
         """
 
     def sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor:
         """Return the (num_steps + 1,) noise levels of the pipeline's schedule, from high to 0.
 
         Args:
-            num_steps: how many steps.
-            shape: of one sample's latents, for schedules that depend on the size.
+            num_steps: number of steps.
+            shape: shape of the latents of one sample, for schedules that depend on the size.
         """
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
-        """Return alpha-bar, float64, of noise levels of any shape, for a model that is no flow.
+        """Return alpha-bar (float64) for noise levels of any shape, for a model whose prediction type is not `flow`.
 
         Raises:
-            UserError: the `prediction_type` is `flow`, where x is (1 - sigma) * clean + sigma * noise.
+            UserError: the `prediction_type` is `flow`; then x = (1 - sigma) * clean + sigma * noise.
         """
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
-        """Run the network: one function for sampling and for training.
+        """Return the prediction of the network for noisy latents, in sampling and in training.
 
         Args:
             x: noisy latents, batch first.
-            sigma: (B,) noise level of each row; rows may differ. Where `per_frame` is True also (B, T), one of each of
-                the T latent frames; equal ones in a row mean the same as one for the row.
-            condition: from `encode_prompt`, plus `encode_image` where the pipeline takes an image.
-            guidance: scale of classifier-free guidance; up to 1 is one pass, above 1 two passes, gradients in both.
+            sigma: (B,) noise level of each row; rows may differ. If `per_frame` is True, also (B, T), one noise level
+                for each of the T latent frames. Equal levels in a row mean the same as one level for the row.
+            condition: the entries of `encode_prompt`, and those of `encode_image` if the pipeline takes an image.
+            guidance: guidance scale. Up to 1, the network runs once. Above 1, it runs twice, with gradients in both
+                passes.
 
         Returns:
-            The prediction, float32, shaped like `x`. Guidance is combined in float32.
+            The prediction, float32, with the shape of `x`. Both passes are combined in float32.
 
         Raises:
-            UserError: `sigma` of another shape, or per frame where `per_frame` is False; guidance without `negative`.
+            UserError: `sigma` has another shape, or has levels per frame although `per_frame` is False; or `guidance`
+                is above 1 and `condition` has no `negative`.
         """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips (B, F, 3, H, W), float32 in [0, 1]."""
+        """Decode latents into clips (B, F, 3, H, W), float32 in [0, 1]."""
 
 
 @runtime_checkable
 class VarianceDenoiser(Denoiser, Protocol):
-    """A denoiser whose network may predict the variance of a reverse step too (arXiv:2102.09672, eq. 15).
+    """A denoiser whose network may also predict the variance of a reverse step (arXiv:2102.09672, eq. 15).
 
-    `isinstance(denoiser, VarianceDenoiser) and denoiser.predicts_variance` says whether this one does.
+    To test a denoiser: `isinstance(denoiser, VarianceDenoiser) and denoiser.predicts_variance`.
     """
 
     @property
     def predicts_variance(self) -> bool:
-        """Whether this network does."""
+        """Whether the network of this denoiser predicts the variance."""
 
     def predict_with_variance(
         self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Run the network as `predict` does, and keep its second output.
+        """Return the prediction of `predict` and the variance output v of the network.
 
         Returns:
-            The prediction of `predict`, bit by bit, and v, as the network gives it for the prompt (guidance leaves it
-            alone); both float32, shaped like `x`.
+            The prediction, with the same bits as from `predict`, and v for the prompt, to which guidance is not
+            applied. Both are float32 and have the shape of `x`.
 
         Raises:
-            UserError: as `predict`, or `predicts_variance` is False.
+            UserError: `predict` refuses the arguments, or `predicts_variance` is False.
         """

@@ -1,4 +1,4 @@
-"""DiT: pictures of a class (arXiv:2212.09748)."""
+"""DiT: class-to-image (arXiv:2212.09748)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from postgen.families.pictures import PictureDenoiser
 
 
 class DiTDenoiser(FixedLength, PictureDenoiser, LearnedVarianceDenoiser):
-    """`Denoiser` of `DiTPipeline`. A prompt is a class: one of `pipe.labels`, or its number; the empty one is none.
+    """`Denoiser` of `DiTPipeline`.
 
-    In train mode the network forgets some classes, and every block of diffusers draws by itself which: that is
-    switched off, in the network that is here. Who trains without a class now and then replaces `prompt` by `negative`.
+    A prompt is a class: a label of `pipe.labels`, or the number of a class. An empty prompt means no class.
+
+    In train mode, the network of diffusers drops some classes, and every block draws its own random choice. The
+    denoiser switches this dropout off in the network of the pipeline. To train without a class for some samples, use
+    `negative` in place of `prompt` for them.
 
     Raises:
-        UserError: as `PipelineDenoiser`, or another number of tokens than 1.
+        UserError: `PipelineDenoiser` refuses the pipeline, or `max_sequence_length` is not 1.
     """
 
     default_length = 1
@@ -33,28 +36,31 @@ class DiTDenoiser(FixedLength, PictureDenoiser, LearnedVarianceDenoiser):
 
     @property
     def space(self) -> int:
-        """Pixels a side in a latent."""
+        """Pixels per side in a latent pixel."""
         return int(2 ** (len(self.pipe.vae.config.block_out_channels) - 1))
 
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents.
+        """Return the shape of the latents of one sample.
 
         Raises:
-            UserError: the picture is no square; the network makes nothing else.
+            UserError: the picture is not square; the network makes only square pictures.
         """
         if height != width:
-            raise UserError(f"{type(self.pipe).__name__} makes squares: height and width are {height} and {width}")
+            raise UserError(
+                f"{type(self.pipe).__name__} makes squares: height and width are {height} and {width},"
+                " they must be equal"
+            )
         return super().shape_of(num_frames, height, width)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Return the numbers of classes, (B,)."""
+        """Return the class numbers of B prompts, (B,)."""
         return (torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.model.device),)
 
     def class_of(self, prompt: str) -> int:
-        """Return the number of a class; that of none where the text is empty.
+        """Return the class number of a prompt; for an empty prompt, the number that means no class.
 
         Raises:
-            UserError: no label and no number of a class.
+            UserError: the prompt is neither a label nor a class number.
         """
         labels: dict[str, int] = self.pipe.labels
         known: int = self.model.config.num_embeds_ada_norm
@@ -72,6 +78,6 @@ class DiTDenoiser(FixedLength, PictureDenoiser, LearnedVarianceDenoiser):
         )
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call the network; all its channels."""
+        """Return the output of the network with all its channels; see `PipelineDenoiser.forward`."""
         output: Tensor = network(x, timestep=timestep, class_labels=told["prompt"], return_dict=False)[0]
         return output

@@ -1,7 +1,8 @@
-"""The export of a run in which all weights of some networks were trained: these, and the name of the model around.
+"""The export of a run that trained all weights of some networks: the trained networks and the name of the base model.
 
-A text encoder may be ten times as large as what was trained, so an export is no whole pipeline: a note says of which
-model the rest is, and `inspect_model` and `load_pipeline` take the folder as a model.
+An export is not a whole pipeline, because a text encoder may be ten times as large as the trained network. A note in
+the export names the base model, from which the other components come. `inspect_model` and `load_pipeline` accept the
+folder of an export as a model.
 """
 
 from __future__ import annotations
@@ -18,26 +19,28 @@ from postgen.files import replacing
 from postgen.reading import read_json
 
 NOTE = "base.json"
-"""Name of the note in an export. It calls the embedded model `EMBEDDED`: that lies elsewhere on every machine."""
+"""File name of the note. It calls the embedded model `EMBEDDED`, because its path differs between machines."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """What a note says."""
+    """The content of a note."""
 
     base: str
-    """Folder or hub id of the model around it."""
+    """Folder or Hub id of the base model."""
     parts: tuple[str, ...]
-    """Components that the export holds, each in a folder of its name."""
+    """Names of the components in the export; each one is in a folder of this name."""
 
 
 def write_note(folder: Path, pipe: Any, parts: Sequence[str]) -> None:
-    """Say in an export to which model it belongs; of a pipeline that was made in Python there is nothing to say.
+    """Write a note into an export that names the base model.
+
+    A pipeline that was built in Python, not loaded, has no name; then this function writes nothing.
 
     Args:
-        folder: the export.
-        pipe: the pipeline that was trained.
-        parts: the components of it that the export holds.
+        folder: folder of the export.
+        pipe: the trained pipeline.
+        parts: names of its components in the export.
     """
     base = str(getattr(pipe, "name_or_path", None) or "")
     if not base:
@@ -51,10 +54,10 @@ def write_note(folder: Path, pipe: Any, parts: Sequence[str]) -> None:
 
 
 def read_note(folder: Path) -> Export | None:
-    """Return what the note of an export says; None where there is none.
+    """Return the content of the note of an export; None if the folder has no note.
 
     Raises:
-        UserError: it cannot be read, or names parts that are not there.
+        UserError: the note cannot be read or is not valid, or it names components that the export does not have.
     """
     path = folder / NOTE
     if not path.is_file():
@@ -69,24 +72,23 @@ def read_note(folder: Path) -> Export | None:
         if not name.isidentifier():
             raise UserError(f"{path}: the parts must be names of components, got {shown(name)}")
         if not (folder / name / "config.json").is_file():
-            raise UserError(f"{path} says that there is {name}/, and there is none: is the export complete?")
+            raise UserError(
+                f"{path} names the component {name}, but {name}/config.json is missing: copy the whole export"
+            )
     return Export(base=str(embedded_model()) if base == EMBEDDED else base, parts=tuple(parts))
 
 
 def hint(folder: Path, model: str) -> str:
-    """Return what to do with a folder that is no model, to be put behind the message."""
+    """Return advice for a folder that is not a model, to append to an error message; empty if there is none."""
     if any((place / "pytorch_lora_weights.safetensors").is_file() for place in (folder, folder / "export")):
-        return (
-            f"; it holds a LoRA: use --lora {model} (lora_path in a recipe), with the model that it was trained on as"
-            " --model"
-        )
+        return f"; it holds a LoRA: use --lora {model} (lora_path in a recipe), with its base model as --model"
     if read_note(folder / "export") is not None or (folder / "export" / "model_index.json").is_file():
         return f"; it is the folder of a run: use {Path(model) / 'export'}"
     if any(folder.glob("transformer*/config.json")):
         return (
-            f"; it holds a network alone: write {folder / NOTE} with "
+            f"; it holds only a network: write {folder / NOTE} with "
             '{"base": "FOLDER or owner/name of its model", "parts": ["transformer"]}'
         )
     if (folder / "config.json").is_file():
-        return "; it is one network of a pipeline: give the folder that `pipe.save_pretrained` writes"
+        return "; it is one network of a pipeline: use the folder that `pipe.save_pretrained` writes"
     return ""

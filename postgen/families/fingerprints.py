@@ -1,4 +1,9 @@
-"""Code of diffusers that ours was written against, known by its text: where that has changed, it is refused."""
+"""Fingerprints of diffusers functions on whose source code postgen depends.
+
+Some code of postgen repeats what a diffusers function does. A fingerprint is a hash of the function's source code. If
+the fingerprint of the installed function is unknown, the source code has changed, and postgen raises a `UserError`
+instead of computing something else.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,11 @@ _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 
 
 class WrittenFor(Protocol):
-    """What was written against the text of one function of diffusers."""
+    """An object that is written for certain versions of a diffusers function."""
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """Of the texts that it fits."""
+        """Fingerprints of these versions."""
 
 
 Known = TypeVar("Known", bound=WrittenFor)
@@ -29,7 +34,7 @@ Known = TypeVar("Known", bound=WrittenFor)
 
 @functools.cache
 def fingerprint(function: Callable[..., Any]) -> str:
-    """Return a short hash of the text of a function, comments and layout left out."""
+    """Return a short hash (16 hex digits) of the source code of a function, without comments and layout."""
     source = inspect.getsource(function)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     words = [token.string for token in tokens if token.type not in _LAYOUT]
@@ -39,17 +44,17 @@ def fingerprint(function: Callable[..., Any]) -> str:
 def known_for(
     kind: type, function: Callable[..., Any], known: Mapping[str, Known], *, what: str, advice: str
 ) -> Known:
-    """Return what was written for a function of a class of diffusers.
+    """Return the object of postgen for a diffusers class, after a check of the source code of one function.
 
     Args:
-        kind: the class.
-        function: of the class; its text is compared.
-        known: what there is, by the name of the class.
-        what: what it is, for the error: "no {what} of ...".
-        advice: what to do where there is none, for the error.
+        kind: the diffusers class.
+        function: function of the class whose source code is checked.
+        known: the objects of postgen, by class name.
+        what: name of such an object in the error message: "no {what} of ...".
+        advice: what the user can do, for the error message.
 
     Raises:
-        UserError: there is none, or the text is another one than it was written for.
+        UserError: `known` has no entry for the class, or the source code of the function has changed.
     """
     found = known.get(kind.__name__)
     if found is None:
@@ -60,7 +65,7 @@ def known_for(
         text = "without source"
     if text not in found.fingerprints:
         raise UserError(
-            f"{kind.__name__} is not the one of diffusers 0.42 that its {what} stands for (fingerprint {text},"
+            f"{kind.__name__} is not the one of diffusers 0.42 for which its {what} was written (fingerprint {text},"
             f" diffusers {version_of('diffusers')}): {advice}"
         )
     return found

@@ -1,4 +1,4 @@
-"""Denoisers whose model fixes how many tokens a prompt has."""
+"""Denoisers of models with a fixed number of tokens per prompt."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from postgen.errors import UserError
 
 
 class FixedLength:
-    """First parent of a denoiser: `max_sequence_length` is `default_length`, and another number is refused."""
+    """Mixin for a denoiser whose `max_sequence_length` is always `default_length`.
+
+    It must be the first base class. Setting `max_sequence_length` to another number raises a `UserError`.
+    """
 
     default_length: ClassVar[int]
     pipe: Any
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens of a prompt."""
+        """Number of tokens of an encoded prompt."""
         return self.default_length
 
     @max_sequence_length.setter

@@ -1,4 +1,4 @@
-"""FLUX.1: text-to-image, with a distilled guidance that the network of FLUX.1-dev is told."""
+"""FLUX.1, text-to-image. The network of FLUX.1-dev takes a distilled guidance scale as an input."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class FluxDenoiser(PipelineDenoiser):
 
     Args:
         pipe: the pipeline.
-        max_sequence_length: tokens of a prompt.
-        embedded_guidance: strength of the distilled guidance; the `guidance` of `predict` is true guidance on top.
+        max_sequence_length: number of tokens of an encoded prompt.
+        embedded_guidance: distilled guidance scale. The `guidance` of `predict` is classifier-free guidance in
+            addition.
     """
 
     frame_axis = None
@@ -31,33 +32,33 @@ class FluxDenoiser(PipelineDenoiser):
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """What height and width must divide by; one frame."""
+        """Numbers of which height and width must be multiples; 0, because a picture has one frame."""
         return 2 * self.pipe.vae_scale_factor, 2 * self.pipe.vae_scale_factor, 0
 
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
+        """Return the shape of the latents of one sample."""
         space = self.pipe.vae_scale_factor
         return self.model.config.in_channels // 4, height // space, width // space
 
     def tokens(self, shape: Sequence[int]) -> int:
-        """Return the tokens, 2 x 2 latents each."""
+        """Return the number of tokens; a token holds 2 x 2 latent pixels."""
         return int(shape[-1]) // 2 * (int(shape[-2]) // 2)
 
     def start_sigmas(self, num_steps: int) -> Tensor | None:
-        """Return the levels that the scheduler shifts."""
+        """Return the noise levels that the pipeline passes to the scheduler; None if the scheduler has its own."""
         if self.pipe.scheduler.config.get("use_flow_sigmas", False):
             return None
         return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Encode texts: T5's encoding and the pooled one of CLIP."""
+        """Encode prompts: the encoding of T5 and the pooled encoding of CLIP."""
         embeds, pooled, _ = self.pipe.encode_prompt(
             prompt=prompts, prompt_2=None, max_sequence_length=self.max_sequence_length, device=self.model.device
         )
         return embeds, pooled
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call the network, which takes tokens and timesteps in [0, 1]."""
+        """Call the network, which takes packed tokens and timesteps in [0, 1]; see `PipelineDenoiser.forward`."""
         batch, channels, height, width = x.shape
         distilled = self.model.config.guidance_embeds
         output: Tensor = network(

@@ -1,6 +1,7 @@
-"""Another forward for a module: what hooks of diffusers and accelerate keep of it, and what caches know of its class.
+"""Functions for a module with a new `forward`: update the references of hooks, and register its class with caches.
 
-What of it is private to them is in `postgen.compat`; methods take it from here.
+Hooks of diffusers and accelerate keep references to `forward`; caches of diffusers look up the class of a block. The
+functions use private symbols of these libraries and are therefore in `postgen.compat`. Methods import them from here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is read of attention calls, put together again, is what diffusers' own processors return, to the last bit."""
+"""Attention readers: `read`, attention and `finish` together return the same bits as the processor of diffusers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ NAMES = [
     for name, build in {**BUILDERS, **BLOCK_BUILDERS}.items()
     if build(Size(batch=1, frames=4, layers=1))[0].__name__ in registry.known_anatomies()
 ]
-"""Every tiny model of which there is an attention file."""
+"""Every tiny model whose class has an attention file."""
 
 
 class Seen:
-    """A call of a processor in a forward of a model: its arguments by name, and what diffusers returned."""
+    """A processor call in a forward pass: its arguments by name, and the output of diffusers."""
 
     def __init__(self, reader: AttentionReader, inner: Any, module: Any, args: Any, kwargs: Any) -> None:
         self.reader, self.inner, self.module = reader, inner, module
@@ -42,7 +42,7 @@ class Seen:
         self.expected = self.stock()
 
     def stock(self, **changes: Any) -> Any:
-        """What diffusers' processor returns."""
+        """Return the output of diffusers' processor."""
         return self.inner(self.module, **{**self.arguments, **changes})
 
     def read(self, **changes: Any) -> tuple[AttentionCall, Reading | None]:
@@ -51,7 +51,7 @@ class Seen:
 
 
 def calls(tiny: TinyModel) -> list[Seen]:
-    """Every call of self-attention in one forward."""
+    """Return all self-attention calls of one forward pass."""
     model, seen = tiny.transformer, []
     anatomy, modules = attention_of(model), tokens_of(model).attention_modules(model)
 
@@ -81,7 +81,7 @@ def bits(value: Any) -> tuple[Tensor, ...]:
 
 
 def again(seen: Seen, **changes: Any) -> Any:
-    """What the processor returns, by way of what is read."""
+    """Return the output of the call, computed from its reading."""
     call, reading = seen.read(**changes)
     assert reading is not None
     query, key, value = reading.joined()
@@ -104,7 +104,7 @@ def test_put_together_again(tiny: TinyModel, dtype: torch.dtype) -> None:
     other = copy.deepcopy(tiny)
     other.transformer.to(dtype)
     other.arguments = {name: cast(value, dtype) for name, value in tiny.arguments.items()}
-    if tiny.name == "HunyuanVideo 1.5":  # as its pipeline has it
+    if tiny.name == "HunyuanVideo 1.5":  # its pipeline passes timesteps of the model's dtype
         other.arguments["timestep"] = tiny.arguments["timestep"].to(dtype)
     for seen in calls(other):
         assert bits(seen.expected)[0].dtype == dtype
@@ -113,7 +113,7 @@ def test_put_together_again(tiny: TinyModel, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_one_contract_for_norms_and_rotations(tiny: TinyModel) -> None:
-    """Values of the norms and the tables are what the kernels take; the fused operations have no other source."""
+    """The kernels take exactly the norm values and the rotary tables; the fused operations have no other input."""
     for seen in calls(tiny):
         _, reading = seen.read()
         assert reading is not None
@@ -154,10 +154,10 @@ def test_video_and_text_are_where_it_says(tiny: TinyModel) -> None:
         assert reading.text == 0 or reading.text_first == (order == "text-video")
         _, key, value = reading.joined()
         assert value.shape == key.shape == (2, grid.tokens + reading.text, HEADS, HEAD_DIM)
-        # A single block of FLUX is given the text before the picture.
+        # A single block of FLUX receives the text tokens before those of the picture.
         video = seen.module.to_v(call.hidden_states[:, -grid.tokens :]).unflatten(2, (HEADS, -1))
         assert torch.allclose(value[:, reading.video], video, atol=1e-6)
-        with pytest.raises(postgen.UserError, match=r"take the grid of the same call"):
+        with pytest.raises(postgen.UserError, match=r"use the grid of the same call"):
             reading.with_video(grid.tokens + 1)
     alone = [0] if tiny.name == "Stable Diffusion 3" else []  # the second attention of its dual block
     told = 0 if order == "video" else TEXT_TOKENS
@@ -168,7 +168,7 @@ def test_video_and_text_are_where_it_says(tiny: TinyModel) -> None:
 
 @torch.no_grad()
 def test_key_lengths_are_the_mask() -> None:
-    """HunyuanVideo; both samples have texts of other lengths."""
+    """HunyuanVideo, with two samples whose texts have different lengths."""
     tiny = tiny_model("HunyuanVideo", batch=2)
     tiny.arguments["encoder_attention_mask"][1, 2:] = 0
     for seen in calls(tiny):
@@ -205,7 +205,7 @@ def test_masks_of_users() -> None:
 
 @torch.no_grad()
 def test_mask_of_hunyuan_video_15() -> None:
-    """Made of the text's; each text of the two samples has another length, and what counts comes first."""
+    """The mask is made from the text masks of two texts; texts have different lengths, and valid tokens come first."""
     tiny = tiny_model("HunyuanVideo 1.5", batch=2)
     tiny.arguments["encoder_attention_mask"][1, 2:] = 0
     for seen in calls(tiny):
@@ -223,7 +223,7 @@ def test_mask_of_hunyuan_video_15() -> None:
 
 @torch.no_grad()
 def test_mask_of_chroma() -> None:
-    """Its transformer makes one of pairs; its single blocks have it too."""
+    """The transformer makes a mask of pairs of tokens; the single blocks use it too."""
     tiny = tiny_model("Chroma", batch=2)
     mask = torch.ones(2, TEXT_TOKENS + ROWS * COLUMNS, dtype=torch.bool)
     mask[1, 2:TEXT_TOKENS] = False
@@ -240,7 +240,7 @@ def test_mask_of_chroma() -> None:
 
 @torch.no_grad()
 def test_stable_diffusion_3_masks_nothing() -> None:
-    """As its processor; nor has 3.0 norms."""
+    """The processor ignores the mask. Version 3.0 has no norms."""
     seen = calls(tiny_model("Stable Diffusion 3", batch=2))[0]
     assert seen.read(attention_mask=torch.zeros(2, 1, 11))[1] is not None
     assert_same_bits(seen.stock(attention_mask=torch.full((2, 1, 11), -1e4)), seen.expected)
@@ -292,7 +292,7 @@ def test_fused_projections_of_cogvideox_with_a_mask_are_left() -> None:
 
 
 def test_wan_reads_no_cross_attention() -> None:
-    """The text's attention, and that of the image beside it, whose keys are projected by layers of their own."""
+    """Cross-attention to the text, also with an image, whose keys have projections of their own."""
     for name in ("Wan", "Wan image-to-video"):
         tiny = tiny_model(name)
         module: Any = tiny.transformer.get_submodule("blocks.0.attn2")

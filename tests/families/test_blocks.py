@@ -1,4 +1,4 @@
-"""The blocks of every row against tiny models of the real classes: their order, what passes between them, replays."""
+"""The blocks of every layout row, with tiny models of the real classes: order, data between blocks, replays."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
 MORE_LAYERS = {"WanVACE": 3}
-"""With so many, two of its control blocks run."""
+"""Number of layers; with 3, two of the control blocks run."""
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two outputs are equal, to the bit."""
+    """Whether two outputs are bitwise equal."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, (tuple, list)):
@@ -35,7 +35,7 @@ def same(one: Any, other: Any) -> bool:
 
 @dataclasses.dataclass
 class Runs:
-    """A model that ran twice: as it is, and with something added to what its first block takes."""
+    """Two recorded runs of a model: one unchanged, and one with noise on the input of the first block ("shaken")."""
 
     layout: Layout
     blocks: tuple[Block, ...]
@@ -44,13 +44,16 @@ class Runs:
     shaken: Recording
 
     def link(self, before: Block, after: Block) -> bool:
-        """Whether a block gives what it gave in the shaken run, fed with the shaken output of the one before and with
-        everything else as in the plain run. What else passed between the two is missing then."""
+        """Whether the latents and the text are all that passes from one block to the next.
+
+        The second block receives the shaken output of the first one, and its other inputs are those of the plain run.
+        Its output then equals that of the shaken run only if nothing else passes between the two.
+        """
         hidden, text = before.outputs(self.shaken[before.name][0].output())
         try:
             output = replay(after, self.plain[after.name][0], hidden=hidden, text=text)
         except RuntimeError:
-            return False  # another shape: the two were regrouped, or joined to one sequence
+            return False  # other shapes: the model regroups latents and text, or joins them to one sequence
         return same(output, self.shaken[after.name][0].output())
 
 
@@ -105,7 +108,7 @@ def test_each_block_replays_bitwise(name: str) -> None:
         assert isinstance(hidden, Tensor)
         assert isinstance(hidden_out, Tensor)
         assert (hidden_out.shape[0], hidden_out.dim()) == (hidden.shape[0], hidden.dim())
-        # The last block of some returns None for the text, which nothing reads any more.
+        # The last block of some models returns None for the text, because nothing uses it afterwards.
         assert text_out is None or text_out.shape == text.shape
 
 
@@ -129,7 +132,7 @@ def test_what_follows_follows_and_what_does_not_does_not(name: str) -> None:
 @pytest.mark.parametrize("name", [*BUILDERS, *BLOCK_BUILDERS])
 @torch.no_grad()
 def test_a_chain_is_the_models_own_sequence(name: str) -> None:
-    """From what the first block made of another input, block by block, to what the model itself made of it."""
+    """Replaying the blocks one by one, from the shaken output of the first block, ends in the output of the model."""
     ran = runs(name)
     if not ran.layout.blocks.chain:
         assert ran.layout.blocks.broken
@@ -144,7 +147,7 @@ def test_a_chain_is_the_models_own_sequence(name: str) -> None:
 
 
 def test_who_is_a_chain() -> None:
-    """Written down once more, so that a change of a row is noticed."""
+    """The list is repeated here, so that a change of a layout row fails this test."""
     broken = {name for name in (*BUILDERS, *BLOCK_BUILDERS) if not runs(name).layout.blocks.chain}
     assert broken == {
         *("ConsisID", "Kandinsky 6", "LTX-2", "Latte", "Motif", "WanAnimate", "WanVACE"),
@@ -181,7 +184,7 @@ def test_where_latents_and_text_are() -> None:
             ("control_hidden_states", "encoder_hidden_states", 1, None),
             ("hidden_states", "encoder_hidden_states", None, None),
         ],
-        # The first and the last have no cross-attention.
+        # The first and the last block have no cross-attention.
         "Stable Diffusion": [
             ("hidden_states", None, 0, None),
             ("hidden_states", "encoder_hidden_states", 0, None),

@@ -1,4 +1,4 @@
-"""Modulation by frame: the bits of a stock call, with frames in the batch of a block, and nothing left behind."""
+"""Modulation by frame: blocks have the frames in their batch, results have the bits of a stock call, no hook stays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from postgen.families.by_frame import modulated_by_frame
 from tests.families.test_frame_levels import FRAMES, MAKERS
 
 FOLDED = (2 * FRAMES, 6)
-"""Rows of a block, and tokens of each: 2 clips of 4 x 6 latents in patches of 2 x 2."""
+"""Rows in the batch of a block, and tokens of each row: 2 clips of 4 x 6 latent pixels in patches of 2 x 2."""
 
 
 def call_of(pipe: Any, level: int = 2) -> dict[str, Any]:
-    """A call of the network with a timestep for each frame (2), or one for each clip (1)."""
+    """Return the arguments of a call with a timestep for each frame (`level` 2) or for each clip (`level` 1)."""
     generator = torch.Generator().manual_seed(0)
     times = torch.rand(2, FRAMES, generator=generator) * 1000
     call: dict[str, Any] = {
@@ -35,7 +35,7 @@ def call_of(pipe: Any, level: int = 2) -> dict[str, Any]:
 
 
 def shapes(model: nn.Module, name: str, call: dict[str, Any], frames: int = FRAMES) -> tuple[Tensor, set[Any]]:
-    """What a network makes of a call by frame, and the (rows, tokens) that a module of a block saw."""
+    """Return the output of a call by frame, and the (rows, tokens) of the inputs of one module."""
     seen = set()
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.add((*args[0].shape[:2],)))
     with modulated_by_frame(model, frames):
@@ -66,9 +66,10 @@ def test_by_frame_has_the_bits_of_a_call_by_token(family: str) -> None:
 
 @torch.no_grad()
 def test_ltx_by_frame_is_a_call_by_token() -> None:
-    """Its tokens come packed, its blocks and their self-attention are called by names.
+    """The tokens of LTX are packed, and its blocks and their self-attention are called with keyword arguments.
 
-    The same bits on most processors; where a matrix product of fewer rows is summed in another order, float32's.
+    The bits are the same on most CPUs. Some CPUs sum a matrix product of fewer rows in another order; the results then
+    differ by float32 rounding.
     """
     pipe = MAKERS["LTX"]()
     model, config, source = pipe.transformer, pipe.transformer.config, torch.Generator().manual_seed(0)
@@ -99,7 +100,7 @@ def test_ltx_by_frame_is_a_call_by_token() -> None:
     for hook in hooks:
         hook.remove()
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
-    # The denoiser's own call goes this way.
+    # `predict` of the denoiser modulates by frame too.
     denoiser, widths = denoiser_for(pipe), []
     condition = denoiser.encode_prompt(["a", "b"], guidance=False)
     x = torch.randn(2, config.in_channels, FRAMES, 2, 3, generator=source)
@@ -126,7 +127,7 @@ def test_by_frame_leaves_gradients_others_forwards_and_threads_alone() -> None:
     model.enable_gradient_checkpointing()
     model.train()
     out, found = shapes(model, "blocks.0.ffn", call)
-    out.square().mean().backward()  # blocks are computed again, with the hooks gone
+    out.square().mean().backward()  # checkpointing recomputes the blocks without the hooks
     assert found == {(2, 24)}
     model.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Settings of a call belong to the call: threads, pipelines, blocks within blocks and errors, for every plug-in."""
+"""Settings of `for_call` apply only to their own calls: threads, tasks, nested blocks, errors; for every plug-in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
         postgen.FusedOpsConfig(norm_rope=False, attention=None),
     ),
 }
-"""Two settings of each row of the table, which compute other bits than each other and than the stock model."""
+"""Two settings of each plug-in. Their outputs differ from each other and from that of the stock model."""
 
 
 @pytest.fixture(params=known_plug_ins(), ids=lambda row: row.name)
@@ -54,7 +54,7 @@ def tiny() -> TinyModel:
 
 
 class Calls:
-    """A model, what its calls may say, and what each of them gives where nobody else calls it."""
+    """A model, several settings, and the output for each setting when no other thread calls the model."""
 
     def __init__(self, row: PlugIn, tiny: TinyModel, settings: tuple[Any, ...]) -> None:
         self.tiny, self.model = tiny, tiny.transformer
@@ -84,7 +84,7 @@ def calls(row: PlugIn, tiny: TinyModel) -> Calls:
 
 @contextmanager
 def meeting(model: Any, count: int, times: int = 1) -> Iterator[None]:
-    """Let so many threads wait for one another in the middle of the model, so many times each."""
+    """Let `count` threads wait for one another in the middle of the model, in the first `times` calls of each."""
     barrier, met = threading.Barrier(count, timeout=20), threading.local()
 
     def meet(*_: Any) -> None:
@@ -134,7 +134,7 @@ def test_overlapping_blocks_end_in_any_order(calls: Calls, order: tuple[int, ...
 
 
 def test_blocks_of_threads_end_in_any_order(calls: Calls) -> None:
-    """The thread that put it there leaves first; the settings of the other one stay."""
+    """The thread that put the plug-in on the model ends its block first; the other thread keeps its settings."""
     first, second = calls.within(calls.model, calls.settings[0]), threading.Event()
     joined = threading.Event()
 
@@ -205,7 +205,7 @@ def test_what_another_thread_calls_with_is_not_here(calls: Calls, row: PlugIn) -
         assert not in_threads(lambda: postgen.summary(calls.model).transformers[0].plug_ins)[0]
         with pytest.raises(postgen.UserError, match=f"a call in another thread has {row.name} on this transformer"):
             in_threads(lambda: resolve(row.apply)(calls.model, calls.settings[0]))
-        # A thread has the settings of this one if it is told so.
+        # Another thread has the settings of this thread if it runs in a copy of this context.
         context = contextvars.copy_context()
         told = in_threads(lambda: context.run(calls.predict))
         assert torch.equal(told[0], calls.alone[0])
@@ -216,7 +216,7 @@ def test_what_another_thread_calls_with_is_not_here(calls: Calls, row: PlugIn) -
 def test_tasks_have_their_own_settings(calls: Calls) -> None:
     async def task(setting: Any) -> Tensor:
         with calls.within(calls.model, setting):
-            await asyncio.sleep(0.01)  # the others open their blocks
+            await asyncio.sleep(0.01)  # lets the other tasks open their blocks
             here = calls.predict()
             assert torch.equal(await asyncio.to_thread(calls.predict), here)
         return here
@@ -239,7 +239,7 @@ def test_a_copy_made_in_a_block_keeps_its_settings(calls: Calls, row: PlugIn) ->
 
 
 def test_layers_that_autograd_runs_again_know_their_call(calls: Calls) -> None:
-    """Gradient checkpointing runs blocks outside a forward; on a GPU, as here, in a thread that never made one."""
+    """Gradient checkpointing recomputes blocks outside a forward pass; here, as on a GPU, in another thread."""
     weight, found = calls.model.transformer_blocks[0].attn1.to_v.weight, []
     calls.model.enable_gradient_checkpointing()
     for checkpointing in (False, True):
@@ -281,7 +281,7 @@ def test_a_transformer_that_is_exchanged_is_told_of_once(row: PlugIn, value: str
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_code_has_the_settings_of_its_thread(row: PlugIn, whole: bool) -> None:
-    """A whole model has one block: each is traced anew."""
+    """The model that is compiled as a whole has one block, because compilation traces every block anew."""
     calls = Calls(row, tiny_model(MODEL, layers=1 if whole else 2), SETTINGS[row.name][:1])
     torch._dynamo.reset()
     settings = (calls.settings[0], None)
@@ -295,7 +295,7 @@ def test_compiled_code_has_the_settings_of_its_thread(row: PlugIn, whole: bool) 
         for got, expected in zip(alone, (calls.alone[0], calls.alone[-1]), strict=True):
             assert torch.allclose(got, expected, atol=1e-5)
         assert not torch.equal(*alone)
-        # A block of this thread holds the plug-in on the model: what compiles must not change meanwhile.
+        # The block of this thread keeps the plug-in on the model: modules must not change during compilation.
         with calls.within(calls.model, calls.settings[0]):
             found = in_threads(*(lambda setting=s: [calls(setting) for _ in range(3)] for s in settings))
         for results, expected in zip(found, alone, strict=True):

@@ -1,4 +1,4 @@
-"""FLOPs and bytes against torch's own counter, formulas written down by hand, and what the real models weigh."""
+"""FLOPs and bytes, compared with torch's own counter, with formulas by hand, and with sizes of real models."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from postgen.families.latency import Latency, LatencyTable, measure_latency
 from tests.families.tiny_models import BUILDERS, IMAGES, TinyModel, tiny_model
 
 NOT_ON_META = {"HunyuanVideo Framepack", "HunyuanVideo 1.5", "Mochi", "Helios"}
-"""Their forward reads masks, or enters autocast, which torch's counter cannot follow without memory."""
+"""Their `forward` reads values of masks or enters autocast, which does not work on the meta device."""
 TWICE = {"CogVideoX 1.0", "Wan image-to-video", "Wan 2.2 text-and-image-to-video", "SkyReels-V2"}
-"""Their classes have another tiny model."""
+"""Tiny models whose class is tested with another tiny model."""
 WAN_14B = {"_class_name": "WanTransformer3DModel", "num_layers": 2}
 
 
@@ -32,7 +32,7 @@ def test_every_class_is_known() -> None:
 
 
 def test_another_attention_backend_changes_nothing() -> None:
-    """What computes attention in this process does not change what a model costs."""
+    """The attention backend of the process does not change the cost."""
     from diffusers import attention_backend
 
     import postgen
@@ -45,7 +45,7 @@ def test_another_attention_backend_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", [name for name in (*BUILDERS, *IMAGES) if name not in TWICE])
 def test_every_family(name: str) -> None:
-    """At a size in pixels: the same FLOPs as torch counts, blocks and parts that add up, all weights read."""
+    """For a size in pixels: torch counts the same FLOPs, blocks and parts add up, and all weights are read."""
     tiny = tiny_model(name, layers=1)
     transformer: Any = tiny.transformer
     kind = type(transformer).__name__
@@ -54,7 +54,7 @@ def test_every_family(name: str) -> None:
     options: dict[str, Any] = {"text_tokens": 5, "factors": (time, space)}
     if name in IMAGES:
         clip["num_frames"] = 1
-    if name == "DiT":  # squares, of a class
+    if name == "DiT":  # square pictures, and a class in place of a text
         clip["width"], options["text_tokens"] = clip["height"], None
     cost = forward_cost(transformer, **clip, **options, dtype=torch.float32)
     assert cost.grid is not None
@@ -73,7 +73,7 @@ def test_every_family(name: str) -> None:
 
 
 def read_weights(transformer: Any) -> list[torch.Tensor]:
-    """Of tables of embeddings a few rows are read: none is counted."""
+    """Return all weights except embedding tables, of which a call reads only a few rows."""
     tables = {id(module.weight) for module in transformer.modules() if isinstance(module, torch.nn.Embedding)}
     return [weight for weight in transformer.parameters() if id(weight) not in tables]
 
@@ -109,7 +109,7 @@ def test_formula_of_cogvideox() -> None:
     assert found["other attention"] == 0
     assert found["projections"] == layers * 8 * n * d * d
     assert found["feed-forward"] == layers * 4 * n * d * 4 * d
-    assert found["modulation"] == (layers * 2 * 6 + 2) * 2 * time * d  # and that of the output
+    assert found["modulation"] == (layers * 2 * 6 + 2) * 2 * time * d  # the last term is the output layer's
 
 
 def test_formula_of_hunyuan_video() -> None:
@@ -117,8 +117,8 @@ def test_formula_of_hunyuan_video() -> None:
     n, text, d, mlp = 24 + 5, 5, 32, 2
     double, single = 2, 2
     assert found["self-attention"] == (double + single) * 4 * n * n * d
-    assert found["other attention"] == 4 * text * text * d  # the refiner of the text
-    # A single block has no output projection of its own: it is one with that of the feed-forward.
+    assert found["other attention"] == 4 * text * text * d  # the text refiner
+    # In a single block, one layer projects the outputs of attention and feed-forward.
     assert found["projections"] == (double * 8 * n + single * 6 * n + 8 * text) * d * d
     refiner = 4 * text * d * 4 * d
     outputs = single * 2 * n * d * (d + mlp * d) + single * 2 * n * d * mlp * d
@@ -126,7 +126,7 @@ def test_formula_of_hunyuan_video() -> None:
 
 
 def test_real_sizes_take_no_memory() -> None:
-    """Scores of 720 GB a block."""
+    """The attention scores of one block (32,760 tokens, 40 heads) would take 172 GB in float32."""
     n, d, ffn, text = 32760, 5120, 13824, 512
     cost = forward_cost(WAN_14B, num_frames=81, height=480, width=832)
     assert cost.grid is not None
@@ -198,7 +198,7 @@ def test_wrong_calls() -> None:
     clip = {"num_frames": 9, "height": 64, "width": 64}
     with pytest.raises(UserError, match=r"no layout for Linear\. Known: .*WanTransformer3DModel"):
         forward_cost(torch.nn.Linear(1, 1), **clip)
-    with pytest.raises(UserError, match="needs _class_name"):
+    with pytest.raises(UserError, match="the config has no _class_name"):
         forward_cost({"num_layers": 2}, **clip)
     with pytest.raises(UserError, match=r"no tokens of a video or picture in UNet3DConditionModel: .*Known"):
         forward_cost({"_class_name": "UNet3DConditionModel"}, **clip)
@@ -220,7 +220,7 @@ def test_wrong_calls_of_pictures() -> None:
 
 
 def test_formula_of_pictures() -> None:
-    """Two blocks of DiT-XL/2 at 256 pixels and of PixArt-Sigma at 1024, by hand; DiT's FLOPs as published."""
+    """Formulas for two blocks of DiT-XL/2 at 256 pixels and PixArt-Sigma at 1024; the published FLOPs of DiT."""
     n, d, layers = 256, 1152, 2
     config = {"_class_name": "DiTTransformer2DModel", "out_channels": 8, "num_layers": layers}
     dit = forward_cost(config, num_frames=1, height=256, width=256)
@@ -250,13 +250,13 @@ def test_formula_of_dual_attention() -> None:
 
 
 def test_calls_that_the_class_does_not_take() -> None:
-    """What the class says about it, instead of a trace from inside the counter."""
+    """A `UserError` with the message of the class, instead of a traceback from inside the counter."""
     wan, clip = tiny_model("Wan").transformer, {"num_frames": 9, "height": 64, "width": 64}
     with pytest.raises(UserError, match=r"WanTransformer3DModel does not take this call: .*nonsense"):
         call_cost(wan, {"nonsense": 1})
     with pytest.raises(UserError, match="factors are 0 frames and 8 pixels"):
         forward_cost(wan, **clip, factors=(0, 8))
-    # Its table of positions has the size of the clips of its configuration.
+    # Its position table fits only clips of the size in its config.
     fixed = tiny_model("CogVideoX 1.0").transformer
     with pytest.raises(UserError, match=r"CogVideoXTransformer3DModel does not take this call: .*broadcast"):
         forward_cost(fixed, num_frames=1, height=256, width=128)

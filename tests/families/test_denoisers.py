@@ -1,4 +1,4 @@
-"""Denoisers of the other families against the pipelines themselves."""
+"""Denoisers of all families except Wan, compared with their pipelines."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def built(request):
-    """A pipeline and its size; read only."""
+    """A pipeline and the size of its clips; tests must not change them."""
     return tiny_pipeline(request.param)
 
 
@@ -25,7 +25,7 @@ def noise_source():
 
 @torch.no_grad()
 def deterministic(denoiser, condition, size, guidance):
-    """Latents and clips of Euler's steps, or DDIM's without noise."""
+    """Return latents and clips of deterministic sampling: Euler steps, or DDIM without noise."""
     batch = len(condition["prompt"])
     x = denoiser.initial_latents(batch, **size, generator=noise_source())
     schedule = schedule_of(denoiser, STEPS, x.shape[1:])
@@ -38,7 +38,7 @@ def deterministic(denoiser, condition, size, guidance):
 
 
 def call(pipe, size, guidance):
-    """Arguments of the pipeline's own call for the same clips."""
+    """Return the arguments of the pipeline call that makes the same clips."""
     import inspect
 
     known = inspect.signature(type(pipe).__call__).parameters
@@ -59,7 +59,7 @@ def test_denoiser_equals_its_pipeline(built, guidance):
     prompts, negative = ["a red ball", "a blue cube falls"], ["blurry", "dark"]
     words = {"negative_prompt": negative} if guidance > 1 else {}
     asked = prompts
-    if type(pipe).__name__ == "DiTPipeline":  # classes, and the only negative one is none
+    if type(pipe).__name__ == "DiTPipeline":  # prompts are classes, and the only negative class is none
         asked, words, negative = pipe.get_label_ids(prompts), {}, None
     made = pipe(asked, **words, **call(pipe, size, guidance))
     expected = made.frames if hasattr(made, "frames") else made.images[:, None]
@@ -69,7 +69,7 @@ def test_denoiser_equals_its_pipeline(built, guidance):
     assert ("negative" in condition) == (guidance > 1)
     assert all(len(value) == 2 for value in condition.values())
     assert clips.shape == (2, size["num_frames"], 3, size["height"], size["width"])
-    # UniPC, which SkyReels-V2 comes with, cuts the timesteps that the network is told to whole numbers.
+    # UniPC, the scheduler of SkyReels-V2, rounds the timesteps of the network down to whole numbers.
     whole = "UniPC" in type(pipe.scheduler).__name__
     assert (clips - torch.as_tensor(expected)).abs().max() <= (1e-3 if whole else 2e-4)
 
@@ -136,7 +136,7 @@ def test_denoiser_encodes_what_it_decodes(built):
     torch.testing.assert_close(denoiser.denormalise(latents), raw, rtol=1e-5, atol=1e-5)
     decoded = pipe.vae.decode(raw).sample
     direct = (decoded[:, None] if pictures else decoded.transpose(1, 2)) / 2 + 0.5
-    # Off by the rounding of normalise and denormalise, as a decoder enlarges it: it depends on the processor.
+    # The decoder enlarges the rounding of normalise and denormalise, by an amount that depends on the CPU.
     torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-4)
     drawn = [denoiser.encode_video(clips, sample=True, generator=noise_source()) for _ in range(2)]
     assert torch.equal(*drawn)
@@ -164,7 +164,7 @@ def test_denoiser_has_alpha_bars_unless_it_is_a_flow(built):
 def test_denoiser_length_of_prompts_can_be_set_before_they_are_encoded(built):
     pipe, _ = built
     denoiser = denoiser_for(pipe)
-    if denoiser.max_sequence_length in (1, 77):  # a class, or CLIP's only
+    if denoiser.max_sequence_length in (1, 77):  # a class, or the fixed length of CLIP
         with pytest.raises(UserError, match=r"have (1 token|77 tokens), not 16: leave max_sequence_length out"):
             denoiser.max_sequence_length = 16
         return
@@ -198,7 +198,7 @@ def test_denoiser_of_a_pipeline_without_its_network_is_refused():
 
 @pytest.fixture(scope="module")
 def padded():
-    """CogVideoX 1.5, whose patches are of two frames, and its size."""
+    """CogVideoX 1.5, whose patches hold two latent frames, and the size of its clips."""
     from diffusers import CogVideoXTransformer3DModel
 
     pipe, size = tiny_pipeline("CogVideoX")
@@ -213,7 +213,7 @@ def test_denoiser_of_cogvideox_15_pads_as_its_pipeline_does(padded):
     pipe, size = padded
     denoiser = denoiser_for(pipe)
     assert size["num_frames"] == 9
-    assert denoiser.latent_shape(**size)[0] == 4  # three, and one more
+    assert denoiser.latent_shape(**size)[0] == 4  # three latent frames and one of padding
     made = pipe(["a red ball", "a cube"], **call(pipe, size, 1.0)).frames
     condition = denoiser.encode_prompt(["a red ball", "a cube"], guidance=False)
     _, clips = deterministic(denoiser, condition, size, 1.0)
@@ -231,12 +231,12 @@ def test_denoiser_of_cogvideox_15_encodes_what_it_decodes(padded):
     assert torch.equal(latents[:, 0], latents[:, 1])
     raw = pipe.vae.encode(clips.transpose(1, 2) * 2 - 1).latent_dist.mode()
     direct = pipe.vae.decode(raw).sample.transpose(1, 2) / 2 + 0.5
-    # Off by the rounding of normalise and denormalise, as a decoder enlarges it: it depends on the processor.
+    # The decoder enlarges the rounding of normalise and denormalise, by an amount that depends on the CPU.
     torch.testing.assert_close(denoiser.decode(latents), direct.clamp(0, 1), rtol=0, atol=1e-4)
 
 
 def test_denoiser_of_cogvideox_makes_as_many_frames_as_were_asked_for(padded):
-    """With 5 frames there would be two latent frames, of which the autoencoder makes 8."""
+    """5 frames would have two latent frames, which the autoencoder decodes into 8 frames."""
     for pipe in (padded[0], tiny_pipeline("CogVideoX")[0]):
         with pytest.raises(UserError, match=r"the number of frames must be 8n\+1, got 5: use 1 or 9"):
             denoiser_for(pipe).initial_latents(1, **{**padded[1], "num_frames": 5})
@@ -264,5 +264,5 @@ def test_a_schedule_has_no_more_steps_than_there_are_timesteps():
     with pytest.raises(UserError, match=f"num_inference_steps must be at least 1 and at most {known:,}, got"):
         denoiser_for(stable).sigmas(known + 1)
     stable.scheduler.register_to_config(prediction_type="noise")
-    with pytest.raises(UserError, match="'noise': epsilon, sample, v_prediction are known"):
+    with pytest.raises(UserError, match="is 'noise', it must be one of epsilon, sample, v_prediction"):
         denoiser_for(stable)

@@ -83,7 +83,7 @@ def test_folders_that_are_no_model_say_what_to_do(trained, tiny_wan, tmp_path, c
     [
         ("{", "cannot read"),
         ('{"base": "/nowhere", "parts": ["transformer"]}', "is an export of /nowhere, which"),
-        ('{"base": "/nowhere", "parts": ["transformer_2"]}', "there is transformer_2/, and there is none"),
+        ('{"base": "/nowhere", "parts": ["transformer_2"]}', "transformer_2/config.json is missing"),
         ('{"base": "/nowhere", "parts": []}', "must have a base .* and a list of parts, got '/nowhere', .."),
         ('{"base": "/nowhere", "parts": "transformer"}', "and a list of parts"),
         ('{"base": "EXPORT", "parts": ["transformer"]}', "that is an export itself, name the whole model there"),

@@ -1,20 +1,20 @@
-"""How each architecture of diffusers computes self-attention over the video, so that methods can do a part otherwise.
+"""The self-attention over the video in each architecture of diffusers, in parts that a method can replace.
 
-    reader = attention_of(transformer).reader(module.processor)  # refuses a processor whose code has changed
+    reader = attention_of(transformer).reader(module.processor)  # error if the code of the processor has changed
 
-    def compute(reader, inner, attention, *args, **kwargs):  # in the compute slot of the module, reader given
+    def compute(reader, inner, attention, *args, **kwargs):  # the compute slot of the module, with its reader
         call = reader.bind(attention, *args, **kwargs)
         reading = reader.read(call)
-        if reading is None:  # cross-attention, or arguments that the file does not know
+        if reading is None:  # cross-attention, or arguments without a reading
             return inner(attention, *args, **kwargs)
-        query, key, value = reading.joined()  # normed and rotated as diffusers does, (B, N, H, D)
+        query, key, value = reading.joined()  # normed and rotated as in diffusers, (B, N, H, D)
         mask = reading.mask
-        del reading  # it holds the raw queries and keys
-        out = dispatched(attention, query, key, value, mask)  # or what the method does instead
+        del reading  # free the raw queries and keys
+        out = dispatched(attention, query, key, value, mask)  # or the computation of the method
         return reader.finish(call, out, query.dtype)
 
-`dispatched` is in `reading`, which says what is read. One file per architecture. Which operations are fused, sparse or
-quantised is the caller's business. A whole method that does so: `docs/models.md`.
+`dispatched` and the parts of a reading are in the module `reading`. Each architecture has a file of its own. The
+caller decides which operations are fused, sparse or quantised. `docs/models.md` has a complete example of a method.
 """
 
 from postgen.families.attention.dispatch import show_attention_call

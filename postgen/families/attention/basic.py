@@ -1,8 +1,9 @@
-"""DiT and PixArt: `AttnProcessor2_0`, with fused projections `FusedAttnProcessor2_0`. The picture attends to itself.
+"""DiT and PixArt: `AttnProcessor2_0`, and `FusedAttnProcessor2_0` for fused projections.
 
-DiT adds its class to the modulation, PixArt's text comes in by cross-attention (with a mask), which is not read. There
-are no norms and no rotation. The two processors serve other models too, with modules that do more around attention:
-calls of those are left to them.
+The picture attends to itself. The class of DiT enters through the modulation. The text of PixArt enters through
+cross-attention (with a mask), which is not read. Queries and keys have no norms and no rotation. The two processors
+also serve other models, in which the attention modules do more than project and attend. Calls of such modules have no
+reading, so the processor computes them.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ def bind(
     attention_mask: Tensor | None = None,
     temb: Tensor | None = None,
 ) -> AttentionCall:
-    """Take the arguments of the processor; of `temb` it makes nothing without a spatial norm."""
+    """Return the arguments of the processor by name, without `temb`, which only a spatial norm uses."""
     return AttentionCall(attention, hidden_states, encoder_hidden_states, attention_mask)
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read self-attention; None for cross-attention, feature maps, and modules that do more than project."""
+    """Return the parts of a self-attention call.
+
+    None for cross-attention, feature maps, and modules that do more than project.
+    """
     attention, picture = call.attention, call.hidden_states
     if _is_more(call):
         return None
@@ -45,7 +49,7 @@ def read(call: AttentionCall) -> Reading | None:
 
 
 def read_fused(call: AttentionCall) -> Reading | None:
-    """As `read`, with one projection."""
+    """Return the parts of a self-attention call, with one fused projection."""
     if _is_more(call):
         return None
     return _reading(call, projected_at_once(call.attention, call.attention.to_qkv, call.hidden_states))
@@ -66,7 +70,7 @@ def _reading(call: AttentionCall, made: list[Tensor]) -> Reading:
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the picture, (B, N, C)."""
+    """Return the output for the picture, (B, N, C)."""
     scaled: Tensor = returned(call.attention, out, dtype) / call.attention.rescale_output_factor
     return scaled
 

@@ -1,6 +1,7 @@
-"""CogVideoX: `CogVideoXAttnProcessor2_0`, also with fused projections. Text, then video, attend jointly.
+"""CogVideoX: `CogVideoXAttnProcessor2_0`, also with fused projections.
 
-Norms are per head. The text is not rotated, and CogVideoX 1.0 (2B) rotates nothing.
+Text and video attend jointly, with the text tokens first. Norms are per head. The text is not rotated. CogVideoX 1.0
+(2B) has no rotation.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def bind(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> AttentionCall:
-    """Take the arguments of the processor."""
+    """Return the arguments of the processor by name."""
     return AttentionCall(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read joint attention; None where the module is one of cross-attention, whose keys are not rotated."""
+    """Return the parts of a joint-attention call; None for a cross-attention module, whose keys are not rotated."""
     attention = call.attention
     if call.encoder_hidden_states is None or attention.is_cross_attention:
         return None
@@ -50,13 +51,16 @@ def read(call: AttentionCall) -> Reading | None:
 
 
 def read_fused(call: AttentionCall) -> Reading | None:
-    """As `read`; None with a mask too, which this processor of diffusers pads for the text's tokens alone."""
+    """Return the result of `read`; None also for a call with a mask.
+
+    This processor of diffusers prepares the mask for the length of the text only.
+    """
     return None if call.attention_mask is not None else read(call)
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return video and text, (B, N, C) each."""
-    assert call.encoder_hidden_states is not None  # `read` saw to it
+    """Return the outputs for video and text, (B, N, C) each."""
+    assert call.encoder_hidden_states is not None  # `read` returns None without text
     text, out = call.encoder_hidden_states.shape[1], returned(call.attention, out, dtype)
     return out[:, text:], out[:, :text]
 

@@ -1,6 +1,6 @@
-"""Attention calls that go through diffusers' dispatcher: who looks at them, and which backend computes them.
+"""Functions for attention calls of diffusers' dispatcher: observe them, replace them, and set the backend.
 
-What of it is private to diffusers is in `postgen.compat.attention`; methods take it from here.
+They use private symbols of diffusers and are therefore in `postgen.compat.attention`. Methods import them from here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""FLUX.1 and Chroma: `FluxAttnProcessor`, also with fused projections. Text, then picture, attend jointly.
+"""FLUX.1 and Chroma: `FluxAttnProcessor`, also with fused projections.
 
-Norms are per head, and everything is rotated: the text by angles of zero. In double blocks the text has projections
-and norms of its own. Single blocks hand text and picture over as one sequence, do not say where one ends, and have no
-output layer here: theirs is one with that of the feed-forward, in the block. Chroma's mask says which pairs count.
+Text and picture attend jointly, with the text tokens first. Norms are per head. All tokens are rotated; the angles of
+the text are zero. In double blocks, the text has projections and norms of its own. A single block passes text and
+picture as one sequence, without the number of text tokens. Its attention module has no output layer, because the block
+projects the outputs of attention and feed-forward with one layer. The mask of Chroma marks the valid pairs of tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read joint attention; None where there are no angles, and where the text has no projections of its own."""
+    """Return the parts of a joint-attention call.
+
+    None without rotary tables, without text in a double block, or with text in a single block.
+    """
     attention, text, rotary = call.attention, call.encoder_hidden_states, call.rotary
     if rotary is None or (text is None) != (attention.added_kv_proj_dim is None):
         return None
@@ -53,7 +57,7 @@ def _projected_text(attention: Any, text: Tensor) -> list[Tensor]:
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | Tensor:
-    """Return picture and text, (B, N, C) each; of a single block both as one sequence."""
+    """Return the outputs for picture and text, (B, N, C) each; for a single block, one sequence of both."""
     if call.encoder_hidden_states is None:
         return out.flatten(2, 3).to(dtype)
     text = call.encoder_hidden_states.shape[1]

@@ -1,10 +1,12 @@
-"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0`, 1.5: `HunyuanVideo15AttnProcessor2_0`. Video, then text, jointly.
+"""HunyuanVideo: `HunyuanVideoAttnProcessor2_0`. HunyuanVideo 1.5: `HunyuanVideo15AttnProcessor2_0`.
 
-Norms are per head, the text is not rotated. In blocks of two streams the text has projections and norms of its own;
-blocks of one stream project both together and have no output layer. The processors do not use fused projections.
+Video and text attend jointly, with the video tokens first. Norms are per head. The text is not rotated. In blocks with
+two streams, the text has projections and norms of its own. Blocks with one stream project both together, and their
+attention modules have no output layer. The processors do not use fused projections.
 
-In 1.5 the transformer sorts the text, tokens that count first, and the processor makes a mask of pairs (B, 1, N, N) of
-that, which costs N N bytes in every call. What attention gives for tokens that do not count is read by nothing.
+In 1.5, the transformer moves the valid text tokens to the front. The processor makes a mask of pairs (B, 1, N, N) from
+the text mask, which takes N * N bytes per sample in every call. No later operation uses the attention output of masked
+tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read joint attention; None without text, and where there are no angles."""
+    """Return the parts of a joint-attention call; None without text or without rotary tables."""
     text, mask = call.encoder_hidden_states, call.attention_mask
     if text is None or call.rotary is None:
         return None
@@ -38,7 +40,7 @@ def read(call: AttentionCall) -> Reading | None:
 
 
 def read_15(call: AttentionCall) -> Reading | None:
-    """Read joint attention of 1.5; None without text, its mask, or angles."""
+    """Return the parts of a joint-attention call of 1.5; None without text, text mask or rotary tables."""
     text, mask = call.encoder_hidden_states, call.attention_mask
     if text is None or mask is None or call.rotary is None:
         return None
@@ -63,16 +65,19 @@ def _streams(call: AttentionCall, text: Tensor, rotary: tuple[Tensor, Tensor]) -
 
 
 def _lengths(mask: Tensor | None) -> Tensor | None:
-    """(B, 1, 1, N), bool: the transformer makes it of the lengths of the texts, whose last tokens do not count."""
+    """Return the number of valid tokens of each sample, (B,); None for a mask of another kind.
+
+    The transformer makes a bool mask (B, 1, 1, N) from the lengths of the texts: only their last tokens are masked.
+    """
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         return None
     return mask.sum(dim=(1, 2, 3))
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return video and text, (B, N, C) each."""
+    """Return the outputs for video and text, (B, N, C) each."""
     attention: Any = call.attention
-    assert call.encoder_hidden_states is not None  # `read` saw to it
+    assert call.encoder_hidden_states is not None  # `read` returns None without text
     text = call.encoder_hidden_states.shape[1]
     of_video, of_text = out[:, :-text], out[:, -text:].flatten(2, 3).to(dtype)
     if getattr(attention, "to_add_out", None) is not None:

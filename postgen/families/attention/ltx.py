@@ -1,6 +1,7 @@
-"""LTX: `LTXVideoAttnProcessor`. The video attends to itself; text comes in by cross-attention, which is not read.
+"""LTX: `LTXVideoAttnProcessor`.
 
-Norms are across heads, every head has angles of its own. The processor does not use fused projections.
+The video attends to itself. The text enters through cross-attention, which is not read. Norms are across heads, and
+every head has rotary angles of its own. The processor does not use fused projections.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from postgen.families.attention.registry import AttentionAnatomy, AttentionReade
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read self-attention; None for cross-attention, with a mask, and where there are no angles."""
+    """Return the parts of a self-attention call; None for cross-attention, with a mask, or without rotary tables."""
     if call.encoder_hidden_states is not None or call.attention_mask is not None or call.rotary is None:
         return None
     attention = call.attention
     layers = attention.to_q, attention.to_k, attention.to_v
     query, key, value = projected_by(attention, layers, call.hidden_states)
-    # (B, N, H * D), each angle twice.
+    # The tables are (B, N, H * D), with each angle twice.
     cos, sin = (table.unflatten(-1, (attention.heads, -1))[..., ::2] for table in call.rotary)
     stream = Stream(query, key, value, Norms(attention.norm_q, attention.norm_k, across_heads=True), Rope(cos, sin))
     return Reading(streams=(stream,))
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the video, (B, N, C)."""
+    """Return the output for the video, (B, N, C)."""
     return returned(call.attention, out, dtype)
 
 

@@ -1,4 +1,7 @@
-"""What is read of an attention call, the same for every architecture; shapes are (B, N, H, D)."""
+"""The parts of an attention call, in one form for every architecture.
+
+In shapes, B is the batch, N the number of tokens, H the number of heads, D the channels per head, and C = H * D.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,26 @@ from postgen.families.norms import affine, plain
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """A call of an attention processor, by the names that most of them use."""
+    """The arguments of an attention processor, under the names that most processors use."""
 
     attention: Any
-    """The module."""
+    """The attention module."""
     hidden_states: Tensor
-    """(B, N, C), the video or picture; in single blocks of FLUX the text before it."""
+    """(B, N, C), the video or picture; in single blocks of FLUX, the text tokens come first in the same sequence."""
     encoder_hidden_states: Tensor | None = None
-    """(B, L, C), the text, where both attend jointly; for cross-attention what is attended to."""
+    """(B, L, C), the text in joint attention; in cross-attention, the sequence for keys and values."""
     attention_mask: Tensor | None = None
-    """As the transformer gives it."""
+    """The mask, as the transformer passes it."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines as the transformer gives them."""
+    """Cosines and sines, as the transformer passes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormValues:
-    """What the norms of queries and keys compute, as `postgen.kernels.qk_norm_rope` names it."""
+    """Kind and parameters of the norms of queries and keys, with the names of `postgen.kernels.qk_norm_rope`."""
 
     norm: str
-    """none, rms_norm, rms_norm_across_heads or layer_norm."""
+    """Kind of norm: "none", "rms_norm", "rms_norm_across_heads" or "layer_norm"."""
     eps: float = 1e-6
     q_weight: Tensor | None = None
     k_weight: Tensor | None = None
@@ -46,21 +49,21 @@ class NormValues:
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """The norms of queries and keys."""
+    """The norm modules of queries and keys."""
 
     query: Any
-    """Module, None for no norm."""
+    """Norm module of the queries; None for no norm."""
     key: Any
-    """As `query`."""
+    """Norm module of the keys; None for no norm."""
     across_heads: bool = False
-    """Whether they take all heads of a token together, (B, N, H * D)."""
+    """Whether the norms take all heads of a token together, (B, N, H * D)."""
 
     def called(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Call the modules, as diffusers does."""
+        """Return the normed queries and keys, from calls of the modules as in diffusers."""
         return self._called(self.query, query), self.called_on_keys(key)
 
     def called_on_keys(self, key: Tensor) -> Tensor:
-        """Call the module of the keys alone."""
+        """Return the normed keys, from a call of their module."""
         return self._called(self.key, key)
 
     def _called(self, norm: Any, x: Tensor) -> Tensor:
@@ -70,7 +73,10 @@ class Norms:
         return out
 
     def values(self) -> NormValues | None:
-        """Return what the modules compute; None: it is not known, or somebody watches them, so they must be called."""
+        """Return kind and parameters of the norms.
+
+        None means that the modules must be called: their kinds are unknown or differ, or they have hooks.
+        """
         query, key = self.query, self.key
         if query is None and key is None:
             return NormValues(norm="none")
@@ -95,19 +101,19 @@ class Norms:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """A rotation (arXiv:2104.09864, eq. 34) of the channel pairs (2i, 2i + 1); one contract for every architecture."""
+    """A rotation (arXiv:2104.09864, eq. 34) of the channel pairs (2i, 2i + 1), in one form for every architecture."""
 
     cos: Tensor
-    """(1 or B, R, 1 or H, D / 2): R tokens are rotated, the others stay."""
+    """Cosines, (1 or B, R, 1 or H, D / 2): R consecutive tokens are rotated, the others do not change."""
     sin: Tensor
-    """As `cos`."""
+    """Sines, with the shape of `cos`."""
     first_token: int = 0
-    """The first of the tokens that are rotated."""
+    """Index of the first rotated token."""
     in_float32: bool = True
-    """Whether diffusers rotates in float32; otherwise in the wider dtype of channels and tables. Rounded once."""
+    """True if diffusers rotates in float32, False if in the wider dtype of input and tables. Both round once."""
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys (B, N, H, D) with diffusers' own roundings."""
+        """Rotate queries or keys (B, N, H, D), with the same rounding as in diffusers."""
         first, last = self.first_token, self.first_token + self.cos.shape[1]
         a, b = x[:, first:last].unflatten(-1, (-1, 2)).unbind(-1)
         if self.in_float32:
@@ -120,27 +126,31 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Tokens that are projected and normed by the same modules."""
+    """Tokens that share their projection and norm modules."""
 
     query: Tensor
-    """(B, N, H, D), as projected; a view of a fused projection is not contiguous."""
+    """Projected queries (B, N, H, D), before norm and rotation; not contiguous after a fused projection."""
     key: Tensor
+    """Projected keys, like `query`."""
     value: Tensor
+    """Projected values, like `query`."""
     norms: Norms
+    """The norms of queries and keys."""
     rope: Rope | None = None
-    """None rotates nothing."""
+    """The rotation; None for no rotation."""
 
     def normed_and_rotated(self) -> tuple[Tensor, Tensor]:
-        """Return queries and keys as attention reads them, bit by bit those of diffusers' processor."""
+        """Return the queries and keys for attention, with the same bits as in the processor of diffusers."""
         query, key = self.norms.called(self.query, self.key)
         if self.rope is not None:
             query, key = self.rope.rotated(query), self.rope.rotated(key)
         return query, key
 
     def for_one_kernel(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return queries and keys, and what is left to do with them as `postgen.kernels.qk_norm_rope` takes it.
+        """Return queries, keys, and the remaining norm and rotation as arguments of `postgen.kernels.qk_norm_rope`.
 
-        Norms that cannot be left out are called. Nothing left is an empty dict.
+        Norm modules that must be called are called here, and the remaining norm is then "none". The arguments are
+        empty if neither norm nor rotation remains.
         """
         query, key, values = self.query, self.key, self.norms.values()
         if values is None:
@@ -163,38 +173,41 @@ class Stream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a call of self-attention is made of. Attention is over the tokens of all streams, one after the other."""
+    """The parts of a call of self-attention. Attention is over the concatenated tokens of all streams."""
 
     streams: tuple[Stream, ...]
-    """One, or two where the text has projections and norms of its own."""
+    """One stream, or two if the text has projections and norms of its own."""
     text: int = 0
-    """Tokens of text among them."""
+    """Number of text tokens."""
     text_first: bool = False
-    """Whether the text stands before the video, else behind it."""
+    """True if the text tokens come before the video tokens, False if they come after."""
     text_told: bool = True
-    """Whether `text` is known. A single block of FLUX is given text and picture as one sequence, and not told how many
-    tokens of it are text: `text` is 0 then. `with_video` puts it right."""
+    """Whether `text` is known. A single block of FLUX receives text and picture as one sequence, without the number of
+    text tokens. Then `text` is 0, and `with_video` corrects it."""
     mask: Tensor | None = None
-    """Bool (True counts) or added to the logits, as torch's attention takes it: (B, 1 or H, 1 or N, N)."""
+    """Mask as torch's attention takes it: bool (True: attend) or added to the logits, (B, 1 or H, 1 or N, N)."""
     key_lengths: Tensor | None = None
-    """(B,): how many of the first keys count, where that is all that the mask says. None with a mask: it says more."""
+    """Number of valid keys at the start of each sample, (B,), if this is equivalent to `mask`; otherwise None."""
 
     @property
     def video(self) -> slice:
-        """The video's tokens on the axis N."""
+        """Slice of the video tokens on the axis N."""
         return slice(self.text, None) if self.text_first else slice(None, -self.text or None)
 
     def with_video(self, tokens: int) -> Reading:
-        """Return the reading with as much text as is left beside so many tokens of the video, as its grid has them.
+        """Return the reading with the number of text tokens that remain for a number of video tokens.
+
+        Args:
+            tokens: number of tokens of the video grid.
 
         Raises:
-            UserError: the call has another number of tokens than that and its text.
+            UserError: the call does not have `tokens` video tokens.
         """
         found = sum(stream.key.shape[1] for stream in self.streams)
         text = self.text if self.text_told else found - tokens
         if text < 0 or found != tokens + text:
             raise UserError(
-                f"attention was given {found} tokens, {self.text} of them text, for a grid of {tokens}: take the grid"
+                f"attention received {found} tokens, {self.text} of them text, for a grid of {tokens}: use the grid"
                 " of the same call"
             )
         return replace(self, text=text, text_told=True)
@@ -205,7 +218,7 @@ class Reading:
         """Return queries, keys and values of all tokens, (B, N, H, D).
 
         Args:
-            prepare: returns the normed and rotated queries and keys of a stream; as diffusers does by default.
+            prepare: returns the normed and rotated queries and keys of a stream; by default as in diffusers.
         """
         parts = [(*prepare(stream), stream.value) for stream in self.streams]
         if len(parts) == 1:
@@ -215,14 +228,17 @@ class Reading:
 
 
 def dispatched(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return attention as diffusers computes it, with the backend and the split among ranks that the module was given.
+    """Return attention as diffusers computes it, with the backend and the context parallelism of the module.
 
     Args:
-        attention: the module.
-        query: (B, N, H, D), normed and rotated.
-        key: as `query`.
-        value: as `query`.
-        mask: as `Reading.mask`.
+        attention: the attention module.
+        query: normed and rotated queries (B, N, H, D).
+        key: normed and rotated keys (B, N, H, D).
+        value: values (B, N, H, D).
+        mask: mask as in `Reading.mask`.
+
+    Returns:
+        The attention output (B, N, H, D).
     """
     backend, parallel = attention_settings(attention.processor)
     out: Tensor = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, parallel_config=parallel)
@@ -230,24 +246,24 @@ def dispatched(attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: 
 
 
 def projected(attention: Any, hidden_states: Tensor) -> list[Tensor]:
-    """Return queries, keys and values (B, N, H, D) of self-attention, fused QKV projections included, as views."""
+    """Return queries, keys and values (B, N, H, D) of self-attention; those of a fused projection are views."""
     if getattr(attention, "fused_projections", False):
         return projected_at_once(attention, attention.to_qkv, hidden_states)
     return projected_by(attention, (attention.to_q, attention.to_k, attention.to_v), hidden_states)
 
 
 def projected_by(attention: Any, layers: tuple[Any, ...], hidden_states: Tensor) -> list[Tensor]:
-    """Return what each of some linear layers of an attention module makes, (B, N, H, D)."""
+    """Return the outputs of linear layers of an attention module, (B, N, H, D) each."""
     return [layer(hidden_states).unflatten(2, (attention.heads, -1)) for layer in layers]
 
 
 def projected_at_once(attention: Any, layer: Any, hidden_states: Tensor) -> list[Tensor]:
-    """Return queries, keys and values (B, N, H, D) that one linear layer makes, as views."""
+    """Return queries, keys and values (B, N, H, D) from one fused linear layer, as views."""
     return [part.unflatten(2, (attention.heads, -1)) for part in layer(hidden_states).chunk(3, dim=-1)]
 
 
 def prepared_mask(attention: Any, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """Return a mask (B, H, 1 or N, N) as the processors of `diffusers.models.attention_processor` prepare it."""
+    """Return the mask (B, H, 1 or N, N) that the processors of `diffusers.models.attention_processor` use."""
     if mask is None:
         return None
     prepared: Tensor = attention.prepare_attention_mask(mask, tokens, batch)
@@ -255,7 +271,7 @@ def prepared_mask(attention: Any, mask: Tensor | None, batch: int, tokens: int) 
 
 
 def returned(attention: Any, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what attention found, (B, N, H, D), through its last projection, (B, N, C)."""
+    """Apply the output projection of an attention module: (B, N, H, D) -> (B, N, C)."""
     out = out.flatten(2, 3).to(dtype)
     for layer in attention.to_out:
         out = layer(out)
@@ -263,7 +279,7 @@ def returned(attention: Any, out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rope_of_pairs(rotary: tuple[Tensor, Tensor], first_token: int = 0) -> Rope:
-    """Read tables (R, D) in which every angle stands twice in a row, as `apply_rotary_emb` of diffusers takes them."""
+    """Convert tables (R, D) for `apply_rotary_emb` of diffusers, in which every angle appears twice in a row."""
     cos, sin = (table[None, :, None, ::2] for table in rotary)
     return Rope(cos, sin, first_token)
 
@@ -275,5 +291,5 @@ def bind(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> AttentionCall:
-    """Take the arguments of most processors."""
+    """Return the arguments of a processor by name; the signature is that of most processors."""
     return AttentionCall(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)

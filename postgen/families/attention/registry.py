@@ -1,4 +1,4 @@
-"""Find what is known of the attention of a transformer, by class name. Light to import."""
+"""The attention readers of each transformer class, by class name. This module is light to import."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionReader:
-    """Reads the calls of one processor class of diffusers, and gives back what it returns."""
+    """Functions that take a call of one processor class of diffusers apart and return its output."""
 
     bind: Callable[..., AttentionCall]
-    """`bind(attention, *args, **kwargs)`: the processor's arguments by name."""
+    """`bind(attention, *args, **kwargs)` returns the arguments of the processor by name."""
     read: Callable[[AttentionCall], Reading | None]
-    """Project, and say what is to be done; None for a call that must be left to the processor. It holds the raw
-    queries and keys: drop it before attention is computed."""
+    """Projects the inputs and returns the parts of the call; None if the processor must compute the call. A reading
+    holds the raw queries and keys: delete it before attention is computed, to save memory."""
     finish: Callable[[AttentionCall, Tensor, torch.dtype], Any]
-    """`finish(call, out, dtype)`: what the processor returns for the attention `out`, (B, N, H, D) in the order of the
-    tokens of the reading, with the dtype of the queries that attention read."""
+    """`finish(call, out, dtype)` returns the output of the processor for the attention output `out`, (B, N, H, D) in
+    the token order of the reading. `dtype` is the dtype of the queries in attention."""
     fingerprints: tuple[str, ...]
-    """Of the texts of the processor's `__call__` that this was written for."""
+    """Fingerprints of the versions of the processor's `__call__` that these functions support."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionAnatomy:
-    """What is known of the self-attention modules of one transformer class."""
+    """The readers of the self-attention modules of one transformer class."""
 
     readers: Mapping[str, AttentionReader]
-    """By the name of the processor's class."""
+    """Readers by the class name of the processor."""
 
     def reader(
         self, processor: Any, *, what: str = "reading of the attention", advice: str = "set a processor of diffusers"
     ) -> AttentionReader:
-        """Return the reader of a processor; one that a wrapper of ours stands on is looked through.
+        """Return the reader of a processor. For a wrapper of postgen, this is the reader of the wrapped processor.
 
         Args:
-            processor: of a self-attention module.
-            what: what is made of the reading, for the error.
-            advice: what to do instead, for the error.
+            processor: processor of a self-attention module.
+            what: name of the result in the error message: "no {what} of ...".
+            advice: what the user can do, for the error message.
 
         Raises:
-            UserError: the class is not known, or its text is another one than the reader was written for.
+            UserError: the class of the processor is unknown, or its source code has changed.
         """
         kind: Any = type(processor)
         kind = getattr(kind, "postgen_parent", kind)
@@ -60,19 +60,19 @@ class AttentionAnatomy:
 
 
 _anatomies: dict[str, AttentionAnatomy] = {}
-"""What was registered beside the rows, by transformer class."""
+"""Anatomies from `register_attention`, by transformer class name; they take precedence over the layout rows."""
 
 
 def register_attention(transformer: str, anatomy: AttentionAnatomy) -> None:
-    """Add the anatomy of the transformer class of this name, or replace that of its row."""
+    """Register the anatomy of a transformer class by its name; it replaces the anatomy of the layout row."""
     _anatomies[transformer] = anatomy
 
 
 def attention_of(transformer: nn.Module) -> AttentionAnatomy:
-    """Return what is known of a transformer's attention; it may be wrapped (DDP, compiled, peft) or of a subclass.
+    """Return the anatomy of a transformer, which may be wrapped (DDP, compiled, peft) or of a subclass.
 
     Raises:
-        UserError: nothing is known of the class.
+        UserError: neither the class nor one of its parents has an anatomy.
     """
     from postgen.compat import unwrap
 
@@ -89,6 +89,6 @@ def attention_of(transformer: nn.Module) -> AttentionAnatomy:
 
 
 def known_anatomies() -> dict[str, str | AttentionAnatomy]:
-    """Return what is known, or where it is, by transformer class."""
+    """Return the anatomy of each transformer class, or its place as `module:NAME`, by class name."""
     rows = {row.transformer: row.attention for row in known_layouts()}
     return {name: place for name, place in rows.items() if place is not None} | _anatomies

@@ -1,8 +1,9 @@
-"""Stable Diffusion 3 and 3.5: `JointAttnProcessor2_0`. Picture, then text, attend jointly; nothing is rotated.
+"""Stable Diffusion 3 and 3.5: `JointAttnProcessor2_0`.
 
-Norms are per head, and 3.0 has none. The text has projections and norms of its own, and no output layer in the last
-block, which returns none of it. The second attention of 3.5's dual blocks is over the picture alone. The processor
-takes a mask and does nothing with it. That of fused projections leaves the norms out, and is not read.
+Picture and text attend jointly, with the picture tokens first. There is no rotation. Norms are per head; 3.0 has none.
+The text has projections and norms of its own. In the last block, which returns no text, the text has no output layer.
+The second attention of the dual blocks of 3.5 is over the picture only. The processor accepts a mask and ignores it.
+The processor for fused projections skips the norms; it has no reader here.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def bind(
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> AttentionCall:
-    """Take the arguments of the processor."""
+    """Return the arguments of the processor by name."""
     return AttentionCall(attention, hidden_states, encoder_hidden_states, attention_mask)
 
 
 def read(call: AttentionCall) -> Reading:
-    """Read joint attention, and without text attention among the picture."""
+    """Return the parts of a joint-attention call, or without text of a self-attention call of the picture."""
     attention, text = call.attention, call.encoder_hidden_states
     layers = attention.to_q, attention.to_k, attention.to_v
     query, key, value = projected_by(attention, layers, call.hidden_states)
@@ -41,7 +42,7 @@ def read(call: AttentionCall) -> Reading:
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | Tensor:
-    """Return picture and text, (B, N, C) each; the picture alone where it attends alone."""
+    """Return the outputs for picture and text, (B, N, C) each; without text, only that of the picture."""
     if call.encoder_hidden_states is None:
         return returned(call.attention, out, dtype)
     tokens = call.hidden_states.shape[1]

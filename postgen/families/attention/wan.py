@@ -1,8 +1,7 @@
-"""Wan: `WanAttnProcessor`; SkyReels-V2: `SkyReelsV2AttnProcessor`. The video attends to itself.
+"""Wan: `WanAttnProcessor`. SkyReels-V2: `SkyReelsV2AttnProcessor`.
 
-Text and image come in by cross-attention, which is not read. Wan-Animate, VACE and ChronoEdit have the same processor.
-
-Norms are across heads, all heads have the same angles.
+The video attends to itself. Text and image enter through cross-attention, which is not read. Wan-Animate, VACE and
+ChronoEdit use the processor of Wan. Norms are across heads, and all heads have the same rotary angles.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ def bind(
     attention_mask: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> AttentionCall:
-    """Take the arguments of the processor."""
+    """Return the arguments of the processor by name."""
     return AttentionCall(attention, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
 def read(call: AttentionCall) -> Reading | None:
-    """Read self-attention; None for cross-attention, and where there are no angles."""
+    """Return the parts of a self-attention call; None for cross-attention, or without rotary tables."""
     attention, rotary = call.attention, call.rotary
     if call.encoder_hidden_states is not None or attention.is_cross_attention or rotary is None:
         return None
     query, key, value = projected(attention, call.hidden_states)
-    cos, sin = rotary  # (1, N, 1, D), every angle twice
+    cos, sin = rotary  # (1, N, 1, D), with each angle twice
     rope = Rope(cos[..., ::2], sin[..., 1::2], in_float32=False)
     stream = Stream(query, key, value, Norms(attention.norm_q, attention.norm_k, across_heads=True), rope)
     return Reading(streams=(stream,), mask=call.attention_mask)
 
 
 def finish(call: AttentionCall, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the video, (B, N, C)."""
+    """Return the output for the video, (B, N, C)."""
     return returned(call.attention, out, dtype)
 
 
