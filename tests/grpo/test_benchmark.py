@@ -1,4 +1,4 @@
-"""The report of the benchmark, from logs that are written here."""
+"""The report of the DanceGRPO benchmark, made from logs that the tests write."""
 
 import json
 
@@ -18,7 +18,7 @@ def write_run(folder, name, rewards, *, forwards, seconds, error=1e-7):
         rows.append({"step": number, "eval_reward": reward, "eval_motion": 0.01, benchmark.RIGHT: reward / 2, **cost})
         rows.append({"step": number + 1, "timing/rollout": 1.0, "seconds": 2.0 * number, "logp_diff/max": error})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (run / "metrics.jsonl").write_text(lines + '{"step": 99, "half a l')  # the run still writes
+    (run / "metrics.jsonl").write_text(lines + '{"step": 99, "half a l')  # the run is still writing
     (run / "config.yaml").write_text(yaml.safe_dump({"output_dir": str(run), "learning_rate": 1e-5}))
 
 
@@ -43,7 +43,7 @@ def test_grpo_benchmark_compares_costs_at_the_best_score_of_both(tmp_path, capsy
     assert (gates["resume_identical"], gates["ranks_max_abs"], gates["motion_ratio_low"]) == (1, 0.0, 1.0)
     assert gates["onpolicy_ratio_error"] == 1e-7
     assert result["missing"] == [
-        "the costs of nft-tiny: it or dancegrpo-tiny rose above both starts by chance at most"
+        "the costs of nft-tiny: both runs reach no common score clearly above their first evaluations"
     ]
     assert "missing: the costs of nft-tiny" in told
     assert "output_dir" not in result["runs"]["fast-tiny"]["settings"]
@@ -61,7 +61,7 @@ def test_grpo_benchmark_says_what_is_missing(tmp_path, capsys):
         "a second evaluation of dancegrpo-tiny",
         "resume and two processes",
     ]
-    # An error that was no number is no error of 0.
+    # An error that is not a number must not count as an error of 0.
     assert gates["onpolicy_ratio_error"] is None
     assert gates["forward_equivalents_ratio"] is None
 
