@@ -1,4 +1,4 @@
-"""Cubes that a person labelled one by one: their clips, and the recorded inputs of the judge's network for them."""
+"""Cubes that a person labelled one by one: their clips, and the judge's verdicts on them."""
 
 from __future__ import annotations
 

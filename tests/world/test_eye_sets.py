@@ -1,4 +1,4 @@
-"""Agreement of the judge with a person on draws of generated clips: where the verdicts are, and which are refused."""
+"""The judge compared with a person on sets of generated clips: sources of the verdicts, refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = world.simple_caption(SPEC)
 
 @pytest.fixture
 def kept(tmp_path):
-    """A folder of kept clips for each draw, with one clip per part. All clips are right and show the same scene."""
+    """Return a folder of stored clips for each set, with one clip per part, all right clips of one scene."""
     clip = bytes_of(Maker("cpu", 64, 1)([SPEC], 9))[0]
     for number, name in enumerate(world_eye.SETS):
         folder = tmp_path / name

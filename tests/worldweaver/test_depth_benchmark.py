@@ -27,7 +27,7 @@ def test_a_row_of_a_new_network_flickers_as_its_frames_alone(source):
     generator = torch.Generator().manual_seed(0)
     rgb = (torch.rand(2, 4, 3, 32, 32, generator=generator) * 255).to(torch.uint8)
     row = bench.measure("some", Takes(rgb, 0.1 + torch.rand(2, 4, 32, 32, generator=generator).half()), source)
-    # An untrained network does not mix frames yet.
+    # An untrained network does not mix frames.
     assert row["flicker_ratio"] == pytest.approx(1, abs=1e-4)
     assert row["abs_rel_low"] <= row["abs_rel"] <= row["abs_rel_high"]
 
@@ -53,6 +53,6 @@ def test_the_real_picture_is_measured_beside_two_that_see_nothing(source):
     named = {row["estimate"]: row for row in rows}
     assert tuple(named) == bench.ESTIMATES
     assert named["constant"]["rank"] == 0
-    # The floor in front of the motorcycle is nearer than the wall behind it.
+    # The floor before the motorcycle is nearer than the wall behind it.
     assert named["lower is nearer"]["rank"] > 0.3
     assert named["lower is nearer"]["abs_rel"] < named["constant"]["abs_rel"] < 0.5
