@@ -209,6 +209,7 @@ def report(folder: Path, output: str) -> None:
     base = max(run["wholly_right"][0] for run in runs.values())
     faithful = runs[FAITHFUL]
     gain, final = _ratio(faithful["wholly_right"][1], base), faithful["wholly_right"][1]
+    # The gates of the cost use the cheap preset with the smallest cost.
     cheapest: dict[str, Any] = min(
         (row for row in costs.values() if row["forward_equivalents_ratio"] is not None),
         key=lambda row: row["forward_equivalents_ratio"],
@@ -246,7 +247,7 @@ def learns(folder: Path, output: str) -> None:
     gates = [gate(f"rise_{name.replace('-', '_')}", rise, ">=", MARGIN) for name, rise in rises.items()]
     pictures(folder, runs, write_result(output, {"runs": runs, "gates": gates}))
     for name, run in runs.items():
-        print(f"{name}: {run['steps']} steps, reward {run['reward']}, wholly right {run['wholly_right']}")
+        print(f"{name}: {run['steps']} steps, reward {run['reward']}, fully right {run['wholly_right']}")
 
 
 def pictures(folder: Path, runs: dict[str, Any], where: Path) -> None:

@@ -134,7 +134,10 @@ def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     whole: dict[str, Any] = {"settings": results[0]["settings"], "groups": {}}
     for result in results:
         if result["settings"] != whole["settings"]:
-            raise UserError(f"cannot join runs with different settings: {whole['settings']}, {result['settings']}")
+            raise UserError(
+                f"cannot join runs with different settings: {whole['settings']}, {result['settings']}. Give files with"
+                " equal settings"
+            )
         if twice := sorted(whole["groups"].keys() & result["groups"].keys()):
             raise UserError(f"two of the files have {', '.join(twice)}: give files with different groups")
         whole["groups"] |= result["groups"]
@@ -174,7 +177,7 @@ COLUMNS = ("count", "colour", "shape", "direction", "event", "all_right")
 def markdown(result: dict[str, Any], shifted: dict[str, Any] | None = None) -> str:
     """Return the groups as a Markdown table for the documentation.
 
-    If `shifted`, the result of a run with other prompts and seeds, is given, it adds the last column.
+    `shifted` is the result of a run with other prompts and seeds; it adds the last column.
     """
     heads = ["prompts", "px, frames", *(name.replace("_", " ") for name in COLUMNS), "its 95 % interval"]
     heads += ["shifted run"] if shifted else []

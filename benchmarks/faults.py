@@ -53,7 +53,7 @@ def short_reads() -> tuple[int, list[dict[str, Any]]]:
             whole = Path(name, f"whole.{suffix}")
             _make(whole, codec)
             if _frames(whole) != (FRAMES, FRAMES):
-                raise RuntimeError(f"the whole {suffix} does not read as {FRAMES} frames: {_frames(whole)}")
+                raise RuntimeError(f"the uncut {suffix} file has {FRAMES} frames, but is read as {_frames(whole)}")
             data = whole.read_bytes()
             cuts = sorted(generator.sample(range(1, len(data)), CUTS))
             short = [cut for cut in cuts if _reads_short(Path(name, f"cut.{suffix}"), data[:cut])]

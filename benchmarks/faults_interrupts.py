@@ -217,6 +217,7 @@ def _ended(process: subprocess.Popen[bytes]) -> None:
 def _interrupted(
     folder: Path, command: str, kind: signal.Signals, after: float, second: float | None, *, old: bool
 ) -> Outcome:
+    # Start the command, with older files in place if `old`, and send one or two signals.
     folder.mkdir()
     for name in COMMANDS[command].files if old else ():
         (folder / name).write_text(OLD)
@@ -233,6 +234,7 @@ def _interrupted(
         process.kill()
         process.wait()
         code = None
+    # Check the files and the exit code.
     told = (folder / "log").read_text(errors="replace")
     wrong = _half(folder, command, old=old)
     if code not in (0, *CODES[kind]):

@@ -315,6 +315,7 @@ def measured(folder: Path, device: str) -> dict[str, Any]:
         bench.run(jobs)
         rows += [compared(bench, job) for job in jobs]
     combinations = [row for row in rows if row["processes"] == 2]
+    # The comparison has a meaning only if the training changes the weights much more than the tolerance.
     for trainer in TRAINERS:
         if not bench.outcomes[f"{trainer}-one"]["failed"]:
             far = moved(bench.run_of(f"{trainer}-one"), folder / "model")
@@ -323,6 +324,7 @@ def measured(folder: Path, device: str) -> dict[str, Any]:
                 raise RuntimeError(
                     f"{trainer} changed its weights only by {far:.3g}: a comparison needs at least {10 * TOLERANCE:g}"
                 )
+    # Resume from checkpoints of another number of processes.
     again = []
     for jobs in resumes(bench):
         bench.run(jobs)

@@ -74,6 +74,7 @@ def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
             order[row, some] = order[row, some[torch.randperm(len(some), generator=own)]]
         return flights[torch.arange(count, device=device)[:, None], order.to(device)]
 
+    # For each reward: the strengths of its corruption, and the batch at a strength.
     depth, flow = frames.depth_BFHW, frames.flow_BF2HW
     assert depth is not None
     assert flow is not None
@@ -318,6 +319,7 @@ def main() -> None:
             f"--device {args.device}: times are measured on a GPU only. Leave 'times' out of --parts; the file keeps"
             " the old times"
         )
+    # Load the learned rewards, and record which weights they have.
     clip = learned("world_clip", args.clip)
     folders = {"now": args.judge, "before": args.before, **{f"seed {k + 1}": f for k, f in enumerate(args.seeds)}}
     found = {name: learned("world_judge", f) for name, f in folders.items() if name == "now" or f}
@@ -329,6 +331,7 @@ def main() -> None:
     settings = {"device": args.device, "first_seed": FIRST, "frames": FRAMES, "size": SIZE, "level": LEVEL}
     weights = {"world_clip": fingerprint(clip), **{f"world_judge {n}": fingerprint(j) for n, j in judges.items()}}
     settings |= {"scenes": args.scenes, "weights": weights}
+    # With --parts, the gates also use the stored values of the other parts.
     measured = measure(args, clip, judges)
     result = {**read_result(args.output), **measured} if args.parts and not args.quick else measured
     for key, value in measured.items():

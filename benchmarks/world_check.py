@@ -232,6 +232,7 @@ def main() -> None:
     if not args.quick:
         world_eye.check_model(kept, args.model)
     make = Maker(args.device, supersample=args.supersample)
+    # True, corrupted and fake clips.
     true, specs, clips = true_rows(make, 36 if args.quick else args.clips, args.quick)
     show("true clips: share that the judge calls right", true)
     part = slice(None, None, 1 if args.quick else 3)
@@ -241,6 +242,7 @@ def main() -> None:
     for name, value in gaming.items():
         print(f"{name:36s} {value:.3f}")
     print("true clips that the judge does not call right:", *true["true"]["wrong"], sep="\n  ")
+    # Changes that must not change the verdict, and agreement with people.
     rows = gates(true, spoilt, gaming)
     same = world_eye.invariance(specs[::4], clips[::4], make)
     print("share with the same verdict after a change:", {name: round(value, 4) for name, value in same.items()})

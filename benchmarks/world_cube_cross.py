@@ -39,7 +39,7 @@ from postgen.world.spec import COLOURS
 
 #: Number of folds of the new cubes in the cross-validation, and the limits that are tried.
 _FOLDS, _LIMITS = 5, [k / 20 for k in range(-40, 61)]
-#: Recorded in place of the network's output: `_SURE` minus the number of the window. No window counts as round.
+#: Recorded in place of the network's output: `_SURE` minus the number of the window. So no window counts as round.
 _SURE = -1_000_000
 #: Smallest number of frames for which the judge uses the network.
 _LEAST = 4
@@ -94,12 +94,14 @@ def recorded(clip_F3HW: Tensor, prompt: str) -> Shot:
             tracks.append(track)
         return real(track, name)
 
+    # Judge the clip with the recording functions in place.
     steady.edges = spy  # the judge reads `edges` from this module at every call
     try:
         with using(roundness=answer):
             right = passes(judged(clip_F3HW.float() / 255, prompt))
     finally:
         steady.edges = real
+    # Collect the recorded inputs of each cube in the prompt.
     reading = read(prompt)
     names = [body.colour for body in reading.scene.bodies if body.shape == "cube"] if reading else []
     cubes = {}
