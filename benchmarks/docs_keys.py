@@ -1,4 +1,4 @@
-"""Write the page of all settings of recipes from the configuration classes of the training methods.
+"""Writes the page with all settings of recipes from the configuration classes of the training methods.
 
 python -m benchmarks.docs_keys  # writes docs/configuration.md; a test checks that the page is up to date
 """
@@ -23,15 +23,15 @@ from postgen.training.recipe import METHODS, find_method
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _LONGEST = 180
-"""Longest docstring in characters that the table shows in full; of a longer one it shows the first sentence."""
+"""The largest number of characters of a docstring in the table; a longer docstring is cut to its first sentence."""
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true, false"}
 _SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 _TOP = """# Settings of recipes
 
-This page lists every key of every training method, with its type and default. `python -m benchmarks.docs_keys` writes
-the page from the configuration dataclasses, and a test checks that it is up to date. A recipe is a YAML file with
-`method:` and any of these keys ([recipes](commands.md#recipes)). `postgen train RECIPE` takes the same keys as
-`--key value`; a value on the command line replaces that of the recipe.
+This page lists every key of every training method with its type and default. `python -m benchmarks.docs_keys`
+generates it from the dataclasses. A recipe is a YAML file with `method:` and any of these keys
+([recipes](commands.md#recipes)). `postgen train RECIPE` takes the same keys as `--key value`; these values override
+the recipe.
 
 | Type | In a recipe | On the command line |
 |---|---|---|
@@ -41,18 +41,17 @@ the page from the configuration dataclasses, and a test checks that it is up to 
 | one of several words | `sde_type: exact` | `--sde_type exact` |
 | a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`, `--sde_window_range '[0, 3]'` |
 | an empty list | `reward_funcs: []` | `--reward_funcs []` |
-| ..., or none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
-| a mapping | `widths: {a: 1}` | only in a recipe |
+| a value that may be none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
+| a mapping | `widths: {a: 1}` | not possible |
 
-The keys are grouped in parts. Each part has a heading below. In a recipe, the keys of a part may be nested under its
-name: `lora: {r: 32}` means `lora_r: 32`. On the command line, keys are always flat. An unknown key is an error that
-names the most similar known key. The tables have only the first sentence of a long description; the API reference of
-the site has the full text.
+The keys of a part (a heading below with a word in backticks) can be nested: `lora: {r: 32}` is `lora_r: 32`. On the
+command line keys are always flat. An unknown key is an error that names the nearest known key. Long descriptions are
+cut to their first sentence; the API reference of the site has the full text.
 
-To resume a run, repeat all values of the command line. `--resume` compares the settings with those of the checkpoint
-and refuses differences that change the result of the training. Keys marked *free* may differ. Keys marked *shared out*
-may differ if the number of processes changes and the total batch size stays the same. For other differences, name the
-keys in `allow_changed` ([how to resume a run](faq.md#how-do-i-resume-a-run)).
+To resume a run, give every override again: `--resume` compares the settings to those of the checkpoint and refuses a
+difference that would change the training. Keys marked *free* may differ. Keys marked *shared out* may differ if the
+number of processes changes and the batch stays the same. Any other difference must be named in `allow_changed`
+([more](faq.md#how-do-i-resume-a-run)).
 """
 
 
@@ -73,7 +72,7 @@ def page() -> str:
         first = next(iter(owners))
         names = list(dict.fromkeys(name for each in owners.values() for name in each))
         having = {name: next(kinds[method] for method in owners if name in owners[method]) for name in names}
-        lines += ["", f"## Part `{part}`", "", f"Used by {', '.join(f'`{each}`' for each in owners)}.", ""]
+        lines += ["", f"## Part `{part}`", "", f"Methods: {', '.join(f'`{each}`' for each in owners)}.", ""]
         usual[part] = {name: _default(_base(kinds[first], name), name) for name in names}
         lines += _table(having, usual[part])
     for method, kind in kinds.items():
@@ -84,20 +83,20 @@ def page() -> str:
 
 
 def _own_defaults(kind: type[Part], usual: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Yield the line that names the class of a method and its defaults that differ from the tables of the parts."""
+    """Yield the line about keys of parts whose default in this method differs from the table of the part."""
     told = [
         f"`{name}` {value}"
         for part, names in parts_of(kind).items()
         for name in names
         if part != "method" and (value := _default(kind, name)) != usual[part][name]
     ]
-    yield f"The configuration class is `{kind.__name__}`." + (
-        f" These defaults differ from those in the tables of its parts: {', '.join(told)}." if told else ""
+    yield f"The class is `{kind.__name__}`." + (
+        f" These defaults differ from those of its parts: {', '.join(told)}." if told else ""
     )
 
 
 def _base(kind: type[Part], name: str) -> type[Part]:
-    """Return the class that defines a key of a part: the last one in the method resolution order that has the key."""
+    """Return the class that defines a key: the last class of the method resolution order that has it."""
     return [base for base in kind.__mro__ if name in getattr(base, "__dataclass_fields__", ())][-1]
 
 
@@ -142,7 +141,7 @@ def _default(kind: type[Part], name: str) -> str:
 
 
 def _told(kind: type[Part], name: str) -> str:
-    """Return the docstring of a field as the text of a table cell; of a long docstring, only the first sentence."""
+    """Return the docstring of a field for a table cell; a long one is cut to its first sentence."""
     text = next((docs[name] for base in kind.__mro__ if name in (docs := _docstrings(base))), "")
     text = " ".join(text.split())
     if len(text) > _LONGEST:
@@ -152,7 +151,7 @@ def _told(kind: type[Part], name: str) -> str:
 
 @cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """Return the docstrings of the fields of a dataclass (the strings below them) by the name of the field."""
+    """Return field -> docstring (the string below the field) of a dataclass."""
     if not dataclasses.is_dataclass(kind):
         return {}
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
