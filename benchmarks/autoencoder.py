@@ -1,12 +1,14 @@
-"""What the autoencoders of the embedded model keep of a clip, measured on reloaded folders.
+"""Reconstruction quality of the embedded model's autoencoders, measured on reloaded folders.
 
     python -m benchmarks.autoencoder [--quick] [--clips 64] [--new FOLDER] [--old FOLDER] [--log metrics.jsonl]
 
-Scenes that training never saw, half of them of combinations of colour, shape and event that it never saw. A clip is
-encoded to the mean and decoded by diffusers' own loops. PSNR counts the pixels within two of a body: all frames, the
-first alone (it is encoded alone), the others, the last. The checker judges the clips of the first two settings that
-have a camera at rest, true and reconstructed. The log of the run that made the new one, if given, is summed up. Writes
-benchmarks/results/autoencoder.json and a contact sheet beside it: each clip above its reconstructions.
+The scenes are not in the training data. Half of them have combinations of colour, shape and event that are held out
+from training. diffusers' own loops encode each clip to the mean of the latent distribution and decode it. The PSNR
+uses only pixels within two pixels of a body. It is computed for all frames, for the first frame (which the autoencoder
+encodes alone), for the later frames and for the last frame. In the first two settings, the checker judges the original
+and the reconstructed clips whose camera is static. With --log, the result also summarises the training run of the new
+autoencoder. The command writes benchmarks/results/autoencoder.json, and in the same folder a contact sheet with each
+clip above its reconstructions.
 """
 
 from __future__ import annotations
@@ -31,19 +33,19 @@ from postgen.video import contact_sheet
 from postgen.world.check import check_batch
 from postgen.world.spec import Spec
 
-#: Size in pixels and frames; the gates are those of the first. The rest has a quarter of the clips.
+#: Size in pixels and number of frames of each setting. The gates use the first; the others have 1/4 of the clips.
 SETTINGS = ((128, 33), (96, 17), (128, 17), (160, 17), (96, 33), (160, 33), (128, 49))
 BATCH = 4
 SHOWN = 4
 
 
 def scenes(count: int, frames: int) -> list[Spec]:
-    """Unseen scenes, then as many of held-out combinations."""
+    """Return `count` unseen scenes: the first half is from the training split, the second half is held out."""
     return [world.sample(i, num_frames=frames, split="train" if i < count // 2 else "held_out") for i in range(count)]
 
 
 def load(folder: Path, device: str) -> Any:
-    """The autoencoder as any user of diffusers loads it; its weights are half precision on the disk."""
+    """Load the autoencoder in float32 with diffusers' `from_pretrained`; the files hold half precision."""
     from diffusers import AutoencoderKLWan
 
     vae: Any = AutoencoderKLWan.from_pretrained(folder / "vae" if (folder / "vae").is_dir() else folder)
@@ -52,14 +54,14 @@ def load(folder: Path, device: str) -> Any:
 
 @torch.no_grad()
 def reconstruct(vae: Any, rgb_BT3HW: Tensor) -> Tensor:
-    """Clips (B,F,3,H,W) in [0,1] -> the same, encoded and decoded."""
+    """Encode and decode clips (B,F,3,H,W) in [0,1]; return the reconstructions with the same shape."""
     z = vae.encode(to_model(rgb_BT3HW)).latent_dist.mode()
     clips: Tensor = vae.decode(z, return_dict=False)[0].transpose(1, 2)
     return clips * 0.5 + 0.5
 
 
 def psnr(x_BF3HW: Tensor, y_BF3HW: Tensor, mask_BFHW: Tensor) -> dict[str, float]:
-    """PSNR in dB on and around bodies, of all frames, of the first alone, of the others, of the last."""
+    """Return the PSNR in dB on and around bodies: of all frames, the first frame, the later frames, the last frame."""
     x, y, mask = x_BF3HW.transpose(1, 2) * 2, y_BF3HW.transpose(1, 2) * 2, mask_BFHW[:, None]
     parts = {"": slice(None), "_first": slice(1), "_rest": slice(1, None), "_last": slice(-1, None)}
     return {
@@ -69,7 +71,10 @@ def psnr(x_BF3HW: Tensor, y_BF3HW: Tensor, mask_BFHW: Tensor) -> dict[str, float
 
 
 def verdicts(true: Tensor, made: Tensor, specs: list[Spec]) -> dict[str, float]:
-    """Of the true clips with a camera at rest that the checker calls wholly right, the share that still is."""
+    """Return what the checker finds in true clips with a static camera and in their reconstructions.
+
+    `kept_right` is the share of fully right true clips whose reconstruction is fully right too.
+    """
     still = [i for i, spec in enumerate(specs) if spec.camera == "static"]
     chosen = [specs[i] for i in still]
     before, after = check_batch(true[still], chosen), check_batch(made[still], chosen)
@@ -85,7 +90,12 @@ def verdicts(true: Tensor, made: Tensor, specs: list[Spec]) -> dict[str, float]:
 
 
 def measure(vaes: dict[str, Any], count: int, size: int, frames: int) -> tuple[list[dict[str, Any]], Tensor]:
-    """A row per autoencoder at one setting, and a sheet (rows of frames): each clip, then its reconstructions."""
+    """Measure the autoencoders at one setting.
+
+    Returns:
+        One row of results per autoencoder, and the frames (N,3,H,W) of a contact sheet: each clip, then its
+        reconstructions.
+    """
     specs, device = scenes(count, frames), next(iter(vaes.values())).device
     true, masks = [], []
     made: dict[str, list[Tensor]] = {name: [] for name in vaes}
@@ -93,7 +103,7 @@ def measure(vaes: dict[str, Any], count: int, size: int, frames: int) -> tuple[l
     for low in tqdm(range(0, count, BATCH), desc=f"{size} px, {frames} frames", leave=False):
         pictures = world.render(specs[low : low + BATCH], size=size, device=device)
         assert pictures.ids_BFHW is not None
-        # As bytes, which is what a video file holds.
+        # Round to bytes, because a video file holds bytes.
         true.append((pictures.rgb_BF3HW * 255).round() / 255)
         masks.append(dilated((pictures.ids_BFHW > 0).float()))
         for name, vae in vaes.items():
@@ -102,6 +112,7 @@ def measure(vaes: dict[str, Any], count: int, size: int, frames: int) -> tuple[l
             seconds[name] += time.perf_counter() - start
     x, mask = torch.cat(true).cpu(), torch.cat(masks).cpu()
     rows: list[dict[str, Any]] = []
+    # Measure each autoencoder on all clips. The sheet shows about nine frames of the first clips.
     every = max(1, (frames - 1) // 8)
     lines = [x[:SHOWN, ::every]]
     for name in vaes:
@@ -119,7 +130,7 @@ def measure(vaes: dict[str, Any], count: int, size: int, frames: int) -> tuple[l
 
 
 def training(log: Path) -> dict[str, Any]:
-    """Steps, seconds and evaluations of a run, from its `metrics.jsonl`."""
+    """Return the steps, seconds and evaluations of a training run from its `metrics.jsonl`."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "step_time" in row]
     evaluations = [
@@ -136,7 +147,7 @@ def training(log: Path) -> dict[str, Any]:
 
 
 def gates(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers asked for."""
+    """Return the gates for one row of results."""
     return [
         gate("ae_psnr_objects", row["psnr_objects"], ">=", 31.0),
         gate("first_frame_gap_db", row["first_frame_gap_db"], "<=", 0.7),
@@ -147,18 +158,18 @@ def gates(row: dict[str, Any]) -> list[dict[str, Any]]:
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=64, help="clips of the main setting (default: 64)")
-    parser.add_argument("--quick", action="store_true", help="8 clips of the main setting alone; prints only")
-    parser.add_argument("--new", type=Path, default=embedded_model(), help="what is judged")
-    parser.add_argument("--old", type=Path, help="what it is compared with (default: nothing)")
-    parser.add_argument("--log", type=Path, help="metrics.jsonl of the run that made the new one")
+    parser.add_argument("--clips", type=int, default=64, help="number of clips in the main setting (default: 64)")
+    parser.add_argument("--quick", action="store_true", help="8 clips, only the main setting; write no file")
+    parser.add_argument("--new", type=Path, default=embedded_model(), help="folder of the model to judge")
+    parser.add_argument("--old", type=Path, help="folder of a model to compare with (default: none)")
+    parser.add_argument("--log", type=Path, help="metrics.jsonl of the training run of the new autoencoder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="autoencoder", help="name or path of the result file")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, write; the gates are those of the new autoencoder at the main setting."""
+    """Measure the autoencoders, print the gates of the new one at the main setting, and write the results."""
     args = options()
     folders = (("old", args.old), ("new", args.new))
     vaes = {name: load(folder, args.device) for name, folder in folders if folder is not None}

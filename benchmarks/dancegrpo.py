@@ -1,20 +1,22 @@
-"""DanceGRPO on the embedded model: what rewards teach it, and what the cheap presets save.
+"""DanceGRPO on the embedded model: the improvement by rewards, and the savings of the cheap presets.
 
     python -m benchmarks.dancegrpo train dancegrpo-tiny [--seconds 500] [--set key=value ...]
     python -m benchmarks.dancegrpo train fast-tiny [--seconds 300]
     python -m benchmarks.dancegrpo train nft-tiny [--seconds 300]
     python -m benchmarks.dancegrpo exact         # resume and two processes, on the CPU
     python -m benchmarks.dancegrpo report
-    python -m benchmarks.dancegrpo learns        # of runs of any length: does the held-out reward rise at all
+    python -m benchmarks.dancegrpo learns        # for runs of any length: does the held-out reward rise?
 
-Prompts with two bodies, the world's checker as the reward. Every evaluation draws 256 held-out prompts with fixed
-seeds by 20 deterministic steps of the averaged weights, at the guidance that a preset trains with; `wholly_right` is
-the share of clips that show all of their prompt. Runs live in runs/benchmark-dancegrpo; `train` goes on where it was
-stopped, and writes a checkpoint and an export every minute. `report` writes benchmarks/results/dancegrpo.json, curves
-and contact sheets from whatever has been run, and says what is missing.
+The prompts have two bodies, and the world's checker is the reward. Every evaluation generates clips of 256 held-out
+prompts with fixed seeds, with the averaged weights, 20 deterministic steps and the guidance scale of the preset's
+training. `wholly_right` is the share of clips that show everything in their prompt. The runs are in
+runs/benchmark-dancegrpo. `train` continues a stopped run, and writes a checkpoint and an export every minute. `exact`
+tests that a resumed run and a run on two processes equal a plain one, on the CPU. `report` writes
+benchmarks/results/dancegrpo.json, curves and contact sheets from the existing runs, and lists what is missing.
 
-Of the gates, `world_gain` is the quotient of the wholly right clips after and before, `world_final` their share after:
-a model that begins high cannot gain half again, and misses the first.
+The gate `world_gain` is the share of fully right clips after training, divided by the share before. The gate
+`world_final` is the share after training. A model with a high share before training cannot gain 50 %, so it misses
+`world_gain`.
 """
 
 from __future__ import annotations
@@ -43,9 +45,12 @@ FAITHFUL = "dancegrpo-tiny"
 PRESETS = (FAITHFUL, "fast-tiny", "nft-tiny")
 RIGHT = "eval_gold/wholly_right/mean"
 PLACES = ("output_dir", "resume_from_checkpoint")
-"""Settings that say nothing about a run."""
+"""Settings that are left out of a run's summary, because they do not affect its result."""
 MARGIN = 0.03
-"""Rise of the mean reward of 256 clips that is no chance: two standard errors are 0.04, less on equal seeds."""
+"""Smallest rise of the mean reward of 256 clips that is not chance.
+
+Two standard errors are 0.04, and less with equal seeds.
+"""
 COSTS = {
     "forward_equivalents": "eval_cost/forward_equivalents",
     "transformer_seconds": "eval_cost/transformer_seconds",
@@ -53,7 +58,7 @@ COSTS = {
 
 
 def wholly_right(prompts: Sequence[str], completions: Sequence[Tensor], **columns: Any) -> list[float]:
-    """1 for a clip that shows all of its prompt, else 0; never trained on."""
+    """Return 1 for each clip that shows everything in its prompt, else 0. This reward is only for evaluation."""
     import torch
 
     from postgen.world import parse
@@ -64,7 +69,7 @@ def wholly_right(prompts: Sequence[str], completions: Sequence[Tensor], **column
 
 
 def train(name: str, folder: Path, seconds: float, overrides: Sequence[str]) -> None:
-    """Run a preset, or go on with it."""
+    """Train a preset, or continue its stopped run, for at most `seconds` (0 means no limit)."""
     pairs = (pair.partition("=") for pair in overrides)
     words = [word for key, _, value in pairs for word in (f"--{key}", *value.split(","))]
     words += ["--output_dir", str(folder / name), "--resume_from_checkpoint", "auto", "--max_seconds", str(seconds)]
@@ -84,7 +89,7 @@ def train(name: str, folder: Path, seconds: float, overrides: Sequence[str]) -> 
 
 
 def _note_device(run: Path) -> None:
-    """Keep the names of the devices that a run has used: it may be reported elsewhere."""
+    """Record the name of this device in the run's folder, because the report may be written on another machine."""
     run.mkdir(parents=True, exist_ok=True)
     known = _devices(run)
     (run / "devices.json").write_text(json.dumps([*known, *({device()} - set(known))]))
@@ -97,12 +102,15 @@ def _devices(run: Path) -> list[str]:
 
 
 def evaluations(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of a run's evaluations."""
+    """Return the rows of the evaluations of a run."""
     return [row for row in read_metrics(folder / name / "metrics.jsonl") if RIGHT in row]
 
 
 def cost_to(rows: Sequence[dict[str, Any]], score: float, cost: str) -> float | None:
-    """Return what a run had spent when its held-out score first reached `score`, between evaluations in proportion."""
+    """Return the cost of a run until its held-out score first reaches `score`, or None if it never does.
+
+    Between two evaluations the cost is interpolated linearly.
+    """
     before: tuple[float, float] | None = None
     for row in rows:
         here = row[cost], row["eval_reward"]
@@ -115,7 +123,10 @@ def cost_to(rows: Sequence[dict[str, Any]], score: float, cost: str) -> float | 
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    """Return the table of costs to the best held-out score that the faithful run and another one both reached."""
+    """Compare the costs of each cheap preset with those of the faithful run.
+
+    The costs are those until the best held-out score that both runs reach.
+    """
     found: dict[str, Any] = {}
     faithful = evaluations(folder, FAITHFUL)
     for name in PRESETS[1:]:
@@ -123,7 +134,7 @@ def compare(folder: Path) -> dict[str, Any]:
         if not (rows and faithful):
             continue
         score = min(max(row["eval_reward"] for row in part) for part in (faithful, rows))
-        # A score that is not clearly above where both began was reached by chance, and at no cost.
+        # A score that is not clearly above the first evaluations of both runs is reached by chance, at no cost.
         if score <= max(rows[0]["eval_reward"], faithful[0]["eval_reward"]) + MARGIN:
             continue
         costs = {
@@ -140,14 +151,14 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def spent(folder: Path, name: str) -> dict[str, float]:
-    """Return seconds of a run by what they went into, as logged for each rollout, and the whole."""
+    """Return the seconds of a run by part (rollout, decode, reward), from the log of each rollout, and the total."""
     rows = read_metrics(folder / name / "metrics.jsonl")
     parts = {part: sum(row.get(f"timing/{part}") or 0.0 for row in rows) for part in ("rollout", "decode", "reward")}
     return {**parts, "total": max((row.get("seconds") or 0.0 for row in rows), default=0.0)}
 
 
 def summary(folder: Path, name: str) -> dict[str, Any]:
-    """Return what a run reached."""
+    """Return the results, the costs and the settings of a run."""
     rows = evaluations(folder, name)
     everything = read_metrics(folder / name / "metrics.jsonl")
     first, last = rows[0], rows[-1]
@@ -159,7 +170,7 @@ def summary(folder: Path, name: str) -> dict[str, Any]:
         "wholly_right": [first[RIGHT], last[RIGHT]],
         "reward": [first["eval_reward"], last["eval_reward"]],
         "motion_ratio": _ratio(last["eval_motion"], first["eval_motion"]),
-        # A number that JSON cannot hold was logged as null.
+        # The log has null for a number that JSON cannot represent (NaN or infinity).
         "onpolicy_ratio_error": None if not errors or None in errors else max(errors),
         "cost": {key: last[column] for key, column in COSTS.items()},
         "seconds": spent(folder, name),
@@ -173,31 +184,32 @@ def summary(folder: Path, name: str) -> dict[str, Any]:
 
 
 def missing(folder: Path, runs: Mapping[str, Any], costs: Mapping[str, Any]) -> list[str]:
-    """Return what a report lacks, and how to get it."""
+    """List what is missing for a complete report, with the command that produces it."""
     command = "python -m benchmarks.dancegrpo"
     lacks = [f"the run {name}: {command} train {name}" for name in PRESETS if name not in runs]
     for name, run in runs.items():
         if len(run["evaluations"]) < 2:
             lacks.append(f"a second evaluation of {name}: {command} train {name}")
         elif name != FAITHFUL and name not in costs:
-            lacks.append(f"the costs of {name}: it or {FAITHFUL} rose above both starts by chance at most")
+            lacks.append(f"the costs of {name}: both runs reach no common score clearly above their first evaluations")
     if not (folder / "exact.json").is_file():
         lacks.append(f"resume and two processes: {command} exact")
     return lacks
 
 
 def report(folder: Path, output: str) -> None:
-    """Write result, curves and contact sheet."""
+    """Write the result file, the curves and the contact sheets; print the gates and what is missing."""
     runs = {name: summary(folder, name) for name in PRESETS if evaluations(folder, name)}
     if FAITHFUL not in runs:
-        sys.exit(f"nothing to report: run 'train {FAITHFUL}' first")
+        sys.exit(f"{folder} has no evaluation of {FAITHFUL}: run 'train {FAITHFUL}' first")
     costs = compare(folder)
     exact_file = folder / "exact.json"
     exact = json.loads(exact_file.read_text()) if exact_file.is_file() else {}
-    # The base is measured at the guidance of every preset; the best of them counts.
+    # The untrained model is evaluated at the guidance scale of every preset. The best of these shares counts.
     base = max(run["wholly_right"][0] for run in runs.values())
     faithful = runs[FAITHFUL]
     gain, final = _ratio(faithful["wholly_right"][1], base), faithful["wholly_right"][1]
+    # The gates of the cost use the cheap preset with the smallest cost.
     cheapest: dict[str, Any] = min(
         (row for row in costs.values() if row["forward_equivalents_ratio"] is not None),
         key=lambda row: row["forward_equivalents_ratio"],
@@ -227,19 +239,19 @@ def report(folder: Path, output: str) -> None:
 
 
 def learns(folder: Path, output: str) -> None:
-    """Write a result of runs that may be short: how far the held-out reward rose from its first evaluation."""
+    """Write a result for runs of any length: the rise of the held-out reward since the first evaluation."""
     runs = {name: summary(folder, name) for name in PRESETS if len(evaluations(folder, name)) > 1}
     if not runs:
-        sys.exit("nothing to report: train a preset until its second evaluation first")
+        sys.exit(f"{folder} has no run with two evaluations: train a preset until its second evaluation first")
     rises = {name: run["reward"][1] - run["reward"][0] for name, run in runs.items()}
     gates = [gate(f"rise_{name.replace('-', '_')}", rise, ">=", MARGIN) for name, rise in rises.items()]
     pictures(folder, runs, write_result(output, {"runs": runs, "gates": gates}))
     for name, run in runs.items():
-        print(f"{name}: {run['steps']} steps, reward {run['reward']}, wholly right {run['wholly_right']}")
+        print(f"{name}: {run['steps']} steps, reward {run['reward']}, fully right {run['wholly_right']}")
 
 
 def pictures(folder: Path, runs: dict[str, Any], where: Path) -> None:
-    """Draw the curves, and lay the sheets of the first and the last evaluation of each run beside the result."""
+    """Draw the curves, and copy each run's contact sheets of the first and last evaluation to the result's folder."""
     plots: dict[str, Any] = {}
     for title, key, across in (
         ("held-out reward", "reward", "forward_equivalents"),
@@ -259,20 +271,20 @@ def pictures(folder: Path, runs: dict[str, Any], where: Path) -> None:
                 shutil.copyfile(path, where.with_name(f"{where.stem}_{name}_{moment}.png"))
 
 
-# Exactness, on the CPU.
+# Exactness of resumed runs and of two processes, on the CPU.
 
 SMALL = {
     **{"device": "cpu", "num_generations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
     **{"steps_per_generation": 2, "num_inference_steps": 3, "num_frames": 5, "guidance_scale": 1.0, "max_steps": 3},
     **{"rollout_batch_size": 2, "eval_steps": 0, "eval_on_start": False, "save_steps": 1, "save_seconds": 0.0},
     **{"report_to": "none", "disable_tqdm": True, "save_total_limit": 9, "height": 32, "width": 32},
-    # Samples of so few pixels that begin with one noise score alike.
+    # With so few pixels, samples that share the initial noise have equal scores, and nothing is learned.
     **{"bf16": False, "share_initial_noise": False},
 }
 
 
 def small_run(place: Path, *, processes: int = 1, **changes: Any) -> dict[str, Tensor]:
-    """Run three small updates of the embedded model in a process of its own, or two; return the weights."""
+    """Run three small updates of the embedded model in one or two new processes; return the weights."""
     from safetensors.torch import load_file
 
     place.mkdir(parents=True, exist_ok=True)
@@ -290,21 +302,24 @@ def small_run(place: Path, *, processes: int = 1, **changes: Any) -> dict[str, T
 
 
 def exact(folder: Path) -> None:
-    """Compare a straight run with a resumed one bit by bit, and two processes with one of twice the accumulation."""
+    """Compare a straight run with a resumed one bit by bit, and two processes with one process.
+
+    The one process has twice the gradient accumulation of the two.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         straight = small_run(place / "straight")
         (place / "resumed" / "run").mkdir(parents=True)
-        # In the middle of a rollout.
+        # Resume from checkpoint 1, which lies between the two updates of one rollout.
         shutil.copytree(place / "straight" / "run" / "checkpoint-1", place / "resumed" / "run" / "checkpoint-1")
         resumed = small_run(place / "resumed")
         two = small_run(place / "two", processes=2)
         one = small_run(place / "one", gradient_accumulation_steps=2, steps_per_generation=4)
         for name in ("straight", "one", "two"):
             rows = read_metrics(place / name / "run" / "metrics.jsonl")
-            # Without advantages nothing is learned, and everything would be equal.
+            # If all advantages are zero, nothing is learned, and the weights of all runs are equal anyway.
             if not any(row.get("advantage/abs_mean") for row in rows):
-                sys.exit(f"the run {name!r} learned nothing, so that it proves nothing: change SMALL")
+                sys.exit(f"the run {name!r} learned nothing, so the comparison proves nothing: change SMALL")
     result = {
         "resume_identical": int(all(bool((straight[key] == resumed[key]).all()) for key in straight)),
         "ranks_max_abs": max(float((two[key] - one[key]).abs().max()) for key in two),
@@ -315,14 +330,16 @@ def exact(folder: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line and do what it asks."""
+    """Read the command line and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-dancegrpo", help="where runs live")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-dancegrpo", help="folder of runs")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
-    training.add_argument("preset", choices=PRESETS)
-    training.add_argument("--seconds", type=float, default=math.inf, help="stop after so many, to go on later")
-    training.add_argument("--set", dest="changes", nargs="*", default=[], metavar="key=value", help="a,b for lists")
+    training.add_argument("preset", choices=PRESETS, help="preset to train")
+    training.add_argument("--seconds", type=float, default=math.inf, help="stop after this time (default: no limit)")
+    training.add_argument(
+        "--set", dest="changes", nargs="*", default=[], metavar="key=value", help="recipe settings; write lists as a,b"
+    )
     commands.add_parser("exact")
     commands.add_parser("learns").add_argument("--output", default="rl_learns", help="name or path of the result")
     commands.add_parser("report").add_argument("--output", default="dancegrpo", help="name or path of the result")

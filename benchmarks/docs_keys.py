@@ -1,6 +1,6 @@
-"""The page of all settings of recipes, made of the configurations of the training methods.
+"""Writes the page with all settings of recipes from the configuration classes of the training methods.
 
-python -m benchmarks.docs_keys  # writes docs/configuration.md; a test compares
+python -m benchmarks.docs_keys  # writes docs/configuration.md; a test checks that the page is up to date
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from postgen.training.recipe import METHODS, find_method
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _LONGEST = 180
-"""Characters of a docstring that stand in the table whole; of a longer one, its first sentence does."""
+"""The largest number of characters of a docstring in the table; a longer docstring is cut to its first sentence."""
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true, false"}
 _SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 _TOP = """# Settings of recipes
 
-Every key of every training method, with its type and default. `python -m benchmarks.docs_keys` makes this page of
-the dataclasses; a test compares. A recipe is YAML with `method:` and any of these keys
-([recipes](commands.md#recipes)); the same keys follow `postgen train RECIPE` as `--key value`, which is stronger than
+This page lists every key of every training method with its type and default. `python -m benchmarks.docs_keys`
+generates it from the dataclasses. A recipe is a YAML file with `method:` and any of these keys
+([recipes](commands.md#recipes)). `postgen train RECIPE` takes the same keys as `--key value`; these values override
 the recipe.
 
 | Type | In a recipe | On the command line |
@@ -41,17 +41,17 @@ the recipe.
 | one of several words | `sde_type: exact` | `--sde_type exact` |
 | a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`, `--sde_window_range '[0, 3]'` |
 | an empty list | `reward_funcs: []` | `--reward_funcs []` |
-| what may be none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
-| a mapping | `widths: {a: 1}` | in a recipe only |
+| a value that may be none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
+| a mapping | `widths: {a: 1}` | not possible |
 
-A part (a heading below with a word in backticks) may be written nested: `lora: {r: 32}` is `lora_r: 32`. On the
-command line keys are always flat. An unknown key is refused, and the nearest known one is named. Meanings are cut to a
-sentence: the whole of each is in the API reference of the site.
+The keys of a part (a heading below with a word in backticks) can be nested: `lora: {r: 32}` is `lora_r: 32`. On the
+command line keys are always flat. An unknown key is an error that names the nearest known key. Long descriptions are
+cut to their first sentence; the API reference of the site has the full text.
 
-To resume, give every override again: `--resume` compares the settings with those of the checkpoint and refuses a
-difference that would change what is learned. *Free* keys may differ. *Shared out* ones may differ in another number of
-processes, as long as a batch stays the same; others must be named in `allow_changed`:
-[more](faq.md#how-do-i-resume-a-run).
+To resume a run, give every override again: `--resume` compares the settings to those of the checkpoint and refuses a
+difference that would change the training. Keys marked *free* may differ. Keys marked *shared out* may differ if the
+number of processes changes and the batch stays the same. Any other difference must be named in `allow_changed`
+([more](faq.md#how-do-i-resume-a-run)).
 """
 
 
@@ -72,7 +72,7 @@ def page() -> str:
         first = next(iter(owners))
         names = list(dict.fromkeys(name for each in owners.values() for name in each))
         having = {name: next(kinds[method] for method in owners if name in owners[method]) for name in names}
-        lines += ["", f"## Part `{part}`", "", f"Of {', '.join(f'`{each}`' for each in owners)}.", ""]
+        lines += ["", f"## Part `{part}`", "", f"Methods: {', '.join(f'`{each}`' for each in owners)}.", ""]
         usual[part] = {name: _default(_base(kinds[first], name), name) for name in names}
         lines += _table(having, usual[part])
     for method, kind in kinds.items():
@@ -83,20 +83,20 @@ def page() -> str:
 
 
 def _own_defaults(kind: type[Part], usual: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Yield the line about keys of a part whose default is not that of the part's table."""
+    """Yield the line about keys of parts whose default in this method differs from the table of the part."""
     told = [
         f"`{name}` {value}"
         for part, names in parts_of(kind).items()
         for name in names
         if part != "method" and (value := _default(kind, name)) != usual[part][name]
     ]
-    yield f"`{kind.__name__}`." + (
-        f" Defaults that differ from those of its parts: {', '.join(told)}." if told else ""
+    yield f"The class is `{kind.__name__}`." + (
+        f" These defaults differ from those of its parts: {', '.join(told)}." if told else ""
     )
 
 
 def _base(kind: type[Part], name: str) -> type[Part]:
-    """Return the class that a key of a part comes from: the furthest one that has it."""
+    """Return the class that defines a key: the last class of the method resolution order that has it."""
     return [base for base in kind.__mro__ if name in getattr(base, "__dataclass_fields__", ())][-1]
 
 
@@ -141,7 +141,7 @@ def _default(kind: type[Part], name: str) -> str:
 
 
 def _told(kind: type[Part], name: str) -> str:
-    """Return the docstring of a field, or the first sentence of a long one, as a cell of a table."""
+    """Return the docstring of a field for a table cell; a long one is cut to its first sentence."""
     text = next((docs[name] for base in kind.__mro__ if name in (docs := _docstrings(base))), "")
     text = " ".join(text.split())
     if len(text) > _LONGEST:
@@ -151,7 +151,7 @@ def _told(kind: type[Part], name: str) -> str:
 
 @cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """Return the strings below the fields of a class."""
+    """Return field -> docstring (the string below the field) of a dataclass."""
     if not dataclasses.is_dataclass(kind):
         return {}
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

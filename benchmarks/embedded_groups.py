@@ -1,7 +1,7 @@
-"""What the embedded model is asked for: groups of prompts, each with the scene that the judge looks for.
+"""Groups of prompts for the benchmark of the embedded model, each prompt with the scene that the judge expects.
 
-Scenes have seeds below the training seeds. Prompts are the plainest wording of a scene, but for the groups of words
-and of cameras. Clip i of a group has seed `first_seed + i`.
+The seeds of the scenes are below the training seeds. A prompt is the simplest caption of its scene, except in the
+groups that test words ("synonyms") and cameras. Clip i of a group uses seed `first_seed + i`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from postgen.world.words import (
     SIZE_WORDS,
 )
 
-#: Clips of one prompt in the group that measures diversity.
+#: Number of clips (seeds) per prompt in the group that measures diversity.
 SEEDS_A_PROMPT = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Prompts, and what each should show; lists of one length."""
+    """Prompts and what each clip should show. All lists have the same length, except `labels`, which may be empty."""
 
     name: str
     prompts: list[str]
@@ -41,17 +41,17 @@ class Group:
     seeds: list[int]
     size: int
     frames: int
-    #: The model before the measured one makes these.
+    #: Whether the previous model generates these clips instead of the measured model.
     old: bool = False
-    #: True clips to measure beside the generated ones.
+    #: Scenes whose renders (the true clips) are measured too, for comparison with the generated clips.
     truth: list[Spec] | None = None
-    #: Whether the first frame of `truth` is given.
+    #: Whether the model receives the first frame of `truth` (image-to-video).
     image: bool = False
-    #: What each prompt is counted under beside the whole: its words, its camera move, the number of its scene.
+    #: Labels of each prompt for separate counts: its words, its camera move, or the number of its scene.
     labels: list[tuple[str, ...]] = field(default_factory=list)
 
     def part(self, rows: slice) -> tuple[list[Spec | Reading], list[Spec] | None]:
-        """What is asked of some rows, and their true scenes."""
+        """Return what the judge expects in the clips of `rows`, and the true scenes of these rows."""
         return self.asked[rows], None if self.truth is None else self.truth[rows]
 
 
@@ -81,7 +81,10 @@ def _plain(
     image: bool = False,
     **how: Any,
 ) -> Callable[[int, int, Defaults], Group]:
-    """A group of scenes of so many bodies; size and frames are the model's where none are given."""
+    """Return a builder of a group whose scenes have `bodies` bodies.
+
+    `size` and `frames` default to the values of the model.
+    """
 
     def build(count: int, first: int, model: Defaults) -> Group:
         length = frames or model.frames
@@ -93,8 +96,11 @@ def _plain(
 
 
 def _camera(count: int, first: int, model: Defaults) -> Group:
-    """One body at rest, filmed by each of the moves in turn, said in each of its ways in turn, sentences also joined
-    by "while"."""
+    """Build the group of camera moves: one body at rest in each clip.
+
+    The prompts take every move in turn, and for each move all of its phrases in turn. In every second pass through the
+    phrases, the word "while" instead of a comma comes before a phrase that begins with "the camera".
+    """
     moves = CAMERAS[1:]
     scenes, prompts, labels = [], [], []
     for i in range(count):
@@ -112,7 +118,10 @@ def _camera(count: int, first: int, model: Defaults) -> Group:
 
 
 def _seeds(count: int, first: int, model: Defaults) -> Group:
-    """Few prompts of one body, many seeds each; true are other scenes of the same prompts, as training draws them."""
+    """Build the group that measures diversity: few prompts of one body, with many seeds each.
+
+    The true clips are other scenes with the same prompt, drawn as in training.
+    """
     each = min(SEEDS_A_PROMPT, max(2, count // 2))
     scenes, truth, labels = [], [], []
     for number, spec in enumerate(_scenes(max(1, count // each), first, num_bodies=1, num_frames=model.frames)):
@@ -130,7 +139,11 @@ def _seeds(count: int, first: int, model: Defaults) -> Group:
 
 
 def verb_phrases(pairs: bool) -> list[tuple[str, str]]:
-    """Event and wording of every verb that prompts are read with, those of two bodies or the others, {roll} open."""
+    """Return (event, phrase) for every verb phrase that the world can read.
+
+    With `pairs`, return the phrases of events with two bodies; otherwise the phrases of events with one body. The
+    placeholders of a phrase, such as {roll}, are not filled in.
+    """
     return [
         (event, phrase)
         for event, phrases in EVENT_PHRASES.items()
@@ -140,7 +153,7 @@ def verb_phrases(pairs: bool) -> list[tuple[str, str]]:
 
 
 def _noun(rng: random.Random, colour: str, number: int, sizes: bool) -> tuple[str, str, tuple[str, ...]]:
-    """Text of a body, its shape, and its words; the other words for shapes take turns with `number`."""
+    """Return the text of a body, its shape, and its words. `number` selects the synonym for the shape, in turn."""
     shape_words = [word for shape in SHAPES for word in SHAPE_WORDS[shape][1:]]
     shape_word = shape_words[number % len(shape_words)]
     shape = next(name for name, words in SHAPE_WORDS.items() if shape_word in words)
@@ -161,7 +174,11 @@ def _say(phrase: str, shape: str, other: str = "") -> str:
 
 
 def _words(name: str, pairs: bool) -> Callable[[int, int, Defaults], Group]:
-    """Every verb in turn, with colours and shapes said by synonyms in turn, sometimes a size or a place."""
+    """Return a builder of a group that tests words.
+
+    The prompts take every verb phrase in turn, and name colours and shapes by synonyms, also in turn. Some prompts
+    also name a size or a place.
+    """
 
     def build(count: int, first: int, model: Defaults) -> Group:
         phrases = verb_phrases(pairs)
@@ -190,7 +207,7 @@ def _words(name: str, pairs: bool) -> Callable[[int, int, Defaults], Group]:
 def _prompt(
     rng: random.Random, i: int, event: str, phrase: str, pairs: bool
 ) -> tuple[str, tuple[str, ...], list[tuple[str, str, str]]]:
-    """A prompt, its words to count, and what `world.read` must read in it: colour, shape, event of each body."""
+    """Return prompt number `i`, its words to count, and the (colour, shape, event) of each body it describes."""
     colours = list(COLOUR_SYNONYMS)
     colour = colours[(i + i // len(colours)) % len(colours)]
     text, shape, words = _noun(rng, colour, i, sizes=not pairs)
@@ -208,15 +225,17 @@ def _prompt(
 
 
 def _reading(text: str, want: list[tuple[str, str, str]]) -> Reading:
-    """What the judge is asked; sizes, which it does not judge, do not fail a clip here.
+    """Return the reading of a prompt that the judge receives.
+
+    The reading has no clauses: the judge does not check sizes, and a size in the prompt must not make a clip fail.
 
     Raises:
-        RuntimeError: the prompt does not say what was meant.
+        RuntimeError: if `world.read` finds other bodies in the prompt than `want`.
     """
     reading = world.read(text)
     found = [] if reading is None else [(b.colour, b.shape, b.event) for b in reading.scene.bodies]
     if reading is None or found != want:
-        raise RuntimeError(f"{text!r} was meant as {want} and is read as {found}")
+        raise RuntimeError(f"the prompt {text!r} should describe {want}, but world.read finds {found}")
     return replace(reading, clauses=())
 
 
@@ -239,19 +258,26 @@ BUILDERS: dict[str, Callable[[int, int, Defaults], Group]] = {
     "size_96_frames_17": _plain("size_96_frames_17", 1, size=96, frames=17),
     "size_96_frames_17_two": _plain("size_96_frames_17_two", 2, size=96, frames=17),
 }
-"""Name -> group of so many prompts from a first seed on, for a model; those that gates need come first."""
+"""Builder of each group by name. Its arguments are the number of prompts, the first seed and the model's defaults.
+
+The groups that the gates need come first.
+"""
 
 
 def build(name: str, count: int, first: int, new: Defaults, old: Defaults | None = None) -> Group:
-    """A group by its name; those of the model before ("old_...") have that one's size and length.
+    """Build the group `name`. Groups of the previous model ("old_...") have the default size and length of that model.
 
     Raises:
-        UserError: seeds that training may have seen, or a group of a model before that there is not.
+        UserError: if the training data may contain the seeds, or if the group needs the previous model and `old` is
+            None.
     """
     if first < 0 or first + 4 * count >= FIRST_TRAINING_SEED:
-        raise UserError(f"first_seed {first} with {count} prompts: seeds from {FIRST_TRAINING_SEED} on are trained.")
+        raise UserError(
+            f"first_seed {first} with {count} prompts: first_seed must be at least 0, and first_seed + 4 * prompts"
+            f" must be below {FIRST_TRAINING_SEED}, where the training seeds begin"
+        )
     before = name.startswith("old_")
     model = old if before else new
     if model is None:
-        raise UserError(f"group {name} needs the model before: give its folder as --old")
+        raise UserError(f"group {name} needs the previous model: give its folder with --old")
     return replace(BUILDERS[name](count, first, model), old=before)

@@ -1,6 +1,7 @@
-"""Numbers of generated clips: the judge's shares with intervals, motion, floors, places.
+"""Measures of generated clips: shares of the judge with intervals, motion, floor colours, places of bodies.
 
-The judge works in a thread with a stream of its own, so that the device makes the next clips meanwhile.
+The judge runs in its own thread and on its own CUDA stream, so that the device generates the next clips at the same
+time.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _AT_ONCE = 32
 
 
 def judging(workers: int | None, device: str) -> int:
-    """Processes that judge beside a benchmark; where none are asked for, up to 8 on a GPU and none on a CPU."""
+    """Return the number of judge processes: `workers` if it is given, otherwise up to 8 on a GPU and 0 on a CPU."""
     if workers is not None:
         return workers
     return min(8, os.cpu_count() or 1) if device == "cuda" else 0
 
 
 def shares(reports: Sequence[Report]) -> dict[str, float]:
-    """Share of clips that are right, by attribute, among those that the attribute applies to, and the mean score."""
+    """Return the share of right clips for each attribute, among the clips to which it applies, and the mean score."""
     result = {}
     for name in MEASURES:
         values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
@@ -49,19 +50,19 @@ def shares(reports: Sequence[Report]) -> dict[str, float]:
 
 
 def ground(clips: Tensor) -> Tensor:
-    """Pixels of (B, F, 3, H, W) at least 4 px from whatever is coloured like a body, bool (B, F, H, W)."""
+    """Return a mask bool (B,F,H,W) of the pixels of clips (B,F,3,H,W) that are at least 4 px from body colours."""
     share, _, _ = colour_share(smooth(clips.flatten(0, 1)))
     body = functional.max_pool2d((share > 0.25).float()[:, None], 9, 1, 4)[:, 0]
     return (body == 0).unflatten(0, clips.shape[:2])
 
 
 def floors(clips: Tensor) -> list[str]:
-    """Name of the floor of each clip (B,F,3,H,W): the one whose hue the lower half of the last frame is nearest to."""
+    """Return the floor name of each clip (B,F,3,H,W): the floor nearest in hue to the lower half of the last frame."""
     last = clips[:, -1:]
     half = last.shape[-2] // 2
     free = ground(last)[:, 0, half:]
     lower = last[:, 0, :, half:]
-    # A body may cover all of it.
+    # A body may cover the whole lower half. Then use all of its pixels.
     free = torch.where(free.any(dim=(1, 2), keepdim=True), free, torch.ones_like(free))[:, None]
     mean = (lower * free).sum(dim=(2, 3)) / free.sum(dim=(2, 3))
     known = mean.new_tensor(list(BACKGROUNDS.values()))
@@ -71,7 +72,7 @@ def floors(clips: Tensor) -> list[str]:
 
 
 def entropy(names: Iterable[str]) -> float:
-    """Entropy of a sample in nats."""
+    """Return the entropy of a sample of names in nats."""
     counts = Counter(names)
     total = sum(counts.values())
     return -sum(n / total * math.log(n / total) for n in counts.values()) + 0.0
@@ -79,7 +80,10 @@ def entropy(names: Iterable[str]) -> float:
 
 @dataclass(kw_only=True, slots=True)
 class Seen:
-    """What is kept of some clips; each a list with an item a clip, empty where it is not measured."""
+    """Measures of some clips. Each list has one item per clip, or is empty if the measure was not taken.
+
+    `clips` holds only the clips that are kept as bytes.
+    """
 
     reports: list[Report]
     motion: list[float]
@@ -89,11 +93,11 @@ class Seen:
 
     @classmethod
     def none(cls) -> Seen:
-        """Of no clip."""
+        """Return the measures of no clips: all lists are empty."""
         return cls(reports=[], motion=[], floors=[], psnr_first=[], clips=[])
 
     def add(self, other: Seen) -> None:
-        """Append what is kept of further clips."""
+        """Append the measures of further clips."""
         for name in self.__slots__:
             getattr(self, name).extend(getattr(other, name))
 
@@ -107,9 +111,15 @@ def look(
     images: Tensor | None = None,
     keep: int = 0,
 ) -> Seen:
-    """Judge clips (B,F,3,H,W) and measure them; `images` (B,3,H,W) are their given first frames.
+    """Judge and measure clips.
 
-    The first `keep` clips are kept as bytes.
+    Args:
+        clips: clips (B,F,3,H,W) in [0,1].
+        asked: what the judge expects in each clip.
+        workers: number of judge processes.
+        moves: whether to measure the motion.
+        images: first frames (B,3,H,W) that the model received; the PSNR of the generated first frames is measured.
+        keep: number of clips, from the first, to keep as bytes.
     """
     clips = clips.clamp(0, 1)
     first = []
@@ -126,7 +136,7 @@ def look(
 
 
 class Watcher:
-    """Looks at clips while the next ones are made; `workers` processes judge beside it."""
+    """Measures clips in a thread while the caller generates the next ones. `workers` processes run the judge."""
 
     def __init__(self, device: str, workers: int) -> None:
         self.device, self.workers = device, workers
@@ -136,7 +146,11 @@ class Watcher:
     def submit(
         self, group: Group, rows: slice, clips: Tensor, images: Tensor | None, keep: int
     ) -> Future[tuple[Seen, Seen]]:
-        """Begin to look at some clips of a group; the result is what is seen in them, and in the true ones."""
+        """Start to measure the clips of some rows of a group.
+
+        Returns:
+            A future of two results: the measures of the generated clips, and those of the true clips.
+        """
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
@@ -165,12 +179,12 @@ class Watcher:
         return seen, look(true, truth, self.workers, moves=moves)
 
     def close(self) -> None:
-        """Wait for what was begun."""
+        """Wait until all submitted clips are measured, and stop the thread."""
         self._thread.shutdown()
 
 
 def summary(group: Group, seen: Seen, true: Seen) -> dict[str, Any]:
-    """The row of a group in the result file."""
+    """Return the row of a group for the result file."""
     right = [report.all_right for report in seen.reports]
     row: dict[str, Any] = {
         "size": group.size,
@@ -178,7 +192,7 @@ def summary(group: Group, seen: Seen, true: Seen) -> dict[str, Any]:
         "prompts": len(right),
         "shares": shares(seen.reports),
         "intervals": _intervals(seen.reports),
-        # Clip by clip, so that another run can be compared in pairs.
+        # The verdict of every clip, so that another run can be compared clip by clip.
         "right": "".join("01"[ok] for ok in right),
     }
     if true.reports:
@@ -186,7 +200,7 @@ def summary(group: Group, seen: Seen, true: Seen) -> dict[str, Any]:
     if true.motion:
         found = bootstrap(torch.tensor([seen.motion, true.motion]).T, ratio_of_means)
         ratio = [found.value, found.low, found.high]
-        # Among few clips a draw may hold none that moves.
+        # With few clips, a bootstrap draw may contain no moving clip, and the ratio is not finite.
         row["motion_ratio"] = ratio if all(map(math.isfinite, ratio)) else None
     if seen.psnr_first:
         row["psnr_of_first_frame"] = sum(seen.psnr_first) / len(seen.psnr_first)
@@ -198,7 +212,7 @@ def summary(group: Group, seen: Seen, true: Seen) -> dict[str, Any]:
 
 
 def _intervals(reports: Sequence[Report]) -> dict[str, list[float]]:
-    """95 % bootstrap intervals over clips."""
+    """Return the 95 % bootstrap interval over clips for each measure."""
     result = {}
     for name in MEASURES:
         values = [float(value) for report in reports if (value := getattr(report, name)) is not None]
@@ -209,7 +223,7 @@ def _intervals(reports: Sequence[Report]) -> dict[str, list[float]]:
 
 
 def by_label(group: Group, reports: Sequence[Report]) -> dict[str, dict[str, float]]:
-    """Of each word or camera move: clips, and how many of them are wholly right and film as they should."""
+    """Return for each label the number of clips, of fully right clips, and of clips with the right camera move."""
     table: dict[str, dict[str, float]] = defaultdict(lambda: {"clips": 0, "right": 0})
     for labels, report in zip(group.labels, reports, strict=True):
         for label in labels:
@@ -222,7 +236,10 @@ def by_label(group: Group, reports: Sequence[Report]) -> dict[str, dict[str, flo
 
 
 def diversity(group: Group, seen: Seen, true: Seen) -> dict[str, float | None]:
-    """Entropy of the floors over the seeds of a prompt, and spread of the body's first place, against true scenes."""
+    """Return the diversity over the seeds of a prompt, also relative to true scenes of the same prompts.
+
+    The measures are the entropy of the floors in nats and the spread of the first place of the body.
+    """
     rows: dict[str, list[int]] = defaultdict(list)
     for number, (prompt,) in enumerate(group.labels):
         rows[prompt].append(number)
@@ -239,7 +256,7 @@ def diversity(group: Group, seen: Seen, true: Seen) -> dict[str, float | None]:
 
 
 def _spread(reports: Sequence[Report], prompts: Sequence[Sequence[int]]) -> float | None:
-    """Root mean square distance of the first body's first place from its mean over the seeds, in pictures."""
+    """Return the RMS distance of the first body's first place from its mean over the seeds, in picture sizes."""
     squares = []
     for rows in prompts:
         tracks = [reports[i].bodies[0].track for i in rows if reports[i].bodies]

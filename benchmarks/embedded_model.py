@@ -1,12 +1,13 @@
-"""What the embedded model can do, judged on the reloaded folder by the world's checker.
+"""Quality of the embedded model: the world's checker judges clips of the reloaded folder.
 
     python -m benchmarks.embedded_model [--quick] [--prompts 256] [--groups one two ...] [--model NEW] [--old BEFORE]
 
-Groups of prompts (`benchmarks.embedded_groups`), clip i from seed first_seed + i, sizes, frames, steps and guidance of
-the folder's postgen.json. The model before this one makes clips of one and of two bodies in the same run, by its own
-defaults. The autoencoder is measured by `benchmarks.autoencoder`. The result file is written anew after every group,
-so a run that is cut leaves what it has; gates of other groups stand there as not measured. Several processes may share
-the groups, and a second run may take other prompts and seeds:
+The prompts come in groups (`benchmarks.embedded_groups`). Clip i of a group uses seed first_seed + i. The size,
+frames, steps and guidance scale are those of the folder's postgen.json. In the same run the previous model generates
+clips of one and of two bodies with its own defaults. `benchmarks.autoencoder` measures the autoencoder. The result
+file is written after every group, so an interrupted run keeps the results of its finished groups; the gates of the
+other groups are marked as not measured. Several processes may share the groups, and a second run may use other prompts
+and seeds:
 
     python -m benchmarks.embedded_model --merge a.json b.json
     python -m benchmarks.embedded_model --first_seed 100000 --against embedded_model --output embedded_model_shifted
@@ -36,17 +37,20 @@ from benchmarks.gates import RESULTS, device, write_result
 from postgen import world
 from postgen.assets import embedded_model
 
-#: Clips of a group that are kept, and groups that are also drawn on a sheet.
+#: Number of clips per group that --clips keeps, and the groups that are also drawn on a sheet.
 SHOWN = 60
 DRAWN = ("one", "two", "image_one", "camera", "synonyms")
-#: Clips by group of the picture beside the result file.
+#: Number of clips per group in the picture next to the result file.
 PICTURED = {"one": 8, "two": 4}
-#: Clips of the autoencoder's gates.
+#: Number of clips for the autoencoder's gates.
 RECONSTRUCTED = 64
 
 
 class Run:
-    """Two models, what is measured of them, and where it goes."""
+    """One run of the benchmark: the measured and the previous model, the groups to measure, and the result.
+
+    The keys of `folders`, `defaults` and `pipes` are False for the measured model and True for the previous one.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -55,7 +59,7 @@ class Run:
             self.folders[True] = args.old or embedded_model()
         self.groups = [name for name in args.groups if True in self.folders or not name.startswith("old_")]
         if len(self.groups) < len(args.groups):
-            print("No model before this one: give --old FOLDER to measure it; the gate of two bodies needs it.")
+            print("No previous model is measured; the gate two_bodies needs one: give its folder with --old FOLDER.")
         self.defaults = {old: Defaults.of(folder) for old, folder in self.folders.items()}
         self.pipes: dict[bool, Any] = {}
         self.count = args.prompts or (16 if args.quick else 256)
@@ -66,7 +70,7 @@ class Run:
         self.result: dict[str, Any] = {"settings": self.settings(), "groups": {}}
 
     def settings(self) -> dict[str, Any]:
-        """What every part of a run that is shared by several processes must have in common."""
+        """Return the settings. Processes that share the groups of one run must have equal settings."""
         new, old = self.defaults[False], self.defaults.get(True)
         return {
             "prompts_per_group": self.count,
@@ -82,13 +86,13 @@ class Run:
         }
 
     def pipe(self, old: bool) -> Any:
-        """A model, loaded when it is first needed."""
+        """Return the pipeline of the measured model, or of the previous model if `old`. Load it at the first call."""
         if old not in self.pipes:
             self.pipes[old] = load(self.folders[old], self.args.device)
         return self.pipes[old]
 
     def job(self, group: Group) -> Job:
-        """A group as a job for its model."""
+        """Return the job that generates the clips of a group with its model."""
         defaults = self.defaults[group.old]
         images = None
         if group.image:
@@ -96,7 +100,7 @@ class Run:
             frames = world.render(
                 group.truth, num_frames=1, size=group.size, geometry=False, device=self.args.device
             ).rgb_BF3HW
-            # As bytes, which is what a picture file holds.
+            # Round to bytes, because a picture file holds bytes.
             images = (frames[:, 0] * 255).round() / 255
         return Job(
             prompts=group.prompts,
@@ -110,7 +114,11 @@ class Run:
         )
 
     def begin(self, name: str) -> tuple[Group, list[Future[tuple[Seen, Seen]]], float]:
-        """Make the clips of a group; what is seen in them may come later."""
+        """Generate the clips of a group.
+
+        Returns:
+            The group, the futures of its measures, which may not be ready yet, and the seconds of the generation.
+        """
         group = build(name, self.count, self.args.first_seed, self.defaults[False], self.defaults.get(True))
         start, job, looks = time.perf_counter(), self.job(group), []
         for rows, clips in batches(self.pipe(group.old), job, name):
@@ -118,7 +126,7 @@ class Run:
         return group, looks, time.perf_counter() - start
 
     def finish(self, group: Group, looks: list[Future[tuple[Seen, Seen]]], seconds: float) -> None:
-        """Sum up a group, write the result, and draw its clips."""
+        """Wait for the measures of a group, add its row to the result, write the result, and draw its clips."""
         seen, true = Seen.none(), Seen.none()
         for future in looks:
             for whole, part in zip((seen, true), future.result(), strict=True):
@@ -133,7 +141,7 @@ class Run:
         self.draw(group, seen)
 
     def draw(self, group: Group, seen: Seen) -> None:
-        """Begin to write the clips and the sheet of a group, where they are wanted."""
+        """Start to write the clips and the sheet of a group if --clips is given. Keep clips for the picture."""
         captions = [f"{text} ({verdict(r)})" for text, r in zip(group.prompts, seen.reports, strict=True)]
         self.picture += zip(seen.clips[: PICTURED.get(group.name, 0)], captions, strict=False)
         folder: Path | None = self.args.clips
@@ -145,12 +153,12 @@ class Run:
                 self.written.append(self.writer.submit(sheet, *kept, path.with_suffix(".png")))
 
     def flush(self) -> None:
-        """Write what is there."""
+        """Write the result file with the groups measured so far, except with --quick."""
         if not self.args.quick:
             publish(self.result, self.args.output, self.args.against)
 
     def part(self, name: str) -> None:
-        """Measure what is no group of prompts."""
+        """Measure the part `name` of the result that is not a group of prompts."""
         folder = self.folders[False]
         if name == "seconds_cpu":
             self.result[name] = seconds_on_two_cores(folder)
@@ -162,7 +170,7 @@ class Run:
         self.flush()
 
     def __call__(self) -> dict[str, Any]:
-        """Measure the chosen groups and parts; judging one group goes on while the next is made."""
+        """Measure the chosen groups and parts. The judge of one group still runs while the next is generated."""
         folder = self.folders[False]
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self.result["folder_mb"] = size / 1e6
@@ -188,7 +196,10 @@ class Run:
 
 
 def publish(result: dict[str, Any], output: str, against: str | None) -> list[dict[str, Any]]:
-    """Write a result file with its gates, beside a first run where one is named; the gates."""
+    """Write a result file with its gates, and return the gates.
+
+    If `against` names the result of a first run, the file also has a comparison of the two runs.
+    """
     result = dict(result)
     if against is not None and result["groups"]:
         result["against"] = agreement(stored(against), result)
@@ -198,7 +209,7 @@ def publish(result: dict[str, Any], output: str, against: str | None) -> list[di
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print gates."""
+    """Print the gates."""
     for row in rows:
         value = "not measured" if row["value"] is None else f"{row['value']:.3f}"
         state = "ok" if row["ok"] else "MISSED" if row["value"] is not None else ""
@@ -209,31 +220,31 @@ def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prompts", type=int, help="prompts of each group, at least 2 (default: 256, with --quick 16)")
-    add("--first_seed", type=int, default=0, help="number of the first scene, and seed of its noise (default: 0)")
+    add("--prompts", type=int, help="number of prompts per group, at least 2 (default: 256, with --quick 16)")
+    add("--first_seed", type=int, default=0, help="seed of the first scene and of its noise (default: 0)")
     add("--groups", nargs="+", default=[*BUILDERS, *PARTS], choices=[*BUILDERS, *PARTS], metavar="GROUP",
         help=f"what to measure (default: all): {', '.join([*BUILDERS, *PARTS])}")  # fmt: skip
-    add("--quick", action="store_true", help="16 prompts a group, 8 reconstructions; prints only")
-    add("--model", type=Path, help="another folder than the embedded model's")
-    add("--old", type=Path, help="folder of the model before it (default: the embedded model's)")
-    add("--guidance", type=float, help="guidance scale of the measured model (default: the folder's)")
+    add("--quick", action="store_true", help="16 prompts per group, 8 reconstructions; write no result file")
+    add("--model", type=Path, help="folder of the measured model (default: the embedded model)")
+    add("--old", type=Path, help="folder of the previous model (default: the embedded model, if --model is another)")
+    add("--guidance", type=float, help="guidance scale of the measured model (default: that of its folder)")
     add("--autocast", action="store_true", help="bfloat16 autocast (default: float32, TF32 on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--workers", type=int, help="processes that judge beside this one (default: 8 on a GPU, none on a CPU)")
-    add("--clips", type=Path, metavar="FOLDER", help="keep clips of each group and draw sheets here")
+    add("--workers", type=int, help="number of judge processes (default: up to 8 on a GPU, 0 on a CPU)")
+    add("--clips", type=Path, metavar="FOLDER", help="folder for kept clips and sheets of each group")
     add("--output", default="embedded_model", help="name or path of the result file")
-    add("--against", help="result of a first run with other seeds, to be compared with")
-    add("--merge", nargs="+", metavar="FILE", help="join result files of other groups; nothing is measured")
-    add("--guidances", nargs="+", metavar="FILE", help="put results of several guidance scales into one file")
-    add("--table", action="store_true", help="print the table of the documentation; nothing is measured")
+    add("--against", help="result of a first run with other seeds, for a comparison")
+    add("--merge", nargs="+", metavar="FILE", help="join result files with different groups; measure nothing")
+    add("--guidances", nargs="+", metavar="FILE", help="join results of several guidance scales; measure nothing")
+    add("--table", action="store_true", help="print the table for the documentation; measure nothing")
     args = parser.parse_args()
     if args.prompts is not None and args.prompts < 2:
-        parser.error(f"--prompts {args.prompts}: intervals need at least 2")
+        parser.error(f"--prompts must be at least 2 for the intervals, got {args.prompts}")
     return args
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run the benchmark, or join or print results that were written before."""
     args = options()
     if args.table:
         shifted = RESULTS / "embedded_model_shifted.json"

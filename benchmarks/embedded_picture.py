@@ -1,9 +1,8 @@
-"""Draws the moving picture of the README: clips of the embedded model, side by side, each under its prompt.
+"""Draw the animated picture of the README: clips of the embedded model side by side, each under its prompt.
 
     python -m benchmarks.embedded_picture [--seed 0] [--model FOLDER] [-o docs/images/embedded.webp]
 
-Sizes, steps and guidance are those of the model's postgen.json. The first clip has the seed that is given, the second
-one the next, and so on.
+The size, steps and guidance scale are those of the model's postgen.json. Clip i uses the seed --seed + i.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _QUALITY = 80
 
 
 def clips(pipe: Any, facts: dict[str, Any], seed: int) -> Tensor:
-    """A clip (F,3,H,W) of each prompt, uint8."""
+    """Generate one clip per prompt of `PROMPTS`; return them as uint8 (N,F,3,H,W)."""
     made = []
     for number, prompt in enumerate(PROMPTS):
         output = pipe(
@@ -52,7 +51,7 @@ def clips(pipe: Any, facts: dict[str, Any], seed: int) -> Tensor:
 
 
 def drawn(frames: Tensor) -> Image.Image:
-    """One moment of all clips: frames (N,3,H,W) uint8 in a grid, with their prompts."""
+    """Draw one frame of every clip, uint8 (N,3,H,W), in a grid, each under its prompt."""
     height, width = (SCALE * side for side in frames.shape[-2:])
     rows = -(-len(frames) // COLUMNS)
     size = (COLUMNS * (width + _GAP) + _GAP, rows * (height + _LINE + _GAP) + _GAP)
@@ -68,13 +67,15 @@ def drawn(frames: Tensor) -> Image.Image:
 
 
 def main() -> None:
-    """Make the clips and draw them."""
+    """Generate the clips and write the picture."""
     from diffusers import WanPipeline
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip (default: 0)")
-    parser.add_argument("--model", type=Path, default=embedded_model(), help="folder (default: the embedded model)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/images/embedded.webp"), help="the picture")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first clip (default: 0)")
+    parser.add_argument(
+        "--model", type=Path, default=embedded_model(), help="folder of the model (default: the embedded model)"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/images/embedded.webp"), help="file to write")
     args = parser.parse_args()
     facts = json.loads((args.model / "postgen.json").read_text())
     pictures = [drawn(moment) for moment in clips(WanPipeline.from_pretrained(args.model), facts, args.seed).unbind(1)]

@@ -1,4 +1,4 @@
-"""Gates of the embedded model, two runs beside each other, files of several processes joined, a table for the docs."""
+"""Reports of the embedded model: gates, comparison of two runs, joined result files, the table for the docs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks import autoencoder
 from benchmarks.gates import RESULTS, gate
 from postgen.errors import UserError
 
-#: Group, and its gate on the share of wholly right clips.
+#: By group: the name and the target of the gate on its share of fully right clips.
 RIGHT = {
     "one": ("one_body", 0.97),
     "image_one": ("image_to_video_right", 0.9),
     "synonyms": ("synonyms_right", 0.9),
 }
-#: Group whose share of wholly right clips is held against that of "one", and the gate.
+#: By group: the name and the target of the gate on its share of fully right clips, divided by that of group "one".
 RATIOS = {
     "unseen": ("unseen_ratio", 0.9),
     "frames_17": ("frames_17", 0.8),
@@ -27,20 +27,20 @@ RATIOS = {
     "size_96": ("size_96", 0.8),
 }
 PARTS = ("autoencoder", "seconds_cpu")
-"""What a result file has beside groups, measured once."""
+"""Parts of a result file that are not groups; each is measured once."""
 
 
 def right(result: dict[str, Any], name: str, measure: str = "all_right") -> float | None:
-    """A group's share; None where the group was not measured."""
+    """Return the share of a group for `measure`, or None if the group was not measured."""
     row = result["groups"].get(name)
     return None if row is None else row["shares"].get(measure)
 
 
 def gates(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers asked for; what was not measured misses its gate."""
+    """Return all gates of a result. A gate without a measurement has the value None and is not met."""
     rows = [gate(name, right(result, group), ">=", target) for group, (name, target) in RIGHT.items()]
     old, one = right(result, "old_two"), right(result, "one")
-    # Without the model before there is nothing to be better than.
+    # The gate compares with the previous model, so it has no value without measurements of that model.
     two = None if old is None else right(result, "two")
     rows.append(gate("two_bodies", two, ">=", max(0.6, (old or 0.0) + 0.1)))
     for group, (name, target) in RATIOS.items():
@@ -62,19 +62,20 @@ def gates(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def agreement(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Differences of the shares of wholly right clips of two runs with other prompts and seeds.
+    """Compare the shares of fully right clips of two runs with different prompts and seeds, group by group.
 
-    Newcombe's intervals of a difference of two shares (Statistics in Medicine 17, 1998, method 10), at a level that
-    leaves one chance in 20 that any group of two equal models lies outside (Bonferroni).
+    The intervals of the difference are Newcombe's (Statistics in Medicine 17, 1998, method 10). Their level is
+    corrected for the number of groups (Bonferroni): for two equal models, some group lies outside its interval with a
+    probability of 5 %. `apart` lists the groups whose interval does not contain 0.
 
     Raises:
-        UserError: the same prompts in both, or no common group.
+        UserError: if both runs have the same first seed, or no group in common.
     """
     if first["settings"]["first_seed"] == second["settings"]["first_seed"]:
-        raise UserError("both runs have the same first_seed: a second run needs prompts and seeds of its own")
+        raise UserError("both runs have the same first_seed: give the second run another --first_seed")
     names = [name for name in second["groups"] if name in first["groups"]]
     if not names:
-        raise UserError("the two runs have no group in common")
+        raise UserError("the two runs have no group in common: measure at least one group of the first run")
     z = NormalDist().inv_cdf(1 - 0.05 / (2 * len(names)))
     table, apart = {}, []
     for name in names:
@@ -87,14 +88,22 @@ def agreement(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(right_a: int, of_a: int, right_b: int, of_b: int, z: float) -> tuple[float, float]:
-    """Interval of the second share less the first, z normal quantiles wide to both sides."""
+    """Return Newcombe's interval of the second share minus the first.
+
+    Args:
+        right_a: number of right clips of the first run.
+        of_a: number of clips of the first run.
+        right_b: number of right clips of the second run.
+        of_b: number of clips of the second run.
+        z: quantile of the normal distribution for the level, for example 1.96 for 95 %.
+    """
     (low_a, p_a, high_a), (low_b, p_b, high_b) = _wilson(right_a, of_a, z), _wilson(right_b, of_b, z)
     gap = p_b - p_a
     return gap - math.hypot(p_b - low_b, high_a - p_a), gap + math.hypot(high_b - p_b, p_a - low_a)
 
 
 def _wilson(hits: int, n: int, z: float) -> tuple[float, float, float]:
-    """Share with Wilson's score interval around it."""
+    """Return the lower end of Wilson's score interval, the share itself, and the upper end."""
     p = hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
@@ -102,48 +111,51 @@ def _wilson(hits: int, n: int, z: float) -> tuple[float, float, float]:
 
 
 def stored(name: str | Path) -> dict[str, Any]:
-    """A result file by its name or path.
+    """Read a result file, given its name or path.
 
     Raises:
-        UserError: there is none, or it is of the benchmark of the second version.
+        UserError: if the file does not exist, or has no groups because an earlier version of the benchmark wrote it.
     """
     path = Path(name) if Path(name).suffix == ".json" else RESULTS / f"{name}.json"
     if not path.is_file():
-        raise UserError(f"there is no result file {path}")
+        raise UserError(f"result file {path} does not exist: give the name or path of an existing one")
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if "groups" not in result:
-        raise UserError(f"{path} has no groups: it was not written by this version of benchmarks.embedded_model")
+        raise UserError(f"{path} has no groups: give a file written by this version of benchmarks.embedded_model")
     return result
 
 
 def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several that measured different groups of the same model with the same settings.
+    """Join results of the same model and the same settings that measured different groups.
 
     Raises:
-        UserError: other settings, or a group or part that two of them have.
+        UserError: if the settings differ, or if two results have the same group or part.
     """
     whole: dict[str, Any] = {"settings": results[0]["settings"], "groups": {}}
     for result in results:
         if result["settings"] != whole["settings"]:
-            raise UserError(f"cannot join runs with different settings: {whole['settings']}, {result['settings']}")
+            raise UserError(
+                f"cannot join runs with different settings: {whole['settings']}, {result['settings']}. Give files with"
+                " equal settings"
+            )
         if twice := sorted(whole["groups"].keys() & result["groups"].keys()):
-            raise UserError(f"two of the files have {', '.join(twice)}: measure each group once")
+            raise UserError(f"two of the files have {', '.join(twice)}: give files with different groups")
         whole["groups"] |= result["groups"]
         whole["devices"] = whole.get("devices", {}) | result.get("devices", {})
         for part in (*PARTS, "folder_mb"):
             if result.get(part) is None:
                 continue
             if part != "folder_mb" and whole.get(part) is not None:
-                raise UserError(f"two of the files have {part}: measure it once")
+                raise UserError(f"two of the files have {part}: give only one file with this part")
             whole[part] = result[part]
     return whole
 
 
 def by_guidance(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Results of one model at several guidance scales beside each other; no gate reads them.
+    """Join results of one model at several guidance scales. The joined result has no gates.
 
     Raises:
-        UserError: the same guidance scale twice, or other settings that differ.
+        UserError: if two results have the same guidance scale, or differ in another setting.
     """
     runs: dict[str, Any] = {}
     for result in results:
@@ -151,7 +163,10 @@ def by_guidance(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name = f"guidance {result['settings']['guidance_scale']:g}"
         first = next(iter(runs.values()), result)["settings"]
         if name in runs or any(first[key] != value for key, value in rest.items()):
-            raise UserError(f"cannot put {result['settings']} beside {first}: the guidance scale alone may differ")
+            raise UserError(
+                f"cannot join {result['settings']} and {first}: the guidance scales must differ, all other settings"
+                " must be equal"
+            )
         runs[name] = {"settings": result["settings"], "groups": result["groups"]}
     return {"runs": runs, "gates": []}
 
@@ -160,7 +175,10 @@ COLUMNS = ("count", "colour", "shape", "direction", "event", "all_right")
 
 
 def markdown(result: dict[str, Any], shifted: dict[str, Any] | None = None) -> str:
-    """The groups as a table for the documentation; the last column is of the run with other prompts and seeds."""
+    """Return the groups as a Markdown table for the documentation.
+
+    `shifted` is the result of a run with other prompts and seeds; it adds the last column.
+    """
     heads = ["prompts", "px, frames", *(name.replace("_", " ") for name in COLUMNS), "its 95 % interval"]
     heads += ["shifted run"] if shifted else []
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]

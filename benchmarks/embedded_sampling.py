@@ -1,6 +1,6 @@
-"""Clips of the embedded model for benchmarks: text- and image-to-video by diffusers' own pipelines, in batches.
+"""Generate clips of the embedded model in batches for benchmarks: text- and image-to-video with diffusers' pipelines.
 
-A clip depends on its own seed alone, up to rounding: the noise of every row comes from a generator of its own.
+A clip depends only on its own seed, up to rounding: each row of a batch draws its noise from its own generator.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from postgen.errors import UserError
 
-#: Most clips of 33 frames of 128 px or less at once; larger ones come in smaller batches.
+#: Largest batch of clips up to 33 frames of 128 px. Batches of larger clips are smaller.
 BATCH = {"cpu": 8, "cuda": 128}
 _FULL = 33 * 128 * 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """How a model folder wants to be sampled: pixels, frames, steps and guidance of its `postgen.json`."""
+    """Default sampling settings of a model folder, from its `postgen.json`: pixels, frames, steps, guidance scale."""
 
     size: int
     frames: int
@@ -41,17 +41,19 @@ class Defaults:
 
     @classmethod
     def of(cls, folder: Path) -> Defaults:
-        """Read them.
+        """Read the defaults of a model folder.
 
         Raises:
-            UserError: the folder has no `postgen.json`, or asks for pictures that are not square.
+            UserError: if the folder has no `postgen.json`, or if the width and height in it differ.
         """
         path = folder / "postgen.json"
         if not path.is_file():
             raise UserError(f"{folder} has no postgen.json: give a folder that method text_to_video exported.")
         said = json.loads(path.read_text(encoding="utf-8"))
         if said["width"] != said["height"]:
-            raise UserError(f"{path} asks for {said['width']}x{said['height']} px: the benchmark's world is square.")
+            raise UserError(
+                f"{path} has width {said['width']} and height {said['height']}: the benchmark needs equal sides"
+            )
         return cls(
             size=said["width"],
             frames=said["num_frames"],
@@ -62,7 +64,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Clips to make; `images` (B,3,H,W) in [0,1] are first frames that are given."""
+    """Clips to generate. `images` (B,3,H,W) in [0,1] are the first frames for image-to-video."""
 
     prompts: list[str]
     seeds: list[int]
@@ -75,7 +77,10 @@ class Job:
 
 
 class BatchedImageToVideo(WanImageToVideoPipeline):  # type: ignore[misc]
-    """diffusers' pipeline, which pairs every prompt of a batch with every image; here row i has prompt and image i."""
+    """diffusers' image-to-video pipeline for batches in which row i uses prompt i and image i.
+
+    diffusers' own pipeline combines every prompt of a batch with every image.
+    """
 
     def prepare_latents(
         self,
@@ -90,31 +95,34 @@ class BatchedImageToVideo(WanImageToVideoPipeline):  # type: ignore[misc]
         generator: list[torch.Generator],
         *rest: Any,
     ) -> Any:
-        """Noise (B,C,T,h,w), encoded images (B,C,1,h,w), and the mask of what is not given."""
+        """Return the noise (B,C,T,h,w), the encoded images (B,C,1,h,w), and the mask of latents to generate."""
         frames, scale = (num_frames - 1) // self.vae_scale_factor_temporal + 1, self.vae_scale_factor_spatial
         shape = (batch_size, num_channels_latents, frames, height // scale, width // scale)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        # One row and no generator: each image is encoded once. The noise is given, so none is drawn.
+        # Batch size 1 encodes each image once. The noise is an argument, so no generator is needed.
         size = (num_channels_latents, height, width, num_frames)
         return super().prepare_latents(image, 1, *size, dtype, device, None, noise)
 
 
 def load(folder: Path, device: str) -> Any:
-    """The text-to-video pipeline as any user of diffusers loads it."""
+    """Load the text-to-video pipeline with diffusers' `from_pretrained`."""
     pipe: Any = WanPipeline.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def image_to_video(pipe: Any) -> Any:
-    """Image-to-video on the same weights: the first latent is given and has noise level 0, as Wan2.2-TI2V-5B does it.
+    """Return an image-to-video pipeline that shares the weights of `pipe`.
+
+    The first latent frame is the encoded image and has noise level 0, as in Wan2.2-TI2V-5B.
 
     Raises:
-        UserError: a patch other than 2x2 latents, which diffusers' `expand_timesteps` counts on.
+        UserError: if the patch size is not 2x2 latents, which diffusers' `expand_timesteps` assumes.
     """
     if tuple(pipe.transformer.config.patch_size[1:]) != (2, 2):
         raise UserError(
-            f"patch {tuple(pipe.transformer.config.patch_size)}: image-to-video by expand_timesteps needs 2x2 latents."
+            f"the transformer's patch_size is {tuple(pipe.transformer.config.patch_size)}: image-to-video with"
+            " expand_timesteps needs patches of 2x2 latents"
         )
     names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
     made = BatchedImageToVideo(**{name: getattr(pipe, name) for name in names}, expand_timesteps=True)
@@ -123,7 +131,11 @@ def image_to_video(pipe: Any) -> Any:
 
 
 def batches(pipe: Any, job: Job, label: str = "") -> Iterator[tuple[slice, Tensor]]:
-    """Which rows, and their clips (B,F,3,H,W) in [0,1], float32 on the pipeline's device."""
+    """Generate a job in batches.
+
+    Yields:
+        The rows of a batch, and their clips (B,F,3,H,W) in [0,1], float32 on the pipeline's device.
+    """
     place = pipe.device.type
     batch = max(1, min(BATCH[place], BATCH[place] * _FULL // (job.frames * job.size**2)))
     made = pipe if job.images is None else image_to_video(pipe)
@@ -146,12 +158,12 @@ def batches(pipe: Any, job: Job, label: str = "") -> Iterator[tuple[slice, Tenso
 
 
 def generate(pipe: Any, job: Job, label: str = "") -> Tensor:
-    """All clips (B,F,3,H,W) of a job."""
+    """Generate all clips (B,F,3,H,W) of a job."""
     return torch.cat([clips for _, clips in batches(pipe, job, label)])
 
 
 def one_clip(pipe: Any, defaults: Defaults) -> float:
-    """Seconds of one default clip."""
+    """Return the seconds that one clip with the default settings takes."""
     start = time.perf_counter()
     generate(
         pipe,
@@ -168,7 +180,7 @@ def one_clip(pipe: Any, defaults: Defaults) -> float:
 
 
 def seconds_on_two_cores(folder: Path, repeats: int = 3) -> float:
-    """Median seconds of a default clip on two CPU cores, in a process of its own that sees no GPU."""
+    """Return the median seconds of a default clip on two CPU cores, measured in a new process that sees no GPU."""
     code = (
         "import json, os, sys, pathlib\n"
         "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])\n"

@@ -1,8 +1,8 @@
-"""Generated clips for a person: kept without loss in one small file a group, and drawn in sheets with their prompts.
+"""Files of generated clips that people look at: one small lossless file per group, and sheets with the prompts.
 
     python -m benchmarks.embedded_sheets CLIPS.safetensors [--sheet sheet.png] [--gif clip.gif --clip 3]
 
-A file of kept clips holds, of each clip, the bytes of a lossless WebP animation; `read_clips` gives them as tensors.
+A file of kept clips holds the bytes of a lossless WebP animation for each clip. `read_clips` returns them as tensors.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from postgen.video import write_video
 from postgen.world.check import Report
 from postgen.world.spec import FPS
 
-#: Most bytes of a file of clips; of a group that needs more, the last clips are left out.
+#: Largest size of a file of clips in bytes. If a group needs more, its last clips are left out.
 LIMIT = 14_000_000
-#: Frames of a clip that a sheet shows, evenly spread, and clips side by side.
+#: Number of evenly spaced frames that a sheet shows of each clip, and number of clips side by side.
 SHOWN, COLUMNS = 5, 2
 _GAP, _TEXT, _LINE = 4, 11, 15
 _MILLISECONDS = 1000 // FPS
 
 
 def bytes_of(clips: Tensor) -> Tensor:
-    """Clips (B,F,3,H,W) in [0,1] as uint8 on the CPU."""
+    """Convert clips (B,F,3,H,W) in [0,1] to uint8 on the CPU."""
     return (clips.clamp(0, 1) * 255).round().byte().cpu()
 
 
 def verdict(report: Report) -> str:
-    """What the judge says, in a few words."""
+    """Return the verdict of the judge in a few words: "right", or "wrong" and the wrong attributes."""
     if report.all_right:
         return "right"
     names = ("count", "colour", "shape", "direction", "event", "camera", "steady")
@@ -48,12 +48,12 @@ def verdict(report: Report) -> str:
 
 
 def write_clips(path: Path, clips: Sequence[Tensor], captions: Sequence[str]) -> int:
-    """Keep clips (F,3,H,W) uint8 with their captions; how many fitted into `LIMIT`."""
+    """Write clips, uint8 (F,3,H,W), with their captions to `path`; return how many of them fit into `LIMIT`."""
     held, used = {}, 0
     for number, clip in enumerate(clips):
         pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip]
         target = io.BytesIO()
-        # Equal frames must stay frames of their own.
+        # A duration per frame lets `read_clips` restore equal frames, which the animation stores only once.
         pictures[0].save(
             target, "WEBP", save_all=True, append_images=pictures[1:], lossless=True, method=1, duration=_MILLISECONDS
         )
@@ -68,7 +68,7 @@ def write_clips(path: Path, clips: Sequence[Tensor], captions: Sequence[str]) ->
 
 
 def read_clips(path: Path) -> tuple[list[Tensor], list[str]]:
-    """Clips (F,3,H,W) uint8 that `write_clips` kept, and their captions."""
+    """Return the clips, uint8 (F,3,H,W), and the captions of a file that `write_clips` wrote."""
     with safe_open(path, "pt") as file:
         names = sorted(file.keys())
         data = [file.get_tensor(name).numpy().tobytes() for name in names]
@@ -77,7 +77,7 @@ def read_clips(path: Path) -> tuple[list[Tensor], list[str]]:
     for item in data:
         frames = []
         for frame in ImageSequence.Iterator(Image.open(io.BytesIO(item))):
-            # Loading it tells how long it is shown: a frame that repeats is held once.
+            # PIL sets the duration when it loads the frame. Equal frames are stored once with a longer duration.
             picture = torch.from_numpy(np.array(frame.convert("RGB"))).permute(2, 0, 1)
             frames += [picture] * max(1, round(frame.info.get("duration", _MILLISECONDS) / _MILLISECONDS))
         clips.append(torch.stack(frames))
@@ -87,7 +87,7 @@ def read_clips(path: Path) -> tuple[list[Tensor], list[str]]:
 def sheet(
     clips: Sequence[Tensor], captions: Sequence[str], path: Path, *, columns: int = COLUMNS, shown: int = SHOWN
 ) -> Path:
-    """Draw clips (F,3,H,W) uint8, each as a row of `shown` frames under its caption, as a PNG."""
+    """Write a PNG of clips, uint8 (F,3,H,W): each clip is a row of `shown` frames under its caption."""
     height, width = clips[0].shape[-2:]
     wide, tall = shown * (width + _GAP) + 2 * _GAP, height + _LINE + 2 * _GAP
     rows = -(-len(clips) // columns)
@@ -113,12 +113,12 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
 
 
 def main() -> None:
-    """Turn kept clips into a sheet or one of them into a GIF."""
+    """Print the captions of kept clips. Write all clips as a sheet with --sheet, and one as a video with --gif."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, help="file of kept clips")
-    parser.add_argument("--sheet", type=Path, help="PNG of all clips")
-    parser.add_argument("--gif", type=Path, help="one clip as a video, by the suffix of the name")
-    parser.add_argument("--clip", type=int, default=0, help="which clip (default: the first)")
+    parser.add_argument("--sheet", type=Path, help="PNG to write with all clips")
+    parser.add_argument("--gif", type=Path, help="video file to write with one clip; the suffix sets the format")
+    parser.add_argument("--clip", type=int, default=0, help="number of the clip for --gif (default: 0, the first)")
     args = parser.parse_args()
     clips, captions = read_clips(args.clips)
     print(*(f"{number:3d}  {caption}" for number, caption in enumerate(captions)), sep="\n")

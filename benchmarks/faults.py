@@ -1,8 +1,9 @@
-"""Wrong results without a word: how many are left. `python -m benchmarks.faults` writes `results/faults.json`.
+"""Count silent faults: wrong results without a message. `python -m benchmarks.faults` writes `results/faults.json`.
 
-Each gate has a function that measures it and returns its value with the rows behind it; a gate without one stands in
-the file as not measured. `--only NAME` measures some of them and keeps what the file says of the others. `--take FILE`
-measures nothing: it takes gates over from a file of `benchmarks.faults_two_gpus`, with its date, device and versions.
+Each gate has a function that returns its value and the rows from which the value follows. A gate without a function is
+marked as not measured in the file. `--only NAME` measures some gates and keeps the values of the others in the file.
+`--take FILE` measures nothing; it copies gates from a file of `benchmarks.faults_two_gpus`, with their date, device
+and versions.
 """
 
 import argparse
@@ -41,7 +42,10 @@ CODECS: Mapping[str, tuple[str, ...]] = {
 
 
 def short_reads() -> tuple[int, list[dict[str, Any]]]:
-    """Cut a file of each of eight containers at 25 random bytes; count cuts that read as a shorter video, no error."""
+    """Cut a file of each of eight containers at 25 random bytes; count cuts that read as a shorter video.
+
+    A cut file should raise an error instead.
+    """
     generator = random.Random(SEED)
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -49,7 +53,7 @@ def short_reads() -> tuple[int, list[dict[str, Any]]]:
             whole = Path(name, f"whole.{suffix}")
             _make(whole, codec)
             if _frames(whole) != (FRAMES, FRAMES):
-                raise RuntimeError(f"the whole {suffix} does not read as {FRAMES} frames: {_frames(whole)}")
+                raise RuntimeError(f"the uncut {suffix} file has {FRAMES} frames, but is read as {_frames(whole)}")
             data = whole.read_bytes()
             cuts = sorted(generator.sample(range(1, len(data)), CUTS))
             short = [cut for cut in cuts if _reads_short(Path(name, f"cut.{suffix}"), data[:cut])]
@@ -61,7 +65,10 @@ def short_reads() -> tuple[int, list[dict[str, Any]]]:
 
 
 def _between_packets(path: Path, data: bytes) -> dict[str, int]:
-    """What no reader can tell, beside the gate: a stream cut exactly between two of its packets; every third place."""
+    """Count short reads of a stream cut exactly between two packets, at every third boundary.
+
+    No reader can detect these cuts, so they do not count for the gate.
+    """
     cuts = range(188, len(data), 3 * 188)
     return {"cuts": len(cuts), "short": sum(_reads_short(path, data[:cut]) for cut in cuts)}
 
@@ -78,7 +85,7 @@ def _reads_short(path: Path, data: bytes) -> bool:
 
 
 def _frames(path: Path) -> tuple[int | None, int | None]:
-    """Return how many frames `probe` counts and `read_video` gives; None for an error."""
+    """Return the number of frames that `probe` counts and that `read_video` returns; None stands for an error."""
     found: list[int | None] = []
     for count in (lambda: probe(path).frames, lambda: len(read_video(path))):
         try:
@@ -90,23 +97,23 @@ def _frames(path: Path) -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """A gate, and the function that measures it; None as long as there is none."""
+    """A gate, and the function that measures it (None if there is no function)."""
 
     name: str
     op: str
     target: float
     measure: Callable[[], tuple[float, list[dict[str, Any]]]] | None = None
     gpus: int = 0
-    """CUDA devices that it needs: with fewer it is left out."""
+    """Number of CUDA devices that the measurement needs. On a machine with fewer, the gate is not measured."""
 
     @property
     def here(self) -> bool:
-        """Whether this machine can measure it."""
+        """Whether this machine can measure the gate."""
         return self.measure is not None and torch.cuda.device_count() >= self.gpus
 
 
 def threads_wrong() -> tuple[float, list[dict[str, Any]]]:
-    """Return how many calls in threads gave other bits than alone, and how many of each plug-in."""
+    """Return how many calls in threads differ from the same calls alone, and the numbers by plug-in."""
     from benchmarks import faults_threads
 
     found = faults_threads.wrong_by_plug_in()
@@ -116,7 +123,7 @@ def threads_wrong() -> tuple[float, list[dict[str, Any]]]:
 
 
 def options_without_effect() -> tuple[float, list[dict[str, Any]]]:
-    """Return how many options, over all families, neither act nor are refused, and what becomes of each."""
+    """Return how many options, over all families, have no effect and are not refused, and the outcome of each."""
     from benchmarks.faults_options import outcomes
 
     found = outcomes()
@@ -125,7 +132,7 @@ def options_without_effect() -> tuple[float, list[dict[str, Any]]]:
 
 
 def rss_mb_per_1000_steps() -> tuple[float, list[dict[str, Any]]]:
-    """Return the steepest growth of memory over steps among the trainers, and what was read of each."""
+    """Return the largest growth of memory per 1,000 steps among the trainers, and the readings of each."""
     from benchmarks.faults_growth import by_trainer
 
     rows = by_trainer()
@@ -133,7 +140,10 @@ def rss_mb_per_1000_steps() -> tuple[float, list[dict[str, Any]]]:
 
 
 def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
-    """Return the share of families x formats in which a LoRA comes back exactly, of those not refused, and each."""
+    """Return the share of pairs (family, format) in which a LoRA is restored exactly, and the outcome of each pair.
+
+    Pairs that are refused do not count.
+    """
     from benchmarks.faults_lora import all_outcomes
 
     found = all_outcomes()
@@ -142,14 +152,14 @@ def lora_formats_round_trip() -> tuple[float, list[dict[str, Any]]]:
 
 
 def half_written() -> tuple[float, list[dict[str, Any]]]:
-    """Return how many of 50 interrupted commands left something half-written, and what became of each."""
+    """Return how many of 50 interrupted commands left a half-written file, and the outcome of each command."""
     from benchmarks import faults_interrupts
 
     return faults_interrupts.half_written()
 
 
 def score_peak() -> tuple[float, list[dict[str, Any]]]:
-    """Return the largest peak of memory, in MB, of `postgen score` on a video of 10,000 frames, and a row a run."""
+    """Return the peak memory in MB of `postgen score` on a video of 10,000 frames, and one row per run."""
     from benchmarks.faults_score import by_rewards
 
     rows = by_rewards()
@@ -157,24 +167,28 @@ def score_peak() -> tuple[float, list[dict[str, Any]]]:
 
 
 def server_lockout() -> tuple[float, list[dict[str, Any]]]:
-    """Return the longest wait for a score under any kind of bad clients, in seconds, and a row a kind."""
+    """Return the longest wait for a score in seconds, over all kinds of bad clients, and one row per kind.
+
+    Raises:
+        RuntimeError: if a connection was reset, or if the server wrote to the terminal.
+    """
     from benchmarks.faults_server import by_attack
 
     rows = by_attack()
     if resets := sum(row["resets"] + row["lines"] for row in rows):
-        raise RuntimeError(f"{resets} connections were reset, or lines written, which none may be: {rows}")
+        raise RuntimeError(f"{resets} connections were reset or lines written, but there must be none: {rows}")
     return max(row["longest_wait_s"] for row in rows), rows
 
 
 def bad_inputs() -> tuple[float, list[dict[str, Any]]]:
-    """Return how many wrong inputs the matrix has, and what became of each table."""
+    """Return the number of wrong inputs in the tables of `tests/bad_inputs`, and the result of each table."""
     from benchmarks import faults_inputs
 
     return faults_inputs.total("wrong"), list(faults_inputs.measured())
 
 
 def tracebacks() -> tuple[float, list[dict[str, Any]]]:
-    """Return how many inputs of the matrix ended in a traceback or in no answer, and in which tables."""
+    """Return how many inputs end in a traceback or in no answer, and the number in each table."""
     from benchmarks import faults_inputs
 
     rows = [{"table": row["table"], "tracebacks": row["traceback"]} for row in faults_inputs.measured()]
@@ -182,7 +196,7 @@ def tracebacks() -> tuple[float, list[dict[str, Any]]]:
 
 
 def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
-    """Return how many inputs of the matrix were taken for what they are not, and in which tables."""
+    """Return how many inputs are accepted silently with a wrong meaning, and the number in each table."""
     from benchmarks import faults_inputs
 
     rows = [{"table": row["table"], "silent_accepts": row["silent"]} for row in faults_inputs.measured()]
@@ -190,7 +204,7 @@ def silent_accepts() -> tuple[float, list[dict[str, Any]]]:
 
 
 def two_gpus(name: str) -> tuple[float, list[dict[str, Any]]]:
-    """Return a gate of `benchmarks.faults_two_gpus` and the runs behind it."""
+    """Return the value of a gate of `benchmarks.faults_two_gpus`, and the rows of its runs."""
     from benchmarks import faults_two_gpus
 
     return _of_two_gpus(name, faults_two_gpus.measured_once())
@@ -199,7 +213,7 @@ def two_gpus(name: str) -> tuple[float, list[dict[str, Any]]]:
 def _of_two_gpus(name: str, found: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
     value = next(row["value"] for row in found["gates"] if row["name"] == name)
     if value is None:
-        raise RuntimeError("no run of two processes came to its end")
+        raise RuntimeError(f"{name} has no value: no run of two processes finished")
     rows = found["rows"]["resume" if name == "resume_other_count" else "two_gpus"]
     if name == "two_gpu_combinations":
         rows = [{"run": row["run"], "trained": not row["log"]} for row in rows if row["processes"] == 2]
@@ -226,11 +240,11 @@ FAULTS = (
 
 
 def measured(only: list[str], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the payload of the result file: gates, the rows behind them, the names of those not measured.
+    """Measure gates; return the payload of the result file: gates, their rows, and the names of gates not measured.
 
     Args:
-        only: gates to measure; none for all.
-        before: the file's content, from which the other gates keep value and rows.
+        only: names of the gates to measure; an empty list means all.
+        before: content of the present result file, from which the other gates keep their values and rows.
     """
     values, rows = _values(before), dict(before.get("rows", {}))
     elsewhere = dict(before.get("remeasured", {}))
@@ -245,11 +259,11 @@ def measured(only: list[str], before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take(output: Path, source: Path) -> None:
-    """Put the gates of two GPUs and their rows into a result file, as another machine measured them.
+    """Copy the gates of two GPUs and their rows, measured on another machine, into a result file.
 
     Args:
-        output: the file of this program, which stands already.
-        source: a file of `benchmarks.faults_two_gpus`, whose date, device, versions and settings go with them.
+        output: existing result file of this program.
+        source: result file of `benchmarks.faults_two_gpus`; its date, device, versions and settings are copied too.
     """
     found, before = read_result(source), read_result(output)
     values, rows = _values(before), dict(before["rows"])
@@ -269,12 +283,14 @@ def _gates(values: Mapping[str, float | None]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write the file."""
+    """Measure or copy the gates, and write the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])
     names = [fault.name for fault in FAULTS if fault.here]
-    parser.add_argument("--only", nargs="+", choices=names, default=[], help="measure these alone")
-    parser.add_argument("--take", type=Path, metavar="FILE", help="of benchmarks.faults_two_gpus; measure nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
+    parser.add_argument("--only", nargs="+", choices=names, default=[], help="measure only these gates")
+    parser.add_argument(
+        "--take", type=Path, metavar="FILE", help="copy the gates of this file of benchmarks.faults_two_gpus"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "faults.json", help="path of the result file")
     options = parser.parse_args(argv)
     if options.take:
         take(options.output, options.take)

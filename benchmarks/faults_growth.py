@@ -1,12 +1,13 @@
-"""Does a run take more memory the longer it lasts?
+"""Measure whether the memory of a training run grows with its length.
 
     python -m benchmarks.faults_growth
 
-Trains real trainers on tiny models on the CPU for some thousand very cheap steps, each in a process of its own, with
-everything on that may grow: a log line each step, evaluations, checkpoints, exports with model cards, TensorBoard.
-Every 50 steps memory that is free is collected (`gc.collect`, glibc's `malloc_trim`) and the resident set is read. The
-first steps are left out: caches fill there (the log keeps 1,000 lines). The result is the slope of the least squares
-line through the rest. Run it from the root of a checkout on Linux: the tiny models are those of the tests.
+The benchmark trains tiny models on the CPU with the real trainers, for some thousand very cheap steps, each trainer in
+its own process. Everything that may grow is on: a log line per step, evaluations, checkpoints, exports with model
+cards, TensorBoard. Every 50 steps it frees unused memory (`gc.collect`, glibc's `malloc_trim`) and reads the resident
+set. It leaves out the first steps, in which caches fill (the log keeps 1,000 lines). The result is the slope of the
+least-squares line through the other readings. Run it on Linux from the root of a checkout, because it uses the tiny
+models of the tests.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import numpy as np
 from transformers import TrainerCallback
 
 EVERY = 50
-"""Steps between two readings."""
+"""Number of steps between two readings."""
 STEPS, WARM_UP = 6000, 2000
-"""Of a measured run, and how many of them are left out."""
+"""Number of steps of a measured run, and how many of the first ones are left out."""
 TOTAL = 2**20
 
 
 def resident_mb() -> float:
-    """Return the resident set of this process in MB (2**20 bytes), after memory that is free was given back."""
+    """Free unused memory, and return the resident set of this process in MB (2**20 bytes)."""
     gc.collect()
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
@@ -55,13 +56,13 @@ def slope(points: Sequence[tuple[int, float]], warm_up: int) -> float:
 
 @dataclass
 class Readings(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Reads the memory every so many steps."""
+    """Callback that reads the memory every `every` steps; `points` holds (step, MB)."""
 
     every: int = EVERY
     points: list[tuple[int, float]] = field(default_factory=list)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        """Read it, where it is time."""
+        """Read the memory if the step is a multiple of `every`."""
         if state.global_step % self.every == 0:
             self.points.append((state.global_step, round(resident_mb(), 3)))
 
@@ -70,7 +71,7 @@ def _base(folder: Path, readings: TrainerCallback, **settings: Any) -> Any:
     from tests.training.tiny import TinyConfig, TinyTrainer
 
     class Bounded(TinyTrainer):
-        """Without what the tests note of each step."""
+        """The tiny trainer without the list in which the tests record every step, since this list grows."""
 
         def on_optimizer_step(self) -> None:
             self.seen.clear()
@@ -104,13 +105,13 @@ TRAINERS: Mapping[str, Callable[..., Any]] = {
     "dancegrpo": _group("dancegrpo"),
     "diffusion_nft": _group("diffusion_nft"),
 }
-"""Name -> function that makes the trainer."""
+"""Function that makes a trainer, by name."""
 
 
 def measured(
     name: str, steps: int, *, every: int = EVERY, callback: type[Readings] = Readings, **more: Any
 ) -> Readings:
-    """Train in this process, with more settings; return what was read."""
+    """Train the trainer `name` in this process, with more settings; return the readings."""
     readings = callback(every=every)
     settings = {"max_steps": steps, "logging_steps": 1, "eval_steps": 100, "save_steps": 500, "save_seconds": 10.0}
     settings |= {"report_to": ["tensorboard"], "disable_tqdm": True, "device": "cpu", **more}
@@ -120,7 +121,7 @@ def measured(
 
 
 def by_trainer() -> list[dict[str, Any]]:
-    """Return for each trainer its slope, how it was found, and what was read, each in a process of its own."""
+    """Measure each trainer in its own process; return the slope, the settings and the readings of each."""
     rows = []
     for name in TRAINERS:
         command = [sys.executable, "-m", "benchmarks.faults_growth", "--one", name]
@@ -136,7 +137,7 @@ def by_trainer() -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Measure all trainers, or print the readings of one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults_growth", description=__doc__.splitlines()[0])
-    parser.add_argument("--one", choices=list(TRAINERS), help="train this one here and print its readings")
+    parser.add_argument("--one", choices=list(TRAINERS), help="train only this one, here, and print its readings")
     name = parser.parse_args(argv).one
     if name is None:
         by_trainer()

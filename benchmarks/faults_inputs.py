@@ -1,9 +1,9 @@
-"""Bad inputs: how many there are, how many end in a traceback, how many are taken without a word.
+"""Count the tested bad inputs, those that end in a traceback, and those that are accepted silently.
 
     python -m benchmarks.faults_inputs
 
-Runs the tables of `tests/bad_inputs` in this process, with no model loaded but where only its weights can tell, and
-prints the rows that fail. About 40 seconds on one core.
+The benchmark runs the tables of `tests/bad_inputs` in this process and prints the rows that fail. It loads a model
+only for inputs that cannot be checked without its weights. It takes about 40 seconds on one core.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tests.bad_inputs.run import TABLES, problems, table
 
 @functools.cache
 def measured() -> tuple[dict[str, Any], ...]:
-    """Return a row a table: its inputs, of them those made by machine, and what failed by kind.
+    """Return one row per table: the number of inputs, whether they are generated from the options, and the failures.
 
-    Kinds: `traceback` (also no answer in time), `silent` (a wrong input taken, or a right one taken as something
-    else), `left` (files came or went), `unclear` (not one clear line), `right_refused`.
+    Kinds of failures: `traceback` (or no answer in time), `silent` (a wrong input is accepted, or a right one has a
+    wrong effect), `left` (files appear or disappear), `unclear` (the message is not one clear line), `right_refused`.
     """
     found = []
     for name in TABLES:
@@ -46,12 +46,12 @@ def measured() -> tuple[dict[str, Any], ...]:
 
 
 def total(kind: str) -> int:
-    """Return the sum of a column of `measured`."""
+    """Return the sum of the column `kind` of `measured`."""
     return sum(row[kind] for row in measured())
 
 
 def main() -> int:
-    """Print the rows that fail, and what each table holds."""
+    """Print the rows that fail, and the numbers of each table; return 1 if a row fails."""
     for row in measured():
         print(*row["failed"], sep="\n", end="\n" if row["failed"] else "")
         print({key: value for key, value in row.items() if key != "failed"})

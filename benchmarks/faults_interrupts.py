@@ -1,13 +1,15 @@
-"""Ctrl-C and SIGTERM at random moments: what do generate, compare, score and train leave behind?
+"""Interrupt generate, compare, score and train at random moments, and check the files that they leave.
 
     python -m benchmarks.faults_interrupts
 
-Each command runs in a process and a folder of its own and gets one signal (train now and then two), half of them
-anywhere between its start and the end of an uninterrupted run, half in the last part of it, where files are written.
-Moments are told by the processor time of the process, so that a busy machine does not shift them.
-Half of the runs that make files find older ones in their place. Afterwards the files of a call must be all there and
-whole, or all as before; nothing else may be there; a table of scores and a run of training must go on to what they
-would have been. Run it from the root of a checkout, where there are signals: the tiny trainer is that of the tests.
+Each command runs in its own process and folder and receives one signal, as of Ctrl-C (SIGINT) or SIGTERM. train
+sometimes receives two. Half of the moments lie anywhere between the start and the end of an uninterrupted run; the
+other half lie in its last part, in which files are written. A moment is a processor time of the process, so that a
+busy machine does not shift it. For half of the runs that make files, older files with the same names exist.
+
+Afterwards, the files of a call must be all complete or all as before, and no other file may exist. A table of scores
+and a training run must continue to the result of an uninterrupted run. Run the benchmark on a system with POSIX
+signals from the root of a checkout, because it uses the tiny trainer of the tests.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ from postgen.video import read_video
 SEED = 19
 INTERRUPTS = 50
 PATIENCE = 60.0
-"""Seconds that a command may take to end after the signal."""
+"""Largest time in seconds between the signal and the end of a command."""
 _AT_ONCE = 3
-"""Commands that run at the same time."""
+"""Number of commands that run at the same time."""
 OLD = "as it was before\n"
 CODES = {
-    signal.SIGINT: (130, -signal.SIGINT),  # Python dies of the signal itself where it came before its own handler
+    signal.SIGINT: (130, -signal.SIGINT),  # the signal itself ends Python if it comes before Python's handler is set
     signal.SIGTERM: (143, -signal.SIGTERM),
 }
 _CLIP = ("--size", "32x32", "--frames", "5", "--steps", "3")
@@ -60,13 +62,13 @@ class Command:
     """A command under test."""
 
     words: Callable[[Path], list[str]]
-    """Its words, for the folder in which it runs."""
+    """Function that returns the arguments of the command for the folder in which it runs."""
     files: Sequence[str] = ()
-    """What it makes: all or none."""
+    """Files that the command makes: all of them or none."""
     again: Sequence[str] = ()
-    """Words that are added where it is run once more to its end, to compare what it makes then."""
+    """Additional arguments when the interrupted command runs again to its end."""
     compared: Sequence[str] = ()
-    """Files that are then the same as of an uninterrupted run, by their bytes."""
+    """Files that must then equal those of an uninterrupted run, byte by byte."""
 
 
 def _train(folder: Path) -> list[str]:
@@ -106,7 +108,7 @@ COMMANDS: Mapping[str, Command] = {
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What one interrupt came to."""
+    """Result of one interrupt."""
 
     command: str
     signal: str
@@ -115,21 +117,21 @@ class Outcome:
     of: float
     """Processor seconds of an uninterrupted run."""
     second: float | None
-    """Seconds to a second signal."""
+    """Seconds between the first and the second signal; None if there is only one."""
     code: int | None
     """Exit code; None for a process that did not end."""
     seconds: float
-    """From the signal to the end."""
+    """Seconds from the first signal to the end of the process."""
     traceback: bool
-    """Whether it ended with one."""
+    """Whether the command printed a traceback."""
     wrong: list[str]
-    """What is half-written, left over, or other than of an uninterrupted run."""
+    """Faults: files that are half-written, left over, or different from those of an uninterrupted run."""
     told: str = ""
-    """The last line that it wrote."""
+    """Last line that the command printed."""
 
 
 def outcomes(count: int = INTERRUPTS) -> list[Outcome]:
-    """Interrupt the commands in turns, so many times in all, some of them at a time."""
+    """Interrupt the commands in turn, `count` times in all, with up to `_AT_ONCE` commands at the same time."""
     draw = random.Random(SEED)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(_AT_ONCE) as pool:
         home = Path(name)
@@ -149,7 +151,7 @@ def outcomes(count: int = INTERRUPTS) -> list[Outcome]:
             shutil.rmtree(folder)
             return found
 
-        # Drawn here, in one order, and not in the threads.
+        # Draw all random numbers here, in a fixed order, because the order of the threads is not fixed.
         drawn = [
             (n, draw.random(), draw.uniform(0, 0.1) if draw.random() < 0.5 else None, draw.random() < 0.5)
             for n in range(count)
@@ -164,19 +166,23 @@ def _make_clips(folder: Path) -> None:
 
 
 def _uninterrupted(home: Path, command: str) -> float:
-    """Run a command to its end; return the processor seconds it takes."""
+    """Run a command to its end without a signal; return its processor seconds.
+
+    Raises:
+        RuntimeError: if the command fails or leaves wrong files.
+    """
     folder = home / f"whole-{command}"
     folder.mkdir()
     process = _start(COMMANDS[command].words(folder), folder)
     seconds = _wait(process, float("inf"))
     _ended(process)
     if wrong := _half(folder, command, old=False):
-        raise RuntimeError(f"an uninterrupted {command} leaves {wrong}")
+        raise RuntimeError(f"the command {command} leaves wrong files even without an interrupt: {wrong}")
     return seconds
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> float:
-    """Wait until a process has used so many processor seconds, or has ended; return what it used."""
+    """Wait until a process has used `seconds` of processor time or has ended; return the processor time it used."""
     used = 0.0
     try:
         watched = psutil.Process(process.pid)
@@ -184,13 +190,14 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> float:
             times = watched.cpu_times()
             used = max(used, times.user + times.system)
             time.sleep(0.005)
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         pass
     return used
 
 
 def _start(words: Iterable[str], log: Path) -> subprocess.Popen[bytes]:
-    # A program that was started in the background ignores Ctrl-C, and its children with it.
+    # A program that is started in the background ignores SIGINT, and its children inherit this. So restore the
+    # handler.
     with (log / "log").open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "postgen", *words],
@@ -204,12 +211,13 @@ def _start(words: Iterable[str], log: Path) -> subprocess.Popen[bytes]:
 
 def _ended(process: subprocess.Popen[bytes]) -> None:
     if code := process.wait():
-        raise RuntimeError(f"{process.args!r} ended with {code}")
+        raise RuntimeError(f"the command {process.args!r} ended with exit code {code}")
 
 
 def _interrupted(
     folder: Path, command: str, kind: signal.Signals, after: float, second: float | None, *, old: bool
 ) -> Outcome:
+    # Start the command, with older files in place if `old`, and send one or two signals.
     folder.mkdir()
     for name in COMMANDS[command].files if old else ():
         (folder / name).write_text(OLD)
@@ -226,10 +234,11 @@ def _interrupted(
         process.kill()
         process.wait()
         code = None
+    # Check the files and the exit code.
     told = (folder / "log").read_text(errors="replace")
     wrong = _half(folder, command, old=old)
     if code not in (0, *CODES[kind]):
-        wrong.append(f"it ended with {code}: {told[-300:]}")
+        wrong.append(f"the command ended with exit code {code}: {told[-300:]}")
     return Outcome(
         command=command,
         signal=kind.name,
@@ -245,7 +254,7 @@ def _interrupted(
 
 
 def _half(folder: Path, command: str, *, old: bool) -> list[str]:
-    """Return what is there and should not be."""
+    """Return the faults of the files in the folder: temporary files, half-written files, and other files left over."""
     own = COMMANDS[command]
     wrong = [f"left: {path.name}" for path in folder.rglob("*") if path.name.endswith((".part", ".old"))]
     wrong += [f"left: {path.name}" for path in folder.glob(".*") if not path.name.endswith((".part", ".old"))]
@@ -260,7 +269,7 @@ def _half(folder: Path, command: str, *, old: bool) -> list[str]:
 
 
 def _state(path: Path) -> str:
-    """Return "absent", "old", "new", or what is wrong with a file."""
+    """Return the state of a file: "absent", "old", "new", or a description of its fault."""
     if not path.exists():
         return "absent"
     data = path.read_bytes()
@@ -279,7 +288,7 @@ def _state(path: Path) -> str:
 
 
 def _different(folder: Path, whole: Path, command: str) -> list[str]:
-    """Run a command once more to its end where it goes on with what is there; return the files that differ."""
+    """Run a command that can continue again to its end; return the files that differ from an uninterrupted run."""
     own = COMMANDS[command]
     if not own.compared:
         return []
@@ -292,12 +301,12 @@ def _different(folder: Path, whole: Path, command: str) -> list[str]:
 
 
 def half_written() -> tuple[int, list[dict[str, Any]]]:
-    """Return how many interrupts left something half-written, and what each came to."""
+    """Return the number of interrupts with faults, and the outcome of each interrupt."""
     found = outcomes()
     return sum(bool(one.wrong) for one in found), [asdict(one) for one in found]
 
 
 if __name__ == "__main__":
     wrong, rows = half_written()
-    print(f"{wrong} of {len(rows)} interrupts left something half-written")
+    print(f"{wrong} of {len(rows)} interrupts left wrong files or an unexpected exit code")
     sys.exit(bool(wrong))

@@ -1,12 +1,12 @@
-"""Does a LoRA come back exactly, in every family and format, by postgen's loader and by diffusers' own?
+"""Check that a LoRA is restored exactly, in every family and format, by postgen's loader and by diffusers' own.
 
     python -m benchmarks.faults_lora
 
-Puts the trainer's default adapters into tiny random models of the real classes, writes them as a run's export, as
-`postgen export-lora` does in each format, and each of these files in each other format; then loads them and compares
-what every layer's weight is changed by, in float64 and to the bit. diffusers reads the fused layers of FLUX and
-HunyuanVideo only where the model is 3,072 wide: there a file of that width, without a model, goes through its own
-conversion.
+The benchmark adds the trainer's default adapters to tiny random models of the real classes. It writes them as the
+export of a run, with `postgen export-lora` in each format, and converts each of these files to each other format. Then
+it loads the files and compares the change of every layer's weight, in float64 and bit by bit. diffusers reads the
+fused layers of FLUX and HunyuanVideo only for a model width of 3,072. For these, diffusers' conversion is tested on a
+file of that width, without a model.
 """
 
 from __future__ import annotations
@@ -36,47 +36,50 @@ from tests.families.lora_cases import (
 )
 
 REFUSED = {("CogVideoX", "kohya"), ("Stable Diffusion 3", "kohya")}
-"""Kohya's tools have no keys for them, so there is nothing that could be written."""
+"""Pairs (family, format) that `export_lora` must refuse, because Kohya's tools have no keys for these families."""
 OWN_ONLY = {
     ("LTX", "kohya"): "its loader knows no kohya keys",
     ("HunyuanVideo", "kohya"): "its loader knows no kohya keys",
     ("HunyuanVideo", "comfyui"): "it cuts the rank of the token refiner's layers; the other layers are exact",
 }
-"""What diffusers' own loader cannot read, and why."""
+"""Pairs (family, format) that diffusers' own loader cannot read exactly, and the reason."""
 WIDE = {("FLUX", "comfyui"), ("FLUX", "kohya"), ("HunyuanVideo", "comfyui")}
-"""What it reads at one width only."""
+"""Pairs (family, format) that diffusers' own loader reads only for a model width of 3,072."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a LoRA came back."""
+    """Result of loading the LoRA of one family from one format."""
 
     family: str
     format: str
     postgen: str
-    """`exact`, `refused`, or what went wrong."""
+    """Result of postgen's loader: `exact`, `refused`, or a description of the fault."""
     diffusers: str
-    """`exact`, why it is not asked for more, or what went wrong; `not asked` of files converted twice."""
+    """Result of diffusers' loader: `exact`, `refused`, the known reason of `OWN_ONLY`, or a description of the fault.
+
+    For files that are converted twice it is `not asked`, because diffusers' loader is not tested with them.
+    """
 
     @property
     def refused(self) -> bool:
-        """Whether the format is refused by name, and is known not to carry the family."""
+        """Whether the export refuses the format for this family, as `REFUSED` expects."""
         return self.postgen == "refused" and (self.family, self.format) in REFUSED
 
     @property
     def holds(self) -> bool:
-        """Whether all came back exactly, by every reader that can read it."""
+        """Whether every loader that can read the format restores the LoRA exactly."""
         known = OWN_ONLY.get((self.family, self.format), "exact")
         return self.postgen == "exact" and self.diffusers in ("exact", known, "not asked")
 
 
 def outcomes(family: str, folder: Path, *, twice: bool = True) -> Iterator[Outcome]:
-    """Yield what becomes of a family's LoRA in every format, the export of a run first.
+    """Yield the outcome of a family's LoRA for the export of a run and then for every format.
 
     Args:
-        family: a key of `FAMILIES`.
-        folder: where to write.
-        twice: whether files in each format are converted to each other one as well.
+        family: key of `FAMILIES`.
+        folder: folder in which the files are written.
+        twice: whether to convert the file of each format also to each other format.
     """
     torch.manual_seed(0)
     pipe = FAMILIES[family]()
@@ -119,7 +122,7 @@ def _outcome(pipe: Any, family: str, format: str, files: dict[str, Path], expect
 def _again(
     pipe: Any, family: str, formats: tuple[str, str], files: dict[str, Path], folder: Path, expected: Changes
 ) -> Outcome:
-    """Convert a converted file once more and load that."""
+    """Convert a converted file to a second format, and load the result with postgen."""
     again = {name: folder / f"{'-'.join(formats)}-{name}.safetensors" for name in files}
     for name, file in files.items():
         export_lora(file, again[name], formats[1])  # type: ignore[arg-type]
@@ -130,22 +133,22 @@ def _again(
 def _state(read: Callable[[], Changes], pipe: Any, expected: Changes) -> str:
     try:
         found = read()
-    except Exception as error:  # whatever a loader raises, the file was not read
+    except Exception as error:  # any exception of a loader means that it cannot read the file
         pipe.unload_lora_weights()
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if same(found, expected):
         return "exact"
     count = sum(len(layers) for layers in found.values())
-    return f"{count} layers changed, and not as the {sum(len(layers) for layers in expected.values())} were"
+    return f"{count} layers changed; they differ from the {sum(len(layers) for layers in expected.values())} expected"
 
 
 def _wide(family: str, format: str, folder: Path) -> str:
-    """Return what diffusers' conversion makes of a file of the width that it is written for."""
+    """Return the result of diffusers' conversion on a file of the model width that the conversion expects."""
     found, expected = converted_by_diffusers(family, format, folder / "wide")
     if found.keys() != expected.keys():
-        return f"{len(found)} layers, not {len(expected)}"
+        return f"{len(found)} layers instead of the {len(expected)} expected, or layers with other names"
     if not all(torch.equal(found[name], expected[name]) for name in expected):
-        return "other changes"
+        return "the changes of the weights differ"
     return OWN_ONLY.get((family, format), "exact")
 
 
@@ -156,7 +159,7 @@ def _file(path: Path) -> Path:
 
 
 def all_outcomes() -> list[Outcome]:
-    """Return what becomes of every family in every format."""
+    """Return the outcomes of all families in all formats."""
     found = []
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         for number, family in enumerate(FAMILIES):
@@ -165,11 +168,11 @@ def all_outcomes() -> list[Outcome]:
 
 
 def main() -> None:
-    """Print how every LoRA came back."""
+    """Print the outcome of every family and format."""
     found = all_outcomes()
     for each in found:
         print(f"{each.family}, {each.format}: postgen {each.postgen}, diffusers {each.diffusers}")
-    print(f"{sum(each.holds for each in found)} of {sum(not each.refused for each in found)} come back exactly")
+    print(f"{sum(each.holds for each in found)} of {sum(not each.refused for each in found)} are restored exactly")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does every option of `generate` reach every family, or is it refused before the weights are read?
+"""Check that every option of `generate` has an effect in every family, or is refused before the weights are read.
 
     python -m benchmarks.faults_options
 
-Makes videos of 32 pixels with tiny random models of the real classes, with and without an option: it counts the
-options without effect and prints the table of docs/support.md. It says nothing about quality.
+The benchmark generates videos of 32 pixels with and without each option, with tiny random models of the real classes.
+It counts the options without effect and prints the table of docs/support.md. It does not measure quality.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "--image": ({"image": "second.png"},),
     "--fps": ({"fps": 12.0}, {"fps": 12.5}),
 }
-"""Option -> changes, each of which must act as asked or be refused."""
+"""Changes of the request by option. Each change must have the intended effect or be refused."""
 
 _SAID = {"num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance", "image": "--image"}
 _SAID |= {"negative_prompt": "negative"}
-"""What a refusal calls a setting, where that is not its own name."""
+"""Text that an error message uses for a setting, if it is not the name of the setting."""
 
 
 _FRAMES = {"CogVideoX": 9, "Mochi": 7}
-"""Frames of the video without options, where 5 cannot be made."""
+"""Number of frames of the video without options, for families that cannot make 5."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of an option in a family."""
+    """Result of an option in a family."""
 
     family: str
     option: str
     state: str
-    """`acts`, `refused`, or what went wrong."""
+    """`acts`, `refused`, or a description of the fault."""
 
     @property
     def holds(self) -> bool:
-        """Whether the option acted or was refused, as it must."""
+        """Whether the option acts or is refused."""
         return self.state in ("acts", "refused")
 
 
 class Family:
-    """A tiny model of a family, and the video that it makes without any option."""
+    """A tiny model of a family, and the video that it generates without any option."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -89,7 +89,7 @@ class Family:
             self.given["guidance_scale"] = 3.0
 
     def request(self, **changes: Any) -> GenerateConfig:
-        """Return the request with changes."""
+        """Return the request without options, with changes."""
         if "image" in changes:
             changes["image"] = str(self.folder / changes["image"])
         return GenerateConfig(
@@ -98,26 +98,26 @@ class Family:
 
     @cached_property
     def plain(self) -> Tensor:
-        """The clip without options."""
+        """The clip that is generated without options."""
         return self.clip()
 
     def clip(self, **changes: Any) -> Tensor:
-        """Make a clip with changes."""
+        """Generate a clip with changes of the request."""
         job = prepare(self.request(**changes))
         return run(self._pipe(job), job)
 
     def _pipe(self, job: Any) -> Any:
-        """Return the pipeline of a job, which is loaded once."""
+        """Return the pipeline for a job. Jobs with the same loading settings share one pipeline."""
         if job.loading not in self.pipes:
             self.pipes[job.loading] = load(job)
         return self.pipes[job.loading]
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Yield what becomes of every option."""
+        """Yield the outcome of every option."""
         for option, all_changes in OPTIONS.items():
             states = [self._state(changes) for changes in all_changes]
             wrong = [state for state in states if state not in ("acts", "refused")]
-            # An option of which one value acts is one that the family has.
+            # If one value of an option acts, the family has this option, even if it refuses other values.
             state = wrong[0] if wrong else "acts" if "acts" in states else "refused"
             yield Outcome(family=self.name, option=option, state=state)
 
@@ -127,10 +127,10 @@ class Family:
             prepare(self.request(**changes))
         except UserError as error:
             named = any(_SAID.get(name, name) in str(error) for name in changes)
-            return "refused" if named and "\n" not in str(error) else f"{asked} is not named: {error}"
+            return "refused" if named and "\n" not in str(error) else f"the message does not name {asked}: {error}"
         try:
             return "acts" if self._acts(changes) else f"{asked} has no effect"
-        except Exception as error:  # whatever it is, it comes after the weights were read
+        except Exception as error:  # any exception here is a fault, because the weights are already read
             return f"{asked} fails: {type(error).__name__}: {error}"
 
     def _acts(self, changes: dict[str, Any]) -> bool:
@@ -145,7 +145,7 @@ class Family:
         return clip.shape != self.plain.shape or not torch.equal(clip, self.plain)
 
     def _plays(self, fps: float) -> bool:
-        """Whether the written video plays at a rate, and the network was told it where it is told one."""
+        """Return whether the written video has the rate `fps`, and whether the network receives it if it takes one."""
         job = prepare(self.request(fps=fps))
         with tempfile.TemporaryDirectory() as folder:
             files = generate_video(job.config, Path(folder) / "x.mp4", pipe=self._pipe(job))
@@ -155,29 +155,29 @@ class Family:
 
 
 def prepare_facts(folder: Path) -> Any:
-    """Return what is known of a model before it is loaded."""
+    """Return the facts about a model that are known before its weights are loaded."""
     from postgen.families.loading import inspect_model
 
     return inspect_model(folder)
 
 
 def outcomes() -> list[Outcome]:
-    """Return what becomes of every option in every family."""
+    """Return the outcomes of all options in all families."""
     found = []
     with tempfile.TemporaryDirectory() as folder, quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SVD says each time that it takes no text
+        warnings.simplefilter("ignore")  # SVD warns at each call that it takes no text
         for number, name in enumerate(VIDEOS):
             found += Family(name, Path(folder) / str(number)).outcomes()
     return found
 
 
 def options_without_effect() -> int:
-    """Return how many options, over all families, neither act nor are refused before the weights are read."""
+    """Return the number of options, over all families, that neither act nor are refused before weights are read."""
     return sum(not each.holds for each in outcomes())
 
 
 def table(found: list[Outcome]) -> str:
-    """Return the table of docs/support.md: a row a family, a column an option."""
+    """Return the table of docs/support.md, with one row per family and one column per option."""
     lines = [f"| | {' | '.join(f'`{option}`' for option in OPTIONS)} |", "|---" * (len(OPTIONS) + 1) + "|"]
     for family in VIDEOS:
         states = {each.option: each.state for each in found if each.family == family}
@@ -186,7 +186,7 @@ def table(found: list[Outcome]) -> str:
 
 
 def main() -> None:
-    """Print the table and the number."""
+    """Print the table and the number of options without effect."""
     found = outcomes()
     print(table(found))
     print(f"options without effect: {sum(not each.holds for each in found)} of {len(found)}")

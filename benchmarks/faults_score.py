@@ -1,10 +1,10 @@
-"""How much memory does `postgen score` take for a video of 10,000 frames?
+"""Measure the peak memory of `postgen score` for a video of 10,000 frames.
 
     python -m benchmarks.faults_score
 
-The video is a true clip of the synthetic world, 96x96, played there and back until it has so many frames. Each row is
-one run of the command in a process of its own. Ten times a second the resident sets of that process and of all its
-children (ffmpeg among them) are added up; the peak is the largest sum. Linux only.
+The video is a true clip of the synthetic world, 96x96, played forwards and backwards until it has 10,000 frames. Each
+row is one run of the command in its own process. Ten times per second the benchmark adds up the resident sets of this
+process and of all its descendants (for example ffmpeg). The peak is the largest sum. It runs on Linux only.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ REWARDS = (
     "world_clip,world_judge,brisque(least=64)",
     "flow_smoothness,dynamic_degree",
 )
-"""What is scored together, in a run each; the largest peak counts."""
+"""Rewards that are computed together in one run. The largest peak of the runs counts."""
 TOTAL = 2**20
 
 
 def tree_mb(root: int) -> float:
-    """Return the resident sets of a process and all that descend from it, in MB (2**20 bytes)."""
+    """Return the sum of the resident sets of a process and all its descendants, in MB (2**20 bytes)."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
-                continue  # it has just ended
+                continue  # the process has just ended
     total = 0
     for pid in parents:
         one = pid
@@ -50,7 +50,8 @@ def tree_mb(root: int) -> float:
             one = parents[one]
         if one == root:
             try:
-                # A child has its parent's pages and words until it has become ffmpeg; they are not there twice.
+                # Between fork and exec, a child shares the pages of its parent and has the same command line. These
+                # pages must not count twice.
                 twin = pid != root and _words(pid) == _words(parents[pid])
                 total += 0 if twin else int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             except OSError:
@@ -63,7 +64,7 @@ def _words(pid: int) -> bytes:
 
 
 def make_video(path: Path, frames: int = FRAMES) -> str:
-    """Write the video; return its prompt."""
+    """Write the video with `frames` frames; return its prompt."""
     spec = world.sample(7, camera="static")
     clip = world.render([spec]).rgb_BF3HW[0]
 
@@ -77,7 +78,7 @@ def make_video(path: Path, frames: int = FRAMES) -> str:
 
 
 def peak_of(video: Path, prompt: str, rewards: str) -> dict[str, Any]:
-    """Score a video; return the rewards, what they gave, the seconds and the peak."""
+    """Score a video; return the rewards, their scores, the seconds and the peak memory."""
     table = video.with_suffix(".jsonl")
     table.unlink(missing_ok=True)
     command = [sys.executable, "-m", "postgen", "score", str(video), "--prompt", prompt, "--reward", rewards]
@@ -87,7 +88,7 @@ def peak_of(video: Path, prompt: str, rewards: str) -> dict[str, Any]:
             peak = max(peak, tree_mb(run.pid))
             time.sleep(0.1)
     if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}")
+        raise RuntimeError(f"the command `{' '.join(command)}` ended with exit code {run.returncode}")
     row = json.loads(table.read_text())
     scores = {key: value for key, value in row.items() if key not in ("file", "prompt", "no_score", "error", "key")}
     seconds = time.perf_counter() - start
@@ -95,7 +96,7 @@ def peak_of(video: Path, prompt: str, rewards: str) -> dict[str, Any]:
 
 
 def by_rewards(frames: int = FRAMES) -> list[dict[str, Any]]:
-    """Return a row for each of `REWARDS`."""
+    """Measure each entry of `REWARDS` and return one row per entry."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder, "long.mp4")

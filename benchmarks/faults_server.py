@@ -1,11 +1,11 @@
-"""Can clients that are slow, silent or many keep others away from `postgen serve-reward`?
+"""Measure how long slow, silent or many clients keep a healthy client of `postgen serve-reward` waiting.
 
     python -m benchmarks.faults_server
 
-A server in a process of its own, and against it one kind of bad client after the other, so many at once. All the
-while a healthy client asks for a score, waits for it, and asks again; the longest that it waited counts (of one that
-is sent away with 503, until a later try has its score). Counted are also answers that did not arrive because the
-connection was reset, and the lines that the server wrote on the terminal.
+A server runs in its own process. One kind of bad clients after the other connects to it, many at the same time. During
+each attack, a healthy client requests one score after the other. The result is its longest wait; if the server answers
+503, the wait lasts until a later request returns the score. The benchmark also counts the answers that are lost
+because the connection is reset, and the lines that the server writes to the terminal.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ import torch
 from postgen.rewards.wire import MEDIA_TYPE, pack
 
 SLOW, BURST, SECONDS = 64, 200, 15.0
-"""Slow clients at once, requests of a burst, and how long slow clients go on."""
+"""Number of slow clients at the same time, number of requests of a burst, and duration of a slow attack in seconds."""
 _LIMIT = 60.0
 HEAD = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {MEDIA_TYPE}\r\n"
 
 
 def request() -> bytes:
-    """Return the body of a healthy request: a clip of 8 frames, 64x64."""
+    """Return the body of a healthy request, with one clip of 8 frames of 64x64 pixels."""
     return pack(["a"], [torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))])
 
 
 def ask(port: int, body: bytes) -> int:
-    """Send a request; return the status of the answer.
+    """Send a request; return the HTTP status of the answer.
 
     Raises:
-        OSError: none came.
+        OSError: if no answer arrives.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_LIMIT)
     try:
@@ -57,7 +57,7 @@ def ask(port: int, body: bytes) -> int:
 
 
 class Healthy(threading.Thread):
-    """Asks for scores until it is told to stop, and notes how long it waited for each."""
+    """Thread that requests scores until `stop`, and records the wait in seconds for each score."""
 
     def __init__(self, port: int, body: bytes) -> None:
         super().__init__(daemon=True)
@@ -67,7 +67,7 @@ class Healthy(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Ask."""
+        """Request scores until `stop`, or until one wait exceeds the limit."""
         start = time.monotonic()
         while not self._over.wait(0.05):
             try:
@@ -84,14 +84,14 @@ class Healthy(threading.Thread):
         self.waits.append(time.monotonic() - start)
 
     def stop(self) -> float:
-        """End it; return the longest wait."""
+        """Stop the thread; return the longest wait in seconds."""
         self._over.set()
         self.join(_LIMIT)
         return max(self.waits, default=_LIMIT)
 
 
 def _drip(port: int, start: str, over: float) -> None:
-    """Open a connection, send something, then a byte a second."""
+    """Open a connection, send `start`, and then one byte per second. With an empty `start`, send nothing."""
     with suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(start.encode())
         while time.monotonic() < over:
@@ -101,7 +101,10 @@ def _drip(port: int, start: str, over: float) -> None:
 
 
 def slow(start: str, count: int = SLOW) -> Callable[[int, bytes], Counter[str]]:
-    """Return what opens so many connections, again when they are closed; without a start they are silent."""
+    """Return an attack with `count` slow connections, which are opened again when the server closes them.
+
+    With an empty `start` the connections are silent.
+    """
 
     def attack(port: int, body: bytes) -> Counter[str]:
         over = time.monotonic() + SECONDS
@@ -118,7 +121,7 @@ def slow(start: str, count: int = SLOW) -> Callable[[int, bytes], Counter[str]]:
 
 
 def burst(port: int, body: bytes) -> Counter[str]:
-    """Send requests at once, three times; return how each was answered."""
+    """Send `BURST` requests at the same time, three times; return the number of answers by status."""
     outcomes: Counter[str] = Counter()
 
     def one() -> None:
@@ -133,7 +136,7 @@ def burst(port: int, body: bytes) -> Counter[str]:
 
 
 def leave(port: int, body: bytes) -> Counter[str]:
-    """Send half a request, or a whole one, and leave without waiting."""
+    """Send half a request or a whole one, and close the connection without waiting for the answer."""
     for number in range(8 * SLOW):
         time.sleep(0.005)
         with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -164,7 +167,7 @@ ATTACKS: dict[str, Callable[[int, bytes], Counter[str]]] = {
 
 @contextmanager
 def serving() -> Iterator[tuple[int, Callable[[], int]]]:
-    """Start a server; give its port, and what counts the lines that it has written so far."""
+    """Start a server; yield its port, and a function that counts the lines it has written to stderr so far."""
     command = [sys.executable, "-u", "-m", "postgen", "serve-reward", "motion_floor", "--port", "0"]
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -185,7 +188,7 @@ def serving() -> Iterator[tuple[int, Callable[[], int]]]:
 
 
 def by_attack() -> list[dict[str, Any]]:
-    """Return a row for each of `ATTACKS`."""
+    """Run each attack of `ATTACKS` and return one row per attack."""
     rows, body = [], request()
     with serving() as (port, lines):
         for name, attack in ATTACKS.items():

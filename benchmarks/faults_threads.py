@@ -1,10 +1,11 @@
-"""Calls of several threads on one transformer that give something else than each of them gives alone.
+"""Count calls in several threads on one transformer whose result differs from that of the same call alone.
 
     python -m benchmarks.faults_threads
 
-Four pipelines of tiny random models have one transformer in common and a scheduler each; four threads call one each,
-25 times, with settings and seeds of their own, and meet in the middle of the transformer. For every plug-in of the
-table. Run it from the root of a checkout: the tiny models are those of the tests.
+Four pipelines of tiny random models share one transformer, and each has its own scheduler. In each of four threads,
+one pipeline is called 25 times, with its own settings and seeds. The threads wait for each other in the middle of the
+transformer. This is repeated for every plug-in of the table. Run the benchmark from the root of a checkout, because it
+uses the tiny models of the tests.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from postgen.plug_ins import known_plug_ins
 
 THREADS = 4
 CALLS = 100
-"""Of each plug-in, all threads together."""
+"""Number of calls for each plug-in, in all threads together."""
 
 
 def threads_wrong() -> int:
-    """Return how many of `CALLS` calls of each plug-in gave other bits than alone; an error counts as well."""
+    """Return the number of wrong calls of all plug-ins together, with `CALLS` calls per plug-in."""
     return sum(wrong_by_plug_in().values())
 
 
 def wrong_by_plug_in(calls: int = CALLS) -> dict[str, int]:
-    """Return by plug-in how many calls gave other bits than alone."""
+    """Return by plug-in how many calls fail, or differ in any bit from the same call alone."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums are split by threads, and bits are compared
+    torch.set_num_threads(1)  # the number of threads changes the order of sums, and results are compared bit by bit
     try:
         return {row.name: _wrong(row.name, calls) for row in known_plug_ins()}
     finally:
@@ -51,7 +52,7 @@ def _wrong(name: str, calls: int) -> int:
     alone = [[_latents(pipe, name, *job) for job in jobs] for pipe, jobs in zip(pipes, work, strict=True)]
     distinct = [_latents(pipes[0], name, setting, 0) for setting in settings[:3]]
     if any(torch.equal(a, b) for a, b in itertools.combinations(distinct, 2)):
-        raise RuntimeError(f"the settings of {name} are not told apart by their bits, so nothing can be found wrong")
+        raise RuntimeError(f"two settings of {name} produce equal results, so a mix-up of settings cannot be detected")
     barrier = threading.Barrier(THREADS, timeout=60)
     hook = pipes[0].transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: _meet(barrier))
     try:
@@ -65,7 +66,7 @@ def _wrong(name: str, calls: int) -> int:
 
 
 def _pipelines() -> list[Any]:
-    """Drop-in pipelines with one transformer in common; what keeps a state of its own in a call is each one's own."""
+    """Return drop-in pipelines that share one transformer. Each has its own copy of all other components."""
     from postgen.pipelines import CogVideoXPipeline
     from tests.pipelines.others import cogvideox_parts
 
@@ -97,7 +98,7 @@ def _run(pipe: Any, name: str, jobs: list[tuple[Any, int]]) -> list[Tensor | Non
 
 
 def _meet(barrier: threading.Barrier) -> None:
-    """Wait for the others; where one of them failed, go on alone."""
+    """Wait for the other threads. If one of them has failed, continue without waiting."""
     try:
         barrier.wait()
     except threading.BrokenBarrierError:

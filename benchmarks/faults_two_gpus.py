@@ -1,13 +1,14 @@
-"""Do two GPUs learn what one does, however the weights are spread over them?
+"""Check that training on two GPUs learns the same as on one, for every way of distributing the weights.
 
     python -m benchmarks.faults_two_gpus -o FILE
 
-Trains all weights of a tiny Wan model with both trainers for 4 updates, with a reference, an average and, for
-DiffusionNFT, an old policy: once in one process, then in two that average gradients (DDP), that cut the weights with
-torch's `fully_shard`, and that accelerate's FSDP2 cuts them for. Compares all that the last checkpoints hold, in full
-float32, and loads what was exported. Then a run of one process goes on in two, and one of two in one, in the middle of
-a rollout. A run that fails or hangs is told with what each of its processes said, and the next one begins in new
-processes. Run it from the root of a checkout: the tiny model is that of the tests.
+The benchmark trains all weights of a tiny Wan model with both trainers for 4 updates, with a reference model, an EMA
+and, for DiffusionNFT, an old policy. It trains once in one process, and then in two processes: with averaged gradients
+(DDP), with weights sharded by torch's `fully_shard`, and with weights sharded by accelerate's FSDP2. It compares the
+whole content of the last checkpoints in full float32, and loads the exports. Then it resumes a run of one process in
+two processes, and a run of two in one, in the middle of a rollout. If a run fails or hangs, the result holds the
+output of each of its processes, and the next run begins in new processes. Run the benchmark from the root of a
+checkout, because it uses the tiny model of the tests.
 """
 
 from __future__ import annotations
@@ -34,42 +35,45 @@ from benchmarks.two_gpus_compare import STEPS, check_export, largest_difference,
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = ("dancegrpo", "diffusion_nft")
 SPREADS = {"ddp": "ddp", "fully_shard": "ddp", "fsdp2": "fsdp2"}
-"""How weights are spread over two processes -> the file of `recipes/accelerate` that starts them."""
+"""Ways of distributing the weights over two processes -> the file of `recipes/accelerate` that starts them."""
 LIMIT = 60.0
-"""Seconds of a run, those until its processes tell where they hang included."""
+"""Time limit of a run in seconds. After it, the processes print their stacks."""
 AFTER = 5.0
-"""Seconds that the other process has after the error of one."""
+"""Time limit in seconds for the other process after the error of one process."""
 START = 120.0
-"""Seconds that processes have until they have imported everything."""
+"""Time limit in seconds for the imports of new processes."""
 MIDDLE = 3
-"""After how many updates a run goes on in other processes: a rollout is used up after two."""
+"""Number of updates after which a run resumes in another number of processes.
+
+A rollout lasts for two updates, so this is in the middle of one.
+"""
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run, and what the processes that train it are started by."""
+    """A training run and the launch of its processes."""
 
     name: str
     """`<trainer>-<spread>`."""
     trainer: str
     launch: str
-    """A file of `recipes/accelerate`, or nothing for one process."""
+    """Name of a file of `recipes/accelerate`, or an empty text for one process."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def processes(self) -> int:
-        """How many train it."""
+        """Number of processes of the run."""
         return 2 if self.launch else 1
 
 
 class Bench:
-    """The folder of all runs.
+    """Starts the runs in a folder and collects their outcomes.
 
     Args:
-        folder: an empty one.
-        device: cuda, or cpu for gloo, where accelerate has no FSDP2.
-        limit: seconds of a run.
+        folder: empty folder for all runs.
+        device: "cuda", or "cpu" (gloo; accelerate has no FSDP2 there).
+        limit: time limit of a run in seconds.
     """
 
     def __init__(self, folder: Path, device: str, limit: float = LIMIT) -> None:
@@ -78,7 +82,7 @@ class Bench:
         self._sessions = 0
 
     def build(self) -> None:
-        """Make the model and the prompts."""
+        """Write the model and the prompts to the folder."""
         from diffusers import WanPipeline
 
         from tests.tiny_wan import wan_components
@@ -92,7 +96,7 @@ class Bench:
         return self.folder / name / "run"
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Return the recipe of a job: the same samples in each update, however many processes share them."""
+        """Return the recipe of a job. Each update has the same samples for one and for two processes."""
         one = 3 - job.processes
         values: dict[str, Any] = {
             **{"method": job.trainer, "model": str(self.folder / "model"), "output_dir": str(self.run_of(job.name))},
@@ -102,10 +106,10 @@ class Bench:
             },
             **{"reward_funcs": ["tests.grpo.toy.near"], "use_peft": False, "device": self.device},
             **{"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 16},
-            # Groups of four in parts of two: they span processes.
+            # Groups of four in micro-batches of two: a group spans both processes.
             **{"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": one},
             **{"steps_per_generation": 2 * one, "max_steps": STEPS, "save_steps": 1, "save_total_limit": None},
-            # With a small epsilon AdamW would make whole steps of gradients that are nothing but rounding.
+            # With a small epsilon, AdamW would make full steps from gradients that are only rounding errors.
             **{"learning_rate": 1e-2, "adam_epsilon": 1e-2, "ema_decay": 0.9, "beta": 0.1},
             **{"eval_steps": 2, "eval_prompts": 4, "eval_grid": 0, "logging_steps": 1},
             **{"report_to": "none", "disable_tqdm": True},
@@ -117,13 +121,13 @@ class Bench:
         return values | dict(job.settings)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Train the runs of one kind of launch, anew started only after a failure; note what became of each."""
+        """Train runs with the same launch and record their outcomes. New processes start only after a failure."""
         left = list(jobs)
         while left:
             left = left[self._session(left) :]
 
     def _session(self, jobs: Sequence[Job]) -> int:
-        """Start processes for these runs; return how many of them have an outcome."""
+        """Start processes and train the runs until one fails; return the number of runs with an outcome."""
         self._sessions += 1
         path = self.folder / f"jobs-{self._sessions}.json"
         described = []
@@ -146,7 +150,7 @@ class Bench:
 
     @contextmanager
     def _started(self, launch: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """Start the processes of a file of jobs; afterwards none is left."""
+        """Start the processes for a file of jobs, and end all of them when the `with` block ends."""
         words = ["-m", "benchmarks.two_gpus_worker", str(path)]
         if launch:
             name = launch if self.device == "cuda" else "ddp_cpu"
@@ -164,17 +168,17 @@ class Bench:
             except subprocess.TimeoutExpired:
                 pass
             finally:
-                # A process that waits in a collective heeds nothing less, and the launcher would wait for it.
+                # Only SIGKILL ends a process that waits in a collective, and the launcher would wait for it.
                 if process.poll() != 0:
                     _signal([process.pid, *self._workers(path).values()], signal.SIGKILL)
                     process.wait()
 
     def _workers(self, path: Path) -> dict[int, int]:
-        """Return the ids of the processes by their ranks."""
+        """Return the process ids by rank."""
         return {int(file.name[-1]): int(file.read_text()) for file in self.folder.glob(f"{path.name}.ready-*")}
 
     def _wait_for(self, files: Sequence[Path], process: subprocess.Popen[bytes], path: Path) -> None:
-        """Wait for what the processes say of a run; let those that stay silent write where they are."""
+        """Wait for the result files of a run. Processes without a result receive a signal to print their stacks."""
         end = time.monotonic() + self.limit
         while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
             if any(json.loads(file.read_text())["error"] for file in files if file.exists()):
@@ -191,14 +195,14 @@ class Bench:
         return any(self.outcomes.get(job["name"], {"failed": True})["failed"] for job in jobs)
 
     def _outcome(self, job: Job, files: Sequence[Path], path: Path, seconds: float) -> dict[str, Any]:
-        """Return what became of a run; of one that failed, what each of its processes said."""
+        """Return the outcome of a run. If it failed, the outcome holds the output of each of its processes."""
         told = [json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files]
         refused = next((each["refused"] for each in told if each and each["refused"]), "")
         found: dict[str, Any] = {"seconds": round(seconds, 1), "refused": refused, "failed": False, "log": []}
         if all(each is not None and not each["error"] for each in told):
             return found
         for rank, each in enumerate(told):
-            said = each["error"] if each else "no answer: it has died, or hangs where its stack says"
+            said = each["error"] if each else "no result: the process died, or it hangs where its stack shows"
             log = Path(f"{path}.{rank}.log")
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             tail = text.rpartition(f"--- {job.name}, process")[2]
@@ -217,14 +221,14 @@ def _signal(processes: Sequence[int], number: int) -> None:
 
 
 def _wait(files: Sequence[Path], process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait until all files are there, or the process has ended, or the time is over."""
+    """Wait until all files exist, the process has ended, or the time is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
         time.sleep(0.05)
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that nobody listens on, all different."""
+    """Return `count` different ports of this machine on which no process listens."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -235,7 +239,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def jobs_of(device: str) -> list[list[Job]]:
-    """Return the runs by the processes that train them, in the order in which they can be."""
+    """Return the runs, grouped by launch, in an order in which they can run."""
     spreads = {name: launch for name, launch in SPREADS.items() if device == "cuda" or name != "fsdp2"}
     one = [Job(name=f"{trainer}-one", trainer=trainer, launch="") for trainer in TRAINERS]
     pairs = [
@@ -256,7 +260,7 @@ def jobs_of(device: str) -> list[list[Job]]:
 
 
 def resumes(bench: Bench) -> list[list[Job]]:
-    """Return the runs that go on from a checkpoint of another number of processes: those of one in two, and back."""
+    """Return the runs that resume from a checkpoint of another number of processes: from one to two, and back."""
 
     def job(trainer: str, source: str, launch: str, **settings: Any) -> Job:
         path = str(bench.run_of(f"{trainer}-{source}") / f"checkpoint-{MIDDLE}")
@@ -268,7 +272,7 @@ def resumes(bench: Bench) -> list[list[Job]]:
 
 
 def compared(bench: Bench, job: Job) -> dict[str, Any]:
-    """Return the row of a run: how far it is from that of one process, or why it has no such number."""
+    """Return the row of a run: its largest difference from the run of one process, or the reason for no number."""
     found = bench.outcomes[job.name]
     row = {"run": job.name, "processes": job.processes, "seconds": found["seconds"], "refused": found["refused"]}
     row |= {"max_abs": None, "log": found["log"]}
@@ -278,7 +282,7 @@ def compared(bench: Bench, job: Job) -> dict[str, Any]:
             check_export(bench.run_of(job.name))
         except (OSError, RuntimeError, KeyError) as error:
             row["log"] = [f"[comparison] {type(error).__name__}: {error}"]
-    said = "failed" if row["log"] else f"{row['max_abs']:.3g} from one process"
+    said = "failed" if row["log"] else f"largest difference from one process {row['max_abs']:.3g}"
     print(f"{job.name}: {found['refused'] or said} ({found['seconds']} s)", flush=True)
     if not found["refused"]:
         print("\n".join(row["log"]), end="\n" if row["log"] else "", flush=True)
@@ -286,7 +290,11 @@ def compared(bench: Bench, job: Job) -> dict[str, Any]:
 
 
 def goes_on(row: Mapping[str, Any]) -> bool:
-    """Whether a run of another number of processes learned what one does, or was told which settings let it go on."""
+    """Return whether a run that resumed in another number of processes is right.
+
+    It is right if it learned the same as one process, or if the error message names a setting with which it can
+    resume.
+    """
     from postgen.grpo.config import GroupConfig
 
     if row["refused"]:
@@ -295,7 +303,11 @@ def goes_on(row: Mapping[str, Any]) -> bool:
 
 
 def measured(folder: Path, device: str) -> dict[str, Any]:
-    """Train everything in a folder; return the payload of a result file."""
+    """Train and compare all runs in a folder; return the payload of a result file.
+
+    Raises:
+        RuntimeError: if one process moves its weights too little for a comparison.
+    """
     bench = Bench(folder, device)
     bench.build()
     began, rows = time.monotonic(), []
@@ -303,12 +315,16 @@ def measured(folder: Path, device: str) -> dict[str, Any]:
         bench.run(jobs)
         rows += [compared(bench, job) for job in jobs]
     combinations = [row for row in rows if row["processes"] == 2]
+    # The comparison has a meaning only if the training changes the weights much more than the tolerance.
     for trainer in TRAINERS:
         if not bench.outcomes[f"{trainer}-one"]["failed"]:
             far = moved(bench.run_of(f"{trainer}-one"), folder / "model")
-            print(f"{trainer}: one process moved its weights by up to {far:.3g}")
+            print(f"{trainer}: one process changed its weights by up to {far:.3g}")
             if far < 10 * TOLERANCE:
-                raise RuntimeError(f"{trainer} moved its weights by {far:.3g} only: the comparison says nothing")
+                raise RuntimeError(
+                    f"{trainer} changed its weights only by {far:.3g}: a comparison needs at least {10 * TOLERANCE:g}"
+                )
+    # Resume from checkpoints of another number of processes.
     again = []
     for jobs in resumes(bench):
         bench.run(jobs)
@@ -329,32 +345,36 @@ def measured(folder: Path, device: str) -> dict[str, Any]:
 
 @cache
 def measured_once() -> dict[str, Any]:
-    """Return `measured` on two GPUs in a folder that is gone afterwards; the same to whoever asks again."""
+    """Return `measured` on two GPUs in a temporary folder. Further calls return the first result."""
     with tempfile.TemporaryDirectory() as name:
         return measured(Path(name), "cuda")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write the file; exit with 1 where a gate falls short."""
+    """Measure and write the file. Return 1 if a gate is missed, and 2 if there are fewer than two GPUs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults_two_gpus", description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the result file, .json")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="result file to write, .json")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: gloo, without accelerate's FSDP2"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device; cpu uses gloo and leaves out FSDP2"
     )
     options = parser.parse_args(argv)
     if options.device == "cuda":
         import torch
 
         if torch.cuda.device_count() < 2:
-            print(f"two CUDA devices are needed, torch sees {torch.cuda.device_count()}", file=sys.stderr)
+            print(
+                f"--device cuda needs two CUDA devices, torch finds {torch.cuda.device_count()}: use a machine with"
+                " two GPUs, or --device cpu",
+                file=sys.stderr,
+            )
             return 2
     else:
-        print("on CPUs accelerate has no FSDP2: 4 of the 6 combinations")
+        print("accelerate has no FSDP2 on CPUs: only 4 of the 6 combinations are trained")
     with tempfile.TemporaryDirectory() as name:
         payload = measured(Path(name), options.device)
     write_result(options.output, payload)
     for row in payload["gates"]:
-        print(f"{row['name']}: {row['value']} (asked for {row['op']} {row['target']}){'' if row['ok'] else ' MISSED'}")
+        print(f"{row['name']}: {row['value']} (target {row['op']} {row['target']}){'' if row['ok'] else ' MISSED'}")
     return int(not all(row["ok"] for row in payload["gates"]))
 
 

@@ -1,11 +1,12 @@
-"""How well two halves of a batch agree on where the policy should go: what a step of GRPO can learn.
+"""Agreement of the gradients of two GRPO batches: how much of a gradient is signal.
 
     python -m benchmarks.grpo_agreement [--prompts 16] [--samples 16] [--cases dance:0.8:linspace:2.5:16:15 ...]
 
-The gradient of a batch is that of the expected reward plus noise. Between batches of different prompts the noise is
-independent, so that the cosine of their gradients says what share of a gradient is signal. For each case, two
-batches are drawn; the cosine of their sums over the trained steps, and what each step adds to it, are written to
-benchmarks/results/grpo_agreement.json. A case is KERNEL:NOISE:GRID:SHIFT:STEPS:WINDOW[:FIRST], all as in a recipe.
+The gradient of a batch is the gradient of the expected reward plus noise. The noise of batches with different prompts
+is independent, so the cosine of their gradients shows the share of signal. For each case the benchmark samples two
+batches. It writes the cosine of their gradients, summed over the trained steps, and the contribution of each step to
+benchmarks/results/grpo_agreement.json. A case is KERNEL:NOISE:GRID:SHIFT:STEPS:WINDOW[:FIRST], with the values of a
+recipe.
 """
 
 from __future__ import annotations
@@ -34,15 +35,24 @@ CASES = (
 
 
 def case(text: str) -> dict[str, Any]:
-    """Read a case."""
+    """Parse a case.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is not a valid case.
+    """
     parts = text.split(":")
     try:
         kind, noise, grid, shift = parts[0], float(parts[1]), parts[2], float(parts[3])
         steps, window, first = int(parts[4]), int(parts[5]), int(parts[6]) if len(parts) > 6 else 0
     except (IndexError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not KERNEL:NOISE:GRID:SHIFT:STEPS:WINDOW[:FIRST]") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of the form KERNEL:NOISE:GRID:SHIFT:STEPS:WINDOW[:FIRST]"
+        ) from None
     if kind not in KINDS or grid not in ("pipeline", "linspace") or not 0 <= first < first + window < steps:
-        raise argparse.ArgumentTypeError(f"{text!r}: no such kernel or grid, or a window beyond the last step")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: kernels are {', '.join(KINDS)}, grids are pipeline and linspace, and the window must end"
+            " before the last step"
+        )
     return {
         **{"kernel": kind, "noise": noise, "grid": grid, "shift": shift},
         **{"steps": steps, "window": window, "first": first},
@@ -50,7 +60,7 @@ def case(text: str) -> dict[str, Any]:
 
 
 def schedule(explorer: Explorer, given: dict[str, Any]) -> Schedule:
-    """Return the noise levels of a case."""
+    """Return the schedule of noise levels of a case."""
     if given["grid"] == "linspace":
         return linspace_schedule(explorer.denoiser, given["steps"], given["shift"], explorer.device)
     shape = explorer.denoiser.latent_shape(**SIZE)
@@ -58,7 +68,7 @@ def schedule(explorer: Explorer, given: dict[str, Any]) -> Schedule:
 
 
 def gradients(explorer: Explorer, sampler: Sampler, paths: Trajectories, advantages: Tensor) -> Tensor:
-    """Return the gradient of each stochastic step, (w, parameters)."""
+    """Return the gradient of each stochastic step, with shape (steps of the window, parameters)."""
     (transformer,) = explorer.denoiser.transformers.values()
     parameters = [x.requires_grad_() for x in transformer.parameters()]
     owners = torch.arange(len(advantages)) // explorer.samples
@@ -78,7 +88,7 @@ def gradients(explorer: Explorer, sampler: Sampler, paths: Trajectories, advanta
 
 
 def agreement(halves: list[Explorer], given: dict[str, Any]) -> dict[str, Any]:
-    """Measure one case."""
+    """Measure one case on two batches with different prompts."""
     how = Sampling(kind=given["kernel"], noise=given["noise"], window=given["window"], size=SIZE)
     found, scores = [], []
     for explorer in halves:
@@ -89,7 +99,7 @@ def agreement(halves: list[Explorer], given: dict[str, Any]) -> dict[str, Any]:
         found.append(gradients(explorer, sampler, paths, advantages))
         scores.append(score)
     one, two = found
-    # Every step's gradient to the same length: what weights of the steps could do at best is not far from this.
+    # Scale the gradient of every step to the same length. Optimal weights of the steps are not much better than this.
     even = [x / (x.norm(dim=1, keepdim=True) + 1e-30) for x in found]
     scale = one.sum(0).norm() * two.sum(0).norm()
     shares = (one @ two.sum(0) + two @ one.sum(0)) / (2 * scale)
@@ -106,7 +116,7 @@ def agreement(halves: list[Explorer], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all cases, print and write them."""
     args = options(__doc__, case, CASES, "grpo_agreement")
     sizes = args.prompts, args.samples, args.batch, args.device
     halves = [Explorer(*sizes, first=FIRST), Explorer(*sizes, first=FIRST + args.prompts)]

@@ -1,10 +1,11 @@
-"""Which steps of a rollout the reward hears: its spread within groups when some steps alone are stochastic.
+"""Sensitivity of the reward to the steps of a rollout: its spread within groups if only some steps are stochastic.
 
     python -m benchmarks.grpo_exploration [--prompts 16] [--samples 16] [--cases dance:0.3:0:15 exact:0.7:3:1 ...]
 
-Samples of a prompt share their initial noise and differ in that of a window of steps. A policy gradient can learn from
-a step only what the reward hears of its noise. Embedded model, prompts with two bodies, no guidance, the exact judge.
-Writes benchmarks/results/grpo_exploration.json. A case is KERNEL:NOISE:FIRST:STEPS.
+The samples of a prompt share the initial noise and differ only in the noise of a window of steps. A policy gradient
+can learn from a step only if the noise of this step changes the reward. The benchmark uses the embedded model, prompts
+with two bodies, no guidance, and the exact judge. It writes benchmarks/results/grpo_exploration.json. A case is
+KERNEL:NOISE:FIRST:STEPS.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from postgen.world.check import check_batch
 
 STEPS = 16
 SIZE = {"num_frames": 17, "height": 96, "width": 96}
-#: Scenes that neither training (from 1,000,000 on) nor the other benchmarks (from 0 on) draw.
+#: First seed of the scenes. The training (seeds from 1,000,000) and other benchmarks (from 0) do not use these seeds.
 FIRST = 500_000
 
 CASES = (
@@ -45,19 +46,25 @@ CASES = (
 
 
 def case(text: str) -> tuple[str, float, int, int]:
-    """Read KIND:NOISE:FIRST:STEPS."""
+    """Parse a case of the form KERNEL:NOISE:FIRST:STEPS.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is not a valid case.
+    """
     try:
         kind, noise, first, window = text.split(":")
         found = kind, float(noise), int(first), int(window)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KIND:NOISE:FIRST:STEPS") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KERNEL:NOISE:FIRST:STEPS") from None
     if kind not in KINDS or not 0 <= found[2] < found[2] + found[3] < STEPS:
-        raise argparse.ArgumentTypeError(f"{text!r}: kinds are {', '.join(KINDS)}, steps lie in 0..{STEPS - 2}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: kernels are {', '.join(KINDS)}, and all steps must be between 0 and {STEPS - 2}"
+        )
     return found
 
 
 class Explorer:
-    """Draws groups with one stochastic step and scores them."""
+    """Samples groups with a window of stochastic steps and scores them."""
 
     def __init__(self, prompts: int, samples: int, batch: int, device: str, first: int = FIRST) -> None:
         self.denoiser = denoiser_for(load(embedded_model(), device))
@@ -70,7 +77,11 @@ class Explorer:
         )
 
     def draw(self, how: Sampling, start: int, schedule: Schedule) -> tuple[Trajectories, Tensor]:
-        """Return rollouts whose windows begin at a step, prompt by prompt, and their scores (prompts, samples)."""
+        """Sample rollouts whose window begins at step `start`, in the order of the prompts.
+
+        Returns:
+            The rollouts, and their scores with shape (prompts, samples).
+        """
         sampler = Sampler(self.denoiser, schedule, how, Meter(self.device), self.device)
         samples = [
             Sample(
@@ -89,11 +100,14 @@ class Explorer:
         return paths, torch.tensor([report.score for report in reports]).view(self.prompts, self.samples)
 
     def conditions(self, prompts: Sequence[int]) -> Condition:
-        """Return the conditions of prompts by number."""
+        """Return the conditions of the prompts with the given numbers."""
         return self.embeddings.table(lambda prompt: {"prompt": self.texts[prompt]})(prompts)
 
     def group(self, kind: Any, noise: float, step: int, window: int) -> dict[str, float]:
-        """Spread of score and latents in groups whose samples differ in the noise of `window` steps from `step` on."""
+        """Return the spread of score and latents in groups.
+
+        The samples of a group differ only in the noise of `window` steps, from `step` on.
+        """
         how = Sampling(kind=kind, noise=noise, window=window, size=SIZE)
         paths, score = self.draw(how, step, self.schedule)
         spread = score.std(dim=1)
@@ -108,19 +122,19 @@ class Explorer:
 
 
 def options(about: str | None, read: Callable[[str], Any], cases: Sequence[str], output: str) -> argparse.Namespace:
-    """Read the command line: how many samples to draw, the cases to measure, and where to write."""
+    """Read the command line: the number of samples, the cases to measure, and the output file."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16, help="of a batch")
-    parser.add_argument("--samples", type=int, default=16, help="of each prompt")
-    parser.add_argument("--cases", nargs="*", type=read, default=list(map(read, cases)), help="see above")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per batch (default: 16)")
+    parser.add_argument("--samples", type=int, default=16, help="samples per prompt (default: 16)")
+    parser.add_argument("--cases", nargs="*", type=read, default=list(map(read, cases)), help="cases, described above")
+    parser.add_argument("--batch", type=int, default=128, help="largest batch of a forward pass (default: 128)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default=output, help="name or path of the result file")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all cases, print and write them."""
     args = options(__doc__, case, CASES, "grpo_exploration")
     explorer = Explorer(args.prompts, args.samples, args.batch, args.device)
     rows = []

@@ -1,8 +1,8 @@
-"""How well the learned `world_judge` tells clips that are wrong whatever the prompt from right ones, on constructions
-that it was not trained on.
+"""How well the learned `world_judge` separates right clips from clips that are wrong for any prompt.
 
-The constructions are those of `benchmarks.world_kinds` and the verdicts a person's; `benchmarks.rewards` writes the
-table. The judge is trained on spoilt renders (`postgen.judges.spoil`), made by other code and in other ways.
+The clips are the constructions of `benchmarks.world_kinds`, with a person's verdicts. They are not in the training
+data of the judge, which is trained on corrupted renders (`postgen.judges.spoil`); other code makes these, with other
+faults. `benchmarks.rewards` writes the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from benchmarks.world_constructions import SEED, Construction, draw, verdicts
 from benchmarks.world_eye import FRESH_SEED
 from postgen.rewards import Reward
 
-#: Wrong kinds that need no prompt -> the kind of spoiling that shows the judge the same sort of fault; "" where none.
+#: Kinds of clips that are wrong for any prompt -> the training corruption with a similar fault, or "" if there is
+#: none.
 WRONG = {
     **dict.fromkeys(("jumps once", "jumps closer", "leaps on its way"), "teleport"),
     **dict.fromkeys(("trembles", "shaky way"), "tremble"),
@@ -47,7 +48,7 @@ WRONG = {
     **dict.fromkeys(("off the palette", "grey for colour"), "dull"),
     **dict.fromkeys(("random patch", "random splice"), ""),
 }
-#: Right kinds that look as the renders of the world do, and right ones that do not.
+#: Kinds of right clips that look like renders of the world, and kinds of right clips that look different.
 PLAIN = ("true clip", "mirrored with words", "backwards with words", "true fall", "true collision", "true passing")
 PLAIN += ("true bounce", "two of a kind", "place named", "camera as named")
 UNUSUAL = ("short clip", "still picture", "held frames", "eased", "painted ball", "shade of its name")
@@ -56,7 +57,7 @@ UNUSUAL += ("behind its own colour", "two of one colour")
 
 
 def constructions(names: Sequence[str]) -> Iterator[Construction]:
-    """Clips of these kinds of both draws, where the eye agrees with what they were made to be."""
+    """Yield the clips of these kinds from both draws whose verdict by a person is the intended one."""
     said = verdicts()
     for name in names:
         for made in (*draw(SEED, only=name), *draw(FRESH_SEED, fresh=True, only=name)):
@@ -66,17 +67,20 @@ def constructions(names: Sequence[str]) -> Iterator[Construction]:
 
 
 def separation(right: Tensor, wrong: Tensor) -> float:
-    """Share of pairs of a right and a wrong clip in which the right one scores higher; ties count half (the AUC)."""
+    """Return the AUC: the share of pairs of a right and a wrong clip in which the right one has the higher score.
+
+    Ties count half.
+    """
     gap = right[:, None] - wrong[None, :]
     return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
 
 
 def table(judges: dict[str, Reward], quick: bool = False) -> dict[str, Any]:
-    """By kind and judge, how well a kind is separated from plain right clips and from all right ones.
+    """Measure for each wrong kind how well each judge separates it from plain right clips and from all right clips.
 
     Args:
-        judges: by the name of their column.
-        quick: few kinds.
+        judges: judges by the name of their column.
+        quick: use only a few kinds.
     """
     wrong, plain, unusual = (list(names)[:: 12 if quick else 1] for names in (WRONG, PLAIN, UNUSUAL))
     scores: dict[str, dict[str, list[float]]] = {}
@@ -96,7 +100,10 @@ def table(judges: dict[str, Reward], quick: bool = False) -> dict[str, Any]:
 
 
 def _means(rows: dict[str, Any], name: str) -> dict[str, float | None]:
-    """Means over kinds: all, those with a trained relative, those without; against plain clips and all right ones."""
+    """Return means over all kinds, over those with a similar training corruption, and over the other kinds.
+
+    Each mean is given against plain right clips and against all right clips.
+    """
     result: dict[str, float | None] = {}
     for part, chosen in (
         ("all", list(rows.values())),

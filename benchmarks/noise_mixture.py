@@ -1,14 +1,15 @@
-r"""What training with mixed noise levels costs text-to-video: a control without the mixture, at equal cost.
+r"""The cost of mixed noise levels in training for text-to-video, compared with a control at equal cost.
 
     python -m benchmarks.noise_mixture train FOLDER --seed 0 [--steps 4000] [--set key=value ...]
     python -m benchmarks.noise_mixture measure FOLDER --seed 0 [--prompts 256]
     python -m benchmarks.noise_mixture report FOLDER
 
-`train` runs recipes/tiny-wan.yaml twice side by side from random weights, on one GPU, with the recipe's noise_shares
-and with one noise level a clip in all batches; the same clips, seeds and steps. `measure` judges clips of one and of
-two bodies of both, the same prompts and seeds, and takes the flow-matching error on unseen clips at fixed noise
-levels. `report` writes benchmarks/results/noise_mixture.json: differences paired by prompt, over the seeds. The
-committed result is of smaller clips and fewer steps, three seeds in half an hour of one GPU:
+`train` runs recipes/tiny-wan.yaml twice at the same time on one GPU, from random weights: once with the noise_shares
+of the recipe, and once with one noise level per clip in all batches. Both runs (arms) use the same clips, seeds and
+steps. `measure` generates clips of one and of two bodies with both models, with the same prompts and seeds, and judges
+them. It also measures the flow-matching error on unseen clips at fixed noise levels. `report` writes
+benchmarks/results/noise_mixture.json with the differences paired by prompt, over the seeds. The committed result uses
+smaller clips and fewer steps; its three seeds take half an hour on one GPU:
 
     ... train FOLDER --seed 0 --steps 2500 --set size=96 sizes=96 lengths=17 length_weights=1 even_cost=false \
         pool_clips=8192
@@ -40,20 +41,20 @@ ROOT = Path(__file__).resolve().parents[1]
 ARMS = {"mixed": [], "one level": ["--noise_shares", "1", "0", "0"]}
 GROUPS = ("one", "two")
 LEVELS = (0.2, 0.5, 0.8, 0.95)
-#: First seed of the scenes of the flow error, below those of training.
+#: First seed of the scenes for the flow-matching error. It is below the training seeds.
 FIRST = 700_000
 
 
 def place(folder: Path, arm: str, seed: int) -> Path:
-    """Where a run lives."""
+    """Return the folder of a run."""
     return folder / f"{arm.replace(' ', '-')}-{seed}"
 
 
 def train(folder: Path, seed: int, steps: int, changes: Sequence[str]) -> None:
-    """Both arms of a seed at once, so that neither has the GPU for itself.
+    """Train both arms of a seed at the same time, so that both share the GPU in the same way.
 
     Raises:
-        RuntimeError: one of them failed.
+        RuntimeError: if one of the two runs fails.
     """
     pairs = (change.partition("=") for change in changes)
     words = [word for key, _, value in pairs for word in (f"--{key}", *value.split(","))]
@@ -67,11 +68,11 @@ def train(folder: Path, seed: int, steps: int, changes: Sequence[str]) -> None:
             runs.append(subprocess.Popen([*command, *words, *own], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     codes = [run.wait() for run in runs]
     if any(codes):
-        raise RuntimeError(f"a run of seed {seed} failed: see log.txt in {folder}")
+        raise RuntimeError(f"a run of seed {seed} failed: read log.txt in the subfolders of {folder}")
 
 
 def flow_errors(pipe: Any, clips: int, how: Defaults) -> dict[str, list[float]]:
-    """Squared error of the predicted velocity on unseen clips, by noise level: one number a clip."""
+    """Return the mean squared error of the predicted velocity for each of `clips` unseen clips, by noise level."""
     denoiser = WanDenoiser(pipe)
     specs = [world.sample(FIRST + k, num_bodies=1 + k % 2, num_frames=how.frames) for k in range(clips)]
     found: dict[str, list[float]] = {f"{level}": [] for level in LEVELS}
@@ -91,7 +92,7 @@ def flow_errors(pipe: Any, clips: int, how: Defaults) -> dict[str, list[float]]:
 
 
 def measure(folder: Path, seed: int, prompts: int, on: str) -> None:
-    """Judge both arms of a seed, and write what was seen of every clip beside them."""
+    """Judge both arms of a seed, and write the measures of every clip to seed-SEED.json in the folder."""
     if on == "cuda":
         torch.set_float32_matmul_precision("high")
     found: dict[str, Any] = {"device": device()}
@@ -112,7 +113,10 @@ def measure(folder: Path, seed: int, prompts: int, on: str) -> None:
 
 
 def compared(seeds: dict[str, dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    """Both means and their difference (mixed less one level), by seed and with the interval over prompts."""
+    """Return the means of both arms and their difference (mixed minus one level), with its interval over prompts.
+
+    The result also has the difference of each seed.
+    """
     values = {arm: torch.tensor([seed[arm][kind][name] for seed in seeds.values()]).double() for arm in ARMS}
     apart: Tensor = values["mixed"] - values["one level"]
     return {
@@ -123,12 +127,12 @@ def compared(seeds: dict[str, dict[str, Any]], kind: str, name: str) -> dict[str
 
 
 def report(folder: Path, output: str) -> None:
-    """Write the result of the seeds that were measured."""
+    """Write and print the result of all measured seeds."""
     seeds = {
         path.stem.removeprefix("seed-"): json.loads(path.read_text()) for path in sorted(folder.glob("seed-*.json"))
     }
     if not seeds:
-        sys.exit(f"nothing to report in {folder}: train and measure first")
+        sys.exit(f"{folder} has no measured seed: run the commands train and measure first")
     first = next(iter(seeds.values()))["mixed"]
     payload = {
         "settings": {
@@ -153,14 +157,16 @@ def report(folder: Path, output: str) -> None:
 
 
 def main() -> None:
-    """Read the command line and do what it asks."""
+    """Read the command line and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "measure", "report"])
-    parser.add_argument("folder", type=Path, help="where the runs live")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="of each run (default: 4000)")
-    parser.add_argument("--prompts", type=int, default=256, help="of one and of two bodies (default: 256)")
-    parser.add_argument("--set", dest="changes", nargs="*", default=[], metavar="key=value", help="a,b for lists")
+    parser.add_argument("command", choices=["train", "measure", "report"], help="what to do, described above")
+    parser.add_argument("folder", type=Path, help="folder of the runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of both runs (default: 0)")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of each run (default: 4000)")
+    parser.add_argument("--prompts", type=int, default=256, help="prompts per number of bodies (default: 256)")
+    parser.add_argument(
+        "--set", dest="changes", nargs="*", default=[], metavar="key=value", help="recipe settings; write lists as a,b"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="noise_mixture", help="name or path of the result file")
     args = parser.parse_args()

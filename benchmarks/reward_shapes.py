@@ -1,4 +1,4 @@
-"""Rewards with the published shapes and random weights: right for time and memory, meaningless as scores."""
+"""Rewards with random weights in the published shapes: valid for time and memory, but the scores have no meaning."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _FPS = 8.0
 
 
 def words_tokenizer(text: str, special: tuple[str, ...], end: str | None = None, last: int | None = None) -> Any:
-    """A tokenizer of the words of a text; special tokens come last, `end` is put behind every text.
+    """Return a tokenizer for the words of a text. The special tokens have the last numbers.
 
     Args:
-        text: its words are known.
-        special: special tokens, the first is padding.
-        end: the one that ends a text.
-        last: number of the last special token; None counts on from the words.
+        text: text whose words are the vocabulary.
+        special: special tokens; the first one is the padding token.
+        end: special token to append to every text, or None.
+        last: number of the last special token; None places the special tokens directly after the words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -68,11 +68,11 @@ def words_tokenizer(text: str, special: tuple[str, ...], end: str | None = None,
 
 
 class RandomClip(ClipReward):
-    """A CLIP score of random weights.
+    """A CLIP score with random weights.
 
     Args:
-        shape: of the network, in open_clip's form.
-        words: a text whose words its tokenizer knows.
+        shape: config of the network in the form of open_clip.
+        words: text whose words the tokenizer knows.
     """
 
     name = "random_clip"
@@ -86,7 +86,7 @@ class RandomClip(ClipReward):
         )
 
     def build(self) -> nn.Module:
-        """Draw the weights on the device."""
+        """Build the network with random weights on the device."""
         from transformers import CLIPModel
 
         with torch.device(self.device):
@@ -94,11 +94,14 @@ class RandomClip(ClipReward):
         return net
 
     def frame_scores(self, frames_BK3HW: Tensor, prompts: Any) -> Tensor:
-        """The cosines."""
+        """Return the cosine similarities of frames and prompts."""
         return self.cosines(frames_BK3HW, prompts)
 
     def forward_only(self, clips: list[Tensor], prompts: list[str]) -> Callable[[], Any]:
-        """Return the network's own passes over these clips, everything before them done."""
+        """Return a function that runs only the forward passes of the network on these clips.
+
+        All preprocessing is done before this method returns.
+        """
         from postgen.rewards.frames import uniform_frames
 
         frames = torch.cat([uniform_frames(clip, self.frames) for clip in clips]).to(self.device)
@@ -108,12 +111,12 @@ class RandomClip(ClipReward):
 
 
 class RandomVideoAlign(VideoAlign):
-    """VideoAlign of random weights.
+    """VideoAlign with random weights.
 
     Args:
-        folder: where its tokenizer is written.
-        words: a text whose words the tokenizer knows, besides those of the rubric.
-        shape: keywords of `Qwen2VLConfig`.
+        folder: folder in which the tokenizer is written.
+        words: text whose words the tokenizer knows, in addition to the words of the rubric.
+        shape: keyword arguments of `Qwen2VLConfig`.
     """
 
     name = "random_videoalign"
@@ -123,7 +126,7 @@ class RandomVideoAlign(VideoAlign):
         self.folder, self.words, self.shape = folder, words, shape
 
     def build(self) -> nn.Module:
-        """Draw the weights on the device."""
+        """Build the network with random weights on the device, and write its tokenizer."""
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
         known = f"{rubric()} {self.words} system user assistant You are a helpful assistant."
@@ -143,7 +146,10 @@ class RandomVideoAlign(VideoAlign):
             torch.set_default_dtype(before)
 
     def forward_only(self, clips: list[Tensor], prompts: list[str]) -> Callable[[], Any]:
-        """Return the network's own pass over these clips, everything before it done."""
+        """Return a function that runs only the forward pass of the network on these clips.
+
+        All preprocessing is done before this method returns.
+        """
         self.load()
         assert self.asker is not None
         picked = [sampled(clip.to(self.device), _FPS) for clip in clips]
@@ -154,7 +160,7 @@ class RandomVideoAlign(VideoAlign):
 
 
 def shapes(folder: Path, words: str, device: str, dtype: torch.dtype) -> dict[str, RandomClip | RandomVideoAlign]:
-    """The three shapes that are timed, by the names of their gates."""
+    """Return the three rewards to time, by the names of their gates."""
     place: dict[str, Any] = {"device": device, "dtype": dtype}
     return {
         "clip_l": RandomClip(VIT_L_14, words, **place),

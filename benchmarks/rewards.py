@@ -1,13 +1,13 @@
-"""How good and how fast the rewards are: exact ones on true and spoilt clips, our learned ones on unseen clips, time.
+"""Quality and speed of the rewards: exact rewards on true and corrupted clips, learned rewards on unseen clips, time.
 
     python -m benchmarks.rewards [--quick] [--device cuda] [--clip FOLDER] [--judge FOLDER] [--before FOLDER]
                                  [--seeds FOLDER ...] [--scenes 256] [--parts exact clip judge single times]
 
-Prints the numbers and writes benchmarks/results/rewards.json (with --quick only prints). With --before and --seeds the
-tables of the judge are also made for the weights of those folders, in the same run. With --parts only these are
-measured and replaced in the file, and `remeasured` says when, where and with which weights; all the rest keeps the
-date and the device at the head of the file. Times are taken on a GPU only, with the published shapes of CLIP L/14,
-CLIP H/14 and Qwen2-VL-2B and random weights.
+The command prints the numbers and writes benchmarks/results/rewards.json. With --quick it only prints. With --before
+and --seeds, the tables of the judge also have columns for the weights in these folders, measured in the same run. With
+--parts, only these parts are measured and replaced in the file. The key `remeasured` records their date, device and
+weights; the date and the device at the head of the file apply to all other parts. Times are measured only on a GPU,
+with random weights in the published shapes of CLIP L/14, CLIP H/14 and Qwen2-VL-2B.
 """
 
 from __future__ import annotations
@@ -37,15 +37,19 @@ from postgen.world.scenes import specs_of
 
 PARTS = ("exact", "clip", "judge", "single", "times")
 EXACT = ("world", "parabola", "permanence", "depth_consistency")
-#: First seed of the scenes; training takes seeds from 1,000,000 on.
+#: First seed of the scenes. The training uses seeds from 1,000,000 on.
 FIRST = 300_000
 LEVEL = 2
-#: What the learned rewards were trained on and the recipes of the embedded model train at, whatever its own size is.
+#: Frames and pixels of the clips, equal to those of the training of the learned rewards and of the embedded model's RL
+#: recipes. The default size of the embedded model is larger.
 FRAMES, SIZE = 17, 96
 
 
 def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
-    """Mean score of true clips and of the corruption that each exact reward is made for, by strength."""
+    """Return for each exact reward the mean scores of the corruption that it should detect, by strength.
+
+    Strength 0 means true clips.
+    """
     specs = [world.sample(FIRST + k, camera="static", split="all") for k in range(count)]
     frames = world.render(specs, num_frames=FRAMES, size=SIZE, device=device)
     empty = [world.Spec(bodies=(world.Body(colour="red", shape="ball", position=(0.0, 900.0, 0.6)),))] * count
@@ -62,7 +66,7 @@ def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
         return clips
 
     def judder(part: float) -> Tensor:
-        """Some of the frames in random order."""
+        """Return the clips with a share `part` of the frames in random order."""
         order = torch.arange(FRAMES).repeat(count, 1)
         for row in range(count):
             own = torch.Generator().manual_seed(row)
@@ -70,6 +74,7 @@ def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
             order[row, some] = order[row, some[torch.randperm(len(some), generator=own)]]
         return flights[torch.arange(count, device=device)[:, None], order.to(device)]
 
+    # For each reward: the strengths of its corruption, and the batch at a strength.
     depth, flow = frames.depth_BFHW, frames.flow_BF2HW
     assert depth is not None
     assert flow is not None
@@ -97,16 +102,20 @@ def exact_rows(count: int, device: str) -> dict[str, dict[str, Any]]:
 
 
 def mean_score(name: str, count: int, batch: dict[str, Any]) -> float:
-    """Mean of a reward over a batch; a clip without a score is an error."""
+    """Return the mean of a reward over a batch.
+
+    Raises:
+        RuntimeError: if a clip has no score.
+    """
     columns: dict[str, Any] = {key: list(value) for key, value in batch.items()}
     values = RewardRunner([name], reward_error="raise")(prompts=[""] * count, **columns).values
     if bool(values.isnan().any()):
-        raise RuntimeError(f"{name} gave no score to {int(values.isnan().sum())} of {count} clips")
+        raise RuntimeError(f"{name} returned no score for {int(values.isnan().sum())} of {count} clips")
     return float(values.mean())
 
 
 def retrieval(reward: Reward, groups: int, device: str) -> dict[str, float]:
-    """Share of unseen clips that rank their own caption first among 32 of different sense."""
+    """Return the share of unseen clips for which their own caption ranks first among 32 with different meanings."""
     hits: dict[str, list[float]] = {"seen combinations": [], "held-out combinations": []}
     model: Any = reward.function
     for number, specs in enumerate(evaluation_groups(groups)):
@@ -120,7 +129,7 @@ def retrieval(reward: Reward, groups: int, device: str) -> dict[str, float]:
 
 
 def judged_pairs(reward: Reward, takes: Takes, levels: Iterable[int]) -> dict[str, dict[str, float | None]]:
-    """Accuracy of the judge on pairs of a clean clip and its corruption, by level and kind."""
+    """Return the accuracy of the judge on pairs of a clean clip and its corruption, by level and kind."""
 
     def score(clips: Tensor) -> Tensor:
         return torch.tensor(reward([""] * len(clips), list(clips)))
@@ -134,14 +143,14 @@ def judged_pairs(reward: Reward, takes: Takes, levels: Iterable[int]) -> dict[st
 
 
 def judge_tables(judges: dict[str, Reward], count: int, device: str, quick: bool) -> dict[str, Any]:
-    """What is measured of the judge "now" and of others: pairs of held-out combinations, and constructions.
+    """Return the tables of the judge "now" and of other judges: pairs of held-out combinations, and constructions.
 
-    Of the others the pairs of all levels are not worth their time: those of the level that the gate reads.
+    To save time, the other judges are measured only on the pairs of the level that the gate uses.
     """
     if "now" not in judges:
         return {"judge_pairs": {}, "judge_pairs_others": {}, "judge_constructions": {}}
     specs = specs_of(FIRST, count, FRAMES, "held_out")
-    # Some kinds are seen on collisions alone, which one scene in ten shows.
+    # Some kinds of corruption need a collision, which only one scene in ten has. So add scenes with collisions.
     specs += [world.sample(FIRST + k, event="collides", split="held_out") for k in range(count // 4)]
     takes = render_takes(specs, SIZE, device)
     others = {name: judged_pairs(judge, takes, (LEVEL,)) for name, judge in judges.items() if name != "now"}
@@ -153,7 +162,13 @@ def judge_tables(judges: dict[str, Reward], count: int, device: str, quick: bool
 
 
 def single_gap(rewards: list[Any], device: str, count: int = 8) -> dict[str, float]:
-    """Largest difference between a batch of clips (of two sizes) and the same clips one by one, by reward."""
+    """Return for each reward the largest difference between scores in a batch and scores of the same clips one by one.
+
+    The batch has clips of two lengths.
+
+    Raises:
+        RuntimeError: if a clip has a score only in the batch or only alone.
+    """
     specs = [world.sample(FIRST + k, camera="static", split="all") for k in range(count)]
     frames = world.render(specs, num_frames=FRAMES, size=SIZE, device=device)
     cut = [9 if k % 3 == 2 else FRAMES for k in range(count)]
@@ -171,13 +186,13 @@ def single_gap(rewards: list[Any], device: str, count: int = 8) -> dict[str, flo
     rows: list[dict[str, Any]] = [{key: [values[k]] for key, values in columns.items()} for k in range(count)]
     alone = torch.cat([runner(**row, must_score=False).values for row in rows])
     if not torch.equal(together.isnan(), alone.isnan()):
-        raise RuntimeError("a clip is scored alone but not in a batch, or the other way round")
+        raise RuntimeError("a clip has a score alone but not in a batch, or in a batch but not alone")
     gaps = (together - alone).abs().nan_to_num().amax(0).tolist()
     return dict(zip(runner.names, gaps, strict=True))
 
 
 def times(device: str, clips: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Clips a second of whole rewards and of their networks alone, and peak memory, in bfloat16."""
+    """Return clips per second of whole rewards and of only their networks, and the peak memory in GiB, in bfloat16."""
     rng = torch.Generator(device).manual_seed(0)
     videos = [torch.rand(FRAMES, 3, 480, 832, generator=rng, device=device) for _ in range(clips)]
     prompts = [f"a red ball rolls left behind {k} blue cubes" for k in range(clips)]
@@ -209,7 +224,10 @@ def _rate(call: Callable[[], Any], clips: int, repeats: int) -> float:
 
 
 def learned(name: str, folder: str | None) -> Reward | None:
-    """One of our own learned rewards; None where there are no weights yet."""
+    """Load one of postgen's own learned rewards.
+
+    Returns None after a printed line if `folder` is None and the reward has no weights yet.
+    """
     reward = get_reward(name, **({} if folder is None else {"model": folder}))
     try:
         reward.load()
@@ -222,7 +240,7 @@ def learned(name: str, folder: str | None) -> Reward | None:
 
 
 def gates(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers asked for, as gates; what could not be measured misses its gate."""
+    """Return the gates. A gate without a measurement has the value None and is not met."""
     pairs, found = result["judge_pairs"], result["world_clip_retrieval"]
     weakest = min(value for value in pairs[f"level {LEVEL}"].values() if value is not None) if pairs else None
     rows = [
@@ -246,22 +264,22 @@ def gates(result: dict[str, Any]) -> list[dict[str, Any]]:
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few clips, no result file")
+    parser.add_argument("--quick", action="store_true", help="use few clips and write no result file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--clip", help="export of the method world_clip (default: the shipped weights)")
-    parser.add_argument("--judge", help="export of the method world_judge (default: the shipped weights)")
-    parser.add_argument("--before", help="another export of world_judge, for a second column of its tables")
-    parser.add_argument("--seeds", nargs="*", default=[], help="exports of other runs of the recipe, a column each")
+    parser.add_argument("--clip", help="folder exported by the method world_clip (default: the shipped weights)")
+    parser.add_argument("--judge", help="folder exported by the method world_judge (default: the shipped weights)")
+    parser.add_argument("--before", help="another folder exported by world_judge, for a second column of its tables")
+    parser.add_argument("--seeds", nargs="*", default=[], help="exports of other runs of the recipe, one column each")
     parser.add_argument(
-        "--scenes", type=int, default=256, help="of the judge's pairs, besides a quarter of collisions"
+        "--scenes", type=int, default=256, help="scenes for the judge's pairs; a quarter as many collisions are added"
     )
-    parser.add_argument("--parts", nargs="*", choices=PARTS, help="measure these again, keep the rest of the file")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, help="measure only these parts and keep the others")
     parser.add_argument("--output", default="rewards", help="name or path of the result file")
     return parser.parse_args()
 
 
 def fingerprint(reward: Reward | None) -> str | None:
-    """First digits of the SHA-256 of a learned reward's weights; None without weights."""
+    """Return the first 12 digits of the SHA-256 of a learned reward's weights, or None for no reward."""
     if reward is None:
         return None
     model: Any = reward.function
@@ -270,7 +288,7 @@ def fingerprint(reward: Reward | None) -> str | None:
 
 
 def measure(args: argparse.Namespace, clip: Reward | None, judges: dict[str, Reward]) -> dict[str, Any]:
-    """The parts that are asked for, by the keys of the result file."""
+    """Measure the requested parts (default: all); return them under the keys of the result file."""
     quick, device = args.quick, args.device
     own = [reward for reward in (clip, judges.get("now")) if reward is not None]
     shape = {"width": 64, "layers": 2} if quick else {}
@@ -294,10 +312,14 @@ def measure(args: argparse.Namespace, clip: Reward | None, judges: dict[str, Rew
 
 
 def main() -> None:
-    """Measure and print; write the result file unless --quick."""
+    """Measure and print the rewards; write the result file, except with --quick."""
     args = options()
     if args.parts and "times" in args.parts and not args.device.startswith("cuda"):
-        raise SystemExit("times are taken on a GPU only: leave 'times' out of --parts, its old rows then stay")
+        raise SystemExit(
+            f"--device {args.device}: times are measured on a GPU only. Leave 'times' out of --parts; the file keeps"
+            " the old times"
+        )
+    # Load the learned rewards, and record which weights they have.
     clip = learned("world_clip", args.clip)
     folders = {"now": args.judge, "before": args.before, **{f"seed {k + 1}": f for k, f in enumerate(args.seeds)}}
     found = {name: learned("world_judge", f) for name, f in folders.items() if name == "now" or f}
@@ -309,6 +331,7 @@ def main() -> None:
     settings = {"device": args.device, "first_seed": FIRST, "frames": FRAMES, "size": SIZE, "level": LEVEL}
     weights = {"world_clip": fingerprint(clip), **{f"world_judge {n}": fingerprint(j) for n, j in judges.items()}}
     settings |= {"scenes": args.scenes, "weights": weights}
+    # With --parts, the gates also use the stored values of the other parts.
     measured = measure(args, clip, judges)
     result = {**read_result(args.output), **measured} if args.parts and not args.quick else measured
     for key, value in measured.items():

@@ -1,10 +1,10 @@
-"""Frames a second that the synthetic world renders, at 64 and 128 px, with and without its geometry.
+"""Rendering speed of the synthetic world in frames per second, at 64 and 128 px, with and without geometry.
 
     python -m benchmarks.world [--device cpu|cuda] [--repeats 5] [--output NAME]
 
-Rows: RGB with one ray a pixel, RGB with 2x2 antialiasing, and that with depth, ids and flow. Clips of 17 frames with
-one to three bodies, median of the repeats, drawing of scenes not counted. Writes benchmarks/results/world.json; rows
-of another device that stand there stay.
+The variants are RGB with one ray per pixel, RGB with 2x2 antialiasing, and RGB with 2x2 antialiasing plus depth, ids
+and flow. The clips have 17 frames and one to three bodies. The result is the median of the repeats, without the time
+to draw the scenes. The command writes benchmarks/results/world.json and keeps the rows of other devices in this file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VARIANTS = {
 
 
 def seconds(specs: list[Spec], size: int, place: str, repeats: int, **options: Any) -> list[float]:
-    """Seconds of each render after one that is not counted."""
+    """Return the seconds of each of `repeats` renders, after one render that is not counted."""
     times = []
     for repeat in range(repeats + 1):
         start = time.perf_counter()
@@ -44,10 +44,10 @@ def seconds(specs: list[Spec], size: int, place: str, repeats: int, **options: A
 
 
 def main() -> None:
-    """Time every variant, print, write."""
+    """Time every variant, print the rates and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="number of renders that count (default: 5)")
     parser.add_argument("--output", default="world", help="name or path of the result file")
     args = parser.parse_args()
     place = device() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

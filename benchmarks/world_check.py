@@ -1,11 +1,10 @@
-"""How often the judge of the synthetic world is right: on true clips, on spoilt ones, on pictures that only pretend,
-and on clips that a person has looked at.
+"""Accuracy of the judge of the synthetic world on true clips, corrupted clips, fake clips and clips judged by people.
 
     python -m benchmarks.world_check [--quick] [--device cuda] [--clips 630] [--generated FOLDER]
         [--generated-fresh FOLDER] [--generated-third FOLDER] [--generated-fourth FOLDER]
         [--generated-fifth FOLDER]
 
-Prints the tables and writes benchmarks/results/world_check.json (with --quick only prints).
+The command prints the tables and writes benchmarks/results/world_check.json. With --quick it only prints.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from postgen.world.spec import CAMERAS, EVENTS, Spec
 
 ATTRIBUTES = ("count", "colour", "shape", "direction", "event")
 FRAMES = 17
-#: First seed. Thresholds were set on scenes with seeds below 10 000; these were never looked at for that.
+#: First seed. The judge's thresholds were chosen on scenes with seeds below 10 000, never on these scenes.
 FRESH = 100_000
-#: Per corruption: the attributes that it must turn wrong, those that must stay, and the events that it cannot spoil.
+#: By corruption: the attributes that must become wrong, those that must stay right, and the events it cannot change.
 CORRUPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "shuffled": (("direction", "event"), ("count", "colour", "shape"), ("stays",)),
     "reversed": (("direction", "event"), ("count", "colour", "shape"), ("stays", "bounces", "passes behind")),
@@ -47,13 +46,13 @@ CORRUPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
 
 
 class Maker:
-    """Renders on one device in batches."""
+    """Renderer of scenes in batches on one device."""
 
     def __init__(self, device: str, size: int = 96, supersample: int = 2) -> None:
         self.device, self.size, self.supersample = device, size, supersample
 
     def __call__(self, specs: Sequence[Spec], frames: int = FRAMES) -> Tensor:
-        """Clips (B,F,3,H,W) of the scenes."""
+        """Render the scenes as clips (B,F,3,H,W)."""
         pieces = [
             world.render(
                 specs[low : low + 32],
@@ -69,7 +68,7 @@ class Maker:
 
 
 def scenes(per_event: int, frames: int = FRAMES, offset: int = 0) -> list[Spec]:
-    """The same number of scenes for every event that fits the length; colours and shapes of all splits."""
+    """Return `per_event` scenes for each event that fits into `frames`, with colours and shapes of all splits."""
     events = world.eligible_events(frames, 2)
     return [
         world.sample(offset + 1000 * index + k, num_frames=frames, event=event, camera="static", split="all")
@@ -79,7 +78,7 @@ def scenes(per_event: int, frames: int = FRAMES, offset: int = 0) -> list[Spec]:
 
 
 def shares(reports: Sequence[Report]) -> dict[str, float | None]:
-    """Share of the clips whose attribute is right, over the clips where it is judged, and the mean score."""
+    """Return the share of right clips per attribute, among the clips where it is judged, and the mean score."""
     result: dict[str, float | None] = {}
     for name in (*ATTRIBUTES, "all_right"):
         values = [float(v) for r in reports if (v := getattr(r, name)) is not None]
@@ -90,7 +89,7 @@ def shares(reports: Sequence[Report]) -> dict[str, float | None]:
 
 
 def corrupted(kind: str, specs: Sequence[Spec], clips: Tensor, make: Maker) -> tuple[list[Spec], Tensor]:
-    """The scenes that a corruption can be put on, and the spoilt clips."""
+    """Return the scenes to which a corruption applies, and their corrupted clips."""
     left = CORRUPTIONS[kind][2]
     rows = [i for i, s in enumerate(specs) if s.bodies[0].event not in left]
     changed = dict(zip(rows, _changed(kind, [specs[i] for i in rows], clips.shape[1]), strict=True))
@@ -123,7 +122,10 @@ def _changed(kind: str, specs: list[Spec], frames: int) -> Sequence[Spec | None]
 
 
 def wrong_ones(reports: Sequence[Report], specs: Sequence[Spec], per_event: int) -> list[dict[str, Any]]:
-    """Which true clips are not called right: number of the scene within its event, and what is wrong."""
+    """List the true clips that the judge does not call right.
+
+    Each item has the event, the number of the scene within this event, and the wrong attributes.
+    """
     return [
         {
             "event": spec.bodies[0].event,
@@ -136,7 +138,11 @@ def wrong_ones(reports: Sequence[Report], specs: Sequence[Spec], per_event: int)
 
 
 def true_rows(make: Maker, clips: int, quick: bool) -> tuple[dict[str, Any], list[Spec], Tensor]:
-    """Accuracy on true clips: the plain case, softened, other sizes, lengths and cameras."""
+    """Measure the judge on true clips: plain, softened, and with other sizes, lengths and cameras.
+
+    Returns:
+        The rows of shares by name, the scenes of the plain clips, and the plain clips (B,F,3,H,W).
+    """
     specs = scenes(-(-clips // len(EVENTS)), offset=FRESH)
     plain = make(specs)
     soft = torch.stack([spoil.softened(clip, k) for k, clip in enumerate(plain)])
@@ -158,7 +164,7 @@ def true_rows(make: Maker, clips: int, quick: bool) -> tuple[dict[str, Any], lis
 
 
 def gaming_rows(specs: Sequence[Spec], clips: Tensor, make: Maker) -> dict[str, float]:
-    """Largest score of pictures that only pretend, against many scenes each."""
+    """Return the largest score of each kind of fake clips, each judged against many scenes."""
     wanted = list(specs)[:: max(1, len(specs) // 32)][:32]
     rows = {}
     for kind, fakes in spoil.pretenders(FRAMES, make.size, len(wanted)).items():
@@ -187,7 +193,7 @@ def show(title: str, rows: dict[str, Any]) -> None:
 
 
 def gates(true: dict[str, Any], spoilt: dict[str, Any], gaming: dict[str, float]) -> list[dict[str, Any]]:
-    """The numbers asked for, as gates."""
+    """Return the gates of the tables."""
     result = [gate(name, true["true"][name], ">=", 0.98) for name in ATTRIBUTES]
     result += [gate(f"clips_{name}", true["true"][f"n_{name}"], ">=", 300) for name in ATTRIBUTES]
     for kind, (wrong, stay, _) in CORRUPTIONS.items():
@@ -202,45 +208,49 @@ def gates(true: dict[str, Any], spoilt: dict[str, Any], gaming: dict[str, float]
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few clips, no result file")
-    parser.add_argument("--clips", type=int, default=720, help="true clips (default: 720)")
+    parser.add_argument("--quick", action="store_true", help="use few clips and write no result file")
+    parser.add_argument("--clips", type=int, default=720, help="number of true clips (default: 720)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default: 2)")
     for name, (_, first) in world_eye.SETS.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=Path,
-            help=f"keep the clips of the embedded model with seeds from {first} in this folder",
+            help=f"folder of the embedded model's clips with seeds from {first}; missing clips are generated",
         )
-    parser.add_argument("--model", type=Path, default=embedded_model(), help="whose clips a person looked at")
+    parser.add_argument(
+        "--model", type=Path, default=embedded_model(), help="folder of the model whose clips people judged"
+    )
     parser.add_argument("--output", default="world_check", help="name or path of the result file")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Calibrate and print; write the result file unless --quick."""
+    """Measure the judge and print the tables; write the result file, except with --quick."""
     args = options()
     kept = {name: getattr(args, name) for name in world_eye.SETS}
     if not args.quick:
         world_eye.check_model(kept, args.model)
     make = Maker(args.device, supersample=args.supersample)
+    # True, corrupted and fake clips.
     true, specs, clips = true_rows(make, 36 if args.quick else args.clips, args.quick)
-    show("true clips: share called right", true)
+    show("true clips: share that the judge calls right", true)
     part = slice(None, None, 1 if args.quick else 3)
     spoilt = {k: shares(check_batch(*reversed(corrupted(k, specs[part], clips[part], make)))) for k in CORRUPTIONS}
-    show("spoilt clips, eligible events only: share called right", spoilt)
+    show("corrupted clips, only events that the corruption can change: share that the judge calls right", spoilt)
     gaming = gaming_rows(specs, clips, make)
     for name, value in gaming.items():
         print(f"{name:36s} {value:.3f}")
-    print("true clips not called right:", *true["true"]["wrong"], sep="\n  ")
+    print("true clips that the judge does not call right:", *true["true"]["wrong"], sep="\n  ")
+    # Changes that must not change the verdict, and agreement with people.
     rows = gates(true, spoilt, gaming)
     same = world_eye.invariance(specs[::4], clips[::4], make)
-    print("judged alike:", {name: round(value, 4) for name, value in same.items()})
+    print("share with the same verdict after a change:", {name: round(value, 4) for name, value in same.items()})
     eye = None if args.quick else world_eye.measure(args.device, kept, args.model)
     if eye is not None:
         rows += world_eye.gates(eye, same, true["true"]["all_right"])
         print(*eye["apart"], *(row for name in world_eye.SETS for row in eye[name]["apart"]), sep="\n  ")
-        print("agree with the eye:", {name: round(eye[name]["agree"], 4) for name in world_eye.SETS})
+        print("share that agrees with people:", {name: round(eye[name]["agree"], 4) for name in world_eye.SETS})
     print(f"{sum(r['ok'] for r in rows)} of {len(rows)} gates met:", *[r["name"] for r in rows if not r["ok"]])
     if not args.quick:
         settings = {

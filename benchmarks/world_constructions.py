@@ -1,10 +1,10 @@
-"""Clips that are right or wrong on purpose, in kinds, and what a person says of each.
+"""Constructed clips that are right or wrong on purpose, in several kinds, and a person's verdict on each.
 
     python -m benchmarks.world_constructions FOLDER [--seed 1] [--fresh] [--only extra]
 
-Draws the contact sheets of a draw into FOLDER. A person looks at them and writes a verdict for each clip into
-benchmarks/data/world_verdicts.json: "right", "unclear" (not counted), or "wrong: why". `benchmarks.world_check`
-measures the judge against that file.
+The command writes the contact sheets of one draw (all clips of one seed) to FOLDER. A person looks at the sheets and
+writes a verdict for each clip to benchmarks/data/world_verdicts.json: "right", "unclear" (not counted), or
+"wrong: reason". `benchmarks.world_check` compares the judge with these verdicts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from benchmarks.world_kinds.table import KINDS
 for _name in ("motion", "bodies", "physics", "looks", "language", "search"):
     importlib.import_module(f"benchmarks.world_kinds.{_name}")
 
-#: The first draw. The fresh one was chosen after the judge was frozen.
+#: Seed of the first draw. The seed of the fresh draw was chosen after the judge was frozen.
 SEED = 1
 VERDICTS = Path(__file__).with_name("data") / "world_verdicts.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Construction:
-    """A clip (F,3,H,W) in [0,1] under a prompt; `name` is the kind, the seed and a number."""
+    """A clip (F,3,H,W) in [0,1] with its prompt. `name` consists of the kind, the seed and a number."""
 
     name: str
     group: str
@@ -45,13 +45,13 @@ class Construction:
 
 
 def draw(seed: int = SEED, fresh: bool = False, only: str = "") -> Iterator[Construction]:
-    """Yield the constructions of a seed; the same seed gives the same clips. A fresh draw has half as many."""
+    """Yield the constructions of a seed. They depend only on the seed. A fresh draw has half as many."""
     for kind in KINDS.values():
         if only not in kind.name:
             continue
         for number in range((kind.count + 1) // 2 if fresh else kind.count):
             made = kind.make(random.Random(f"{kind.name}-{seed}-{number}"))
-            # 8 bits a channel, as a video file has it.
+            # Round to 8 bits per channel, because a video file has 8 bits.
             clip = (made[1].clamp(0, 1) * 255).round() / 255
             yield Construction(
                 f"{kind.name}/{seed}/{number}", kind.group, kind.name, kind.right, made[0], clip.contiguous()
@@ -59,13 +59,13 @@ def draw(seed: int = SEED, fresh: bool = False, only: str = "") -> Iterator[Cons
 
 
 def verdicts() -> dict[str, str]:
-    """What a person says: name of a clip -> "right", "unclear", or "wrong" and why."""
+    """Return a person's verdicts by the name of the clip: "right", "unclear", or "wrong: reason"."""
     found: dict[str, str] = json.loads(VERDICTS.read_text(encoding="utf-8"))["verdicts"]
     return found
 
 
 def strip(clip: Tensor, title: str, frames: int, side: int) -> Image.Image:
-    """Frames of a clip in a row under a title."""
+    """Draw evenly spaced frames of a clip in a row under a title."""
     frames = min(frames, len(clip))
     chosen = torch.linspace(0, len(clip) - 1, frames).round().long()
     shown = functional.interpolate(clip[chosen], (side, side), mode="area" if clip.shape[-1] > side else "nearest")
@@ -77,7 +77,7 @@ def strip(clip: Tensor, title: str, frames: int, side: int) -> Image.Image:
 
 
 def sheets(strips: list[Image.Image], folder: Path, name: str, columns: int, rows: int) -> None:
-    """Write strips of one size as sheets of that many columns and rows."""
+    """Write strips of equal size to PNG sheets with the given number of columns and rows."""
     folder.mkdir(parents=True, exist_ok=True)
     wide, high = max(s.width for s in strips), strips[0].height
     for page, low in enumerate(range(0, len(strips), columns * rows)):
@@ -89,12 +89,12 @@ def sheets(strips: list[Image.Image], folder: Path, name: str, columns: int, row
 
 
 def main() -> None:
-    """Draw the sheets: all frames of what is about time, few large ones of what is about looks."""
+    """Draw the sheets: all frames of clips that differ in motion, few large frames of clips that differ in looks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--fresh", action="store_true", help="half as many of each kind")
-    parser.add_argument("--only", default="", help="kinds whose name holds this")
+    parser.add_argument("folder", type=Path, help="folder for the sheets")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the draw (default: {SEED})")
+    parser.add_argument("--fresh", action="store_true", help="draw half as many clips of each kind")
+    parser.add_argument("--only", default="", help="draw only kinds whose name contains this text (default: all)")
     args = parser.parse_args()
     still: list[Image.Image] = []
     moving: list[Image.Image] = []

@@ -1,4 +1,4 @@
-"""Clips that are wrong on purpose, for calibrating `postgen.world.check`: spoilt scenes and mere pretenders."""
+"""Clips that are wrong on purpose, to calibrate `postgen.world.check`: corrupted clips of scenes, and fake clips."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from postgen.world.check.segment import SHARE, colour_share
 from postgen.world.physics import Simulation
 from postgen.world.spec import COLOURS, HALF_HEIGHT, HALF_WIDTH, SHAPES, Body, Spec
 
-#: Renders one spec per clip at a length: (specs, frames) -> (B,F,3,H,W).
+#: Function that renders scenes: (specs, number of frames) -> clips (B,F,3,H,W).
 Renderer = Callable[[Sequence[Spec], int], Tensor]
-#: Far beyond the fog: not visible.
+#: A position far beyond the fog, where a body is not visible.
 _NOWHERE = (0.0, 900.0, 0.6)
 
 
 def shuffled(clip: Tensor, seed: int) -> Tensor:
-    """Frames in random order."""
+    """Return the frames in random order."""
     return clip[torch.randperm(len(clip), generator=torch.Generator().manual_seed(seed)).to(clip.device)]
 
 
 def frozen(clip: Tensor) -> Tensor:
-    """The first frame, again and again."""
+    """Return a clip that repeats the first frame."""
     return clip[:1].expand_as(clip)
 
 
 def rounded(specs: Sequence[Spec], frames: int, make: Renderer, width: float = 0.8) -> Tensor:
-    """Clips of the scenes with a squat cylinder, as high as the cube and `width` radii wide, for every cube.
+    """Render the scenes with a squat cylinder in place of each cube, as high as the cube and `width` radii wide.
 
-    Scenes that hold a true cylinder get that one squat, too.
+    True cylinders in the scenes become squat too.
     """
     cubes = [
         replace(s, bodies=tuple(replace(b, shape="cylinder" if b.shape == "cube" else b.shape) for b in s.bodies))
@@ -47,7 +47,15 @@ def rounded(specs: Sequence[Spec], frames: int, make: Renderer, width: float = 0
 
 
 def stained(clip: Tensor, own: str, other: str, part: float = 0.35, frames: slice = slice(None)) -> Tensor:
-    """The foot of the body of a colour, the given part of its height, half-way to another colour for some frames."""
+    """Paint the foot of the body with colour `own` half-way to the colour `other`.
+
+    Args:
+        clip: clip (F,3,H,W) in [0,1].
+        own: colour of the body.
+        other: second colour of the mixture.
+        part: share of the body's height that is painted, from below.
+        frames: frames to change.
+    """
     share, _, bright = colour_share(clip)
     body = share > SHARE
     rows = torch.arange(clip.shape[-2], device=clip.device)[None, :, None]
@@ -63,7 +71,7 @@ def stained(clip: Tensor, own: str, other: str, part: float = 0.35, frames: slic
 
 
 def blurred(clip: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of every frame, sigma in pixels."""
+    """Return the clip with every frame blurred by a Gaussian; `sigma` is in pixels."""
     reach = int(3 * sigma + 1)
     steps = torch.arange(-reach, reach + 1, device=clip.device).float()
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
@@ -74,25 +82,28 @@ def blurred(clip: Tensor, sigma: float) -> Tensor:
 
 
 def softened(clip: Tensor, seed: int) -> Tensor:
-    """What a small autoencoder does at worst: blur of 0.7 px and noise of 0.02."""
+    """Return the clip as a small autoencoder distorts it at worst: blur of 0.7 px and noise of 0.02."""
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(seed)).to(clip.device)
     return (blurred(clip, 0.7) + 0.02 * noise).clamp(0, 1)
 
 
 def change_first(spec: Spec, **changes: object) -> Spec:
-    """The scene with another first body."""
+    """Return the scene with changed attributes of its first body."""
     return replace(spec, bodies=(replace(spec.bodies[0], **changes), *spec.bodies[1:]))
 
 
 def other_colour(spec: Spec) -> Spec:
-    """The first body in the colour that is half-way round the table, past those that other bodies have."""
+    """Return the scene with another colour of the first body.
+
+    The colour is four places further in the table, or the next one after it that no body of the scene has.
+    """
     names, taken = list(COLOURS), {b.colour for b in spec.bodies}
     start = names.index(spec.bodies[0].colour) + 4
     return change_first(spec, colour=next(n for k in range(8) if (n := names[(start + k) % 8]) not in taken))
 
 
 def other_shape(spec: Spec) -> Spec:
-    """The first body in the next shape, standing as high above the floor as before."""
+    """Return the scene with the next shape for the first body, at the same height above the floor."""
     body = spec.bodies[0]
     shape = SHAPES[(SHAPES.index(body.shape) + 1) % len(SHAPES)]
     lift = body.position[2] - body.half_height
@@ -101,20 +112,26 @@ def other_shape(spec: Spec) -> Spec:
 
 
 def without_first(spec: Spec) -> Spec:
-    """The scene without its first body."""
+    """Return the scene without its first body."""
     ghost = Body(colour=spec.bodies[0].colour, shape="ball", position=_NOWHERE)
     bodies = tuple(replace(b, event="stays", partner=None) for b in spec.bodies[1:])
     return replace(spec, bodies=(ghost, *bodies))
 
 
 def moved_first(specs: Sequence[Spec], frames: int) -> list[Spec | None]:
-    """The first body 1.7 m or more to the side, clear of the others at all times; None when there is no room."""
+    """Return each scene with its first body moved 1.7 m or more to the side.
+
+    The moved body does not touch or hide another body in any frame. None stands for a scene without such a place.
+    """
     tries = [[change_first(s, position=_aside(s.bodies[0], dx)) for dx in _ASIDE] for s in specs]
     return _first_clear(tries, [0] * len(specs), frames)
 
 
 def doubled(specs: Sequence[Spec], frames: int) -> list[Spec | None]:
-    """The scene with a copy of the first body that does the same beside it; None when there is no room."""
+    """Return each scene with a copy of its first body that moves in the same way, 1.7 m or more to the side.
+
+    The copy does not touch or hide another body in any frame. None stands for a scene without such a place.
+    """
     tries = []
     for spec in specs:
         body = replace(spec.bodies[0], event="stays", partner=None)
@@ -131,7 +148,7 @@ def _aside(body: Body, dx: float) -> tuple[float, float, float]:
 
 
 def _first_clear(tries: list[list[Spec]], index: list[int], frames: int) -> list[Spec | None]:
-    """Per scene the first try in which the body `index` has room; all are simulated in one batch."""
+    """Return for each scene the first try in which its body `index` has room, or None. Simulate all in one batch."""
     flat = [spec for row in tries for spec in row]
     positions = iter(Simulation(flat).run(frames).positions_BFK3.tolist())
     result: list[Spec | None] = []
@@ -142,7 +159,7 @@ def _first_clear(tries: list[list[Spec]], index: list[int], frames: int) -> list
 
 
 def _clear(spec: Spec, index: int, positions: list[list[list[float]]]) -> bool:
-    """Whether a body is within the picture and apart from every other one in all frames."""
+    """Return whether a body is inside the picture and apart from every other body in all frames."""
     for places in positions:
         frame = places[: len(spec.bodies)]
         seen = [project_point(tuple(p)) for p in frame]
@@ -157,13 +174,13 @@ def _clear(spec: Spec, index: int, positions: list[list[list[float]]]) -> bool:
 
 
 def spliced(first: Tensor, second: Tensor) -> Tensor:
-    """First half of one clip, second half of the other."""
+    """Join the first half of one clip with the second half of the other."""
     half = len(first) // 2
     return torch.cat((first[:half], second[half:]))
 
 
 def pretenders(frames: int, size: int, count: int) -> dict[str, Tensor]:
-    """Clips (count,F,3,H,W) that show no scene of the world at all, by kind."""
+    """Return fake clips (count,F,3,H,W) by kind. They show no scene of the world."""
     rng = torch.Generator().manual_seed(7)
     shape = (count, frames, 3, size, size)
     noise = torch.rand(shape, generator=rng)
@@ -183,7 +200,7 @@ def pretenders(frames: int, size: int, count: int) -> dict[str, Tensor]:
 
 
 def _photo(size: int, rng: torch.Generator) -> Tensor:
-    """A picture with the statistics of a photograph: 1/f noise in colour with some sharp-edged coloured areas."""
+    """Return a picture with statistics of a photograph: coloured 1/f noise, some coloured areas with sharp edges."""
     picture = torch.zeros(3, size, size)
     for cells in (3, 6, 12, 24, 48):
         layer = torch.randn(1, 3, cells, cells, generator=rng)
@@ -198,7 +215,7 @@ def _photo(size: int, rng: torch.Generator) -> Tensor:
 
 
 def _text(count: int, size: int, rng: torch.Generator, ink: Tensor) -> Tensor:
-    """Lines of random 5 x 7 glyphs in an ink (count,3) on light grey: (count,3,H,W)."""
+    """Return pictures (count,3,H,W) with lines of random 5 x 7 glyphs, in colours `ink` (count,3) on light grey."""
     rows, columns = size // 9, size // 6
     glyphs = (torch.rand(count, rows, columns, 7, 5, generator=rng) > 0.5).float()
     page = functional.pad(glyphs, (0, 1, 0, 2)).permute(0, 1, 3, 2, 4).reshape(count, rows * 9, columns * 6)

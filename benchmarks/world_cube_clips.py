@@ -1,12 +1,12 @@
-"""Clips of the embedded model whose prompts name a cube, and sheets of these cubes for a person to look at.
+"""Generate clips of the embedded model whose prompts name a cube, so that a person can judge these cubes.
 
     python -m benchmarks.world_cube_clips FOLDER [--batches 35] [--device cuda]
     python -m benchmarks.world_cube_sheets FOLDER
 
-They are made as a policy draws them (`benchmarks.world_eye_clips.ROLLOUT`), one and two bodies in equal parts. What a
-person says of each cube stands in benchmarks/data/world_cubes.json, and `benchmarks.world_cube_cross` tries
-what the network of `postgen.world.check.edges` learns from them. No judge sees the clips here. A batch that is there
-already is not made again.
+The first command generates the clips with the settings of RL rollouts (`benchmarks.world_eye_clips.ROLLOUT`). Half of
+the clips have one body, half have two. The second command draws sheets of the cubes. A person's verdict on each cube
+is in benchmarks/data/world_cubes.json. `benchmarks.world_cube_cross` measures how these cubes improve the network of
+`postgen.world.check.edges`. No judge is applied to the clips here. The first command skips batches that exist already.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from postgen import world
 from postgen.assets import embedded_model
 
 LABELS = DATA / "world_cubes.json"
-#: First seed of the clips of one body and of two. No other benchmark takes these.
+#: First seeds of the clips, by the number of bodies. No other benchmark uses these seeds.
 FIRST = {1: 900_000, 2: 920_000}
-#: Clips of a batch of each number of bodies.
+#: Number of clips per batch for each number of bodies.
 _EACH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A clip: its name, what it should show, its seed, and the colours of its cubes."""
+    """A clip to generate: its name, prompt and seed, and the colours of its cubes."""
 
     name: str
     prompt: str
@@ -46,7 +46,7 @@ class Row:
 
 
 def rows(bodies: int) -> Iterator[Row]:
-    """Clips of so many bodies with at least one cube, without end."""
+    """Yield the clips with `bodies` bodies of which at least one is a cube, without end."""
     for seed in itertools.count(FIRST[bodies]):
         spec = world.sample(seed, num_bodies=bodies, camera="static", num_frames=ROLLOUT.frames)
         cubes = tuple(body.colour for body in spec.bodies if body.shape == "cube")
@@ -55,13 +55,13 @@ def rows(bodies: int) -> Iterator[Row]:
 
 
 def batch_rows(number: int) -> list[Row]:
-    """The clips of a batch."""
+    """Return the clips of batch `number`."""
     part = (number * _EACH, (number + 1) * _EACH)
     return [row for bodies in FIRST for row in itertools.islice(rows(bodies), *part)]
 
 
 def make(folder: Path, number: int, pipe: object) -> None:
-    """Write the clips of a batch."""
+    """Generate the clips of batch `number` and write them to the folder."""
     part = batch_rows(number)
     job = Job(prompts=[row.prompt for row in part], seeds=[row.seed for row in part], **asdict(ROLLOUT))
     clips = bytes_of(generate(pipe, job))
@@ -69,26 +69,32 @@ def make(folder: Path, number: int, pipe: object) -> None:
 
 
 def kept(folder: Path) -> Iterator[tuple[Row, Tensor]]:
-    """The clips (F,3,H,W) uint8 that are there."""
+    """Yield the clips, uint8 (F,3,H,W), of all batches in the folder.
+
+    Raises:
+        RuntimeError: if a file holds a clip of another prompt.
+    """
     for path in sorted(folder.glob("batch-*.safetensors")):
         clips, prompts = read_clips(path)
         for row, clip, prompt in zip(batch_rows(int(path.stem[6:])), clips, prompts, strict=True):
             if row.prompt != prompt:
-                raise RuntimeError(f"{path} holds {prompt!r} where {row.prompt!r} was to be")
+                raise RuntimeError(
+                    f"{path} holds a clip of {prompt!r}, expected {row.prompt!r}: delete the file and make it again"
+                )
             yield row, clip
 
 
 def labels() -> dict[tuple[str, str], str]:
-    """Clip and colour of each cube -> "cube", "not" or "unclear", as a person said."""
+    """Return a person's label of each cube, "cube", "not" or "unclear", by the clip's name and the cube's colour."""
     told = json.loads(LABELS.read_text(encoding="utf-8"))["cubes"]
     return {(row["clip"], row["body"]): row["label"] for row in told}
 
 
 def main() -> None:
-    """Make what is not there yet."""
+    """Generate the batches that are not in the folder yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--batches", type=int, default=35, help="of 8 clips (default: 35)")
+    parser.add_argument("folder", type=Path, help="folder for the clips")
+    parser.add_argument("--batches", type=int, default=35, help="number of batches of 8 clips (default: 35)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

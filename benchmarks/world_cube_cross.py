@@ -1,12 +1,13 @@
-"""The judge beside persons on all draws of generated clips, with networks that learned from other cubes.
+"""Agreement of the judge with people on all draws of generated clips, with edge networks trained on other cubes.
 
     python -m benchmarks.world_cube_cross FOLDER --cubes FOLDER --generated FOLDER --generated-fresh FOLDER
         --generated-third FOLDER --generated-fourth FOLDER --generated-fifth FOLDER
 
-FOLDER is that of `postgen.judges.world_edges`, with first.safetensors and looked.safetensors; --cubes is that of
-`benchmarks.world_cube_clips`. Each clip is judged once, and what the network is asked of it is kept, so that other
-networks can be tried in seconds; it learns from these windows of the new cubes too. The limit of a network that
-learned from them is chosen on them, by networks that did not see the cube in question. Prints a table and writes
+FOLDER is the folder of `postgen.judges.world_edges`, with first.safetensors and looked.safetensors. --cubes is the
+folder of `benchmarks.world_cube_clips`, with the new cubes. Each clip is judged once, and the inputs of the network
+are recorded, so that other networks can be tried in seconds. The recorded windows of the new cubes are also training
+data. The limit of a network that was trained on the new cubes is chosen on them by cross-validation: the value of each
+cube comes from a network that was trained without it. The command prints a table and writes
 benchmarks/results/world_cubes.json.
 """
 
@@ -36,17 +37,17 @@ from postgen.world.check.tracks import Track
 from postgen.world.parse import read
 from postgen.world.spec import COLOURS
 
-#: Parts of the new cubes of which each is left out once, and limits that are tried.
+#: Number of folds of the new cubes in the cross-validation, and the limits that are tried.
 _FOLDS, _LIMITS = 5, [k / 20 for k in range(-40, 61)]
-#: Stands for the network's word while a clip is judged: nothing is round; the rest is the number of the window.
+#: Recorded in place of the network's output: `_SURE` minus the number of the window. So no window counts as round.
 _SURE = -1_000_000
-#: Fewest frames from which the judge takes the network's word.
+#: Smallest number of frames for which the judge uses the network.
 _LEAST = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Cube:
-    """What the judge asks the network of one cube: windows (n,2,CELLS,CELLS), their areas, `facets.roundness`."""
+    """Inputs of the network for one cube: windows (n,2,CELLS,CELLS), their areas, and `facets.roundness` of each."""
 
     window: Tensor
     area: Tensor
@@ -55,7 +56,7 @@ class Cube:
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A clip: whether the judge passes all but what the network says, and its cubes by colour."""
+    """A judged clip: whether the judge passes it when the network finds nothing round, and its cubes by colour."""
 
     passes: bool
     cubes: dict[str, Cube]
@@ -63,7 +64,7 @@ class Shot:
 
 @contextmanager
 def using(**changed: Any) -> Iterator[None]:
-    """Other attributes of the module `edges`."""
+    """Replace attributes of the module `edges` inside the `with` block."""
     before = {name: getattr(edges, name) for name in changed}
     try:
         for name, value in changed.items():
@@ -77,7 +78,7 @@ def using(**changed: Any) -> Iterator[None]:
 
 
 def recorded(clip_F3HW: Tensor, prompt: str) -> Shot:
-    """Judge a clip (uint8) as if the network held nothing to be round, and keep what it was asked."""
+    """Judge a clip (uint8) as if the network found nothing round, and record the inputs of the network."""
     asked: list[tuple[Tensor, Tensor]] = []
     tracks: list[Track] = []
 
@@ -93,12 +94,14 @@ def recorded(clip_F3HW: Tensor, prompt: str) -> Shot:
             tracks.append(track)
         return real(track, name)
 
-    steady.edges = spy  # the judge looks it up there
+    # Judge the clip with the recording functions in place.
+    steady.edges = spy  # the judge reads `edges` from this module at every call
     try:
         with using(roundness=answer):
             right = passes(judged(clip_F3HW.float() / 255, prompt))
     finally:
         steady.edges = real
+    # Collect the recorded inputs of each cube in the prompt.
     reading = read(prompt)
     names = [body.colour for body in reading.scene.bodies if body.shape == "cube"] if reading else []
     cubes = {}
@@ -113,13 +116,13 @@ def recorded(clip_F3HW: Tensor, prompt: str) -> Shot:
 
 
 def values(weights: Path, cubes: Iterable[Cube]) -> list[float]:
-    """What `steady.edges` compares with its limits."""
+    """Return for each cube the value that `steady.edges` compares with its limits, with the given weights."""
     with using(WEIGHTS=weights):
         return [steady.soft_value(edges.roundness(c.window, c.area).tolist(), c.facets.tolist()) for c in cubes]
 
 
 def mistakes(weights: Path, limit: float, shots: dict[str, Shot], eye: dict[str, bool]) -> dict[str, int]:
-    """How the judge differs from a person's word, right or not, on clips."""
+    """Count the clips, and those on which the judge differs from a person (`eye`: name of the clip -> right)."""
     said = iter(values(weights, (cube for name in eye for cube in shots[name].cubes.values())))
     wrong_passed = right_failed = 0
     for name, right in eye.items():
@@ -131,13 +134,13 @@ def mistakes(weights: Path, limit: float, shots: dict[str, Shot], eye: dict[str,
 
 
 def pairs_right(good: Sequence[float], bad: Sequence[float]) -> float:
-    """Share of pairs in which the cube has the lower value."""
+    """Return the share of pairs (cube, no cube) in which the cube has the lower value; ties count half."""
     more = torch.tensor(bad)[:, None] - torch.tensor(good)
     return float(((more > 0).float() + 0.5 * (more == 0)).mean())
 
 
 def best_limit(good: Sequence[float], bad: Sequence[float]) -> float:
-    """The limit with the fewest mistakes, in the middle where several have."""
+    """Return the limit with the fewest mistakes; of several such limits, the middle one."""
     count = [sum(v > limit for v in good) + sum(v <= limit for v in bad) for limit in _LIMITS]
     best = [limit for limit, wrong in zip(_LIMITS, count, strict=True) if wrong == min(count)]
     return best[len(best) // 2]
@@ -145,7 +148,7 @@ def best_limit(good: Sequence[float], bad: Sequence[float]) -> float:
 
 @contextmanager
 def learned(first: Path, bags: Sequence[Bag]) -> Iterator[Path]:
-    """Weights of the second stage, or of the first where there is nothing to learn from."""
+    """Train the second stage on `bags` and yield the path of the weights; without bags, those of the first stage."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.safetensors"
         write_net(learn_looked(read_net(first), bags) if bags else read_net(first), path)
@@ -154,14 +157,14 @@ def learned(first: Path, bags: Sequence[Bag]) -> Iterator[Path]:
 
 @contextmanager
 def learned_each(first: Path, bags: dict[str, list[Bag]]) -> Iterator[dict[str, Path]]:
-    """`learned` for each draw."""
+    """Call `learned` for each draw, and yield the paths of the weights by draw."""
     with ExitStack() as stack:
         yield {name: stack.enter_context(learned(first, part)) for name, part in bags.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """All that is tried: the draws with what a person said of them, and the new cubes that are sure."""
+    """All data: the draws with a person's verdicts, and the new cubes whose label is not "unclear"."""
 
     first: Path
     draws: dict[str, tuple[dict[str, Shot], dict[str, bool]]]
@@ -169,14 +172,14 @@ class Held:
     bags: list[Bag]
 
     def chosen(self, said: Sequence[float]) -> tuple[float, float]:
-        """The best limit for values of the new cubes, and how well these order pairs."""
+        """Return the best limit for the values `said` of the new cubes, and the share of pairs in the right order."""
         both = list(zip(said, [none for _, none in self.bags], strict=True))
         good, bad = [value for value, none in both if not none], [value for value, none in both if none]
         return best_limit(good, bad), pairs_right(good, bad)
 
 
 def hold(args: argparse.Namespace) -> Held:
-    """Judge and record everything."""
+    """Judge and record all clips."""
     draws = {}
     for name in SETS:
         clips, told = kept_clips(getattr(args, name)), eye_verdicts(name)["clips"]
@@ -194,7 +197,7 @@ def hold(args: argparse.Namespace) -> Held:
 
 
 def out_of_fold(held: Held, more: Sequence[Bag]) -> list[float]:
-    """Value of each new cube by a network that learned from the others, and from `more`."""
+    """Return the value of each new cube from a network trained on the other folds and on `more`."""
     order, found = list(range(len(held.bags))), [0.0] * len(held.bags)
     random.Random(0).shuffle(order)
     for fold in range(_FOLDS):
@@ -206,7 +209,7 @@ def out_of_fold(held: Held, more: Sequence[Bag]) -> list[float]:
 
 
 def judged_with(held: Held, weights: dict[str, Path], limit: float) -> dict[str, Any]:
-    """Mistakes by draw and of all draws, each draw judged with its own weights."""
+    """Return the mistakes of each draw, judged with its own weights, and the sum over all draws."""
     rows = {name: mistakes(weights[name], limit, *held.draws[name]) for name in held.draws}
     rows["all"] = {key: sum(row[key] for row in rows.values()) for key in ("clips", "wrong_passed", "right_failed")}
     agree = {name: 1 - (row["wrong_passed"] + row["right_failed"]) / row["clips"] for name, row in rows.items()}
@@ -214,7 +217,10 @@ def judged_with(held: Held, weights: dict[str, Path], limit: float) -> dict[str,
 
 
 def table(held: Held, looked: Path) -> dict[str, Any]:
-    """Networks by what they learned from besides prisms, each with the judge's limit and that of the new cubes."""
+    """Measure networks that were trained on different data in addition to prisms.
+
+    Each network is measured with the limit of the judge and with the best limit on the new cubes.
+    """
     usual, rows = sum(steady._SOFT) / 2, {}
 
     def add(name: str, weights: dict[str, Path], said: Sequence[float]) -> None:
@@ -242,12 +248,14 @@ def _number(draw: str) -> int | None:
 
 
 def main() -> None:
-    """Record, learn, write the table."""
+    """Record the clips, train the networks, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--cubes", type=Path, required=True, help="clips of benchmarks.world_cube_clips")
+    parser.add_argument("folder", type=Path, help="folder of postgen.judges.world_edges")
+    parser.add_argument("--cubes", type=Path, required=True, help="folder of benchmarks.world_cube_clips")
     for name in SETS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help="clips of this set")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=Path, required=True, help="folder of the clips of this set"
+        )
     args = parser.parse_args()
     torch.set_num_threads(1)
     held = hold(args)

@@ -1,10 +1,10 @@
-"""Sheets of the cubes of generated clips, enlarged, for a person to say of each whether it is one.
+"""Draw sheets of enlarged cubes from generated clips, so that a person can judge whether each one is a cube.
 
     python -m benchmarks.world_cube_sheets FOLDER       # the clips of `benchmarks.world_cube_clips`
 
-A cube is found by its colour alone, as the judge cuts bodies out, and shown in frames in which nearly all of it is
-seen, spread over the clip. FOLDER/sheet-NN.png and, in the order of the sheets, FOLDER/cubes.json are written. No
-shape is measured, and no verdict is shown.
+The command finds each cube only by its colour, with the segmentation of the judge, and shows it in frames that are
+spread over the clip and in which nearly all of it is visible. It writes FOLDER/sheet-NN.png and FOLDER/cubes.json,
+which lists the cubes in the order of the sheets. It measures no shape and shows no verdict.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from postgen.world.check.ground import balance
 from postgen.world.check.segment import find_blobs, smooth
 from postgen.world.spec import COLOURS
 
-#: Frames shown of a cube, pixels of each, cubes in a column and columns of a sheet.
+#: Number of frames shown of a cube, their size in pixels, cubes per column and columns per sheet.
 SHOWN, _SIDE, _ROWS, _COLUMNS = 6, 88, 11, 2
 _GAP, _TEXT = 4, 62
-#: Least area over the largest one of a frame that is shown, and half of its side in roots of the largest area.
+#: Smallest area of the cube in a shown frame, relative to its largest area in the clip; half the side of the crop,
+#: relative to the square root of the largest area.
 _NEARLY, _REACH = 0.6, 1.0
 
 
 def crops(clip_F3HW: Tensor, colours: Sequence[str]) -> Iterator[tuple[str, list[Image.Image]]]:
-    """Pictures of the largest body of each colour, up to `SHOWN`; none where it is nowhere.
+    """Yield each colour with up to `SHOWN` pictures of the largest body of this colour.
+
+    The list of pictures is empty if no body of the colour is found.
 
     Args:
-        clip_F3HW: uint8.
+        clip_F3HW: clip in uint8.
         colours: names from `COLOURS`.
     """
     pictures = smooth(clip_F3HW.float() / 255)
@@ -55,7 +58,7 @@ def crops(clip_F3HW: Tensor, colours: Sequence[str]) -> Iterator[tuple[str, list
 
 
 def sheet(cubes: Sequence[tuple[str, list[Image.Image]]], path: Path) -> None:
-    """Draw cubes, each as a row of its pictures behind its number."""
+    """Write a PNG of cubes: each cube is a row of its pictures after its caption."""
     wide, tall = _TEXT + SHOWN * (_SIDE + _GAP), _SIDE + _GAP
     picture = Image.new("RGB", (_COLUMNS * wide, _ROWS * tall), "white")
     draw = ImageDraw.Draw(picture)
@@ -68,9 +71,9 @@ def sheet(cubes: Sequence[tuple[str, list[Image.Image]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Draw all cubes that are there."""
+    """Draw the cubes of all clips in the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder of the clips, in which the sheets are written")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found, listed = [], []

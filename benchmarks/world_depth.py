@@ -1,14 +1,17 @@
-"""How near the depth network of the world is to the truth: on scenes it never saw, and on one real picture.
+"""Accuracy of the depth network of the world on unseen scenes and on one real picture.
 
     python -m benchmarks.world_depth [--model FOLDER] [--clips 128] [--output NAME]
 
-Scenes of held-out combinations of colour, shape and event, half of them with a camera at rest, 33 frames at 96 px; the
-same after the embedded model's autoencoder, as soft as what it generates. One scale and one shift are fitted to each
-clip; pixels within 40 m count. `flicker` is also that of the same network without the frames before (each frame as
-a clip of its own). The picture is the left one of scikit-image's stereo pair, at 192 px, beside two that see nothing:
-one value everywhere, and the row of the picture (lower is nearer). It is one picture, so there is no interval.
+The scenes have held-out combinations of colour, shape and event, 33 frames and 96 px. Half of them have a static
+camera. Some clips are also measured after a pass through the embedded model's autoencoder ("softened"), so that they
+are as soft as generated clips. One scale and one shift are fitted to each clip, and only pixels within 40 m count.
+`flicker` is also measured for the same network without the earlier frames (each frame as its own clip). The real
+picture is the left one of scikit-image's stereo pair, at 192 px. Two baselines that do not use the picture are
+compared with the network: one constant value, and the row of the pixel (lower is nearer). One picture allows no
+interval.
 
-The gates below stood here before the weights were trained; that of flicker reads the upper end of its interval.
+The targets of the gates were set before the weights were trained. The gate of the flicker uses the upper end of the
+interval.
 """
 
 from __future__ import annotations
@@ -37,13 +40,14 @@ from postgen.worldweaver.depth_training import FARTHEST, Takes, reconstructed, r
 
 FRAMES, SIZE = 33, 96
 STEREO_SHIFT = 31.086
-"""Pixels between the principal points of the two pictures: depth goes as 1 / (disparity + this)."""
+"""Distance in pixels between the principal points of the two pictures. Depth is proportional to
+1 / (disparity + STEREO_SHIFT)."""
 ESTIMATES = ("network", "constant", "lower is nearer")
 SHOWN = 3
 
 
 def scenes(count: int, moving: bool) -> list[Spec]:
-    """Unseen scenes of held-out combinations whose camera moves, or does not."""
+    """Return `count` unseen scenes of held-out combinations whose camera moves (`moving`) or is static."""
     found: list[Spec] = []
     seed = 0
     while len(found) < count:
@@ -55,7 +59,7 @@ def scenes(count: int, moving: bool) -> list[Spec]:
 
 
 def row(name: str, found: list[DisparityErrors], single: list[DisparityErrors]) -> dict[str, Any]:
-    """Means over clips with 95 % intervals, and flicker with and without the frames before."""
+    """Return the means over clips with 95 % intervals, and the flicker with and without the earlier frames."""
     named: dict[str, Any] = {"clips": name, "count": len(found)}
     columns = {key: [asdict(errors)[key] for errors in found] for key in ("abs_rel", "within_125", "rank", "flicker")}
     alone = [errors.flicker for errors in single]
@@ -68,7 +72,7 @@ def row(name: str, found: list[DisparityErrors], single: list[DisparityErrors]) 
 
 
 def measure(name: str, takes: Takes, source: WorldDepth) -> dict[str, Any]:
-    """Errors of a set of clips."""
+    """Measure and print the errors of a set of clips."""
     found, single = [], []
     for rgb, true in zip(tqdm(takes.rgb, desc=name, leave=False), takes.disparity.float(), strict=True):
         valid = true > 1 / FARTHEST
@@ -82,7 +86,7 @@ def measure(name: str, takes: Takes, source: WorldDepth) -> dict[str, Any]:
 
 
 def stereo(source: WorldDepth) -> tuple[list[dict[str, Any]], Tensor]:
-    """Errors of the network and of two that see nothing on the real picture, and what it gives, (H,W)."""
+    """Return the errors of the network and of the two baselines on the real picture, and the prediction (H,W)."""
     picture = torch.from_numpy(np.array(read_picture(verify("stereo-left"))))[None]
     with np.load(verify("stereo-disparity")) as file:
         measured = torch.from_numpy(file["arr_0"])[None]
@@ -99,7 +103,7 @@ def stereo(source: WorldDepth) -> tuple[list[dict[str, Any]], Tensor]:
 
 
 def gates(rows: list[dict[str, Any]], real: list[dict[str, Any]], megabytes: float) -> list[dict[str, Any]]:
-    """The numbers asked for; of the scenes those as they were rendered, whichever camera is worse."""
+    """Return the gates. Gates named `world_` use the clips that are not softened, and the worse of both cameras."""
     plain = [each for each in rows if "softened" not in each["clips"]]
     soft = [each for each in rows if "softened" in each["clips"]]
     errors = {each["estimate"]: each["abs_rel"] for each in real}
@@ -117,7 +121,7 @@ def gates(rows: list[dict[str, Any]], real: list[dict[str, Any]], megabytes: flo
 
 
 def sheet(takes: Takes, source: WorldDepth, path: Path) -> None:
-    """Some clips: pictures, true disparity, estimate, each map over its clip's own range."""
+    """Write a sheet of some clips: pictures, true disparity, predicted disparity. Each map is scaled to its range."""
     lines = []
     for rgb, true in zip(takes.rgb[:SHOWN], takes.disparity[:SHOWN].float(), strict=True):
         every = slice(None, None, (len(rgb) - 1) // 8)
@@ -132,16 +136,18 @@ def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of the network (default: the shipped one)")
-    parser.add_argument("--clips", type=int, default=128, help="clips of each camera (default: 128)")
-    parser.add_argument("--softened", type=int, default=32, help="of them also softened (default: 32)")
+    parser.add_argument("--clips", type=int, default=128, help="number of clips per kind of camera (default: 128)")
+    parser.add_argument(
+        "--softened", type=int, default=32, help="number of these clips that are also softened (default: 32)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="world_depth", help="name or path of the result file")
-    parser.add_argument("--sheet", type=Path, help="also draw some clips with their disparity")
+    parser.add_argument("--sheet", type=Path, help="also write this picture of some clips with their disparity")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure the network on scenes and on the real picture, print the gates and write the results."""
     args = options()
     source = WorldDepth(args.model, device=args.device)
     denoiser = embedded_denoiser(args.device) if args.softened else None
@@ -158,7 +164,7 @@ def main() -> None:
     try:
         real, _ = stereo(source)
     except UserError as error:
-        print(f"no real picture: {error}")
+        print(f"the real picture is not measured: {error}")
         real = []
     megabytes = (depth_folder(args.model) / WEIGHTS).stat().st_size / 1e6
     judged = gates(rows, real, megabytes)
@@ -170,7 +176,7 @@ def main() -> None:
 
 
 def embedded_denoiser(device: str) -> Any:
-    """The embedded model, for its autoencoder."""
+    """Load the denoiser of the embedded model, of which only the autoencoder is used."""
     from diffusers import DiffusionPipeline
 
     return denoiser_for(DiffusionPipeline.from_pretrained(embedded_model()).to(device))

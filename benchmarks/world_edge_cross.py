@@ -1,11 +1,12 @@
-"""The judge beside a person on each draw of generated clips, with a network that has not seen that draw.
+"""Agreement of the judge with a person on each draw of generated clips, with an edge network trained on other draws.
 
     python -m benchmarks.world_edge_cross FOLDER --generated FOLDER --generated-fresh FOLDER --generated-third FOLDER
         --generated-fourth FOLDER
 
-FOLDER is that of `postgen.judges.world_edges`, with first.safetensors and looked.safetensors. What is written in the
-judge as a number was chosen in view of all draws, so this flatters it a little; the gate is on clips that came later.
-Prints a table and writes benchmarks/results/world_edges.json.
+FOLDER is the folder of `postgen.judges.world_edges`, with first.safetensors and looked.safetensors. The thresholds of
+the judge were chosen with all four draws in view, so the result is slightly optimistic. The gate of
+`benchmarks.world_eye` uses clips that were generated later. The command prints a table and writes
+benchmarks/results/world_edges.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from postgen.world.check import edges
 
 
 def judged_by(weights: Path, name: str, clips: Path) -> dict[str, Any]:
-    """Agreement on one of `LEARNED` with other weights than the shipped ones, with a 95 % interval over the clips."""
+    """Return the agreement on the set `name` of `LEARNED` with the given weights, and its 95 % interval over clips."""
     shipped = edges.WEIGHTS
     try:
         edges.WEIGHTS = weights
@@ -41,7 +42,7 @@ def judged_by(weights: Path, name: str, clips: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Learn on three draws, judge the fourth, in turn."""
+    """Train on three draws and judge the fourth, for each draw in turn."""
     args = options(__doc__)
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}

@@ -1,12 +1,12 @@
-"""Windows of the cubes of clips that persons looked at, for `postgen.judges.world_edges`.
+"""Cut out windows of cubes from clips that people judged, as training data for `postgen.judges.world_edges`.
 
     python -m benchmarks.world_edge_windows FOLDER --generated FOLDER --generated-fresh FOLDER --generated-third FOLDER
         --generated-fourth FOLDER
 
-Every cube of a clip that is right as a whole is one. benchmarks/data/world_edges.json names the cubes of wrong clips
-that are none by what the person wrote, colours by clip. Other cubes of wrong clips, and unclear clips, teach nothing.
-The clips are those of `benchmarks.world_check`; the windows are cut out as the judge does. FOLDER/looked.safetensors
-is written.
+In a clip that a person calls right, every cube counts as a true cube. For wrong clips,
+benchmarks/data/world_edges.json lists by clip the colours of the cubes that are no cubes according to the person's
+verdict. Other cubes of wrong clips, and unclear clips, are not used. The clips are those of `benchmarks.world_check`,
+and the windows are cut out as in the judge. The command writes FOLDER/looked.safetensors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from postgen.world.parse import read
 from postgen.world.spec import COLOURS
 
 NO_CUBES = DATA / "world_edges.json"
-#: The draws that the network learns from, in the order of their numbers in the file of windows.
+#: The draws that are training data. The index here is the number of the draw in the file of windows.
 LEARNED = ("generated", "generated_fresh", "generated_third", "generated_fourth")
-#: Least area of a window over the largest one's of its body.
+#: Smallest area of the body in a window, relative to its largest area in the clip.
 _PART = 0.25
 
 
 def bodies(name: str, folder: Path) -> Iterator[tuple[Tensor, bool]]:
-    """Windows (n,2,CELLS,CELLS) int16 of each cube of one of `LEARNED`, and whether it is none."""
+    """Yield for each cube of the set `name` its windows, int16 (n,2,CELLS,CELLS), and True if it is no true cube."""
     clips, wrong = kept_clips(folder), json.loads(NO_CUBES.read_text(encoding="utf-8"))[name]
     for clip, row in eye_verdicts(name)["clips"].items():
         reading = read(row["prompt"])
@@ -50,16 +50,18 @@ def bodies(name: str, folder: Path) -> Iterator[tuple[Tensor, bool]]:
 
 
 def options(says: str | None) -> argparse.Namespace:
-    """Read a command line with the folder of the network and those of all `LEARNED`."""
+    """Read a command line with the folder of the network and the folders of all sets of `LEARNED`."""
     parser = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder of postgen.judges.world_edges")
     for name in LEARNED:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True, help="clips of this set")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=Path, required=True, help="folder of the clips of this set"
+        )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Write the windows of all sets."""
+    """Cut out and write the windows of all sets."""
     args = options(__doc__)
     torch.set_num_threads(1)
     by_set = [list(bodies(name, getattr(args, name))) for name in LEARNED]
@@ -70,7 +72,7 @@ def main() -> None:
     tensors = {"window": torch.cat([window for window, _ in found]), "bag": numbers, "wrong": wrong}
     tensors["set"] = torch.tensor(sets)
     save_file(tensors, args.folder / "looked.safetensors")
-    print(f"{len(found)} cubes, {int(wrong.sum())} of them none; {len(numbers)} windows")
+    print(f"{len(found)} cubes, {int(wrong.sum())} of them no true cubes; {len(numbers)} windows")
 
 
 if __name__ == "__main__":

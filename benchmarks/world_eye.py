@@ -1,8 +1,9 @@
-"""The judge of the synthetic world beside a person: on constructed clips, on generated ones, on mirrored ones.
+"""Agreement of the judge of the synthetic world with people on constructed, generated and mirrored clips.
 
-The verdicts are those of benchmarks/data; how they were come by stands in `benchmarks.world_constructions`. They were
-written before the judge saw the clips, and those of the fresh draw after it was frozen. Of generated clips there are
-five draws: the judge was mended on the first four, one after the other, and the last is what it is measured by.
+The verdicts of people are in benchmarks/data. `benchmarks.world_constructions` and `benchmarks.world_eye_clips`
+describe how people give them. They were written before the judge was applied to the clips, and those of the fresh draw
+of constructions after the judge was frozen. There are five draws of generated clips: the judge was improved on the
+first four, one after the other, and is measured on the last.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from postgen.world.check import Report, check, check_batch
 from postgen.world.spec import COLOURS, Spec
 
 DATA = Path(__file__).with_name("data")
-#: Sets of clips of the embedded model that a person looked at: file of the verdicts and first seed. The judge was
-#: mended on all but the last, which was never in view of whoever changed it, so the gate is on that one alone.
+#: Sets of clips of the embedded model that a person judged: file of the verdicts and first seed. The judge was
+#: improved on all sets except the last, which nobody used to change the judge. So the gate uses only the last set.
 SETS = {
     "generated": ("world_generated.json", FIRST),
     "generated_fresh": ("world_generated_fresh.json", FIRST_FRESH),
@@ -37,9 +38,10 @@ SETS = {
     "generated_fourth": ("world_generated_fourth.json", FIRST_FOURTH),
     "generated_fifth": ("world_generated_fifth.json", FIRST_FIFTH),
 }
-#: The set that a second person has looked at too.
+#: The set that a second person judged too.
 TWO_PERSONS = "generated_third"
-#: The seed of the fresh draw: nobody's choice, the first six digits of the commit's hash when the judge was frozen.
+#: Seed of the fresh draw. To avoid a choice, it is the first six digits of the hash of the commit that froze the
+#: judge.
 FRESH_SEED = 0x702D60
 
 COLUMNS = ("wrong", "wrong_passed", "right", "right_failed", "unclear")
@@ -47,7 +49,7 @@ Table = dict[str, dict[str, int]]
 
 
 def judged(clip: Tensor, prompt: str) -> Report | None:
-    """The report of a clip; None for a prompt that is refused, which passes nothing."""
+    """Return the report of the judge on a clip, or None if the judge refuses the prompt; `passes` is False then."""
     try:
         return check(clip, prompt)
     except UserError:
@@ -55,12 +57,17 @@ def judged(clip: Tensor, prompt: str) -> Report | None:
 
 
 def passes(report: Report | None) -> bool:
-    """Whether the judge calls all of it right."""
+    """Return whether the judge calls the clip fully right."""
     return report is not None and report.all_right
 
 
 def constructed(clips: Iterable[Construction], device: str) -> tuple[Table, list[dict[str, Any]], float]:
-    """Table by kind, the clips on which judge and eye differ, and the share whose mirror image is judged alike."""
+    """Compare the judge with a person's verdicts on constructed clips.
+
+    Returns:
+        The table of counts by kind, the clips on which judge and person differ, and the share of clips whose mirror
+        image gets the same verdict from the judge.
+    """
     said, table, apart = verdicts(), {}, []
     alike: list[bool] = []
     for made in clips:
@@ -79,19 +86,20 @@ def constructed(clips: Iterable[Construction], device: str) -> tuple[Table, list
 
 
 def share(table: Table, part: str, whole: str) -> float:
-    """Share of all kinds together."""
+    """Return the sum of column `part` over all kinds, divided by the sum of column `whole`."""
     return sum(row[part] for row in table.values()) / max(1, sum(row[whole] for row in table.values()))
 
 
 def check_model(kept: Mapping[str, Path | None], model: Path) -> None:
-    """Refuse a model whose clips no person looked at, or kept clips of another one or of another draw.
+    """Check that people judged the clips of this model.
 
     Args:
-        kept: for each of `SETS` the folder that holds its clips, or is to hold them; None for none.
+        kept: for each set of `SETS` the folder that holds its clips or will hold them, or None.
         model: folder of the model.
 
     Raises:
-        UserError: it is another model, or verdicts are missing.
+        UserError: if people judged the clips of another model, if a folder holds clips of another model or of other
+            seeds, or if verdicts are missing.
     """
     for name in SETS:
         told, folder = eye_verdicts(name), kept.get(name)
@@ -99,35 +107,43 @@ def check_model(kept: Mapping[str, Path | None], model: Path) -> None:
         if folder is None or not (folder / "rows.json").is_file():
             if weights_of(model) != known:
                 raise UserError(
-                    f"a person looked at clips of another model than {model}: its denoiser begins with {known}."
+                    f"people did not judge the clips of {model}: give the model whose denoiser has a SHA-256 that"
+                    f" begins with {known}"
                 )
             continue
         there = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         if there["denoiser_sha256"] != known:
-            raise UserError(f"{folder} holds clips of another model than the one whose clips a person looked at.")
+            raise UserError(
+                f"{folder} holds clips of another model (denoiser {there['denoiser_sha256']}): give clips of the"
+                f" model that people judged (denoiser {known})"
+            )
         if any(there["clips"].get(clip, {}).get("seed") != row["seed"] for clip, row in told["clips"].items()):
             raise UserError(
-                f"{folder} holds clips of other seeds than {name}: make them with --first {SETS[name][1]}."
+                f"{folder} holds clips with other seeds than {name}: make them with"
+                f" `python -m benchmarks.world_eye_clips FOLDER --first {SETS[name][1]}`"
             )
 
 
 def eye_verdicts(name: str) -> Any:
-    """What a person said of one of `SETS`: the denoiser's hash, and prompt, seed and verdict of each clip.
+    """Read a person's verdicts on a set of `SETS`: the denoiser's hash, and prompt, seed and verdict of each clip.
 
     Raises:
-        UserError: nobody has written it yet.
+        UserError: if the file of the verdicts does not exist.
     """
     file, first = SETS[name]
     if not (DATA / file).is_file():
         raise UserError(
             f"{DATA / file} is missing: make clips with `python -m benchmarks.world_eye_clips FOLDER --first {first} "
-            f"--sheets`, let a person look at them and write the verdicts there, as in {SETS['generated'][0]}."
+            f"--sheets`, and write a person's verdicts into this file in the form of {SETS['generated'][0]}"
         )
     return json.loads((DATA / file).read_text(encoding="utf-8"))
 
 
 def generated(name: str, device: str, kept: Path | None, model: Path) -> dict[str, Any]:
-    """Agreement with the eye on one of `SETS`, clips of the model of `check_model`; the folder `kept` holds them."""
+    """Return the agreement of the judge with a person on the set `name` of `SETS`.
+
+    The clips are those in the folder `kept`. If it is None or has no clips, the clips are generated with `model`.
+    """
     rows = eye_verdicts(name)["clips"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = kept or Path(temporary)
@@ -156,7 +172,10 @@ def generated(name: str, device: str, kept: Path | None, model: Path) -> dict[st
 
 
 def second_eye() -> dict[str, float]:
-    """How far two persons agree on one of `SETS`: no judge can be asked for more. Either's unclear counts not."""
+    """Return how often two people agree on the set `TWO_PERSONS`, which is an upper bound for any judge.
+
+    Clips that either person calls unclear do not count.
+    """
     rows = eye_verdicts(TWO_PERSONS)["clips"].values()
     said = [tuple(row[who].partition(":")[0] for who in ("verdict", "second")) for row in rows]
     sure = [first == second for first, second in said if "unclear" not in (first, second)]
@@ -167,7 +186,11 @@ _EXCHANGED = {"left": "right", "right": "left", "closer": "away", "away": "close
 
 
 def invariance(specs: Sequence[Spec], clips: Tensor, make: Any) -> dict[str, float]:
-    """Share of true clips that are judged alike after a change that changes nothing: right as before."""
+    """Return the share of true clips whose verdict stays the same after a change of both the clip and the prompt.
+
+    `mirror` flips the clip from left to right, `palette` exchanges the colours of the bodies, and `time` plays the
+    clip backwards (only clips whose bodies stay or move).
+    """
     before = [r.all_right for r in check_batch(clips, specs)]
     captions = [world.simple_caption(spec) for spec in specs]
     mirrored = check_batch(clips.flip(-1), [turned(text) for text in captions])
@@ -190,7 +213,7 @@ def _alike(before: Sequence[bool], after: Sequence[Report]) -> float:
 
 
 def measure(device: str, kept: Mapping[str, Path | None], model: Path) -> dict[str, Any]:
-    """All tables: constructions of both draws, what the judge before this one made of them, clips of all `SETS`."""
+    """Return all tables: constructions of both draws, the previous judge's results on them, clips of all `SETS`."""
     first, apart, mirror = constructed(draw(SEED), device)
     fresh, apart_fresh, mirror_fresh = constructed(draw(FRESH_SEED, fresh=True), device)
     return {
@@ -205,7 +228,7 @@ def measure(device: str, kept: Mapping[str, Path | None], model: Path) -> dict[s
 
 
 def gates(eye: dict[str, Any], same: dict[str, float], true_right: float) -> list[dict[str, Any]]:
-    """The numbers asked for; that of the eye on clips that the judge was not mended on."""
+    """Return the gates. `eye_agreement` uses only the last set of `SETS`, on which the judge was not improved."""
     tables = (eye["constructed"], eye["constructed_fresh"])
     right = sum(row["right"] for table in tables for row in table.values())
     failed = sum(row["right_failed"] for table in tables for row in table.values())

@@ -1,10 +1,11 @@
-"""Clips of the embedded model for a person to look at: which prompts and seeds, how they are made, where they lie.
+"""Generate the clips of the embedded model that people judge: their prompts, seeds, settings and files.
 
     python -m benchmarks.world_eye_clips FOLDER [--first 600000] [--device cuda] [--model MODEL] [--sheets]
 
-Of 208 clips 92 are made as the model's folder says, 116 as a policy draws them in training: small, in few steps,
-without guidance, so that more of them are wrong. The judge never sees them here. Four files of lossless clips are
-written, with --sheets also pictures with the prompts under numbers, for the person.
+92 of the 208 clips use the default settings of the model's folder. The other 116 use the settings of RL rollouts:
+small clips, few steps, no guidance, so that more of them are wrong. The judge is not applied to the clips here. The
+command writes four files of lossless clips. With --sheets it also writes pictures of the clips with names and prompts
+for the person.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from postgen import world
 from postgen.assets import embedded_model
 from postgen.world.spec import CAMERAS
 
-#: First seeds of the scenes and of the noise of the draws, in the order in which a person looked at them. No
-#: other benchmark takes these.
+#: First seed of the scenes and of the noise of each draw, in the order in which a person judged the draws. No other
+#: benchmark uses these seeds.
 FIRST, FIRST_FRESH, FIRST_THIRD, FIRST_FOURTH, FIRST_FIFTH = 600_000, 650_000, 700_000, 750_000, 800_000
-#: Files: (prefix of the names, bodies, clips, whether as the folder says). Every fourth clip of `1-` is filmed by a
-#: camera that moves.
+#: Files: (prefix of the clips' names, number of bodies, number of clips, whether to use the settings of the model's
+#: folder). In every fourth clip of part "1" the camera moves.
 PARTS = (("2", 2, 52, True), ("2r", 2, 76, False), ("1", 1, 40, True), ("1r", 1, 40, False))
-#: As policies draw clips: the sizes of the recipes, their fewest steps, no guidance.
+#: Settings of RL rollouts: the size and length of the recipes, their smallest number of steps, no guidance.
 ROLLOUT = Defaults(size=96, frames=17, steps=8, guidance=1.0)
-#: Clips on a sheet.
+#: Number of clips per sheet.
 _ON_A_SHEET = 8
 
 
 def sampling(model: Path, folder_says: bool) -> Defaults:
-    """Sizes, steps and guidance of a part."""
+    """Return the sampling settings of a part: those of the model's folder if `folder_says`, otherwise `ROLLOUT`."""
     return Defaults.of(model) if folder_says else ROLLOUT
 
 
 def rows(prefix: str, bodies: int, count: int, frames: int, first: int) -> dict[str, dict[str, Any]]:
-    """Name -> prompt and seed of the clips of a part."""
+    """Return the prompt and the seed of each clip of a part by the clip's name."""
     found = {}
     for k in range(count):
         seed = first + 1000 * [part[0] for part in PARTS].index(prefix) + k
@@ -54,13 +55,17 @@ def rows(prefix: str, bodies: int, count: int, frames: int, first: int) -> dict[
 
 
 def weights_of(model: Path) -> str:
-    """The first twelve digits of the hash of a model's denoiser."""
+    """Return the first twelve digits of the SHA-256 of the file of a model's denoiser."""
     data = (model / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     return hashlib.sha256(data).hexdigest()[:12]
 
 
 def make(folder: Path, model: Path, device: str, first: int = FIRST) -> None:
-    """Write the four files of clips, and `rows.json` that tells what they are."""
+    """Generate and write the four files of clips, and `rows.json` with their prompts and seeds.
+
+    Raises:
+        RuntimeError: if the clips of a part do not fit into one file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pipe, all_rows = load(model, device), {}
     if device == "cuda":
@@ -83,7 +88,7 @@ def make(folder: Path, model: Path, device: str, first: int = FIRST) -> None:
 
 
 def kept_clips(folder: Path) -> dict[str, Tensor]:
-    """Name -> clip (F,3,H,W) uint8 of the files that `make` wrote."""
+    """Return the clips, uint8 (F,3,H,W), of the files that `make` wrote, by name."""
     found = {}
     for prefix, _, _, _ in PARTS:
         clips, _ = read_clips(folder / f"{prefix}.safetensors")
@@ -92,7 +97,7 @@ def kept_clips(folder: Path) -> dict[str, Tensor]:
 
 
 def sheets(folder: Path) -> None:
-    """Draw the clips under their names and prompts, a few on each sheet."""
+    """Draw sheets with a few clips each, under their names and prompts."""
     told = json.loads((folder / "rows.json").read_text(encoding="utf-8"))["clips"]
     for prefix, _, _, _ in PARTS:
         clips, prompts = read_clips(folder / f"{prefix}.safetensors")
@@ -105,18 +110,20 @@ def sheets(folder: Path) -> None:
 
 
 def main() -> None:
-    """Make the clips, draw the sheets."""
+    """Generate the clips if the folder has none, and draw the sheets with --sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the clips are kept; what is there already is not made again")
+    parser.add_argument("folder", type=Path, help="folder for the clips; clips that it has are not made again")
     parser.add_argument(
         "--first",
         type=int,
         default=FIRST,
         help=f"first seed (default: {FIRST}, later {FIRST_FRESH}, {FIRST_THIRD}, {FIRST_FOURTH}, {FIRST_FIFTH})",
     )
-    parser.add_argument("--model", type=Path, default=embedded_model(), help="default: the embedded model")
+    parser.add_argument(
+        "--model", type=Path, default=embedded_model(), help="folder of the model (default: the embedded one)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--sheets", action="store_true", help="draw the sheets too")
+    parser.add_argument("--sheets", action="store_true", help="also draw the sheets")
     args = parser.parse_args()
     if not (args.folder / "rows.json").is_file():
         make(args.folder, args.model, args.device, args.first)

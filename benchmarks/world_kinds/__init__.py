@@ -1,1 +1,1 @@
-"""Clips that are made right or wrong on purpose, in kinds; `benchmarks.world_constructions` draws and shows them."""
+"""Clips that are right or wrong on purpose, in kinds. `benchmarks.world_constructions` draws and shows them."""

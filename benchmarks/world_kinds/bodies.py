@@ -1,4 +1,4 @@
-"""Which bodies are there: too many, too few, not always, not always the same."""
+"""Wrong bodies: too many, too few, not in all frames, or changing over time."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ def _with_grey(rng: random.Random, low: float, high: float) -> Made:
 
 @kind("bodies", right=False, count=6)
 def extra_grey(rng: random.Random) -> Made:
-    """A grey body more."""
+    """An additional grey body."""
     return _with_grey(rng, 0.25, 0.5)
 
 
 @kind("bodies", right=False)
 def extra_light_grey(rng: random.Random) -> Made:
-    """A body more, about as light as the ground."""
+    """An additional body about as light as the ground."""
     return _with_grey(rng, 0.55, 0.7)
 
 
 @kind("bodies", right=False)
 def extra_black(rng: random.Random) -> Made:
-    """A black body more."""
+    """An additional black body."""
     return _with_grey(rng, 0.02, 0.1)
 
 
 @kind("bodies", right=False)
 def extra_white(rng: random.Random) -> Made:
-    """A white body more."""
+    """An additional white body."""
     return _with_grey(rng, 0.9, 1.0)
 
 
 @kind("bodies", right=False)
 def extra_dull(rng: random.Random) -> Made:
-    """A brown, olive or otherwise dull body more."""
+    """An additional body in brown, olive or another dull colour."""
     clip = _any(rng)
     rgb = rng.choice(((0.4, 0.24, 0.1), (0.4, 0.4, 0.1), (0.35, 0.1, 0.1), (0.15, 0.2, 0.35), (0.6, 0.5, 0.42)))
     body = replace(extra(rng, clip), rgb=rgb)
@@ -61,7 +61,7 @@ def extra_dull(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def extra_coloured(rng: random.Random) -> Made:
-    """A body more in another colour."""
+    """An additional body in another colour."""
     clip = _any(rng, rng.choice((1, 2)))
     body = extra(rng, clip, shape=rng.choice(SHAPES))
     return clip.prompt, clip.add(lambda _: body).shoot()
@@ -69,7 +69,7 @@ def extra_coloured(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def extra_of_the_same_colour(rng: random.Random) -> Made:
-    """A body more in the colour that was asked for."""
+    """An additional body in the colour of the prompt."""
     clip = _any(rng)
     body = extra(rng, clip, colour=clip.frames[0][0].colour, shape=clip.frames[0][0].shape)
     return clip.prompt, clip.add(lambda _: body).shoot()
@@ -77,7 +77,7 @@ def extra_of_the_same_colour(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def extra_small(rng: random.Random) -> Made:
-    """A small body more, 5 to 7 px wide."""
+    """An additional small body, 5 to 7 px wide."""
     clip = _any(rng)
     body = extra(rng, clip)
     body = scaled(body, rng.uniform(2.6, 3.6) / 96 / disc(body)[2])
@@ -100,21 +100,21 @@ def _sprinkled(rng: random.Random, clip: Take, picture: Tensor, many: int, grey:
 
 @kind("bodies", right=False)
 def many_small_coloured(rng: random.Random) -> Made:
-    """Six to ten dots of 3 to 5 px in colour."""
+    """Six to ten coloured dots of 3 to 5 px."""
     clip = _any(rng)
     return clip.prompt, _sprinkled(rng, clip, clip.shoot(), rng.randrange(6, 11), False)
 
 
 @kind("bodies", right=False)
 def many_small_grey(rng: random.Random) -> Made:
-    """Six to ten grey dots."""
+    """Six to ten grey dots of 3 to 5 px."""
     clip = _any(rng)
     return clip.prompt, _sprinkled(rng, clip, clip.shoot(), rng.randrange(6, 11), True)
 
 
 @kind("bodies", right=False)
 def extra_in_changing_colours(rng: random.Random) -> Made:
-    """A body more that has another colour in every frame."""
+    """An additional body that has another colour in every frame."""
     clip = _any(rng)
     body, names = extra(rng, clip), [c for c in COLOURS if c != clip.frames[0][0].colour]
     return clip.prompt, clip.add(lambda f: replace(body, colour=names[f * 3 % len(names)])).shoot()
@@ -129,13 +129,13 @@ def _ghost(rng: random.Random, alpha: float) -> Made:
 
 @kind("bodies", right=False, count=6)
 def ghost(rng: random.Random) -> Made:
-    """A body more, seen through by 60 to 80 %."""
+    """An additional body that is 60 to 80 % transparent."""
     return _ghost(rng, rng.uniform(0.2, 0.4))
 
 
 @kind("bodies", right=False)
 def extra_at_the_end(rng: random.Random) -> Made:
-    """A body more that turns up in the last frames."""
+    """An additional body that appears in the last frames."""
     clip = _any(rng)
     body, when = extra(rng, clip), rng.randrange(10, 14)
     return clip.prompt, clip.add(lambda f: body if f >= when else gone(body)).shoot()
@@ -143,7 +143,7 @@ def extra_at_the_end(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def extra_flashes(rng: random.Random) -> Made:
-    """A body more in two or three frames."""
+    """An additional body in two or three frames."""
     clip = _any(rng)
     body, when = extra(rng, clip, size="medium"), rng.sample(range(2, 15), rng.choice((2, 3)))
     return clip.prompt, clip.add(lambda f: body if f in when else gone(body)).shoot()
@@ -151,7 +151,7 @@ def extra_flashes(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def extra_flat_patch(rng: random.Random) -> Made:
-    """A flat coloured patch of another outline, without a shadow."""
+    """A flat coloured patch with another outline, without a shadow."""
     clip = _any(rng)
     body = extra(rng, clip)
     x, y, r = disc(body)
@@ -164,21 +164,21 @@ def extra_flat_patch(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def one_of_two(rng: random.Random) -> Made:
-    """One body is not there."""
+    """One of two bodies is missing."""
     clip = _any(rng, 2)
     return clip.prompt, clip.edit(rng.randrange(2), lambda _, b: gone(b)).shoot()
 
 
 @kind("bodies", right=False)
 def none_at_all(rng: random.Random) -> Made:
-    """Only the ground."""
+    """There is only the ground."""
     clip = _any(rng)
     return clip.prompt, clip.edit(0, lambda _, b: gone(b)).shoot()
 
 
 @kind("bodies", right=False, count=6)
 def flickers(rng: random.Random) -> Made:
-    """Missing in three to five frames."""
+    """The body is missing in three to five frames."""
     clip = _any(rng)
     when = rng.sample(range(1, 16), rng.randrange(3, 6))
     return clip.prompt, clip.edit(0, lambda f, b: gone(b) if f in when else b).shoot()
@@ -186,7 +186,7 @@ def flickers(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def blinks(rng: random.Random) -> Made:
-    """Missing in one or two frames."""
+    """The body is missing in one or two frames."""
     clip = _any(rng, rng.choice((1, 2)))
     when = rng.sample(range(3, 14), rng.choice((1, 2)))
     return clip.prompt, clip.edit(0, lambda f, b: gone(b) if f in when else b).shoot()
@@ -194,7 +194,7 @@ def blinks(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def vanishes(rng: random.Random) -> Made:
-    """Missing in the last third or the first one."""
+    """The body is missing in the last third or the first third of the frames."""
     clip, late = _any(rng, rng.choice((1, 2))), rng.random() < 0.5
     cut = rng.randrange(11, 14) if late else rng.randrange(3, 6)
     return clip.prompt, clip.edit(0, lambda f, b: gone(b) if (f >= cut) == late else b).shoot()
@@ -202,7 +202,7 @@ def vanishes(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def strobes(rng: random.Random) -> Made:
-    """Dark in every second or third frame."""
+    """The body is dark in every second or third frame."""
     clip, step, dim = _any(rng), rng.choice((2, 3)), rng.uniform(0.35, 0.6)
     rgb = tuple(dim * c for c in COLOURS[clip.frames[0][0].colour])
     return clip.prompt, clip.edit(0, lambda f, b: replace(b, rgb=rgb) if f % step == 1 else b).shoot()
@@ -219,7 +219,7 @@ def picture_strobes(rng: random.Random) -> Made:
 
 @kind("bodies", right=False, count=6)
 def size_flickers(rng: random.Random) -> Made:
-    """A size that jumps by some 20 % either way from frame to frame."""
+    """The size of the body jumps by some 20 % up or down from frame to frame."""
     clip, far = _any(rng), rng.uniform(0.18, 0.28)
     factors = [1 + far * rng.choice((-1, 1)) * rng.uniform(0.7, 1) for _ in range(17)]
     return clip.prompt, clip.edit(0, lambda f, b: scaled(b, factors[f])).shoot()
@@ -227,14 +227,14 @@ def size_flickers(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def size_swells(rng: random.Random) -> Made:
-    """A body that should stay or roll by grows or shrinks by half."""
+    """A body that should stay or roll past grows or shrinks by half."""
     clip, grow = shot(rng, rng.choice(("stays", "moves left", "moves right"))), rng.choice((0.6, 1.6))
     return clip.prompt, clip.edit(0, lambda f, b: scaled(b, grow ** (f / 16))).shoot()
 
 
 @kind("bodies", right=False, count=6)
 def shape_alternates(rng: random.Random) -> Made:
-    """Another shape in every second or third frame."""
+    """The body has another shape in every second or third frame."""
     clip, step = _any(rng), rng.choice((2, 3))
     shape = other(rng, SHAPES, clip.frames[0][0].shape)
     return clip.prompt, clip.edit(0, lambda f, b: shaped(b, shape) if f % step == 1 else b).shoot()
@@ -242,7 +242,7 @@ def shape_alternates(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def shape_turns(rng: random.Random) -> Made:
-    """Another shape from some frame on."""
+    """The body changes its shape at some frame."""
     clip, when = _any(rng), rng.randrange(7, 13)
     shape = other(rng, SHAPES, clip.frames[0][0].shape)
     return clip.prompt, clip.edit(0, lambda f, b: shaped(b, shape) if f >= when else b).shoot()
@@ -250,7 +250,7 @@ def shape_turns(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def colour_turns(rng: random.Random) -> Made:
-    """Another colour in the last frames."""
+    """The body has another colour in the last frames."""
     clip, when = _any(rng), rng.randrange(10, 14)
     colour = other(rng, list(COLOURS), clip.frames[0][0].colour)
     return clip.prompt, clip.edit(0, lambda f, b: replace(b, colour=colour) if f >= when else b).shoot()
@@ -258,7 +258,7 @@ def colour_turns(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def colour_flickers(rng: random.Random) -> Made:
-    """Another colour in three or four frames."""
+    """The body has another colour in three or four frames."""
     clip, when = _any(rng), rng.sample(range(17), rng.choice((3, 4)))
     colour = other(rng, list(COLOURS), clip.frames[0][0].colour)
     return clip.prompt, clip.edit(0, lambda f, b: replace(b, colour=colour) if f in when else b).shoot()
@@ -266,7 +266,7 @@ def colour_flickers(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def colours_exchanged(rng: random.Random) -> Made:
-    """Two bodies take each other's colour half-way."""
+    """Two bodies exchange their colours half-way."""
     clip = _any(rng, 2)
     one, two = (b.colour for b in clip.frames[0])
     clip.edit(0, lambda f, b: replace(b, colour=two) if f >= 8 else b)
@@ -275,7 +275,7 @@ def colours_exchanged(rng: random.Random) -> Made:
 
 @kind("bodies", right=False)
 def fades_out(rng: random.Random) -> Made:
-    """A body that gets transparent."""
+    """The body becomes transparent."""
     clip = _any(rng)
     there = clip.shoot()
     without = clip.edit(0, lambda _, b: gone(b)).shoot()

@@ -1,4 +1,4 @@
-"""Words: numbers, negation, sizes, places, unknown things, and the camera."""
+"""Words: numbers, negations, sizes, places, unknown things, and camera moves."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def _many(rng: random.Random, shown: int, said: str) -> Made:
 
 @kind("language", right=True, count=4)
 def two_of_a_kind(rng: random.Random) -> Made:
-    """Two red balls, and two are there."""
+    """The prompt asks for two equal bodies, and the clip shows two."""
     return _many(rng, 2, rng.choice(("two", "two", "2")))
 
 
 @kind("language", right=False, count=4)
 def two_asked_one_there(rng: random.Random) -> Made:
-    """Two red balls, and one is there."""
+    """The prompt asks for two or three equal bodies, but the clip shows one."""
     return _many(rng, 1, rng.choice(("two", "three")))
 
 
 @kind("language", right=False)
 def two_asked_three_there(rng: random.Random) -> Made:
-    """Two red balls, and three are there."""
+    """The prompt asks for two equal bodies, but the clip shows three."""
     clip = shot(rng, "stays")
     body = clip.spec.bodies[0]
     for _ in range(2):
@@ -53,7 +53,7 @@ def two_asked_three_there(rng: random.Random) -> Made:
 
 @kind("language", right=False, count=4)
 def negated_event(rng: random.Random) -> Made:
-    """Does what the prompt says it does not do."""
+    """The body does what the prompt negates."""
     clip = shot(rng, rng.choice(("moves left", "moves right", "bounces", "falls")))
     body = clip.spec.bodies[0]
     verb = {**_DOES, "falls": "fall"}[body.event]
@@ -64,7 +64,7 @@ def negated_event(rng: random.Random) -> Made:
 
 @kind("language", right=False)
 def negated_look(rng: random.Random) -> Made:
-    """Has the look that the prompt denies."""
+    """The body has the colour and shape that the prompt negates."""
     clip = shot(rng, rng.choice(_CALM))
     body = clip.spec.bodies[0]
     text = rng.choice(("there is no {c} {s}", "a {s} that is not {c}, no {c} {s} {e}", "without a {c} {s}"))
@@ -73,7 +73,7 @@ def negated_look(rng: random.Random) -> Made:
 
 @kind("language", right=False, count=5)
 def unknown_thing(rng: random.Random) -> Made:
-    """Something more that the clip does not show."""
+    """The prompt names another thing that the clip does not show."""
     clip = shot(rng, rng.choice(_CALM))
     things = (" and a cat", " and a tall tree", ", a dog runs by", " next to a brown cube", " and a green pyramid")
     return clip.prompt + rng.choice((*things, " in the rain")), clip.shoot()
@@ -81,7 +81,7 @@ def unknown_thing(rng: random.Random) -> Made:
 
 @kind("language", right=False)
 def size_word(rng: random.Random) -> Made:
-    """A small one that is large, or the other way round."""
+    """The prompt calls a large body tiny, or a small body large."""
     clip = shot(rng, rng.choice(_CALM))
     say, factor = rng.choice((("tiny", 1.6), ("large", 0.6)))
     clip.edit(0, lambda _, b: scaled(replace(b, size="medium"), factor))
@@ -99,19 +99,19 @@ def _placed(rng: random.Random, right: bool) -> Made:
 
 @kind("language", right=True)
 def place_named(rng: random.Random) -> Made:
-    """Where the prompt puts it."""
+    """The body is on the side that the prompt names."""
     return _placed(rng, True)
 
 
 @kind("language", right=False)
 def place_missed(rng: random.Random) -> Made:
-    """On the other side than the prompt says."""
+    """The body is on the other side than the prompt says."""
     return _placed(rng, False)
 
 
 @kind("language", right=False)
 def heading_missed(rng: random.Random) -> Made:
-    """A collision or a passing from the other side than the prompt says."""
+    """The moving body of a collision or a passing comes from the other side than the prompt says."""
     clip = shot(rng, rng.choice(("collides", "passes behind")), 2)
     side = "right" if clip.spec.bodies[0].velocity[0] > 0 else "left"
     return f"{clip.prompt} from the {side}", clip.shoot()
@@ -119,7 +119,7 @@ def heading_missed(rng: random.Random) -> Made:
 
 @kind("language", right=False, count=4)
 def one_clause_missed(rng: random.Random) -> Made:
-    """One of two clauses is shown, the other body does something else or is another one."""
+    """The clip shows one of two clauses. The body of the other one differs in event, colour or shape."""
     clip = shot(rng, rng.choice(_CALM), 2)
     one, two = clip.spec.bodies
     if two.event in ("collides", "passes behind"):
@@ -147,14 +147,14 @@ def camera_as_named(rng: random.Random) -> Made:
 
 @kind("camera", right=False, count=5)
 def camera_does_not_move(rng: random.Random) -> Made:
-    """The prompt names a move of the camera, and it stands."""
+    """The prompt names a camera move, but the camera is static."""
     spec = _filmed(rng, rng.choice(CAMERAS[1:]), rng.choice((1, 2)))
     return world.simple_caption(spec), take(spec).shoot()
 
 
 @kind("camera", right=False, count=5)
 def camera_goes_the_other_way(rng: random.Random) -> Made:
-    """The camera goes the other way."""
+    """The camera moves in the opposite direction."""
     kind_of = rng.choice(CAMERAS[1:7])
     spec = _filmed(rng, kind_of, rng.choice((1, 2)))
     turn = {"left": "right", "right": "left", "in": "out", "out": "in"}
@@ -165,7 +165,7 @@ def camera_goes_the_other_way(rng: random.Random) -> Made:
 
 @kind("camera", right=False)
 def camera_moves_too_little(rng: random.Random) -> Made:
-    """An eighth of the way that such a camera goes."""
+    """The camera moves only an eighth of the usual amount."""
     spec = _filmed(rng, rng.choice(("pan left", "pan right", "dolly in", "dolly out")))
     shown = replace(spec, camera_amount=spec.camera_amount / 8)
     return world.simple_caption(spec), world.render([shown], geometry=False).rgb_BF3HW[0]
@@ -173,7 +173,7 @@ def camera_moves_too_little(rng: random.Random) -> Made:
 
 @kind("camera", right=False)
 def another_camera(rng: random.Random) -> Made:
-    """Another kind of move: a pan for a dolly, an orbit for a dolly."""
+    """The camera makes another kind of move, for example a dolly instead of a pan."""
     said, shown = rng.choice((("pan left", "dolly in"), ("dolly out", "pan right"), ("dolly in", "orbit left")))
     spec = _filmed(rng, shown)
     return world.simple_caption(replace(spec, camera=said)), world.render([spec], geometry=False).rgb_BF3HW[0]
@@ -181,7 +181,7 @@ def another_camera(rng: random.Random) -> Made:
 
 @kind("camera", right=False)
 def body_moves_instead(rng: random.Random) -> Made:
-    """The camera should pan, and only the body goes by."""
+    """The camera should pan, but only the body moves."""
     way, back = rng.choice((("left", "right"), ("right", "left")))
     clip = shot(rng, f"moves {back}")
     text = world.simple_caption(replace(clip.spec, bodies=(replace(clip.spec.bodies[0], event="stays"),)))
@@ -190,13 +190,13 @@ def body_moves_instead(rng: random.Random) -> Made:
 
 @kind("camera", right=False)
 def moves_and_camera(rng: random.Random) -> Made:
-    """A body moves as asked; the camera, which should move as well, stands."""
+    """The body moves as the prompt says. The camera should move too, but is static."""
     clip = shot(rng, rng.choice(("moves left", "moves right")))
     return f"{clip.prompt}, the camera {rng.choice(('pans left', 'moves in', 'orbits right'))}", clip.shoot()
 
 
 @kind("camera", right=False)
 def camera_moves_unasked(rng: random.Random) -> Made:
-    """Nothing is said of the camera, and it moves a long way."""
+    """The prompt names no camera move, but the camera moves far."""
     spec = _filmed(rng, rng.choice(("pan left", "pan right", "dolly in", "orbit left")), 1)
     return world.simple_caption(replace(spec, camera="static")), world.render([spec], geometry=False).rgb_BF3HW[0]

@@ -1,4 +1,4 @@
-"""Shape and colour: outlines that are none of the three solids, colours that are none of the eight."""
+"""Shape and colour: outlines of none of the three solids, and colours that are none of the eight."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _CALM = ("moves left", "moves right", "stays", "moves closer")
 
 
 def _shape(rng: random.Random, shape: str, size: str = "large") -> Take:
-    """One body of a shape."""
+    """Return a take of one body of the given shape and size."""
     clip = shot(rng, rng.choice(_CALM))
     clip.spec = replace(clip.spec, bodies=(replace(clip.spec.bodies[0], shape=shape, size=size),))
     return clip.edit(0, lambda _, b: shaped(replace(b, size=size), shape))
 
 
 def _painted(rng: random.Random, shape: str, outline: Outline, grow: float = 1.0, flat: bool | None = None) -> Made:
-    """The prompt of a body, over paint of this outline that goes the same way."""
+    """Return the prompt of a body, and a clip in which a painted outline moves in place of the body."""
     clip = _shape(rng, shape)
     places, rgb = [disc(frame[0]) for frame in clip.frames], COLOURS[clip.frames[0][0].colour]
     flat = rng.random() < 0.4 if flat is None else flat
@@ -40,98 +40,98 @@ def painted_ball(rng: random.Random) -> Made:
 
 @kind("looks", right=False)
 def triangle_for_ball(rng: random.Random) -> Made:
-    """A triangle as a ball."""
+    """A triangle in place of a ball."""
     return _painted(rng, "ball", paint.polygon(3, rng.uniform(0, 6)))
 
 
 @kind("looks", right=False)
 def square_for_ball(rng: random.Random) -> Made:
-    """A square as a ball."""
+    """A square in place of a ball."""
     return _painted(rng, "ball", paint.polygon(4, rng.uniform(0, 6)))
 
 
 @kind("looks", right=False)
 def pentagon_for_ball(rng: random.Random) -> Made:
-    """A pentagon as a ball."""
+    """A pentagon in place of a ball."""
     return _painted(rng, "ball", paint.polygon(5, rng.uniform(0, 6)), 1.1)
 
 
 @kind("looks", right=False)
 def hexagon_for_ball(rng: random.Random) -> Made:
-    """A hexagon as a ball."""
+    """A hexagon in place of a ball."""
     return _painted(rng, "ball", paint.polygon(6, rng.uniform(0, 6)), 1.3)
 
 
 @kind("looks", right=False)
 def ring_for_ball(rng: random.Random) -> Made:
-    """A ring as a ball."""
+    """A ring in place of a ball."""
     return _painted(rng, "ball", paint.ring(rng.uniform(0.4, 0.65)))
 
 
 @kind("looks", right=False, count=4)
 def star_for_ball(rng: random.Random) -> Made:
-    """A star as a ball."""
+    """A star in place of a ball."""
     return _painted(rng, "ball", paint.star(rng.choice((4, 5, 6, 8)), rng.uniform(0.4, 0.65), rng.uniform(0, 6)))
 
 
 @kind("looks", right=False)
 def egg_for_ball(rng: random.Random) -> Made:
-    """An egg as a ball."""
+    """An egg in place of a ball."""
     return _painted(rng, "ball", paint.egg(rng.uniform(1.3, 1.5), rng.uniform(0.15, 0.3)), flat=False)
 
 
 @kind("looks", right=False)
 def ellipse_for_ball(rng: random.Random) -> Made:
-    """An ellipse as a ball."""
+    """An ellipse in place of a ball."""
     long = rng.uniform(1.3, 1.5)
     return _painted(rng, "ball", paint.ellipse(long, 1 / long, rng.uniform(0, 3)))
 
 
 @kind("looks", right=False)
 def half_disc_for_ball(rng: random.Random) -> Made:
-    """Half a disc as a ball."""
+    """Half a disc in place of a ball."""
     return _painted(rng, "ball", paint.half_disc(rng.uniform(0, 6)))
 
 
 @kind("looks", right=False)
 def flat_ellipse_for_cylinder(rng: random.Random) -> Made:
-    """A flat ellipse as a cylinder."""
+    """A flat ellipse in place of a cylinder."""
     return _painted(rng, "cylinder", paint.ellipse(1.35, rng.uniform(0.55, 0.75)))
 
 
 @kind("looks", right=False)
 def tall_ellipse_for_cylinder(rng: random.Random) -> Made:
-    """A tall ellipse as a cylinder."""
+    """A tall ellipse in place of a cylinder."""
     return _painted(rng, "cylinder", paint.ellipse(0.72, rng.uniform(1.2, 1.4)))
 
 
 @kind("looks", right=False)
 def disc_for_cube(rng: random.Random) -> Made:
-    """A disc as a cube."""
+    """A disc in place of a cube."""
     return _painted(rng, "cube", paint.circle)
 
 
 @kind("looks", right=False)
 def cone_for_cylinder(rng: random.Random) -> Made:
-    """A triangle on its base as a cylinder or a cube."""
+    """A triangle on its base in place of a cylinder or a cube."""
     return _painted(rng, rng.choice(("cube", "cylinder")), paint.triangle_up)
 
 
 @kind("looks", right=False)
 def cross_for_cube(rng: random.Random) -> Made:
-    """A plus as a cube."""
+    """A plus sign in place of a cube."""
     return _painted(rng, "cube", paint.cross(rng.uniform(0.25, 0.4)))
 
 
 @kind("looks", right=False)
 def star_for_cube(rng: random.Random) -> Made:
-    """A star as a cube or a cylinder."""
+    """A star in place of a cube or a cylinder."""
     return _painted(rng, rng.choice(("cube", "cylinder")), paint.star(5, 0.5, rng.uniform(0, 6)))
 
 
 @kind("looks", right=False, count=6)
 def another_shape(rng: random.Random) -> Made:
-    """Another one of the three solids."""
+    """The body has another one of the three shapes."""
     clip = shot(rng, rng.choice(_CALM), rng.choice((1, 2)))
     shape = other(rng, SHAPES, clip.frames[0][0].shape)
     return clip.prompt, clip.edit(0, lambda _, b: shaped(b, shape)).shoot()
@@ -139,7 +139,7 @@ def another_shape(rng: random.Random) -> Made:
 
 @kind("looks", right=False, count=6)
 def another_colour(rng: random.Random) -> Made:
-    """Another one of the eight colours."""
+    """The body has another one of the eight colours."""
     clip = shot(rng, rng.choice(_CALM), rng.choice((1, 2)))
     names = list(COLOURS)
     own = names.index(clip.frames[0][0].colour)
@@ -149,7 +149,7 @@ def another_colour(rng: random.Random) -> Made:
     return clip.prompt, clip.edit(0, lambda _, b: replace(b, colour=colour)).shoot()
 
 
-#: Colours that a person gives another name, by the named colour of about their hue.
+#: Colours that a person does not call by the name of the key, although their hue is similar to that colour.
 _OFF: dict[str, tuple[RGB, ...]] = {
     "red": ((0.42, 0.1, 0.08), (0.95, 0.62, 0.58), (0.3, 0.05, 0.05)),
     "orange": ((0.42, 0.23, 0.06), (0.5, 0.3, 0.15), (0.92, 0.74, 0.55)),
@@ -164,7 +164,7 @@ _OFF: dict[str, tuple[RGB, ...]] = {
 
 @kind("looks", right=False, count=16)
 def off_the_palette(rng: random.Random) -> Made:
-    """Brown for orange, olive for yellow, near-black for blue, pale and dull ones."""
+    """Brown for orange, olive for yellow, near-black for blue, and pale or dull colours."""
     clip = shot(rng, rng.choice(_CALM))
     rgb = rng.choice(_OFF[clip.frames[0][0].colour])
     return clip.prompt, clip.edit(0, lambda _, b: replace(b, rgb=rgb)).shoot()
@@ -172,14 +172,14 @@ def off_the_palette(rng: random.Random) -> Made:
 
 @kind("looks", right=False)
 def grey_for_colour(rng: random.Random) -> Made:
-    """A grey, black or white body in the place of a coloured one."""
+    """A grey, black or white body in place of a coloured one."""
     clip, level = shot(rng, rng.choice(_CALM)), rng.choice((0.05, 0.3, 0.95))
     return clip.prompt, clip.edit(0, lambda _, b: replace(b, rgb=(level, level, level))).shoot()
 
 
 @kind("looks", right=True, count=6)
 def shade_of_its_name(rng: random.Random) -> Made:
-    """A slightly other red, green, ...: a person still gives it the same name."""
+    """The colour differs slightly, and a person still gives it the same name."""
     clip = shot(rng, rng.choice(_CALM))
     rgb = COLOURS[clip.frames[0][0].colour]
     grey, dim = rng.uniform(0, 0.12), rng.uniform(0.9, 1.0)
@@ -189,7 +189,7 @@ def shade_of_its_name(rng: random.Random) -> Made:
 
 @kind("harsh", right=True, count=6)
 def saturated_ground(rng: random.Random) -> Made:
-    """A ground of full colour, another one than the body's."""
+    """A ground with a saturated colour that differs from that of the body."""
     clip = shot(rng, rng.choice((*_CALM, "falls")), 1)
     grounds = {"red": (0.6, 0.3, 0.25), "green": (0.3, 0.55, 0.28), "blue": (0.3, 0.38, 0.62)}
     grounds["orange"] = (0.7, 0.5, 0.3)
@@ -199,7 +199,7 @@ def saturated_ground(rng: random.Random) -> Made:
 
 @kind("harsh", right=True, count=4)
 def green_ground(rng: random.Random) -> Made:
-    """A meadow."""
+    """A green ground, like a meadow."""
     clip = shot(rng, rng.choice(_CALM), 1)
     if clip.frames[0][0].colour in ("green", "yellow", "cyan"):
         clip.spec = replace(clip.spec, bodies=(replace(clip.spec.bodies[0], colour="red"),))
@@ -229,7 +229,7 @@ def very_small(rng: random.Random) -> Made:
 
 @kind("harsh", right=True, count=4)
 def behind_its_own_colour(rng: random.Random) -> Made:
-    """Passes behind a body of its own colour."""
+    """A body passes behind a body of its own colour."""
     clip = shot(rng, "passes behind", 2)
     one, two = clip.spec.bodies
     if one.shape == two.shape:
@@ -254,7 +254,7 @@ def two_of_one_colour(rng: random.Random) -> Made:
 
 @kind("harsh", right=True)
 def soft_and_noisy(rng: random.Random) -> Made:
-    """The blur and noise of a small autoencoder."""
+    """A clip with the blur and noise of a small autoencoder."""
     from benchmarks.world_corruptions import softened
 
     clip = shot(rng, None, None)
@@ -263,7 +263,7 @@ def soft_and_noisy(rng: random.Random) -> Made:
 
 @kind("harsh", right=True)
 def another_exposure(rng: random.Random) -> Made:
-    """A little darker or lighter, or a weak tint."""
+    """A clip that is slightly darker, lighter or tinted."""
     clip = shot(rng, rng.choice(_CALM), rng.choice((1, 2)))
     gamma, tint = rng.uniform(0.8, 1.25), [rng.uniform(0.95, 1.05) for _ in range(3)]
     pictures = clip.shoot() ** gamma

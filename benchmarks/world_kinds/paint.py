@@ -1,4 +1,4 @@
-"""Flat paint: outlines drawn over a clip, with or without the shading of a ball, and a shadow on the ground."""
+"""Outlines painted over a clip, flat or with the shading of a ball and a shadow on the ground."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 from benchmarks.world_kinds.stage import RGB
 
-#: An outline: whether points (x right, y down, in radii from the centre) lie inside.
+#: An outline: a function that returns whether points are inside (x right, y down, in radii from the centre).
 Outline = Callable[[Tensor, Tensor], Tensor]
 _SUPER = 4
 
 
 def circle(x: Tensor, y: Tensor) -> Tensor:
-    """A disc."""
+    """Return whether points are inside the unit disc."""
     return x * x + y * y < 1
 
 
 def ellipse(wide: float, high: float, angle: float = 0.0) -> Outline:
-    """An ellipse with these half axes."""
+    """Return an ellipse with the half axes `wide` and `high`, rotated by `angle` in radians."""
     cos, sin = math.cos(angle), math.sin(angle)
     return lambda x, y: ((cos * x + sin * y) / wide) ** 2 + ((cos * y - sin * x) / high) ** 2 < 1
 
 
 def egg(long: float, taper: float) -> Outline:
-    """An egg that stands on its blunt end."""
+    """Return an egg that stands on its blunt end."""
     return lambda x, y: (x / (1 + taper * y / long)) ** 2 + (y / long) ** 2 < 1
 
 
 def polygon(corners: int, phase: float = 0.0) -> Outline:
-    """A regular polygon of the same area as the disc."""
+    """Return a regular polygon with the area of the unit disc."""
     step = 2 * math.pi / corners
     reach = math.sqrt(2 * math.pi / (corners * math.sin(step)))
 
@@ -44,7 +44,7 @@ def polygon(corners: int, phase: float = 0.0) -> Outline:
 
 
 def star(points: int, inner: float, phase: float = 0.0) -> Outline:
-    """A star; `inner` is the radius of its notches over that of its points."""
+    """Return a star. `inner` is the radius of its notches divided by that of its points."""
     step = 2 * math.pi / points
     far, near = 1.25, 1.25 * inner
 
@@ -60,27 +60,27 @@ def star(points: int, inner: float, phase: float = 0.0) -> Outline:
 
 
 def ring(hole: float) -> Outline:
-    """A disc with a hole."""
+    """Return a disc with a hole of radius `hole`."""
     return lambda x, y: (x * x + y * y < 1) & (x * x + y * y > hole * hole)
 
 
 def half_disc(angle: float) -> Outline:
-    """Half of a disc."""
+    """Return half of a disc."""
     return lambda x, y: (x * x + y * y < 1.4) & (x * math.cos(angle) + y * math.sin(angle) > -0.1)
 
 
 def cross(arm: float) -> Outline:
-    """A plus."""
+    """Return a plus sign."""
     return lambda x, y: torch.minimum(x.abs(), y.abs()).lt(arm) & torch.maximum(x.abs(), y.abs()).lt(1.1)
 
 
 def triangle_up(x: Tensor, y: Tensor) -> Tensor:
-    """A triangle that stands on its base, as a cone or a pyramid looks."""
+    """Return whether points are inside a triangle on its base, the outline of a cone or a pyramid."""
     return (y < 0.9) & (y > -1.2) & (x.abs() < 0.55 * (y + 1.2))
 
 
 def cover(outline: Outline, size: int, x: float, y: float, radius: float) -> Tensor:
-    """Part of each pixel (H,W) that lies inside; centre and radius in picture widths."""
+    """Return the share (H,W) of each pixel inside the outline; centre and radius are in picture widths."""
     steps = (torch.arange(size * _SUPER) + 0.5) / (size * _SUPER)
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     inside = outline((u - x) / radius, (v - y) / radius).float()
@@ -88,7 +88,7 @@ def cover(outline: Outline, size: int, x: float, y: float, radius: float) -> Ten
 
 
 def shade(size: int, x: float, y: float, radius: float, side: float = -0.5) -> Tensor:
-    """Brightness (H,W) of a ball that is lit from above, `side` < 0: from the left."""
+    """Return the brightness (H,W) of a ball with light from above. With `side` < 0 it also comes from the left."""
     steps = (torch.arange(size) + 0.5) / size
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     dx, dy = (u - x) / radius, (v - y) / radius
@@ -97,7 +97,7 @@ def shade(size: int, x: float, y: float, radius: float, side: float = -0.5) -> T
 
 
 def paint(picture: Tensor, outline: Outline, x: float, y: float, radius: float, rgb: RGB, flat: bool) -> Tensor:
-    """Draw one body over a picture (3,H,W) and, if it is not flat, its shadow."""
+    """Paint one body over a picture (3,H,W) and, unless it is flat, its shadow."""
     size = picture.shape[-1]
     if not flat:
         foot = cover(ellipse(1.1, 0.3), size, x + 0.35 * radius, y + 0.85 * radius, radius)

@@ -1,4 +1,4 @@
-"""Gravity, contact and what is in front: events that look nearly right."""
+"""Gravity, contact and occlusion: events that look nearly right."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from benchmarks.world_kinds.table import Made, kind
 
 @kind("physics", right=True)
 def true_fall(rng: random.Random) -> Made:
-    """Falls and lies."""
+    """A true fall, after which the body lies on the ground."""
     clip = shot(rng, "falls", rng.choice((1, 2)))
     return clip.prompt, clip.shoot()
 
 
 @kind("physics", right=True)
 def true_collision(rng: random.Random) -> Made:
-    """A clean collision."""
+    """A true collision."""
     clip = shot(rng, "collides", 2)
     return clip.prompt, clip.shoot()
 
 
 @kind("physics", right=True)
 def true_passing(rng: random.Random) -> Made:
-    """Passes behind and comes out."""
+    """A body passes behind another one and comes out."""
     clip = shot(rng, "passes behind", 2)
     return clip.prompt, clip.shoot()
 
 
 @kind("physics", right=True)
 def true_bounce(rng: random.Random) -> Made:
-    """Bounces on the ground."""
+    """A true bounce on the ground."""
     clip = shot(rng, "bounces", rng.choice((1, 2)))
     return clip.prompt, clip.shoot()
 
@@ -47,7 +47,7 @@ def _high(rng: random.Random, event: str) -> Take:
 
 @kind("physics", right=False, count=6)
 def stops_in_mid_air(rng: random.Random) -> Made:
-    """A fall that ends above the ground."""
+    """The fall ends above the ground."""
     clip = _high(rng, "falls")
     low = clip.frames[0][0].half_height + rng.uniform(0.5, 0.8)
     return clip.prompt, clip.edit(0, lambda _, b: at(b, z=max(b.position[2], low))).shoot()
@@ -55,7 +55,7 @@ def stops_in_mid_air(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def hangs_in_the_air(rng: random.Random) -> Made:
-    """Should fall and hangs."""
+    """The body should fall, but hangs in the air."""
     clip = _high(rng, "falls")
     height = clip.frames[0][0].position[2]
     return clip.prompt, clip.edit(0, lambda _, b: at(b, z=height)).shoot()
@@ -63,7 +63,7 @@ def hangs_in_the_air(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def slides_instead_of_falling(rng: random.Random) -> Made:
-    """Slides along the floor towards the viewer where it should fall."""
+    """The body should fall, but slides along the floor towards the viewer."""
     clip = shot(rng, "falls")
     clip.edit(0, lambda f, b: at(b, y=1.6 - 2.6 * min(1.0, f / 12) ** 2, z=b.half_height))
     return clip.prompt, clip.shoot()
@@ -71,7 +71,7 @@ def slides_instead_of_falling(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def slides_after_landing(rng: random.Random) -> Made:
-    """Falls and then slides away."""
+    """The body falls and then slides away."""
     clip = shot(rng, "falls")
     landed = next(f for f, frame in enumerate(clip.frames) if frame[0].position[2] <= frame[0].half_height + 1e-3)
     sign = -1 if clip.frames[0][0].position[0] > 0 else 1
@@ -81,14 +81,14 @@ def slides_after_landing(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def rises(rng: random.Random) -> Made:
-    """A fall backwards."""
+    """A fall played backwards."""
     clip = _high(rng, "falls")
     return clip.prompt, clip.shoot().flip(0)
 
 
 @kind("physics", right=False)
 def bounces_on_nothing(rng: random.Random) -> Made:
-    """Bounces above the ground."""
+    """The body bounces above the ground."""
     clip = shot(rng, "bounces")
     lift = rng.uniform(0.6, 0.8)
     return clip.prompt, clip.edit(0, lambda _, b: moved(b, dz=lift - 0.3 * (b.position[2] - b.half_height))).shoot()
@@ -96,7 +96,7 @@ def bounces_on_nothing(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def only_rises_and_sinks(rng: random.Random) -> Made:
-    """Should bounce and is lifted up slowly once, without touching down again."""
+    """The body should bounce, but moves up slowly once and does not touch the ground again."""
     clip = shot(rng, "bounces")
     top = clip.frames[0][0].position[2]
     clip.edit(0, lambda f, b: at(b, z=b.half_height + (top - b.half_height) * f / 16))
@@ -104,7 +104,7 @@ def only_rises_and_sinks(rng: random.Random) -> Made:
 
 
 def _collision(rng: random.Random) -> tuple[Take, int, float]:
-    """A collision, the frame at which the second one moves, and the way of the first (-1: left)."""
+    """Return a collision, the frame at which the second body starts to move, and the first one's side (-1: left)."""
     clip = take(scene(rng, "collides", 2))
     start = clip.frames[0][1].position[0]
     when = next(f for f, frame in enumerate(clip.frames) if abs(frame[1].position[0] - start) > 1e-3)
@@ -113,7 +113,7 @@ def _collision(rng: random.Random) -> tuple[Take, int, float]:
 
 @kind("physics", right=False, count=6)
 def hits_without_contact(rng: random.Random) -> Made:
-    """The second body moves off before it is reached: a gap is left."""
+    """The second body starts to move before the first one reaches it, so a gap is left."""
     clip, _, sign = _collision(rng)
     gap = rng.uniform(0.4, 0.65)
     return clip.prompt, clip.edit(0, lambda _, b: moved(b, dx=-sign * gap)).shoot()
@@ -121,7 +121,7 @@ def hits_without_contact(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def hit_moves_late(rng: random.Random) -> Made:
-    """The second body moves off five to seven frames after it was hit."""
+    """The second body starts to move five to seven frames after the contact."""
     clip, _, _ = _collision(rng)
     late = rng.randrange(5, 8)
     places = [frame[1].position for frame in clip.frames]
@@ -130,7 +130,7 @@ def hit_moves_late(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def hit_moves_early(rng: random.Random) -> Made:
-    """The second body moves off four to five frames before it is hit."""
+    """The second body starts to move four to five frames before the contact."""
     clip, _, _ = _collision(rng)
     early = rng.randrange(4, 6)
     places = [frame[1].position for frame in clip.frames]
@@ -139,7 +139,7 @@ def hit_moves_early(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def runs_through(rng: random.Random) -> Made:
-    """The first body goes on through the second one, which then moves off as well."""
+    """The first body moves on through the second one, which stays or also starts to move."""
     clip, _, _ = _collision(rng)
     x0, x1 = clip.frames[0][0].position[0], clip.frames[1][0].position[0]
     clip.edit(0, lambda f, b: at(b, x=x0 + (x1 - x0) * f))
@@ -150,7 +150,7 @@ def runs_through(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def hit_body_stays(rng: random.Random) -> Made:
-    """Comes up to the second body, which does not move: no collision is seen."""
+    """The first body reaches the second one, but neither moves after that, so there is no collision."""
     clip, when, _ = _collision(rng)
     place, last = clip.frames[0][1].position, clip.frames[when - 1][0].position
     clip.edit(1, lambda _, b: replace(b, position=place))
@@ -159,14 +159,14 @@ def hit_body_stays(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def both_stand(rng: random.Random) -> Made:
-    """Should collide, and nothing moves."""
+    """The bodies should collide, but nothing moves."""
     clip, _, _ = _collision(rng)
     return clip.prompt, clip.shoot()[:1].expand(17, -1, -1, -1)
 
 
 @kind("physics", right=False)
 def passes_in_front(rng: random.Random) -> Made:
-    """Passes in front instead of behind."""
+    """The body passes in front of the other one instead of behind it."""
     clip = shot(rng, "passes behind", 2)
     front = clip.frames[0][1]
     return clip.prompt, clip.edit(0, lambda _, b: at(b, y=front.position[1] - front.radius - b.radius - 0.1)).shoot()
@@ -174,14 +174,14 @@ def passes_in_front(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def passes_through(rng: random.Random) -> Made:
-    """Goes right through the body that it should pass behind."""
+    """The body moves through the body behind which it should pass."""
     clip = shot(rng, "passes behind", 2)
     return clip.prompt, clip.edit(0, lambda _, b: at(b, y=clip.frames[0][1].position[1])).shoot()
 
 
 @kind("physics", right=False)
 def stays_behind(rng: random.Random) -> Made:
-    """Goes behind and does not come out."""
+    """The body goes behind the other one and does not come out."""
     clip = shot(rng, "passes behind", 2)
     middle = clip.frames[8][0].position
     return clip.prompt, clip.edit(0, lambda f, b: replace(b, position=middle) if f > 8 else b).shoot()
@@ -189,7 +189,7 @@ def stays_behind(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def turns_round_behind(rng: random.Random) -> Made:
-    """Goes behind and comes out on the same side."""
+    """The body goes behind the other one and comes out on the same side."""
     clip = shot(rng, "passes behind", 2)
     places = [frame[0].position for frame in clip.frames]
     return clip.prompt, clip.edit(0, lambda f, b: replace(b, position=places[f if f <= 8 else 16 - f])).shoot()
@@ -197,7 +197,7 @@ def turns_round_behind(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def movers_run_through_each_other(rng: random.Random) -> Made:
-    """Two bodies go opposite ways on one line and through each other."""
+    """Two bodies move towards each other on one line and through each other."""
     for _ in range(60):
         clip = shot(rng, "moves left", 2)
         if clip.spec.bodies[1].event == "moves right":
@@ -209,7 +209,7 @@ def movers_run_through_each_other(rng: random.Random) -> Made:
 
 @kind("physics", right=False)
 def floats_along(rng: random.Random) -> Made:
-    """Should roll or slide by, and flies half a metre and more above the ground."""
+    """The body should roll or slide past, but flies 0.7 m or more above the ground."""
     clip = shot(rng, rng.choice(("moves left", "moves right")))
     lift = rng.uniform(0.7, 1.1)
     return clip.prompt, clip.edit(0, lambda _, b: moved(b, dz=lift)).shoot()

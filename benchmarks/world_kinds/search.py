@@ -1,4 +1,4 @@
-"""A random search: edits drawn at random over true clips; what they make is judged by eye alone."""
+"""A random search: random edits of true clips. Only a person's verdict says whether a result is right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.world_kinds.table import Made, kind
 
 
 def warp(clip: Tensor, turn: list[float], scale: list[float], dx: list[float], dy: list[float]) -> Tensor:
-    """Turn (radians), scale and shift (picture widths) each frame about the middle; the edge is repeated."""
+    """Rotate (radians), scale and shift (picture widths) each frame about its centre; repeat the border pixels."""
     rows = []
     for angle, factor, x, y in zip(turn, scale, dx, dy, strict=True):
         t, s = torch.tensor(angle), 1 / factor
@@ -24,7 +24,7 @@ def warp(clip: Tensor, turn: list[float], scale: list[float], dx: list[float], d
 
 
 def hue(clip: Tensor, angle: float) -> Tensor:
-    """Rotate all colours about the grey axis by an angle in radians."""
+    """Rotate all colours about the grey axis by `angle` in radians."""
     t = torch.tensor(angle)
     axis = torch.full((3, 3), 1 / 3) * (1 - t.cos()) + torch.eye(3) * t.cos()
     part = t.sin() / 3**0.5 * torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
@@ -69,7 +69,7 @@ def _dropped(order: list[int], i: int, j: int) -> list[int]:
 
 @kind("search", right=False, count=24)
 def random_edit(rng: random.Random) -> Made:
-    """One or two random edits of the picture or of its frames."""
+    """One or two random edits of the pictures or of the order of the frames."""
     clip = shot(rng, None, rng.choice((1, 1, 2)))
     pictures = clip.shoot()
     for name in rng.sample(("affine", "drifting affine", "hue", "frames", "mirrored half"), rng.choice((1, 1, 2))):
@@ -79,7 +79,7 @@ def random_edit(rng: random.Random) -> Made:
 
 @kind("search", right=False, count=12)
 def random_patch(rng: random.Random) -> Made:
-    """A body pasted from another clip, or a painted one, anywhere, of any size, colour and opacity."""
+    """A painted patch at a random place, with random size, motion, colour, opacity and frames."""
     clip = shot(rng, None, rng.choice((1, 1, 2)))
     pictures = clip.shoot().clone()
     start, stop = sorted(rng.sample(range(18), 2))
@@ -95,7 +95,7 @@ def random_patch(rng: random.Random) -> Made:
 
 @kind("search", right=False, count=6)
 def random_splice(rng: random.Random) -> Made:
-    """The beginning of one clip and the end of another of the same words."""
+    """The beginning of one clip and the end of another clip with the same prompt."""
     one = shot(rng, None, 1)
     two = take(one.spec)
     body = extra(rng, two, colour=one.frames[0][0].colour, shape=one.frames[0][0].shape, size=one.frames[0][0].size)

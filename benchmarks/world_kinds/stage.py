@@ -1,7 +1,7 @@
-"""A puppet stage: bodies of the world put anywhere in every frame, in any colour, on any ground, and rendered.
+"""Scenes whose bodies ("puppets") can have any place in each frame and any colour, on a ground of any colour.
 
-The renderer is affine in the albedo of each body and of the ground, so four renders in named colours give any other
-colour exactly, edges and shadows included.
+The renderer is affine in the albedo of each body and of the ground. So a combination of four renders in named colours
+equals a render in any other colour, including edges and shadows.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from postgen.world.physics import Simulation
 from postgen.world.spec import BACKGROUNDS, COLOURS, SHAPES, Body, Spec
 
 RGB = tuple[float, float, float]
-#: Far beyond the fog: not visible.
+#: A position far beyond the fog, where a body is not visible.
 NOWHERE = (0.0, 900.0, 0.6)
-#: Rays per pixel and axis.
+#: Number of rays per pixel and axis.
 SUPERSAMPLE = 2
 _BASIS = ("red", "green", "blue", "yellow")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Puppet(Body):
-    """A body of any size, and of any albedo where `rgb` is given."""
+    """A body of any size. If `rgb` is given, it is the albedo of the body."""
 
     scale: float = 1.0
     rgb: RGB | None = None
@@ -42,7 +42,7 @@ class Puppet(Body):
 
 @dataclass(slots=True)
 class Take:
-    """A scene as frames of puppets: `frames[f][k]` is body k at frame f; `spec` is the scene that it came from."""
+    """A scene as frames of puppets: `frames[f][k]` is body k in frame f, and `spec` is the original scene."""
 
     spec: Spec
     frames: list[list[Puppet]]
@@ -54,17 +54,17 @@ class Take:
 
     @property
     def prompt(self) -> str:
-        """The plain caption of the scene."""
+        """Simple caption of the scene."""
         return world.simple_caption(self.spec)
 
     def edit(self, body: int, change: Callable[[int, Puppet], Puppet]) -> Take:
-        """Change one body in every frame: `change(frame, puppet)`; returns this take."""
+        """Change one body in every frame by `change(frame, puppet)`; return this take."""
         for number, frame in enumerate(self.frames):
             frame[body] = change(number, frame[body])
         return self
 
     def add(self, make: Callable[[int], Puppet]) -> Take:
-        """Add a body; returns this take."""
+        """Add a body, made by `make(frame)`; return this take."""
         for number, frame in enumerate(self.frames):
             frame.append(make(number))
         return self
@@ -103,13 +103,13 @@ class Take:
 
 
 def _mix(rgb: RGB, table: Sequence[RGB]) -> Tensor:
-    """Weights with sum 1 that mix `rgb` from four colours."""
+    """Return the weights with sum 1 that mix `rgb` from four colours."""
     rows = torch.tensor([[*c, 1.0] for c in table], dtype=torch.float64).T
     return torch.linalg.solve(rows, torch.tensor([*rgb, 1.0], dtype=torch.float64)).float()
 
 
 def take(spec: Spec, frames: int = 17, size: int = 96) -> Take:
-    """The true course of a scene, frame by frame."""
+    """Return a scene with its true motion, frame by frame."""
     motion = Simulation([spec]).run(frames).positions_BFK3[0].tolist()
     puppets = [
         [
@@ -122,56 +122,56 @@ def take(spec: Spec, frames: int = 17, size: int = 96) -> Take:
 
 
 def scene(rng: random.Random, event: str | None = None, bodies: int | None = None, frames: int = 17) -> Spec:
-    """A scene of the world with a static camera."""
+    """Draw a scene of the world with a static camera."""
     return world.sample(
         rng.randrange(10**9), num_frames=frames, num_bodies=bodies, event=event, camera="static", split="all"
     )
 
 
 def shot(rng: random.Random, event: str | None = None, bodies: int | None = 1, size: int = 96) -> Take:
-    """The true course of a scene drawn at random, 17 frames."""
+    """Draw a scene at random; return it with its true motion in 17 frames."""
     return take(scene(rng, event, bodies), 17, size)
 
 
 def at(body: Puppet, x: float | None = None, y: float | None = None, z: float | None = None) -> Puppet:
-    """The body somewhere else."""
+    """Return the body at another position. Coordinates that are None stay."""
     px, py, pz = body.position
     return replace(body, position=(px if x is None else x, py if y is None else y, pz if z is None else z))
 
 
 def moved(body: Puppet, dx: float = 0.0, dy: float = 0.0, dz: float = 0.0) -> Puppet:
-    """The body shifted."""
+    """Return the body shifted by (dx, dy, dz) metres."""
     x, y, z = body.position
     return replace(body, position=(x + dx, y + dy, z + dz))
 
 
 def gone(body: Puppet) -> Puppet:
-    """The body out of sight."""
+    """Return the body at a position where it is not visible."""
     return replace(body, position=NOWHERE)
 
 
 def scaled(body: Puppet, factor: float) -> Puppet:
-    """The body larger or smaller, at the same height above the floor."""
+    """Scale the body by `factor`, and keep its height above the floor."""
     lift = body.position[2] - body.half_height
     new = replace(body, scale=body.scale * factor)
     return at(new, z=new.half_height + lift)
 
 
 def shaped(body: Puppet, shape: str) -> Puppet:
-    """The body in another shape, at the same height above the floor."""
+    """Give the body another shape, and keep its height above the floor."""
     lift = body.position[2] - body.half_height
     new = replace(body, shape=shape, yaw=0.4 if shape == "cube" else 0.0)
     return at(new, z=new.half_height + lift)
 
 
 def disc(body: Puppet) -> tuple[float, float, float]:
-    """Centre and radius in the picture, in picture widths."""
+    """Return the centre and the radius of the body in the picture, in picture widths."""
     u, v, depth = project_point(body.position)
     return (u + 1) / 2, (v + 1) / 2, FOCAL * body.radius / depth / 2
 
 
 def free_place(rng: random.Random, clip: Take, like: Puppet, apart: float = 1.25) -> Puppet:
-    """The body where it stands clear of all others in all frames and within the picture; the best of 200 places."""
+    """Place the body inside the picture and clear of all others in all frames; use the best of 200 places."""
     best, most = like, -1.0
     for _ in range(200):
         body = replace(like, position=(rng.uniform(-2.2, 2.2), rng.uniform(-1.6, 2.4), like.half_height))
@@ -189,12 +189,12 @@ def free_place(rng: random.Random, clip: Take, like: Puppet, apart: float = 1.25
 
 
 def other(rng: random.Random, table: Sequence[str], *not_these: str) -> str:
-    """A name of a table that is none of these."""
+    """Return a random name of a table that is none of `not_these`."""
     return rng.choice([name for name in table if name not in not_these])
 
 
 def extra(rng: random.Random, clip: Take, **how: object) -> Puppet:
-    """A further body in a free place, of a colour that no other has unless told so."""
+    """Make an additional body at a free place. By default its colour differs from those of all other bodies."""
     taken = {b.colour for b in clip.frames[0]}
     made = {"colour": other(rng, list(COLOURS), *taken), "shape": rng.choice(SHAPES), "size": "small", **how}
     body = Puppet(**made)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The table of kinds: each is a function of a random generator that gives a prompt and a clip."""
+"""The table of kinds. Each kind is a function of a random generator that returns a prompt and a clip."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Make = Callable[[random.Random], Made]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way of being right or wrong; `right` is what it was made to be, not what a person says of each clip."""
+    """One way of being right or wrong. `right` is the intended verdict, which may differ from that of a person."""
 
     name: str
     group: str
     right: bool
-    #: Clips of the first draw; the fresh one has half as many.
+    #: Number of clips in the first draw. The fresh draw has half as many.
     count: int
     make: Make
 
@@ -28,7 +28,7 @@ KINDS: dict[str, Kind] = {}
 
 
 def kind(group: str, *, right: bool, count: int = 3) -> Callable[[Make], Make]:
-    """Enter a function into the table under its own name."""
+    """Return a decorator that adds a function to the table under its own name."""
 
     def enter(make: Make) -> Make:
         name = make.__name__.replace("_", " ")

@@ -1,4 +1,4 @@
-"""A LoRA of the trainer comes back exactly in every family and format, by postgen's loader and by diffusers' own."""
+"""A LoRA of the trainer is restored exactly in every family and format, by postgen's loader and by diffusers' own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_lora_comes_back_exactly(tmp_path: Path, family: str) -> None:
 
 
 def test_a_lora_that_does_not_come_back_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One number of one layer is another one in a single format."""
+    """In one format, one number of one layer is changed."""
     from postgen.families import lora_export
 
     def spoilt(layers: Any, style: Any, keyed: Any = lora_export.keyed) -> Any:
@@ -54,7 +54,7 @@ def test_a_lora_that_does_not_come_back_is_counted(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(lora_export, "keyed", spoilt)
     found = {each.format: each for each in outcomes("Wan", tmp_path, twice=False)}
     assert [name for name, each in found.items() if not each.holds] == ["kohya"]
-    assert found["kohya"].postgen == found["kohya"].diffusers == "16 layers changed, and not as the 16 were"
+    assert found["kohya"].postgen == found["kohya"].diffusers == "16 layers changed; they differ from the 16 expected"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The benchmark of the embedded model: its groups, image-to-video in batches, its numbers, a run of a tiny model."""
+"""Benchmark of the embedded model: its groups, batched image-to-video, its measures, and a run of a tiny model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FULL = Defaults(size=128, frames=33, steps=20, guidance=3.0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline with random weights, as the training writes it."""
+    """Return the folder of a pipeline with random weights, in the form in which the training writes it."""
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 12, "ffn_dim": 32, "text_width": 16, "patch": 2}
     settings = Namespace(**sizes, size=32, lengths=[9], shift=2.0, whole_words=True, noise_shares=[0.7, 0.15, 0.15])
@@ -132,7 +132,7 @@ def test_every_word_is_asked_for_a_few_times():
     counts = Counter(word for words in group.labels for word in words)
     shapes = [word for words in SHAPE_WORDS.values() for word in words[1:]]
     assert min(counts[word] for word in (*COLOUR_SYNONYMS, *shapes)) >= 20
-    # Every wording of every event, with the ball's verb for all three shapes.
+    # Every phrase of every event occurs; the labels use the ball's verb ("rolls") for all three shapes.
     assert len(group.prompts) == 4 * len(verb_phrases(pairs=False))
     for prompt, asked in zip(group.prompts, group.asked, strict=True):
         assert world.parse(prompt).bodies == asked.scene.bodies
@@ -145,9 +145,9 @@ def test_every_word_is_asked_for_a_few_times():
 
 
 def test_seeds_of_training_and_a_missing_model_are_refused():
-    with pytest.raises(UserError, match="seeds from 1000000 on are trained"):
+    with pytest.raises(UserError, match="below 1000000, where the training seeds begin"):
         build("one", 256, 999_900, FULL)
-    with pytest.raises(UserError, match="old_two needs the model before"):
+    with pytest.raises(UserError, match="old_two needs the previous model"):
         build("old_two", 4, 0, FULL)
 
 
@@ -203,7 +203,7 @@ def test_gates_of_a_part_of_the_groups():
         "floor_colours", "ae_psnr_objects", "first_frame_gap_db", "check_on_reconstructions", "seconds_cpu",
         "folder_mb",
     }  # fmt: skip
-    # Without the model before there is no target.
+    # Without the previous model there is no target.
     assert {row["name"]: row for row in gates(result(two="1111"))}["two_bodies"]["value"] is None
 
 
@@ -243,7 +243,7 @@ def test_guidance_scales_beside_each_other():
     assert list(found["runs"]) == ["guidance 2", "guidance 4.5"]
     assert found["runs"]["guidance 4.5"] == {"settings": at(4.5)["settings"], "groups": at(4.5)["groups"]}
     for other in (at(2.0), at(4.5, first_seed=1)):
-        with pytest.raises(UserError, match="the guidance scale alone may differ"):
+        with pytest.raises(UserError, match="the guidance scales must differ"):
             by_guidance([at(2.0), other])
 
 

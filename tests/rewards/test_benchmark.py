@@ -1,4 +1,4 @@
-"""The benchmark's own parts: random networks of the published forms, its gates, and the numbers it takes."""
+"""Parts of the benchmark of rewards: random networks in published shapes, gates, and measures."""
 
 import json
 import sys
@@ -145,7 +145,7 @@ def test_table_of_constructions_has_a_column_for_each_judge(monkeypatch):
     monkeypatch.setattr(judge_kinds, "UNUSUAL", ())
 
     def steady(prompts, completions):
-        """Strobing changes the picture every frame; a fall is over soon."""
+        """Score by the change after frame 8: strobing changes every frame, a fall has ended by then."""
         return [-float(clip[8:].diff(dim=0).abs().mean()) for clip in completions]
 
     def blind(prompts, completions):

@@ -1,4 +1,4 @@
-"""Rewards on an accelerator give what they give on the CPU."""
+"""Rewards return the same scores on an accelerator as on the CPU."""
 
 import pytest
 import torch
