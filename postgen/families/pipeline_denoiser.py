@@ -202,7 +202,7 @@ class PipelineDenoiser(ABC):
         if scheduler.config.get("use_dynamic_shifting", False):
             if shape is None:
                 raise UserError(
-                    f"the noise levels of {type(self.pipe).__name__} depend on the size: give shape, of the latents"
+                    f"the noise levels of {type(self.pipe).__name__} depend on the size: give shape= of the latents"
                 )
             extra["mu"] = self._mu(self.tokens(shape))
         start = self.start_sigmas(num_steps)
