@@ -232,7 +232,7 @@ class ProcessorStack:
 def _set_processor(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
-    else:  # MochiAttention
+    else:  # MochiAttention has no set_processor
         module.processor = processor
 
 

@@ -1,7 +1,7 @@
 """Decode a long video piece by piece; the memory use does not grow with its length.
 
     decoder = StreamingDecoder(pipe.vae)
-    for latents in pieces:                # as many latent frames as there are, one is enough
+    for latents in pieces:                # any number of latent frames, at least one
         clip = decoder.push(latents)      # (B, F, 3, H, W): the frames that these latents complete
     rest = decoder.finish()
 

@@ -16,7 +16,7 @@ class TransformerSummary:
     component: str
     """Component name in the pipeline; empty for a bare transformer."""
     kind: str
-    """Class name."""
+    """Class name of the transformer."""
     plug_ins: dict[str, str]
     """One line of description for each plug-in, by name of its method."""
     claims: dict[str, int]
@@ -50,7 +50,7 @@ class Summary:
     """Everything that postgen has applied to a pipeline or transformer; `print` shows it as text."""
 
     transformers: tuple[TransformerSummary, ...]
-    """One for each transformer."""
+    """One summary per transformer."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.transformers))

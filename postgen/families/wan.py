@@ -108,6 +108,7 @@ class WanDenoiser(PipelineDenoiser):
             )
         parts = [(name, rows) for name, rows in zip(self.components, (high[:, 0], ~high[:, 0]), strict=True)]
         parts = [(name, rows) for name, rows in parts if rows.any()]
+        # Experts without rows are not called, and a single expert needs no selection of rows.
         if len(parts) == 1:
             return self.guided(parts[0][0], x, timestep, condition, guidance)
         prediction = torch.zeros_like(x, dtype=torch.float32)

@@ -80,6 +80,8 @@ def find_widths(transformer: nn.Module, arguments: Mapping[str, Any] | None = No
     axis = channel_axis(layout_named(kind))
     numbers = _numbers(given["hidden_states"], axis)
     watch = _Watch()
+    # The latents are element numbers: their low digits in the first call, their high digits in the second. The first
+    # call finds both layers, so that in the second the last layer can return its row numbers.
     with torch.no_grad(), _watching(model, watch):
         for digit in (0, 1):
             if digit and not watch.first:
