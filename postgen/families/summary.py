@@ -39,7 +39,7 @@ class TransformerSummary:
 
     @property
     def _computing(self) -> list[str]:
-        """Claimants as one entry of the line: they have different modules, so none is around another."""
+        """Methods that compute attention, as one entry: they have different modules, so none wraps another."""
         if len(self.claims) > 1:
             return [", ".join(f"{name} (computes {count})" for name, count in self.claims.items())]
         return [f"{name} (computes)" for name in self.claims]
