@@ -143,7 +143,7 @@ def test_devices_that_are_absent(cli: Any, tiny_wan: Path, tmp_path: Path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", *SMALL]
     assert "cuda was asked for, but torch finds no CUDA GPU here" in cli(*words, "--device", "cuda").err
-    assert "moves parts to a GPU" in cli(*words, "--device", "cpu", "--offload", "model").err
+    assert "moves components to a GPU" in cli(*words, "--device", "cpu", "--offload", "model").err
     assert names(tmp_path) == []
 
 

@@ -1,4 +1,4 @@
-"""Norm modules of diffusers and torch whose work is done elsewhere: whether that is allowed, and what they hold."""
+"""Checks and parameters of norm modules (diffusers, torch) whose computation another operation takes over."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ if TYPE_CHECKING:
 
 
 def plain(*modules: nn.Module | None) -> bool:
-    """Whether modules can be left out and their weights read: nothing moves these, nothing watches the calls."""
+    """Whether the modules can be bypassed and their weights read directly.
+
+    True if no module has a hook or a replaced `forward`. A hook would miss the call, and offloading may have moved the
+    weights. None entries are skipped.
+    """
     for module in modules:
         if module is None:
             continue
-        # Hooks of accelerate and diffusers (offloading) stand in the instance, above the class.
+        # Hooks of accelerate and diffusers (offloading) replace `forward` on the instance, not on the class.
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             return False
@@ -23,5 +27,5 @@ def plain(*modules: nn.Module | None) -> bool:
 
 
 def affine(norm: Any) -> dict[str, Any]:
-    """Return weight, bias and eps of a norm, as the operations name them; LayerNorm and both RMSNorms have them."""
+    """Return weight, bias and eps of a LayerNorm or RMSNorm (torch, diffusers), by the argument names of our ops."""
     return {"weight": norm.weight, "bias": getattr(norm, "bias", None), "eps": norm.eps}

@@ -1,4 +1,4 @@
-"""Where the weights of a pipeline stand while it runs: all on the device, one component at a time, or one layer."""
+"""Placement of a pipeline's weights: all on the device, or one component or one layer at a time (offloading)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ if TYPE_CHECKING:
 
 OFFLOADS = ("none", "auto", "model", "sequential")
 SHARE = 0.75
-"""Of the free memory that weights may take where `auto` chooses: what a clip needs beside them depends on its size."""
+"""Share of the free device memory that the weights may take when `auto` chooses.
+
+The rest is for activations, which depend on the size of the clip.
+"""
 
 
 def check_offload(offload: str, place: str) -> None:
-    """Refuse to offload where there is nothing to offload from; `auto` then keeps everything where it is.
+    """Refuse an offload mode that needs a GPU if the pipeline runs on the CPU.
+
+    `none` and `auto` are always accepted: on the CPU, `auto` offloads nothing.
 
     Args:
         offload: one of `OFFLOADS`.
         place: device that the pipeline runs on, from `check_device`.
 
     Raises:
-        UserError: parts were to go to a GPU and back, and none is used.
+        UserError: `model` or `sequential` on the CPU.
     """
     if offload not in ("none", "auto") and place == "cpu":
-        raise UserError(f"--offload {offload} moves parts to a GPU and back, and there is none in use: leave it out")
+        raise UserError(
+            f"--offload {offload} moves components to a GPU and back, but the pipeline runs on the CPU: leave it out"
+        )
 
 
 def choose_offload(parts: Mapping[str, int], free: int) -> str:
-    """Return the quickest of `none`, `model` and `sequential` whose weights fit.
+    """Return the fastest of the modes `none`, `model` and `sequential` whose weights fit on the device.
 
     Args:
-        parts: bytes of the weights by component.
-        free: bytes of the device that nobody uses. Weights may take `SHARE` of them.
+        parts: bytes of the weights, by name of the component.
+        free: free bytes on the device. The weights may take the share `SHARE` of them.
 
     >>> [choose_offload({"transformer": 28, "text_encoder": 11}, free) for free in (80, 40, 24)]
     ['none', 'model', 'sequential']
@@ -46,14 +53,14 @@ def choose_offload(parts: Mapping[str, int], free: int) -> str:
 
 
 def place_weights(pipe: Any, place: str, offload: str) -> None:
-    """Bring a pipeline whose weights are in the memory of the machine to its device.
+    """Move a pipeline whose weights are in main memory to its device.
 
     Args:
         pipe: a diffusers pipeline.
         place: device, from `check_device`.
-        offload: `model` keeps one component at a time there, `sequential` one layer at a time, `none` all of it;
-            `auto` is `choose_offload` by what is free on a CUDA device, and `none` on others, whose memory is that of
-            the machine.
+        offload: `none` keeps all weights on the device, `model` one component at a time, `sequential` one layer at a
+            time. `auto` calls `choose_offload` with the free memory of a CUDA device. On other devices, which share
+            main memory, `auto` is `none`.
     """
     if offload == "auto":
         offload = choose_offload(_bytes(pipe), _free(place)) if place.startswith("cuda") else "none"

@@ -1,11 +1,11 @@
-"""A model that diffusers must not load as it is: what we say of it in its config, where diffusers refuses it.
+"""A note in the config of a model with layers of postgen, which keeps diffusers from loading it as the stock class.
 
-diffusers asks `quantization_config` of a config how the weights are to be read, and raises for a way that it does not
-know. A model whose structure is ours says there which function of ours loads it, so that it is never loaded as the
-stock class, which would leave our layers out.
+diffusers reads the entry `quantization_config` of a config and raises an error for a `quant_method` that it does not
+know. For a model with layers of postgen, this entry names the postgen function that loads the model. So diffusers
+never loads it as the stock class, which would ignore these layers.
 
-A pipeline's `save_pretrained` writes its parts and nothing else, so what the folder says of itself (`postgen.json`)
-goes along in the note.
+A pipeline's `save_pretrained` writes only its components. The note therefore also carries the content of
+`postgen.json`, the default settings of the folder from which the model was loaded.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ if TYPE_CHECKING:
 _ENTRY = "quantization_config"
 _WAY = "quant_method"
 _AROUND = "postgen.json"
-"""What the folder said that the model was loaded from; there it is a file of this name."""
+"""Key of the note for the default settings of the folder from which the model was loaded; the file has this name."""
 _OURS = re.compile(r"(postgen\.[a-z_]+)\.load\(folder\)")
-"""A room of ours that has a format: its `load(folder)`, and `empty(config)` beside it. Configs come from anywhere, so
-no other function is called that one names."""
+"""A package of postgen that loads a format with `load(folder)`; it also has `empty(config)`.
+
+Configs may come from untrusted sources, so no other function that a config names is called.
+"""
 
 
 def write_note(model: Any, loader: str, note: Mapping[str, Any]) -> None:
-    """Put a note into the config of a transformer; `save_pretrained` writes it.
+    """Add a note to the config of a transformer; `save_pretrained` writes it with the config.
 
     Args:
-        model: the transformer, perhaps wrapped.
-        loader: the function that loads it, by its dotted name: what diffusers' error names.
-        note: what the function needs; JSON. Of a note that is there already (the class' `from_config` copies it with
-            the rest of a config) only what the folder said is kept.
+        model: the transformer, which may be wrapped.
+        loader: dotted name of the function that loads the model. The error of diffusers shows it.
+        note: JSON values that this function needs. They replace an earlier note of the same loader, which
+            `from_config` copies with the rest of the config. Only its default settings (`postgen.json`) are kept.
 
     Raises:
-        UserError: the model is quantised by diffusers, or another method's note is there.
+        UserError: the model is quantised by diffusers, or its config has the note of another method.
     """
     inner: Any = unwrap(model)
     if inner.config.get(_ENTRY) is None:
         around = _words_beside(inner)
     elif read_note(inner.config, loader) is None:
         way = dict(inner.config[_ENTRY]).get(_WAY, "an unknown way")
-        raise UserError(f"the config of this {type(inner).__name__} says that it is read by {way}: undo that first")
+        raise UserError(
+            f"the config of this {type(inner).__name__} has the quantisation method {way}: undo that method first"
+        )
     else:
         around = inner.config[_ENTRY].get(_AROUND)
     said = {} if around is None else {_AROUND: around}
@@ -57,12 +61,12 @@ def write_note(model: Any, loader: str, note: Mapping[str, Any]) -> None:
 
 
 def erase_note(model: Any) -> None:
-    """Take the note out again: the config is that of the stock model."""
+    """Remove the note, so that the config is that of the stock model."""
     forget_config(unwrap(model), _ENTRY)
 
 
 def read_note(config: Mapping[str, Any], loader: str) -> dict[str, Any] | None:
-    """Return what `write_note` put into a config for a loader; None: nothing."""
+    """Return the note that `write_note` added to a config for this loader; None if there is none."""
     note = config.get(_ENTRY)
     if not isinstance(note, Mapping) or note.get(_WAY) != _way(loader):
         return None
@@ -75,9 +79,13 @@ def without_note(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def noted_words(folder: Path) -> Any:
-    """Return what the `postgen.json` said of the folder from which the networks of a pipeline's folder were loaded.
+    """Return the `postgen.json` settings that the notes of a pipeline's transformers carry.
 
-    Nothing where the notes of its transformers do not say.
+    Args:
+        folder: the pipeline's folder.
+
+    Returns:
+        The settings of the folder from which these transformers were loaded; {} if no note has them.
     """
     for path in sorted(folder.glob("transformer*/config.json")):
         config = read_json(path, f"cannot read {path}")
@@ -88,21 +96,25 @@ def noted_words(folder: Path) -> Any:
 
 
 def _words_beside(model: Any) -> Any:
-    """Return what the folder says of itself that a network was loaded from; None: nothing."""
+    """Return the `postgen.json` of the folder from which a network was loaded; None if there is none."""
     place = Path(loaded_from(model))
     path = place.parent / _AROUND
     return read_json(path, f"cannot read {path}") if place.is_dir() and path.is_file() else None
 
 
 def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
-    """Load a network by the function of ours that its config names; None: it names none, so diffusers loads it.
+    """Load a network with the postgen function that its config names.
 
     Args:
-        folder: of the network.
-        dtype: to cast it to, but for what its class keeps in float32 as diffusers loads it; None keeps what was saved.
+        folder: the network's folder.
+        dtype: dtype of the returned network, except for modules that its class keeps in float32; None keeps the saved
+            dtype.
+
+    Returns:
+        The network; None if the config names no postgen function, so that diffusers must load it.
 
     Raises:
-        UserError: as the function says.
+        UserError: the postgen function cannot load the network, or this version lacks the function.
     """
     config = (
         read_json(folder / "config.json", f"{folder} cannot be read") if (folder / "config.json").is_file() else {}
@@ -118,15 +130,15 @@ def load_noted(folder: Path, dtype: torch.dtype | None = None) -> Any | None:
 
 
 def load_part(source: str | Path, name: str, dtype: torch.dtype | None) -> Any:
-    """Load one network of a pipeline's folder, or of an export's, by what its config names: a function or a class.
+    """Load one network of a pipeline or of an export, with the postgen function or diffusers class of its config.
 
     Args:
-        source: the folder, or a hub id.
-        name: of the network in it.
-        dtype: as of `load_noted`.
+        source: the folder, or a Hub id.
+        name: name of the network, which is its subfolder.
+        dtype: see `load_noted`.
 
     Raises:
-        UserError: as `load_noted`.
+        UserError: see `load_noted`.
     """
     import diffusers
 
@@ -139,15 +151,18 @@ def load_part(source: str | Path, name: str, dtype: torch.dtype | None) -> Any:
 def noted_networks(
     folder: Path, dtype: Callable[[str], torch.dtype | None], without: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Load the transformers of a pipeline's folder that diffusers cannot load by itself, because they are ours.
+    """Load those transformers of a pipeline's folder that need a postgen function.
 
     Args:
-        folder: of the pipeline.
-        dtype: of a part by its name, as `load_noted` takes it.
-        without: names of parts that are left out.
+        folder: the pipeline's folder.
+        dtype: returns the dtype of a component by its name; see `load_noted`.
+        without: names of components that are not loaded.
+
+    Returns:
+        Networks by component name, without the transformers that diffusers can load.
 
     Raises:
-        UserError: as `load_noted`.
+        UserError: see `load_noted`.
     """
     names = [path.parent.name for path in sorted(folder.glob("transformer*/config.json"))]
     found = {name: load_noted(folder / name, dtype(name)) for name in names if name not in without}
@@ -155,7 +170,7 @@ def noted_networks(
 
 
 def _cast(network: Any, dtype: torch.dtype) -> None:
-    """Cast weights as diffusers' `from_pretrained` does; tables that are computed are none, and stay as they are."""
+    """Cast weights as diffusers' `from_pretrained` does. Computed tables (non-persistent buffers) keep their dtype."""
     import torch
 
     kept = {*kept_in_float32(network)}
@@ -165,19 +180,23 @@ def _cast(network: Any, dtype: torch.dtype) -> None:
 
 
 def empty_noted(config: Mapping[str, Any]) -> Any | None:
-    """Build a network for its weights to be put in, where its config names a function of ours; None: it names none.
+    """Build a network without weights, with the `empty(config)` of the package that its config names.
 
-    Beside the function that loads, its module has `empty(config)`.
+    Returns:
+        The network; None if the config has no note of postgen.
+
+    Raises:
+        UserError: this version lacks the package.
     """
     room = _room(config.get(_ENTRY))
     return None if room is None else room.empty(config)
 
 
 def _room(note: Any) -> Any | None:
-    """Return the module that loads what a note is of; None: it is no note of ours.
+    """Return the package whose format a note names; None if it is not a note of postgen.
 
     Raises:
-        UserError: this version has no such module.
+        UserError: this version lacks the package.
     """
     way = _OURS.fullmatch(str(note.get(_WAY))) if isinstance(note, Mapping) else None
     if way is None:
@@ -187,12 +206,14 @@ def _room(note: Any) -> Any | None:
     except ModuleNotFoundError:
         room = None
     if not (hasattr(room, "load") and hasattr(room, "empty")):
-        raise UserError(f"a network is to be loaded by {way[1]}.load, which this postgen does not have: update it")
+        raise UserError(
+            f"the config of a network names {way[1]}.load, which this version of postgen lacks: update postgen"
+        )
     return room
 
 
 def names_loader(text: str) -> bool:
-    """Whether an error of diffusers names a function of ours that loads a network."""
+    """Whether the text of a diffusers error names a postgen function that loads a network."""
     return _OURS.search(text) is not None
 
 

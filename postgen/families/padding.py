@@ -1,8 +1,9 @@
-"""Cross-attention to a prompt whose padding is not masked, in fewer keys and with the same result.
+"""Exact cross-attention to prompts with unmasked padding, with fewer keys.
 
 Wan and SkyReels-V2 pad a prompt with zeros to 512 tokens and attend to all of them. Equal tokens have equal keys and
-values, and n equal keys weigh as much as one whose score is larger by log n: exp(s + log n) = n exp(s). So the
-equal tokens at the end are handed over as one, and log n as a mask. Numbers differ by rounding only.
+values, and n equal keys have the same weight as one key whose score is larger by log n: exp(s + log n) = n exp(s). So
+one token replaces the n equal tokens at the end, and an additive mask has log n at its place. Results differ by
+rounding only.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from postgen.families.attention.registry import attention_of
 from postgen.families.by_frame import altered
 
 _MODELS = ("WanTransformer3DModel", "SkyReelsV2Transformer3DModel")
-"""Classes whose text goes nowhere but, token by token, to the cross-attention of their blocks, without a mask."""
+"""Classes that project the text token by token and use it only in their blocks' cross-attention, without a mask."""
 _CROSS = "attn2"
 
 
 @contextmanager
 def merged_padding(network: nn.Module) -> Iterator[None]:
-    """While open, let a network attend to the padding of its prompts as to one token in the calls of this thread.
+    """Merge the padding of prompts into one token, in forward passes that this thread makes inside the context.
 
-    It is for a CPU, in float32 or float64: to find the padding of a prompt would make a GPU wait, and in half
-    precision log n is too coarse. So everything stays as it is there, where gradients are wanted or autocast is on,
-    where a network or block is compiled or somebody replaced its forward, where cross-attention is anything but
-    diffusers' own processor on torch's own attention, with image tokens beside the text, and in other networks.
+    The context merges padding only on the CPU in float32 or float64. On a GPU, the search for the padding would force
+    a synchronisation; in half precision, log n is too coarse. The context also changes nothing if
+
+    - gradients are enabled, or autocast is on;
+    - the network or a block is compiled, or its `forward` was replaced;
+    - cross-attention uses another processor or attention backend than the default ones of diffusers;
+    - the network takes image tokens in addition to the text;
+    - the network is not of a class in `_MODELS`.
 
     Args:
         network: the transformer, which may be wrapped.
@@ -53,9 +58,9 @@ def merged_padding(network: nn.Module) -> Iterator[None]:
 
 
 def merged(text: Tensor) -> tuple[Tensor, int]:
-    """Return a text (B, L, D) without the repetitions of its last token, and how often that token was there.
+    """Return a text encoding (B, L, D) without the repetitions of its last token, and the count of that token.
 
-    Only positions at which all rows repeat their last token count.
+    A position counts as a repetition only if all rows of the batch repeat their last token there.
 
     >>> short, count = merged(torch.tensor([[[3.0], [7.0], [0.0], [0.0], [0.0]]]))
     >>> short.flatten().tolist(), count
@@ -71,7 +76,7 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 def _fits(network: nn.Module, model: Any) -> bool:
-    """Whether a network is one in which the result stays the same."""
+    """Whether merged padding leaves the result of this network unchanged."""
     if type(model).__name__ not in _MODELS or model.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     blocks = _blocks(model)
@@ -83,19 +88,19 @@ def _fits(network: nn.Module, model: Any) -> bool:
         if attention.add_k_proj is not None or not computes_natively(attention.processor):
             return False
         try:
-            anatomy.reader(attention.processor)  # known by the text of its code
+            anatomy.reader(attention.processor)  # checks the fingerprint of the processor's code
         except UserError:
             return False
     return True
 
 
 class _Merging:
-    """Hooks of the calls of one thread."""
+    """Forward pre-hooks, active in one thread only."""
 
     def __init__(self) -> None:
         self.caller = threading.get_ident()
         self.bias: Tensor | None = None
-        """(1, 1, 1, keys) added to the scores of cross-attention in the call under way; None: nothing was merged."""
+        """(1, 1, 1, keys) added to the cross-attention scores of this forward pass; None if nothing is merged."""
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], words: dict[str, Any]) -> Any:
         if threading.get_ident() != self.caller:
@@ -114,5 +119,5 @@ class _Merging:
     def before_attention(self, attention: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.bias is None or threading.get_ident() != self.caller:
             return None
-        hidden, text, _, *rest = args  # of which the third is None in all blocks of these classes
+        hidden, text, _, *rest = args  # the third argument, the mask, is None in all blocks of these classes
         return (hidden, text, self.bias.to(hidden.dtype), *rest)

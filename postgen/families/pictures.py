@@ -1,4 +1,4 @@
-"""What the denoisers of pictures whose latents the network takes as they are have in common."""
+"""Base class of denoisers for pictures whose networks take unpacked latents."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from postgen.families.pipeline_denoiser import PipelineDenoiser
 
 
 class PictureDenoiser(PipelineDenoiser):
-    """Parent of such a denoiser: sizes by autoencoder and patches, one frame."""
+    """Base class that derives sizes from the autoencoder and the patch size; one frame."""
 
     frame_axis = None
 
     @property
     def space(self) -> int:
-        """Pixels a side in a latent."""
+        """Pixels per latent, along each side."""
         return int(self.pipe.vae_scale_factor)
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """What height and width must divide by; one frame."""
+        """Numbers of which height and width must be multiples; 0, because a picture has one frame."""
         side = self.space * self.model.config.patch_size
         return side, side, 0
 
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
+        """Return the shape of the latents of one sample."""
         return self.model.config.in_channels, height // self.space, width // self.space

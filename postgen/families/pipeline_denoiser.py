@@ -1,4 +1,4 @@
-"""What the denoisers of all families have in common: guidance in two passes, sizes, noise levels, the autoencoder."""
+"""Base class of all denoisers: guidance in two forward passes, sizes, noise levels and the autoencoder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from postgen.families.wan_sizes import check_size
 
 
 class PipelineDenoiser(ABC):
-    """Base of `Denoiser`s: a family says how it encodes, what its network is told, and how its latents are scaled.
+    """Base class of `Denoiser`s.
 
-    Latents are kept unpacked, (B, C, T, H, W) for clips and (B, C, H, W) for pictures, whatever the network wants:
-    so they carry their size with them.
+    The subclass of a family defines the encoding of prompts, the call of the network and the scaling of its latents.
+    Latents stay unpacked even if the network takes packed ones, so their shape contains the size: (B, C, T, H, W) for
+    clips, (B, C, H, W) for pictures.
 
     Args:
         pipe: the pipeline; its components are used in place.
-        max_sequence_length: tokens of a prompt; None is the pipeline's default.
+        max_sequence_length: tokens of a prompt's encoding; None is the pipeline's default.
 
     Raises:
-        UserError: the scheduler is not of the family's kind, or the pipeline was loaded without its network.
+        UserError: the model cannot use the pipeline's scheduler, or the pipeline was loaded without its network.
     """
 
     prediction_type: PredictionType = "flow"
@@ -37,7 +38,7 @@ class PipelineDenoiser(ABC):
     components: ClassVar[tuple[str, ...]] = ("transformer",)
     default_length: ClassVar[int] = 256
     per_row: ClassVar[tuple[str, ...]] = ()
-    """What `encode` gives besides the encoding: suffixes of condition entries, as in `prompt_mask`."""
+    """Names of the tensors that `encode` returns after the encoding: suffixes of condition entries (`prompt_mask`)."""
 
     def __init__(self, pipe: Any, *, max_sequence_length: int | None = None) -> None:
         self.pipe = pipe
@@ -49,47 +50,47 @@ class PipelineDenoiser(ABC):
         self._first = next(iter(self.transformers))
         self.check_scheduler()
 
-    # What a family says.
+    # Each family defines these.
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Encode texts: the encoding, then what `per_row` names; batch first."""
+        """Encode prompts: the encoding, then one tensor per name in `per_row`; the batch is the first axis."""
 
     @abstractmethod
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call a network on unpacked latents in its own dtype.
+        """Run a network on unpacked latents in its own dtype and return its prediction, unpacked.
 
         Args:
             network: one of `transformers`.
-            x: latents.
-            timestep: sigma * timestep_scale: (B,), or the family's shape of one per frame (`frame_timesteps`).
-            told: `prompt` and `per_row` entries, of the prompt or of the negative one.
+            x: latents, in the dtype of the network.
+            timestep: sigma * timestep_scale: (B,), or one per frame in the shape that `frame_timesteps` names.
+            told: condition entries `prompt` and those of `per_row`, of the prompt or of the negative prompt.
         """
 
     @abstractmethod
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents of a size that `multiples` allow."""
+        """Return the shape of the latents of one sample. The caller has checked the size against `multiples`."""
 
     @property
     @abstractmethod
     def multiples(self) -> tuple[int, int, int]:
-        """What height, width and frames - 1 must divide by; 0 for the last where there is only one frame."""
+        """Numbers of which height, width and frames - 1 must be multiples; the last is 0 if there is one frame."""
 
-    # What follows.
+    # Derived from the pipeline's configuration.
 
     @property
     def timestep_scale(self) -> float:
-        """The network's timestep is sigma times this."""
+        """Factor from the noise level (sigma) to the timestep of the network."""
         return float(self.pipe.scheduler.config.num_train_timesteps)
 
     @property
     def model(self) -> Any:
-        """A network as diffusers made it, for its config, dtype and device."""
+        """The first network of the pipeline, without wrappers: source of config, dtype and device."""
         return getattr(self.pipe, self._first)
 
     @property
     def patch(self) -> tuple[int, int, int]:
-        """Latents in a token: frames, rows, columns."""
+        """Size of a patch, which is one token: latent frames, rows and columns."""
         config = self.model.config
         size = config.get("patch_size", 1)
         frames, rows, columns = (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
@@ -97,12 +98,15 @@ class PipelineDenoiser(ABC):
 
     @property
     def frame_timesteps(self) -> Literal["BT", "BL"] | None:
-        """How the network takes a timestep per frame: (B, T), or (B, L) for tokens; None: only one per row."""
+        """Shape in which the network takes one timestep per latent frame: (B, T), or (B, L) with L tokens.
+
+        None if the network takes only one timestep per row.
+        """
         if self.frame_axis is None:
             return None
         try:
             shapes = layout_of(self.model).timestep_shapes
-        except UserError:  # nothing is known of this network: it is told one per row
+        except UserError:  # an unknown network gets one timestep per row
             return None
         return "BT" if "BT" in shapes else "BL" if "BL" in shapes else None
 
@@ -112,7 +116,11 @@ class PipelineDenoiser(ABC):
         return self.frame_timesteps is not None
 
     def check_scheduler(self) -> None:
-        """Refuse a scheduler that does not go with the model."""
+        """Refuse a scheduler that the model cannot use.
+
+        Raises:
+            UserError: it is not a flow-matching scheduler.
+        """
         config = self.pipe.scheduler.config
         if not (type(self.pipe.scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)):
             raise UserError(
@@ -126,7 +134,7 @@ class PipelineDenoiser(ABC):
         """Encode B prompts as the pipeline's default call does. See `Denoiser`.
 
         Raises:
-            UserError: another number of negative prompts.
+            UserError: the number of negative prompts is not B.
         """
         condition = self._named("prompt", self.encode(prompts))
         if guidance:
@@ -137,15 +145,15 @@ class PipelineDenoiser(ABC):
         return condition
 
     def encode_image(self, images: Tensor, num_frames: int) -> dict[str, Tensor]:
-        """Refuse first frames.
+        """Refuse first frames; denoisers of image-to-video pipelines override this method.
 
         Raises:
-            UserError: always; a family that takes images writes its own.
+            UserError: always.
         """
         raise UserError(f"{type(self.pipe).__name__} takes text only: use an image-to-video model")
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents. See `Denoiser`."""
+        """Return the shape of the latents of one sample. See `Denoiser`."""
         rows, columns, time = self.multiples
         if not time and num_frames != 1:
             raise UserError(f"{type(self.pipe).__name__} makes pictures: num_frames must be 1, got {num_frames}")
@@ -161,7 +169,7 @@ class PipelineDenoiser(ABC):
         width: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """Draw float32 noise, the pipeline's own for the same generator. See `Denoiser`."""
+        """Draw float32 noise, equal to that of the pipeline for the same generator. See `Denoiser`."""
         from diffusers.utils.torch_utils import randn_tensor
 
         shape = (batch, *self.latent_shape(num_frames, height, width))
@@ -171,26 +179,31 @@ class PipelineDenoiser(ABC):
     # Noise levels.
 
     def tokens(self, shape: Sequence[int]) -> int:
-        """Return the tokens of latents of a shape, which schedules with dynamic shifting depend on."""
+        """Return the number of tokens for latents of a shape; schedules with dynamic shifting depend on it."""
         frames, rows, columns = self.patch
         count = int(shape[-1]) // columns * (int(shape[-2]) // rows)
         return count * (int(shape[-3]) // frames) if len(shape) == 4 else count
 
     def start_sigmas(self, num_steps: int) -> Tensor | None:
-        """Return the noise levels that the pipeline hands to its scheduler before shifting; None leaves them to it."""
+        """Return the noise levels that the pipeline passes to its scheduler, before shifting.
+
+        None if the scheduler computes them.
+        """
         return None
 
     def sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor:
         """Return the (num_steps + 1,) noise levels of the pipeline's schedule, float32, the last one 0.
 
         Raises:
-            UserError: the schedule depends on the size, and `shape` is not given.
+            UserError: the schedule depends on the size and `shape` is missing.
         """
-        scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes it, and a rollout may be under way
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes it, and a rollout may be using it
         extra: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting", False):
             if shape is None:
-                raise UserError(f"the noise levels of {type(self.pipe).__name__} depend on the size: give a shape")
+                raise UserError(
+                    f"the noise levels of {type(self.pipe).__name__} depend on the size: give shape= of the latents"
+                )
             extra["mu"] = self._mu(self.tokens(shape))
         start = self.start_sigmas(num_steps)
         if start is None:
@@ -201,10 +214,10 @@ class PipelineDenoiser(ABC):
         return sigmas.to(self.model.device, torch.float32)
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
-        """Refuse: a flow has no alpha-bar.
+        """Refuse: flow models have no alpha-bar. `AlphaBarDenoiser` overrides this method.
 
         Raises:
-            UserError: always; `AlphaBarDenoiser` has its own.
+            UserError: always.
         """
         raise UserError(
             f"{type(self.pipe).__name__} is a flow model and has no alpha-bar: its noisy latents are "
@@ -218,34 +231,47 @@ class PipelineDenoiser(ABC):
     # The network.
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
-        """Return the prediction of every row, float32. See `Denoiser`."""
+        """Return the network's prediction for every row, float32. See `Denoiser`."""
         self.check_call(x, sigma, condition, guidance)
         return self.route(x, self.timestep(sigma.to(x.device)), condition, guidance)
 
     def check_call(self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float) -> None:
-        """Refuse what `predict` does not take.
+        """Check the arguments of `predict`.
 
         Raises:
-            UserError: as `Denoiser.predict`.
+            UserError: `predict` does not accept the arguments; see `Denoiser.predict`.
         """
         self._check_sigma(x, sigma)
         if guidance > 1 and "negative" not in condition:
             raise UserError("guidance above 1 needs condition['negative']: call encode_prompt with guidance=True")
 
     def route(self, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
-        """Send every row to its network: here, all to the first. `timestep` is (B,) or (B, T)."""
+        """Return the prediction for every row, each from its own network; here all rows go to the first network.
+
+        Args:
+            x: latents.
+            timestep: (B,) or (B, T).
+            condition: condition entries of all rows.
+            guidance: guidance scale.
+        """
         return self.guided(self.components[0], x, timestep, condition, guidance)
 
     def guided(self, name: str, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
-        """Call one network, twice where there is guidance, and combine in float32."""
+        """Return the prediction of one network; with guidance it combines two forward passes in float32."""
         return self.combined(*self.passes(name, x, timestep, condition, guidance), guidance)
 
     def passes(
         self, name: str, x: Tensor, timestep: Tensor, condition: Condition, guidance: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what one network makes of the prompt and, where there is guidance, of the negative one; float32."""
+        """Return one network's predictions for the prompt and for the negative prompt, float32.
+
+        The second is None if the guidance scale is at most 1.
+
+        Raises:
+            UserError: the pipeline lacks the network.
+        """
         if name not in self.transformers:
-            raise UserError(f"the pipeline has no {name}, which this noise level needs")
+            raise UserError(f"the pipeline has no {name}, which this noise level needs: load it with all its networks")
         network = self.transformers[name]
         x, timestep = x.to(self.model.dtype), self.network_timestep(timestep, x)
         with_text = self.forward(network, x, timestep, self.told("prompt", condition)).float()
@@ -254,18 +280,18 @@ class PipelineDenoiser(ABC):
         return with_text, self.forward(network, x, timestep, self.told("negative", condition)).float()
 
     def combined(self, with_text: Tensor, without: Tensor | None, guidance: float) -> Tensor:
-        """Return classifier-free guidance of two passes; with one it is that one."""
+        """Apply classifier-free guidance to two predictions; return `with_text` if `without` is None."""
         return with_text if without is None else without + guidance * (with_text - without)
 
     def told(self, text: str, condition: Condition) -> dict[str, Tensor]:
-        """Return what `forward` is told besides latents and timestep; `text` is `prompt` or `negative`."""
+        """Return the argument `told` of `forward`; `text` is `prompt` or `negative`."""
         return {"prompt": condition[text], **{name: condition[f"{text}_{name}"] for name in self.per_row}}
 
     def network_timestep(self, timestep: Tensor, x: Tensor) -> Tensor:
-        """Bring timesteps (B,) or (B, T) into the shape that the network takes.
+        """Convert timesteps (B,) or (B, T) to the shape that the network takes.
 
         Raises:
-            UserError: frames of one token (a patch in time) have different noise levels.
+            UserError: latent frames of one token (of a patch in time) have different noise levels.
         """
         if timestep.dim() == 1:
             return timestep
@@ -273,7 +299,7 @@ class PipelineDenoiser(ABC):
         if frames > 1:
             patches = timestep.unflatten(1, (-1, frames))
             if (patches != patches[..., :1]).any():
-                raise UserError(f"{frames} latent frames in a row are one token here: give them the same noise level")
+                raise UserError(f"every {frames} latent frames are one token in time: give them the same noise level")
             timestep = patches[..., 0]
         if self.frame_timesteps == "BT":
             return timestep
@@ -282,13 +308,13 @@ class PipelineDenoiser(ABC):
     # The autoencoder.
 
     def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Turn clips (B, F, 3, H, W) in [0, 1] into float32 latents; a picture is a clip of one frame. See `Denoiser`.
+        """Encode clips (B, F, 3, H, W) in [0, 1] as float32 latents; a picture is a clip of one frame. See `Denoiser`.
 
         Raises:
-            UserError: the family says that it encodes none; clips of another shape or of a size that does not fit.
+            UserError: `encodes_video` is False, the clips have another shape, or the model cannot make their size.
         """
         if not self.encodes_video:
-            raise UserError(f"clips are not encoded for {type(self.pipe).__name__}")
+            raise UserError(f"the denoiser of {type(self.pipe).__name__} cannot encode clips: use another model")
         if clips.dim() != 5 or clips.shape[2] != 3:
             raise UserError(f"clips must have the shape (B, F, 3, H, W), got {tuple(clips.shape)}")
         self.latent_shape(clips.shape[1], *clips.shape[3:])
@@ -299,23 +325,27 @@ class PipelineDenoiser(ABC):
         return self.normalise(raw).to(self.model.device)
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Turn what the autoencoder gave into what the network sees."""
+        """Convert latents from the autoencoder to the normalised latents of the network."""
         scale, shift = self._scale_and_shift()
         return (raw if shift is None else raw - shift) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """Undo `normalise`."""
+        """Convert normalised latents to those that the autoencoder decodes: the inverse of `normalise`."""
         scale, shift = self._scale_and_shift()
         return latents / scale if shift is None else latents / scale + shift
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips (B, F, 3, H, W), float32 in [0, 1]; a picture is a clip of one frame."""
+        """Decode latents into clips (B, F, 3, H, W), float32 in [0, 1]; a picture is a clip of one frame."""
         vae = self.pipe.vae
         raw = self.denormalise(latents.to(vae.device, vae.dtype))
         return self.to_clips(vae.decode(raw, return_dict=False)[0])
 
     def to_clips(self, decoded: Tensor) -> Tensor:
-        """Turn what an autoencoder gave, (B, 3, F, H, W) or pictures (B, 3, H, W), in [-1, 1], into clips."""
+        """Convert the autoencoder's output to clips (B, F, 3, H, W), float32 in [0, 1].
+
+        Args:
+            decoded: clips (B, 3, F, H, W) or pictures (B, 3, H, W), in [-1, 1].
+        """
         clips = (decoded.float() * 0.5 + 0.5).clamp(0, 1)
         return clips[:, None] if self.frame_axis is None else clips.transpose(1, 2)
 
@@ -329,7 +359,7 @@ class PipelineDenoiser(ABC):
         elif len(given) == 2:
             raise UserError(
                 f"{type(self.model).__name__} takes one noise level per row, sigma of shape ({len(x)},), got {given}: "
-                f"levels per frame need one of {', '.join(pipelines_per_frame())}"
+                f"for noise levels per frame use one of {', '.join(pipelines_per_frame())}"
             )
         if given not in allowed:
             raise UserError(f"sigma must have the shape {' or '.join(map(str, allowed))}, got {given}")

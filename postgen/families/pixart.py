@@ -12,10 +12,10 @@ from postgen.families.pictures import PictureDenoiser
 
 
 class PixArtSigmaDenoiser(PictureDenoiser, LearnedVarianceDenoiser):
-    """`Denoiser` of `PixArtSigmaPipeline`. Sizes are taken as they are, without the pipeline's resolution binning.
+    """`Denoiser` of `PixArtSigmaPipeline`, without the pipeline's resolution binning: it makes the size given.
 
     Raises:
-        UserError: as `PipelineDenoiser`, or a network that is told the size of its pictures (PixArt-Alpha at 1024).
+        UserError: see `PipelineDenoiser`; or the network takes the picture size as input (PixArt-Alpha at 1024).
     """
 
     default_length = 300
@@ -25,11 +25,11 @@ class PixArtSigmaDenoiser(PictureDenoiser, LearnedVarianceDenoiser):
         super().__init__(pipe, max_sequence_length=max_sequence_length)
         if self.model.use_additional_conditions:
             raise UserError(
-                "a PixArt that is told the size of its pictures (Alpha at 1024) has no denoiser: use Sigma"
+                "a PixArt network that takes the picture size as input (Alpha at 1024) has no denoiser: use Sigma"
             )
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Encode texts, cleaned as the pipeline's call does by default: T5's encoding and its mask."""
+        """Encode prompts, cleaned as in the pipeline's default call: the encoding of T5 and its mask."""
         embeds, mask, _, _ = self.pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
@@ -40,7 +40,7 @@ class PixArtSigmaDenoiser(PictureDenoiser, LearnedVarianceDenoiser):
         return embeds, mask
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call the network; all its channels."""
+        """Call the network and return all its output channels; see `PipelineDenoiser.forward`."""
         output: Tensor = network(
             x,
             encoder_hidden_states=told["prompt"],

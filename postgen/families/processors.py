@@ -1,15 +1,15 @@
-"""Who computes the attention of a transformer's modules, and what is wrapped around it, so that methods compose.
+"""Attention processors of a transformer: one method computes, any number of methods wrap, so that methods compose.
 
-Each module has one compute slot. A method claims it with a function `compute(inner, attention, *args, **kwargs)` that
-returns what the attention returns, where `inner` is diffusers' processor, for the calls that it leaves to it. A
-second claimant of a module is refused. Around the slot stands any number of wrappers `wrapper(inner, attention, *args,
-**kwargs)`: each calls `inner(attention, *args, **kwargs)` and changes what goes in or comes out. Both go by the name
-of their method.
+Each attention module has one compute slot. A method claims the slot with a function `compute(inner, attention, *args,
+**kwargs)` that returns the output of the attention. `inner` is diffusers' processor; the function may call it instead
+of computing. A second claim on the same module raises an error. Any number of wrappers `wrapper(inner, attention,
+*args, **kwargs)` stand around the slot. Each calls `inner(attention, *args, **kwargs)` and changes the arguments or
+the output. Claims and wrappers are registered under the name of their method.
 
-While something is on a module, it carries a copy of its own processor whose class is a subclass of the processor's:
-attributes that diffusers sets on processors (attention backend, parallel config) keep working, a shared processor is
-no longer shared, and forward methods stay untouched, so that regional compilation still sees one code object. The
-original objects go back when the last of it is taken off.
+A module with a claim or a wrapper has a copy of its processor, whose class is a subclass of the processor's class.
+Attributes that diffusers sets on processors (attention backend, parallel config) keep working. Modules that shared a
+processor get one copy each. Forward methods do not change, so regional compilation still sees one code object. When
+the last claim or wrapper of a module is removed, the module gets its original processor back.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 Wrapper = Callable[..., Any]
-"""`wrapper(inner, attention, *args, **kwargs)` -> what the attention returns."""
+"""`wrapper(inner, attention, *args, **kwargs)` returns the output of the attention."""
 
 
 class ProcessorStack:
-    """What is on a transformer's attention processors. Get it from `families.installed.processor_stack`.
+    """Claims and wrappers on a transformer's attention processors; `families.installed.processor_stack` returns it.
 
-    Functions given to it must survive deepcopy and pickle: bound methods, functions of a module and partial ones of
-    them, no lambdas. Modules go by the names that `VideoTokens.attention_modules` gives them.
+    Functions that are passed to `claim` and `push` must support deepcopy and pickle: bound methods, functions of a
+    module and `functools.partial` of these, but no lambdas. Modules have the names that
+    `VideoTokens.attention_modules` returns.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,28 +49,29 @@ class ProcessorStack:
 
     @property
     def claims(self) -> dict[str, tuple[str, ...]]:
-        """Who computes the attention instead of diffusers, and of which modules."""
+        """Methods that compute the attention instead of diffusers, each with the names of its modules."""
         return {name: tuple(computes) for name, computes in self._claims.items()}
 
     @property
     def wrappers(self) -> tuple[str, ...]:
-        """Names of what is pushed around the computation, innermost first."""
+        """Names of the methods with wrappers, innermost first."""
         return tuple(name for name, _ in self._layers)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Everybody on the processors: those who compute, then the wrappers, innermost first."""
+        """Names of all methods on the processors: those that compute, then the wrappers, innermost first."""
         return (*self._claims, *self.wrappers)
 
     def dispatches(self, module: str) -> bool:
-        """Whether a claimant computes a module's attention where `attention.dispatch.tap_dispatched` sees it."""
+        """Whether a claimant computes a module's attention and `attention.dispatch.tap_dispatched` can observe it."""
         return any(module in self._claims[name] and sees() for name, sees in self._dispatching.items())
 
     @property
     def changed_layers(self) -> dict[str, str]:
-        """Modules whose attention is no longer softmax, because the model itself was changed, and who did that.
+        """Modules that the model itself has without softmax attention, each with the method that changed the model.
 
-        Methods that compute softmax otherwise leave these modules alone."""
+        Methods that compute softmax attention in another way skip these modules.
+        """
         return {module: name for name in self._of_model for module in self._claims[name]}
 
     def claim(
@@ -80,19 +82,19 @@ class ProcessorStack:
         dispatches: bool | Callable[[], bool] = False,
         of_model: bool = False,
     ) -> None:
-        """Compute the attention of modules instead of diffusers' processor, below every wrapper.
+        """Compute the attention of modules instead of diffusers' processor; all wrappers stay around the functions.
 
         Args:
-            name: who claims; `release` takes it.
-            computes: function by module name.
-            dispatches: `attention.dispatch.tap_dispatched` sees the queries and keys that attention reads: the
-                functions go through diffusers' dispatcher, or call `attention.show_attention_call`. A function is
-                asked in every call, for a claimant that leaves some calls to diffusers' processor.
-            of_model: the modules are other layers now, see `changed_layers`.
+            name: name of the method, for `release`.
+            computes: functions by module name.
+            dispatches: whether `attention.dispatch.tap_dispatched` can observe the queries and keys: the functions go
+                through diffusers' dispatcher or call `attention.show_attention_call`. A claimant that passes some
+                calls on to diffusers' processor gives a function, which is evaluated in every call.
+            of_model: whether the model itself was changed to have these layers; see `changed_layers`.
 
         Raises:
-            UserError: the name is on the processors already, somebody else computes one of the modules, or the
-                transformer has no such module; nothing changes then.
+            UserError: the name is on the processors already, another method computes one of the modules, or the
+                transformer lacks a module. Nothing is changed in these cases.
         """
         self.check_claim(name, computes)
         self._install_all(name, computes)
@@ -104,10 +106,10 @@ class ProcessorStack:
         self._refresh()
 
     def check_claim(self, name: str, modules: Iterable[str]) -> None:
-        """Refuse what `claim` would refuse of these modules because of somebody else; changes nothing.
+        """Check that no other method has claimed one of these modules. Nothing is changed.
 
         Raises:
-            UserError: it names both, and says what to do.
+            UserError: another method has claimed one. The message names both methods.
         """
         wanted = set(modules)
         for other, computes in self._claims.items():
@@ -116,58 +118,60 @@ class ProcessorStack:
                 more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
                 raise UserError(
                     f"{name} cannot compute the attention of {taken[0]}{more}: {other} computes it already."
-                    f" Take {other} off, or leave these modules to it"
+                    f" Remove {other}, or exclude these modules"
                 )
 
     def release(self, name: str) -> None:
-        """Give the modules that a name claimed back to diffusers' processors; wrappers stay.
+        """Remove the claim of a method, so that diffusers' processors compute again; wrappers stay.
 
         Raises:
-            UserError: the name claims nothing.
+            UserError: there is no claim of this name.
         """
         if name not in self._claims:
-            raise UserError(f"{name} computes no attention here. Those who do: {', '.join(self._claims) or 'nobody'}")
+            raise UserError(f"{name} computes no attention here. Known: {', '.join(self._claims) or 'none'}")
         del self._claims[name]
         self._dispatching.pop(name, None)
         self._of_model.discard(name)
         self._take_off()
 
     def push(self, name: str, wrappers: Mapping[str, Wrapper]) -> None:
-        """Put a wrapper around whatever is on the named modules. What computes the attention itself must `claim`.
+        """Add wrappers around everything on the given modules. A method that computes the attention must `claim`.
 
         Args:
-            name: who pushes; `pop` takes it.
-            wrappers: function by module name.
+            name: name of the method, for `pop`.
+            wrappers: functions by module name.
 
         Raises:
-            UserError: the name is on the processors already, or the transformer has no such module; nothing changes
-                then.
+            UserError: the name is on the processors already, or the transformer lacks a module. Nothing is changed in
+                these cases.
         """
         self._install_all(name, wrappers)
         self._layers.append((name, dict(wrappers)))
         self._refresh()
 
     def pop(self, name: str) -> None:
-        """Take the wrappers of this name off, wherever in the stack they are.
+        """Remove the wrappers of this name, at any position in the stack.
 
-        A module whose processor somebody else replaced meanwhile keeps that one.
+        A module whose processor other code has replaced keeps that processor.
 
         Raises:
-            UserError: the name has pushed nothing.
+            UserError: there are no wrappers of this name.
         """
         if name not in self.wrappers:
-            raise UserError(f"{name} is not on the processors. On them: {', '.join(self.names) or 'nothing'}")
+            raise UserError(
+                f"{name} is not on the attention processors. On them: {', '.join(self.names) or 'nothing'}"
+            )
         self._layers = [layer for layer in self._layers if layer[0] != name]
         self._take_off()
 
     def displaced(self) -> tuple[str, ...]:
-        """Return the modules whose processor somebody replaced since: nothing of ours acts on them any more."""
+        """Return the modules whose processor other code has replaced, so that claims and wrappers have no effect."""
         return tuple(name for name, mine in self._stacked.items() if self._modules[name].processor is not mine)
 
     def _install_all(self, name: str, modules: Iterable[str]) -> None:
         if name in self.names:
             act = "release" if name in self._claims else "pop"
-            raise UserError(f"{name} is on the processors already: {act} it first")
+            raise UserError(f"{name} is on the attention processors already: {act} it first")
         found = {each: self._module(each) for each in modules}
         for each, module in found.items():
             self._install(each, module)
@@ -178,7 +182,9 @@ class ProcessorStack:
         except AttributeError:
             module = None
         if not hasattr(module, "processor"):
-            raise UserError(f"{type(self._model).__name__} has no attention module {name!r}: take names of its layout")
+            raise UserError(
+                f"{type(self._model).__name__} has no attention module {name!r}: use names from its layout"
+            )
         return module
 
     def _install(self, name: str, module: Any) -> None:
@@ -187,10 +193,10 @@ class ProcessorStack:
         if name in self._stacked:
             if original is self._stacked[name]:
                 return
-            # Somebody replaced it and may put it back: nothing of ours acts on it then.
+            # Other code replaced the stacked processor and may put it back: it must have no effect then.
             self._stacked[name].postgen_wrappers = ()
         stacked = copy.copy(original)
-        # A processor that was ours, and that somebody kept and put back, is not wrapped twice.
+        # An earlier stacked processor that other code has put back is not wrapped twice.
         kind: Any = getattr(type(original), "postgen_parent", type(original))
         stacked.__class__ = _stacked_class(kind)
         stacked.postgen_wrappers = ()
@@ -201,12 +207,12 @@ class ProcessorStack:
         module, original, stacked = (kept.pop(name) for kept in (self._modules, self._originals, self._stacked))
         if module.processor is not stacked:
             return
-        # What diffusers set on the processor meanwhile stays.
+        # Settings that diffusers has made on the stacked processor stay.
         hand_settings_over(stacked, original)
         _set_processor(module, original)
 
     def _take_off(self) -> None:
-        """Bring the modules in line with what is left."""
+        """Update the processors, and restore those of modules without claims and wrappers."""
         self._refresh()
         used = {module for functions in self._functions() for module in functions}
         for module in [module for module in self._stacked if module not in used]:
@@ -219,14 +225,14 @@ class ProcessorStack:
             )
 
     def _functions(self) -> list[dict[str, Wrapper]]:
-        """Those who compute, of which a module has one at most, then the wrappers, innermost first."""
+        """Return the functions of claims, at most one per module, then those of wrappers, innermost first."""
         return [*self._claims.values(), *(wrappers for _, wrappers in self._layers)]
 
 
 def _set_processor(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
-    else:  # MochiAttention
+    else:  # MochiAttention has no set_processor
         module.processor = processor
 
 
@@ -236,9 +242,12 @@ def _always() -> bool:
 
 @functools.cache
 def _stacked_class(parent: Any) -> Any:
-    """Return the subclass of a processor class that calls its wrappers; one per class, so compiled code is shared."""
+    """Return the subclass of a processor class that calls its wrappers.
 
-    # diffusers reads the signature of `__call__`, which `wraps` keeps.
+    There is one subclass for each class, so that compiled code is shared.
+    """
+
+    # diffusers reads the signature of `__call__`; `wraps` keeps it.
     @functools.wraps(parent.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(parent.__call__, self)
@@ -246,11 +255,11 @@ def _stacked_class(parent: Any) -> Any:
             call = functools.partial(wrapper, call)
         return call(*args, **kwargs)
 
-    # The class is made at run time, so an object of it is pickled as an object of its parent and made again.
+    # Pickle cannot find a class that is made at run time. It stores the parent, and unpickling makes the class again.
     def __reduce__(self: Any) -> tuple[Any, ...]:
         return _empty, (parent,), self.__dict__
 
-    # The same name: diffusers looks for words such as "Added" in it.
+    # The class keeps its name because diffusers looks for words such as "Added" in it.
     body = {"__call__": __call__, "__reduce__": __reduce__, "__module__": parent.__module__, "__doc__": parent.__doc__}
     made = type(parent.__name__, (parent,), {**body, "postgen_parent": parent})
     register_processor_class(made, parent)

@@ -1,4 +1,4 @@
-"""How far a pipeline has come, read off its scheduler."""
+"""Progress of a running pipeline through its denoising steps, as its scheduler shows it."""
 
 from __future__ import annotations
 
@@ -14,39 +14,46 @@ from postgen.errors import UserError
 from postgen.families.installed import transformers_of
 
 _CLOSE = 0.005
-"""What bfloat16 may move a timestep, as a part of the largest."""
+"""Largest rounding error of a timestep in bfloat16, relative to the largest timestep."""
 
 
 class PipelineProgress:
-    """Fraction of the denoising steps that are done when the transformer is called.
+    """Fraction of the denoising steps that are complete when the transformer is called.
 
-    The step is that of the pipeline whose `__call__` is running in this thread, so what another pipeline with the same
-    transformer does, or did, is of no account. Without one, the pipeline given here is taken, for loops written by
-    hand; it is not kept alive. A scheduler is asked for each time, so one that is exchanged later counts.
+    The step is that of the pipeline whose `__call__` runs in this thread, so other pipelines with the same transformer
+    do not matter. If no pipeline runs, as in a sampling loop written by hand, the step is that of the pipeline given
+    here, of which this object holds a weak reference. Every call reads `pipe.scheduler` again, so the scheduler may be
+    exchanged.
     """
 
     def __init__(self, pipe: Any | None, *, who: str = "Enhance-A-Video") -> None:
-        """Take the pipeline of loops written by hand, if there is one, and who asks, for errors."""
+        """Create the object.
+
+        Args:
+            pipe: pipeline for sampling loops written by hand, or None.
+            who: name of the method that needs the step, for error messages.
+        """
         self._pipe, self._who = None if pipe is None else weakref.ref(pipe), who
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> float:
-        """Return `step` as a number in [0, 1)."""
+        """Return the fraction of complete steps, in [0, 1). Arguments and errors are those of `step`."""
         done: tuple[int, int] = self.step(arguments, model)
         return done[0] / done[1]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, arguments: Mapping[str, Any], model: nn.Module | None = None) -> tuple[int, int]:
-        """Return how many steps are done, and how many there are.
+        """Return the number of complete steps and the number of all steps.
 
         Args:
-            arguments: forward arguments of the transformer; `timestep` is looked up in the schedule where the
-                scheduler does not count its steps (DDIM), has not begun to (the first step of a call, which need not
-                be that of the schedule), or is one of several (diffusion forcing has one a frame).
-            model: the transformer that is called; None takes the innermost pipeline whatever it has.
+            arguments: forward arguments of the transformer. Its `timestep` is looked up in the schedule if the
+                scheduler has no step count. That is so if the scheduler never counts (DDIM), at the first step of a
+                call (which need not be the first of the schedule), and with one scheduler per frame (diffusion
+                forcing).
+            model: the transformer that is called; None uses the innermost running pipeline with any transformer.
 
         Raises:
-            UserError: no pipeline is running, and the one given is gone or at the end of its schedule.
+            UserError: no pipeline runs, and the given one no longer exists or is at the end of its schedule.
         """
         pipe = _running(model)
         if pipe is not None:
@@ -54,12 +61,12 @@ class PipelineProgress:
         pipe = self._pipe() if self._pipe is not None else None
         if pipe is None:
             raise UserError(
-                f"{self._who} needs the pipeline, which is gone, to know the step: apply it to the new one"
+                f"{self._who} needs the denoising step, but its pipeline no longer exists: apply it to the new one"
             )
         if (getattr(pipe.scheduler, "step_index", None) or 0) >= len(pipe.scheduler.timesteps):
             raise UserError(
                 f"{self._who} needs the denoising step, but no pipeline is running and the {type(pipe).__name__}"
-                " that it was applied to has finished: call a pipeline, or give progress=, a function"
+                " that it was applied to has finished: call a pipeline, or give a function as progress="
             )
         return _step(pipe.scheduler, arguments)
 
@@ -74,9 +81,10 @@ class PipelineProgress:
 
 
 def _running(model: nn.Module | None) -> Any | None:
-    """Return the innermost pipeline with this transformer whose call is under way in this thread; None: there is none.
+    """Return the innermost pipeline with this transformer whose call runs in this thread; None if there is none.
 
-    A pipeline of diffusers says nowhere that it runs. Its frame does, and is gone however the call ends.
+    A diffusers pipeline has no attribute that shows that it runs. The stack frame of its call shows this, and
+    disappears however the call ends.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -92,7 +100,7 @@ def _running(model: nn.Module | None) -> Any | None:
 def _has(pipe: Any, model: nn.Module) -> bool:
     try:
         return any(each is model for each in transformers_of(pipe).values())
-    except UserError:  # it has none
+    except UserError:  # the pipeline has no transformer
         return False
 
 
@@ -101,9 +109,9 @@ def _step(scheduler: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     counted = getattr(scheduler, "step_index", None)
     if counted is not None:
         return int(counted), len(steps)
-    # Timesteps may come per sample, frame or token; clean reference tokens have 0.
+    # Timesteps may be per sample, frame or token; clean reference tokens have timestep 0.
     now = arguments["timestep"].max().to(steps)
     distance, index = (steps - now).abs().min(0)
-    # A count that has not begun, in a model with a time of its own (Cosmos), is at the first step.
+    # Some models (Cosmos) have another time scale than their scheduler. Before its step count starts, the step is 0.
     unlike = hasattr(scheduler, "step_index") and distance > _CLOSE * steps.abs().max()
     return 0 if unlike else int(index), len(steps)

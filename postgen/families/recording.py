@@ -1,13 +1,14 @@
-"""Record what goes in and out of blocks while a model runs, and run one block alone on what was recorded.
+"""Record inputs and outputs of blocks while a model runs, and run one block alone on its recorded inputs.
 
     blocks = blocks_of(pipe.transformer)
     recording = capture(pipe.transformer, blocks[:1], lambda: pipe("a ball", num_inference_steps=4))
     for call in recording[blocks[0].name]:
         output = replay(blocks[0], call)
 
-Tensors are kept as the block was given them: type, shape and strides, so that a block replayed on the CPU gives the
-bits it gave. A tensor that several calls share (text, rotary embeddings, the output of one block that is the input of
-the next) is kept once, as long as torch counts no change of it in place: changes through `.data` go unseen.
+A recording keeps dtype, shape and strides of every tensor, so that a block replayed on the CPU returns the same bits
+as in the recorded run. A tensor that several calls share (text, rotary embeddings, the output of one block that is
+the input of the next) is stored once, unless torch counted a change in place between the calls. Torch does not count
+changes through `.data`, so the recording misses them.
 """
 
 from __future__ import annotations
@@ -34,27 +35,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RecordedCall:
-    """One call of one block. Every reading makes new tensors, so what is read may be changed."""
+    """One recorded call of one block. Every read returns new tensors, which the caller may change."""
 
     spec: Mapping[str, Any]
-    """Structure of arguments and output; tensors by their key in the store."""
+    """Structure of `inputs` and `output`, with the store's keys in place of tensors."""
     store: Store
 
     def inputs(self, device: torch.device | str = "cpu") -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments, tensors on a device."""
+        """Return positional and keyword arguments of the call, with tensors on the device."""
         loaded = self.store.load(self.spec["inputs"], device)
         args, kwargs = loaded
         return args, kwargs
 
     def output(self, device: torch.device | str = "cpu") -> Any:
-        """Return what the block returned, tensors on a device."""
+        """Return the output of the block, with tensors on the device."""
         return self.store.load(self.spec["output"], device)
 
 
 class Recording:
-    """Calls of blocks by the name of the block, each block's in the order in which they were made.
+    """Recorded calls by name of the block.
 
-    `recording[name]` is a tuple of `RecordedCall`, `list(recording)` the names in running order.
+    `recording[name]` is a tuple of `RecordedCall` in the order of the calls. `list(recording)` has the names in the
+    order in which the blocks run.
     """
 
     def __init__(self, specs: Mapping[str, list[dict[str, Any]]], store: Store) -> None:
@@ -62,10 +64,10 @@ class Recording:
 
     @classmethod
     def read(cls, folder: Path | str) -> Recording:
-        """Return what `capture` left in a folder; tensors are read when they are asked for.
+        """Open the recording that `capture` wrote to a folder. Tensors are read on access.
 
         Raises:
-            UserError: there is no complete recording in it.
+            UserError: the folder has no complete recording.
         """
         store = FolderStore(Path(folder).absolute())
         return cls(store.index(), store)
@@ -95,42 +97,42 @@ def capture(
     *,
     where: Literal["cpu"] | Path | str = "cpu",
 ) -> Recording:
-    """Record arguments and output of blocks in every forward that `run` makes.
+    """Record arguments and output of blocks in every forward pass that `run` makes.
 
-    What a block's caller gives and gets is recorded, whatever hooks of diffusers and accelerate stand between. Nothing
-    is left on the model, also when `run` fails. Compiled code runs eagerly meanwhile, since it would not show its
-    blocks. Gradients of `run` are left alone; what is kept has none.
+    The recording has the arguments and output as the block's caller sees them, outside the hooks of diffusers and
+    accelerate. All hooks are removed at the end, even if `run` fails. Compiled code runs eagerly during the recording,
+    because its blocks are not called otherwise. Gradients of `run` work as usual; recorded tensors have none.
 
     Args:
-        transformer: a model that has a layout; DDP, peft and compiled wrappers are looked through.
-        blocks: which ones, as `blocks_of` gives them or by name. The name of a module inside a block
-            ("blocks.3.attn1") records the calls of that part.
-        run: makes the forwards, one or several: a call of the model, or of a pipeline around it.
-        where: "cpu" keeps everything in memory; a folder (new or empty) gets safetensors files and one JSON file,
-            and no more than one block's tensors are in memory at a time.
+        transformer: a model with a layout; it may be wrapped (DDP, peft, compiled).
+        blocks: blocks from `blocks_of`, or their names. The name of a module inside a block ("blocks.3.attn1") records
+            the calls of that module.
+        run: function that makes one or several forward passes: a call of the model or of its pipeline.
+        where: "cpu" keeps all tensors in memory. A folder (new or empty) receives safetensors files and one JSON file,
+            and memory holds only one block's tensors at a time.
 
     Returns:
-        The calls by block, in running order.
+        The calls by block, in the order in which the blocks run.
 
     Raises:
-        UserError: an unknown model or block, a block that did not run, an argument that is no tensor, number, text or
-            collection of these, `where` is another device than the CPU, or a folder that is not empty or cannot
-            be written (a full disk).
+        UserError: the model or a block is unknown, a block did not run, an argument is not a tensor, number, text or
+            collection of these, `where` is another device than the CPU, or the folder is not empty or cannot be
+            written (full disk).
     """
     chosen = _chosen(transformer, blocks)
     if str(where).partition(":")[0] in ("cuda", "meta", "mps", "xpu"):
-        raise UserError(f"where={str(where)!r} is no place to keep a recording: give 'cpu' or a folder")
+        raise UserError(f"where={str(where)!r} cannot keep a recording: give 'cpu' or a folder")
     if where == "cpu":
         memory = MemoryStore()
         return Recording(_recorded(chosen, run, memory), memory)
-    # The run may change the current folder.
+    # An absolute path stays valid if the run changes the working directory.
     folder = Path(where).absolute()
     if folder == Path.cwd():
         raise UserError(
-            "a recording takes the place of its folder, which the current one cannot leave: name a new one"
+            "a recording replaces its folder, which is impossible for the working directory: name a new folder"
         )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder: name a new one for the recording")
+        raise UserError(f"{folder} exists and is not an empty folder: name a new folder for the recording")
     check_place(folder)
     with replacing(folder) as part:
         store = FolderStore(part)
@@ -139,7 +141,7 @@ def capture(
 
 
 def recorded_bytes(transformer: nn.Module, blocks: Iterable[Block | str] | str, run: Callable[[], Any]) -> int:
-    """Return the bytes of the tensors that `capture` would keep of the same run; nothing is kept.
+    """Return the bytes of the tensors that `capture` would store for this run, without storing them.
 
     Arguments and errors are those of `capture`.
     """
@@ -156,22 +158,22 @@ def replay(
     text: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Run one block alone on a recorded call, and return what it returns: on the CPU the recorded bits.
+    """Run one block alone on the inputs of a recorded call, and return its output: on the CPU, the recorded bits.
 
-    Hooks on the block act. Those of a cache across steps (`enable_cache`) give what they kept: take them off before.
-    Enhance-A-Video acts within a forward of the whole model only, so it does not here.
+    Hooks on the block run. Hooks of a cache across denoising steps (`enable_cache`) would return cached outputs:
+    remove them first. Enhance-A-Video has no effect here, because it needs a forward pass of the whole model.
 
-    Autocast and gradients are the caller's: replay under the autocast that the recorded run had.
+    The function sets neither autocast nor gradient mode: call it under the autocast of the recorded run.
 
     Args:
-        block: of `blocks_of`, of the recorded model or of a copy of it.
-        call: of this block in a `Recording`.
-        hidden: latents to take instead of those recorded.
-        text: text to take instead of that recorded, where the block takes one.
-        device: where to; None is where the block's parameters are.
+        block: a block of the recorded model or of a copy of the model, from `blocks_of`.
+        call: a call of this block, from a `Recording`.
+        hidden: latents in place of the recorded ones.
+        text: text in place of the recorded one, if the block takes a text.
+        device: device of the inputs; None is that of the block's parameters.
 
     Raises:
-        UserError: a wrapper around the block hides which argument is which.
+        UserError: a wrapper around the block hides the names of its arguments.
     """
     args, kwargs = call.inputs(_device_of(block.module) if device is None else device)
     args, kwargs = block.fed(args, kwargs, hidden, text)
@@ -180,12 +182,12 @@ def replay(
 
 def _device_of(module: nn.Module) -> torch.device:
     places = (parameter.device for parameter in module.parameters())
-    # Offloaded weights are on no device; the hooks that bring them move the inputs too.
+    # Offloaded weights are on the meta device; the hooks that load the weights move the inputs too.
     return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
 
 def _chosen(transformer: nn.Module, blocks: Iterable[Block | str] | str) -> dict[str, nn.Module]:
-    """Return modules by name: blocks in running order, the parts of each after it."""
+    """Return the chosen modules by name: blocks in the order in which they run, each followed by its inner modules."""
     blocks = [blocks] if isinstance(blocks, str) else blocks
     known = {block.name: block.module for block in blocks_of(transformer)}
     names = {block if isinstance(block, str) else block.name for block in blocks}
@@ -217,7 +219,7 @@ def _recorded(
     with ExitStack() as stack:
         stack.enter_context(_eagerly())
         for name, module in modules.items():
-            # Native hooks, outermost: those of diffusers and accelerate replace `forward` and run inside them.
+            # Torch hooks run outermost: the hooks of diffusers and accelerate replace `forward` and run inside.
             hooks = (
                 module.register_forward_pre_hook(functools.partial(before, name), prepend=True, with_kwargs=True),
                 module.register_forward_hook(functools.partial(after, name)),
@@ -227,13 +229,13 @@ def _recorded(
         run()
     store.forget()
     if silent := [name for name, found in calls.items() if not found]:
-        raise UserError(f"block {', '.join(silent)} did not run: let run() call this very model")
+        raise UserError(f"block {', '.join(silent)} did not run: run() must call this model, not another one")
     return calls
 
 
 @contextmanager
 def _eagerly() -> Iterator[None]:
-    # Where nothing was compiled, the compiler is not loaded for this.
+    # If nothing was compiled, `torch._dynamo` is not imported yet: its import is slow and not needed here.
     if "torch._dynamo" not in sys.modules:
         yield
         return

@@ -1,4 +1,4 @@
-"""Where recorded tensors are kept: in memory, or in a folder. Structures around them are plain JSON."""
+"""Stores of recorded tensors: in memory or in a folder. The structures that contain the tensors are plain JSON."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from postgen.errors import UserError
 from postgen.tensor_files import opened
 
 INDEX = "recording.json"
-"""The file that makes a folder a recording."""
+"""Name of the file that a recording's folder must have; it is written last."""
 
 FORMAT = 1
 
 
 class Store(ABC):
-    """Takes structures of tensors apart into JSON and tensors, and puts them together again."""
+    """Splits nested structures into JSON and tensors, and assembles them again."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, dict[str, Any]]] = {}
 
     @abstractmethod
     def put(self, data: Tensor) -> str:
-        """Keep a contiguous tensor on the CPU; return the key to find it by."""
+        """Store a contiguous CPU tensor and return its key."""
 
     @abstractmethod
     def get(self, key: str) -> Tensor:
@@ -41,21 +41,23 @@ class Store(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """A call of a block is complete: hold no more of it in memory than must be."""
+        """Release the memory of a complete call, where the store allows this."""
 
     def keep(self, value: Any, what: str) -> Any:
-        """Return a structure as JSON has it, with keys for its tensors.
+        """Store the tensors of a structure, and return the structure as JSON with keys in place of tensors.
 
         Args:
             value: tensors, numbers, texts, None, and tuples, lists and dictionaries of these.
-            what: where it comes from, for the error.
+            what: description of the structure, for the error message.
 
         Raises:
-            UserError: something else is in it.
+            UserError: the structure contains another type.
         """
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
-                raise UserError(f"{what}: a {type(value).__name__} ({value.layout}) cannot be recorded")
+                raise UserError(
+                    f"{what}: a {type(value).__name__} ({value.layout}) cannot be recorded, only plain strided tensors"
+                )
             return self._tensor(value)
         if value is None or type(value) in (bool, int, float, str):
             return {"value": value}
@@ -68,17 +70,20 @@ class Store(ABC):
         )
 
     def forget(self) -> None:
-        """Nothing more is kept: what was seen is of no use, and would keep the recording from being copied."""
+        """Drop the table of stored tensors at the end of a recording. Its weak references would prevent copies."""
         self._seen.clear()
 
     def load(self, spec: Any, device: torch.device | str) -> Any:
-        """Return a structure that `keep` took apart, with new tensors on a device; one that came twice is one."""
+        """Assemble a structure from the result of `keep`, with new tensors on a device.
+
+        A tensor that occurs twice in the structure is one object.
+        """
         return self._load(spec, torch.device(device), {})
 
     def _load(self, spec: Any, device: torch.device, made: dict[str, Tensor]) -> Any:
         (kind, value), *_ = spec.items()
         if kind == "tensor":
-            # The same data with other strides was another tensor.
+            # The same data with other strides belongs to another tensor.
             name = f"{value} {spec['size']} {spec['stride']}"
             if name not in made:
                 data = self.get(value)
@@ -92,7 +97,7 @@ class Store(ABC):
         return (list if kind == "list" else tuple)(self._load(each, device, made) for each in value)
 
     def _tensor(self, tensor: Tensor) -> dict[str, Any]:
-        # Changes in place would go unseen there.
+        # Inference tensors have no version counter, so changes in place would be missed.
         if tensor.is_inference():
             return self._put(tensor)
         found = self._seen.get(id(tensor))
@@ -106,30 +111,30 @@ class Store(ABC):
         size, stride = list(tensor.shape), list(tensor.stride())
         data = tensor.detach()
         for axis, step in enumerate(stride):
-            # Repeated by `expand`: one is enough.
+            # `expand` repeats one element along this axis: store it once.
             if step == 0 and size[axis] > 1:
                 data = data.narrow(axis, 0, 1)
         if _overlaps(data):
             stride = list(torch.empty(size, device="meta").stride())
             data = tensor.detach()
-        # Made in inference mode, it could not be used for training.
+        # A copy made in inference mode could not be used for training.
         with torch.inference_mode(False), torch.no_grad():
             copy = torch.empty(data.shape, dtype=data.dtype, device="cpu")
             copy.copy_(data)
-            # The file format has no complex numbers of every size.
+            # safetensors does not have all complex dtypes.
             copy = torch.view_as_real(copy).contiguous() if copy.is_complex() else copy
         return {"tensor": self.put(copy), "size": size, "stride": stride, "complex": tensor.is_complex()}
 
 
 class MemoryStore(Store):
-    """Everything in memory."""
+    """Store that keeps all tensors in memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self._kept: dict[str, Tensor] = {}
 
     def put(self, data: Tensor) -> str:
-        """Keep a tensor; return the key to find it by."""
+        """Store a tensor and return its key."""
         key = str(len(self._kept))
         self._kept[key] = data
         return key
@@ -139,24 +144,24 @@ class MemoryStore(Store):
         return self._kept[key]
 
     def flush(self) -> None:
-        """Everything stays."""
+        """Do nothing: all tensors stay in memory."""
 
 
 class CountingStore(Store):
-    """Keeps nothing and counts what the others would keep."""
+    """Store that counts the bytes that the other stores would keep, and keeps nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        """Of all tensors so far; one that came twice counts once."""
+        """Bytes of all tensors so far; a tensor that occurs twice counts once."""
 
     def put(self, data: Tensor) -> str:
-        """Count a tensor; the key finds nothing."""
+        """Count the bytes of a tensor and return an empty key."""
         self.bytes += data.nbytes
         return ""
 
     def get(self, key: str) -> Tensor:
-        """Refuse.
+        """Refuse: this store keeps no tensor.
 
         Raises:
             KeyError: always.
@@ -164,11 +169,11 @@ class CountingStore(Store):
         raise KeyError(key)
 
     def flush(self) -> None:
-        """There is nothing to write."""
+        """Do nothing: there is nothing to write."""
 
 
 class FolderStore(Store):
-    """One safetensors file per call of a block, and an index when all are written."""
+    """Store that writes one safetensors file per call of a block, and at the end an index."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -178,7 +183,7 @@ class FolderStore(Store):
         self._new: dict[str, Tensor] = {}
 
     def put(self, data: Tensor) -> str:
-        """Keep a tensor until `flush` writes it; return the key to find it by."""
+        """Keep a tensor until `flush` writes it, and return its key."""
         name = str(len(self._new))
         self._new[name] = data
         return f"{self._file}/{name}"
@@ -187,19 +192,19 @@ class FolderStore(Store):
         """Read the tensor of a key.
 
         Raises:
-            UserError: its file is missing or damaged.
+            UserError: the file of the tensor is missing or damaged.
         """
         file, name = key.split("/")
-        said = f"{self._folder} is not a whole recording, record it again"
+        said = f"{self._folder} is not a complete recording, record it again"
         with opened(self._folder / f"{file}.safetensors", said) as tensors:
             found: Tensor = tensors.get_tensor(name)
         return found
 
     def flush(self) -> None:
-        """Write what is new to a file of its own.
+        """Write the tensors since the last `flush` to a new file.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         if not self._new:
             return
@@ -209,10 +214,10 @@ class FolderStore(Store):
         self._file = f"{next(self._files):06}"
 
     def write_index(self, specs: dict[str, list[dict[str, Any]]]) -> None:
-        """Write the structures of all calls: the recording is complete.
+        """Write the structures of all calls, which completes the recording.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         with self._writing():
             (self._folder / INDEX).write_text(json.dumps({"format": FORMAT, "blocks": specs}), encoding="utf-8")
@@ -224,14 +229,15 @@ class FolderStore(Store):
             yield
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the recording cannot be written to {self._folder.parent} ({error}): make room or name another place"
+                f"the recording cannot be written to {self._folder.parent} ({error}):"
+                " free some space or name another folder"
             ) from error
 
     def index(self) -> dict[str, list[dict[str, Any]]]:
         """Read the structures of all calls.
 
         Raises:
-            UserError: the folder holds no recording, or one of another format.
+            UserError: the folder has no recording, or one of another format.
         """
         path = self._folder / INDEX
         try:
@@ -239,14 +245,14 @@ class FolderStore(Store):
             known = read["format"] == FORMAT
             blocks: dict[str, list[dict[str, Any]]] = dict(read["blocks"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._folder} holds no recording of blocks ({INDEX}: {error})") from error
+            raise UserError(f"{self._folder} has no recording of blocks ({INDEX}: {error}): record one") from error
         if not known:
-            raise UserError(f"{path} has format {read['format']}, this version reads {FORMAT}: record it again")
+            raise UserError(f"{path} has format {read['format']}, this version reads format {FORMAT}: record it again")
         return blocks
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two places of a tensor may be one in memory, or its strides are none that can be made anew."""
+    """Whether elements of a tensor may share memory, or a new tensor cannot have its strides."""
     reach = 0
     for step, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1:
@@ -257,6 +263,6 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _laid_out(data: Tensor, size: list[int], stride: list[int], device: torch.device) -> Tensor:
-    """A copy of contiguous data with the strides that the recorded tensor had: some operations round by them."""
+    """Return a copy of contiguous data with the recorded strides, on which the rounding of some operations depends."""
     laid = torch.empty_strided(data.shape, stride, dtype=data.dtype, device=device)
     return laid.copy_(data).expand(size)

@@ -1,4 +1,4 @@
-"""Find the layout of a transformer, the parts of it, and the denoiser of a pipeline, by class name."""
+"""Registry by class name: layouts of transformers with their blocks and tokens, and denoisers of pipelines."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _layouts: dict[str, Layout] = {
     row.transformer: row for row in (*rows_wan.ROWS, *rows_others.ROWS, *rows_images.ROWS, *rows_unets.ROWS)
 }
 _denoisers: dict[str, Callable[[Any], Denoiser]] = {}
-"""What was registered beside the rows, by pipeline class."""
+"""Denoisers from `register_denoiser`, by name of the pipeline class. They take precedence over those of the rows."""
 
 
 def register_layout(layout: Layout) -> None:
-    r"""Add the layout of a transformer class, or replace it with all that it says: call, attention and denoisers too.
+    r"""Add the layout of a transformer class, or replace the whole layout, with its call, attention and denoisers.
 
     Example:
         from postgen.families import BlockGroup, Blocks, Layout, VideoTokens, register_layout
@@ -36,7 +36,7 @@ def register_layout(layout: Layout) -> None:
                 # hidden_states, text = block(hidden_states, encoder_hidden_states, ...), one block after the other
                 blocks=Blocks(groups=(BlockGroup(names=r"layers\.\d+", hidden_out=0, text_out=1),)),
                 timestep_shapes=("B", "BT"),
-                # Only where softmax attention over the frames is to be measured or changed.
+                # Needed only to measure or change softmax attention over the frames.
                 video=VideoTokens(
                     self_attention=r"layers\.\d+\.attn1",
                     token_order="text-video",
@@ -51,30 +51,42 @@ def register_layout(layout: Layout) -> None:
 
 
 def known_layouts() -> tuple[Layout, ...]:
-    """Return every row."""
+    """Return all layouts."""
     return tuple(_layouts.values())
 
 
 def register_denoiser(pipeline: str, factory: Callable[[Any], Denoiser]) -> None:
-    """Add the denoiser of the pipeline class of this name, or replace that of its row; `factory(pipe)` makes it."""
+    """Add or replace the denoiser of a pipeline class.
+
+    Args:
+        pipeline: name of the pipeline class.
+        factory: `factory(pipe)` returns the denoiser.
+    """
     _denoisers[pipeline] = factory
 
 
 def layout_of(transformer: nn.Module) -> Layout:
-    """Return the layout of a transformer, which may be wrapped (DDP, compiled, peft) or of a subclass.
+    """Return the layout of a transformer.
+
+    Args:
+        transformer: may be wrapped (DDP, compiled, peft), and may be of a subclass of a known class.
 
     Raises:
-        UserError: nothing is known of the class, or it is known why it has no layout.
+        UserError: the class is unknown, or known to be unsupported; the message has the reason.
     """
     kind, *parents = _class_names(transformer)
     return layout_named(kind, *parents)
 
 
 def layout_named(kind: str, *parents: str) -> Layout:
-    """Return the layout of a transformer class by its name, or that of the first of its parents that has one.
+    """Return the layout of a transformer class by its name.
+
+    Args:
+        kind: name of the class.
+        parents: names of its parent classes, nearest first. The first class with a layout is used.
 
     Raises:
-        UserError: nothing is known of the class, or it is known why it has no layout.
+        UserError: the class is unknown, or known to be unsupported; the message has the reason.
     """
     for name in (kind, *parents):
         if name in _layouts:
@@ -88,7 +100,7 @@ def blocks_of(transformer: nn.Module) -> tuple[Block, ...]:
     """Return the repeated blocks of a transformer, wrapped or not, in the order in which they run.
 
     Raises:
-        UserError: nothing is known of the class, or its structure is not what its layout says.
+        UserError: the class is unknown, or the model's structure differs from its layout.
     """
     from postgen.compat import unwrap
 
@@ -99,17 +111,17 @@ def video_tokens_of(transformer: nn.Module) -> VideoTokens:
     """Return where the tokens of a video are in the self-attention of a transformer, wrapped or not.
 
     Raises:
-        UserError: nothing is known of the class, or why it has no softmax attention over frames.
+        UserError: the class is unknown, or has no softmax attention over frames; the message has the reason.
     """
     kind, *parents = _class_names(transformer)
     return video_tokens_named(kind, *parents)
 
 
 def video_tokens_named(kind: str, *parents: str) -> VideoTokens:
-    """Return where the tokens of a video are, by the name of a class or of the first of its parents that is known.
+    """Return where the tokens of a video are, by names of a class and its parents (see `layout_named`).
 
     Raises:
-        UserError: nothing is known of the class, or why it has no softmax attention over frames.
+        UserError: the class is unknown, or has no softmax attention over frames; the message has the reason.
     """
     return _tokens((kind, *parents), _video, NO_VIDEO_TOKENS, "video tokens")
 
@@ -118,17 +130,17 @@ def tokens_of(transformer: nn.Module) -> VideoTokens:
     """Return where the tokens of a video or of a picture are in the self-attention of a transformer, wrapped or not.
 
     Raises:
-        UserError: nothing is known of the class, or why it has no softmax attention among them.
+        UserError: the class is unknown, or has no softmax attention over these tokens; the message has the reason.
     """
     kind, *parents = _class_names(transformer)
     return tokens_named(kind, *parents)
 
 
 def tokens_named(kind: str, *parents: str) -> VideoTokens:
-    """Return where the tokens of a video or picture are, by the name of a class or of the first known parent.
+    """Return where the tokens of a video or picture are, by names of a class and its parents (see `layout_named`).
 
     Raises:
-        UserError: nothing is known of the class, or why it has no softmax attention among them.
+        UserError: the class is unknown, or has no softmax attention over these tokens; the message has the reason.
     """
     return _tokens((kind, *parents), _video_or_image, NO_TOKENS, "tokens of a video or picture")
 
@@ -144,13 +156,23 @@ def _video_or_image(row: Layout) -> VideoTokens | None:
 def _tokens(
     names: tuple[str, ...], part: Callable[[Layout], VideoTokens | None], reasons: Mapping[str, str], what: str
 ) -> VideoTokens:
-    """Return a part of the row of the first class that has it, or say why the first that is known has none."""
+    """Return the tokens of the first class whose row has them.
+
+    Args:
+        names: names of a class and its parents, nearest first.
+        part: returns the tokens of a row, or None.
+        reasons: reasons why there are none, by class name.
+        what: kind of tokens, for the message.
+
+    Raises:
+        UserError: no class has them. The message has the reason of the first known class.
+    """
     for name in names:
         row = _layouts.get(name)
         tokens = None if row is None else part(row)
         if tokens is not None:
             return tokens
-        reason = reasons.get(name, "its layout says nothing of them" if row is not None else "")
+        reason = reasons.get(name, "its layout does not describe them" if row is not None else "")
         if reason:
             known = sorted(name for name, row in _layouts.items() if part(row) is not None)
             raise UserError(f"no {what} in {names[0]}: {reason}. Known: {', '.join(known)}")
@@ -171,10 +193,10 @@ def _class_names(transformer: nn.Module) -> tuple[str, ...]:
 
 
 def denoiser_for(pipe: Any) -> Denoiser:
-    """Return the denoiser of a pipeline; a subclass gets that of its parent.
+    """Return the denoiser of a pipeline; a subclass has the denoiser of its parent.
 
     Raises:
-        UserError: nothing is known of the class.
+        UserError: the class is unknown.
     """
     known = _known_denoisers()
     for parent in type(pipe).__mro__:

@@ -1,4 +1,4 @@
-"""A transformer that is exchanged in a pipeline after a plug-in was put on it: said once, as nothing else would."""
+"""Warn when a pipeline's transformer with plug-ins is replaced: without it, the plug-ins would disappear silently."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from postgen.families.installed import installed
 
 
 def watch_replacements() -> None:
-    """Let pipelines of diffusers warn when a transformer of theirs that carries plug-ins is exchanged for another.
+    """Make diffusers pipelines warn when a transformer with plug-ins is replaced by one without them.
 
-    They go on as they are in everything else. It is never taken off; a second time changes nothing.
+    The function wraps `DiffusionPipeline.__setattr__` and changes nothing else. The wrapper stays for the life of the
+    process; further calls do nothing.
     """
     from diffusers import DiffusionPipeline
 
@@ -38,7 +39,7 @@ def _watched(stock: Any) -> Any:
 
 
 def _tell_of(pipe: Any, name: str, before: Any, after: Any) -> None:
-    """Warn where the new one lacks what is on the old one. A wrapper around the old one (compile, peft) has it."""
+    """Warn if the new transformer lacks plug-ins of the old one. A wrapper (compile, peft) of the old one has them."""
     from torch import nn
 
     if not (isinstance(before, nn.Module) and isinstance(after, nn.Module)):
@@ -48,6 +49,6 @@ def _tell_of(pipe: Any, name: str, before: Any, after: Any) -> None:
     if lost:
         warnings.warn(
             f"{name} of {type(pipe).__name__} was replaced after {' and '.join(lost)} was applied: the new one runs"
-            " without. Apply it again",
+            " without it. Apply it again",
             stacklevel=3,
         )

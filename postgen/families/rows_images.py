@@ -1,4 +1,4 @@
-"""Layouts of transformers that make images: their blocks, and of some where the tokens of the picture are."""
+"""Layouts of transformers that generate images: the blocks of all, and the picture's tokens of some."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _TRANSFORMER = r"transformer_blocks\.\d+"
 _SINGLE = r"single_transformer_blocks\.\d+"
 
 _FLAT = Blocks(groups=(BlockGroup(names=_TRANSFORMER),))
-"""Text, or a class, by cross-attention or modulation: it stays as it is."""
+"""Blocks with cross-attention to the text or modulation by a class; they do not change the text."""
 
 _JOINT = Blocks(groups=(BlockGroup(names=_TRANSFORMER, hidden_out=1, text_out=0),))
-"""Text and image attend to one another, and both change from block to block; the text is returned first."""
+"""Blocks with joint attention over text and image, which change both; they return the text first."""
 
 _COGVIEW = Blocks(groups=(BlockGroup(names=_TRANSFORMER, hidden_out=0, text_out=1),))
 
 _JOYIMAGE = Blocks(groups=(BlockGroup(names=r"double_blocks\.\d+", hidden_out=0, text_out=1),))
 
-_JOINED = "text and image become one sequence between the two kinds of blocks"
+_JOINED = "text and image are joined into one sequence between the two kinds of blocks"
 
 
 def _joint_then_one_sequence(names: str = _TRANSFORMER) -> Blocks:
-    """The single blocks take text and image as one sequence."""
+    """Return joint blocks followed by single blocks, which take text and image as one sequence."""
     return Blocks(
         groups=(
             BlockGroup(names=names, hidden_out=1, text_out=0),
@@ -35,7 +35,7 @@ def _joint_then_one_sequence(names: str = _TRANSFORMER) -> Blocks:
 
 
 def _refined(hidden: str) -> Blocks:
-    """A few blocks refine the noisy image before it is joined with the text."""
+    """Return a few blocks that refine the noisy image, then blocks that take image and text as one sequence."""
     return Blocks(
         groups=(
             BlockGroup(names=r"noise_refiner\.\d+", hidden=hidden, text=None),
@@ -54,7 +54,7 @@ _HUNYUAN_IMAGE = Blocks(
     groups=tuple(BlockGroup(names=names, hidden_out=0, text_out=1) for names in (_TRANSFORMER, _SINGLE))
 )
 _HUNYUAN_DIT = Blocks(
-    groups=(BlockGroup(names=r"blocks\.\d+", breaks="the second half also takes what the first half returned"),)
+    groups=(BlockGroup(names=r"blocks\.\d+", breaks="the second half also takes the outputs of the first half"),)
 )
 
 _BLOCKS = {
@@ -62,7 +62,7 @@ _BLOCKS = {
     "ChromaTransformer2DModel": _joint_then_one_sequence(),
     "CogView3PlusTransformer2DModel": _COGVIEW,
     "CogView4Transformer2DModel": _COGVIEW,
-    # A class instead of a text.
+    # Conditioned on a class instead of a text.
     "DiTTransformer2DModel": Blocks(groups=(BlockGroup(names=_TRANSFORMER, text=None),)),
     "Flux2Transformer2DModel": _joint_then_one_sequence(),
     "FluxTransformer2DModel": _FLUX,
@@ -120,7 +120,7 @@ _READ: dict[str, dict[str, Any]] = {
     },
     "FluxTransformer2DModel": {
         "image": _FLUX_IMAGE,
-        # 2 x 2 latents are packed into one before they are handed over.
+        # The pipeline packs 2 x 2 latents into one token.
         "call": Call(extras="flux", text_width="joint_attention_dim", time=1, space=16),
         "attention": _ATTENTION + "flux:ANATOMY",
     },
@@ -130,14 +130,14 @@ _READ: dict[str, dict[str, Any]] = {
         "attention": _ATTENTION + "basic:ANATOMY",
     },
     "SD3Transformer2DModel": {
-        # The second attention of SD 3.5's dual blocks is over the picture alone.
+        # The second attention (attn2) of SD 3.5's dual blocks is over the picture alone.
         "image": _image(rf"{_TRANSFORMER}\.attn2?", "video-text"),
-        # 77 tokens of CLIP, then those of T5.
+        # 77 tokens of CLIP, then 256 of T5.
         "call": Call(extras="pooled", text_tokens=77 + 256, text_width="joint_attention_dim", time=1),
         "attention": _ATTENTION + "stable_diffusion_3:ANATOMY",
     },
 }
-"""Of the models that may be changed inside: tokens, call and attention."""
+"""Picture tokens, call and attention of the classes whose attention methods may change."""
 
 ROWS = tuple(
     Layout(transformer=name, blocks=blocks, denoisers=_DENOISERS.get(name, {}), **_READ.get(name, {}))

@@ -1,4 +1,4 @@
-"""Layouts of the video transformers that do not descend from Wan."""
+"""Layouts of the video transformers that are not derived from Wan."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def _grid_bthwc(config: Any, arguments: Mapping[str, Any]) -> Grid:
 
 
 _FLAT = Blocks(groups=(BlockGroup(names=r"transformer_blocks\.\d+"),))
-"""Text by cross-attention: it stays as it is."""
+"""Blocks with cross-attention to the text; they do not change the text."""
 
 _JOINT = Blocks(groups=(BlockGroup(names=r"transformer_blocks\.\d+", hidden_out=0, text_out=1),))
-"""Text and video attend to one another, and both change from block to block."""
+"""Blocks with joint attention over text and video, which change both."""
 
 
 def _double_single(breaks: str = "") -> Blocks:
-    """Joint blocks with weights for each of text and video, then joint blocks with the same weights for both."""
+    """Return joint blocks with separate weights for text and video, then joint blocks with shared weights."""
     double, single = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
     return Blocks(
         groups=(
@@ -55,7 +55,7 @@ def _one_group(names: str = r"transformer_blocks\.\d+", **fields: Any) -> Blocks
 
 
 def _latte() -> Blocks:
-    turned = "the tokens are grouped by frame for one block and by location for the next"
+    turned = "the tokens are grouped by frame for one block and by position for the next"
     groups = (
         BlockGroup(names=r"transformer_blocks\.\d+", breaks=turned),
         BlockGroup(names=r"temporal_transformer_blocks\.\d+", enters=turned, breaks=turned),
@@ -63,7 +63,7 @@ def _latte() -> Blocks:
     return Blocks(groups=groups, interleaved=True)
 
 
-_AUDIO = "the audio passes through the blocks beside the video"
+_AUDIO = "the audio passes through the blocks in addition to the video"
 _VISUAL = r"visual_transformer_blocks\.\d+"
 
 ROWS = (
@@ -139,7 +139,7 @@ ROWS = (
         _one_group(_VISUAL, hidden="visual_embed", text="text_embed"),
         Call(extras="kandinsky5", text_width="in_text_dim"),
         self_attention=_VISUAL + r"\.self_attention",
-        # Block-sparse attention reorders the tokens within a frame only.
+        # Block-sparse attention reorders tokens only within a frame.
         token_order="video",
         latent_axes="BTHWC",
         grid_rule=_grid_bthwc,
@@ -150,7 +150,7 @@ ROWS = (
         _one_group(_VISUAL, hidden="vis", text="text_v", hidden_out=0, breaks=_AUDIO),
         Call(extras="kandinsky6", text_tokens=1024, text_width="in_text_dim"),
         self_attention=_VISUAL + r"\.video_dec_block\.self_attention",
-        # The given image of image-to-video is one more frame, the last.
+        # In image-to-video, the given image is an additional last frame.
         token_order="video",
         latent_axes="BTHWC",
         grid_rule=_grid_bthwc,
@@ -160,7 +160,7 @@ ROWS = (
         "LTX2VideoTransformer3DModel",
         _one_group(hidden_out=0, breaks=_AUDIO),
         Call(extras="ltx2", text_tokens=1024, text_width="caption_channels", time=8, space=32),
-        # Key frames and references are appended.
+        # Tokens of key frames and references follow those of the video.
         token_order="video-reference",
         latent_axes="packed",
         timestep_shapes=("B", "BL"),
@@ -196,13 +196,13 @@ ROWS = (
     ),
     _row(
         "MotifVideoTransformer3DModel",
-        _double_single("the decoder's blocks begin with the video again, and take that of the encoder as their text"),
+        _double_single("the decoder's blocks start from the video again, and take the encoder's video as their text"),
         Call(extras="motif", text_width="text_embed_dim"),
         self_attention=_SINGLE_AND_DOUBLE,
-        # In the blocks of its decoder, the video of the encoder stands where the text is elsewhere.
+        # In the decoder's blocks, the tokens of the encoder's video are in the place of the text.
         token_order="video-text",
         attention_call="dispatch",
     ),
-    # Why it has no video tokens is in `rows_refused`.
+    # `rows_refused` has the reason why this class has no video tokens.
     Layout(transformer="SanaVideoTransformer3DModel", blocks=_FLAT, timestep_shapes=("B", "BL")),
 )

@@ -1,11 +1,11 @@
-"""Layouts of U-Nets: their blocks, down, middle and up."""
+"""Layouts of U-Nets: down, middle and up blocks."""
 
 from __future__ import annotations
 
 from postgen.families.blocks import BlockGroup, Blocks
 from postgen.families.layout import Layout
 
-_SKIPS = "what the blocks on the way down made comes in again on the way up"
+_SKIPS = "the up blocks also take the outputs of the down blocks (skip connections)"
 
 _UNET = Blocks(
     groups=(

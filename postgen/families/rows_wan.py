@@ -1,4 +1,4 @@
-"""Layouts of Wan and the transformers that descend from it: flat tokens, frame by frame, text by cross-attention."""
+"""Layouts of Wan and of transformers derived from it: tokens frame by frame, cross-attention to the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN = Blocks(groups=(_MAIN,))
 
 
 def _frames_per_block(config: Any) -> int:
-    """1 is written for attention that is not causal."""
+    """Return the frames per block of block-causal attention; 0 for full attention, whose config has 1."""
     frames: int = config.num_frame_per_block
     return frames if frames > 1 else 0
 
@@ -33,11 +33,11 @@ def _wan_like(transformer: str, call: Call, *, blocks: Blocks = _PLAIN, **change
 
 _CONTROLLED = Blocks(
     groups=(
-        # They hand on the state of the control and return a hint for a main block beside it.
+        # A control block returns a hint for a main block, and the control state for the next control block.
         BlockGroup(names=r"vace_blocks\.\d+", hidden="control_hidden_states", hidden_out=1),
         BlockGroup(
             names=r"blocks\.\d+",
-            enters="the main blocks begin with the video, not with what the control blocks return",
+            enters="the main blocks start from the video, not from the output of the control blocks",
             breaks="hints of the control blocks are added between the main blocks",
         ),
     )
@@ -56,14 +56,14 @@ ROWS = (
         latent_axes="BTCHW",
         grid_rule=grid_btchw,
     ),
-    # Editing an image makes two latent frames; the reasoning steps make more.
+    # An edited image is two latent frames; the reasoning steps use more.
     _wan_like(
         "ChronoEditTransformer3DModel",
         Call(extras="image_of_wan"),
         timestep_shapes=("B", "BL"),
         attention=_ATTENTION,
     ),
-    # Long, middle and short history come first; their keys may be amplified, those of the current frames are not.
+    # Tokens of long, middle and short history come first. Only their keys may be amplified, not those of the frames.
     _wan_like("HeliosTransformer3DModel", Call(extras="helios"), token_order="history-video"),
     _wan_like(
         "SkyReelsV2Transformer3DModel",
@@ -73,7 +73,7 @@ ROWS = (
         attention=_ATTENTION,
         denoisers={"SkyReelsV2Pipeline": "postgen.families.wan:SkyReelsV2Denoiser"},
     ),
-    # The reference image is the first frame. The face adapters attend within a frame.
+    # The reference image is the first frame. Face adapters attend within a frame only.
     _wan_like(
         "WanAnimateTransformer3DModel",
         Call(extras="animate", more_frames=1),
@@ -90,6 +90,6 @@ ROWS = (
             "WanPipeline": "postgen.families.wan:WanDenoiser",
         },
     ),
-    # Reference images are leading frames. The control blocks steer the main ones; their attention is left alone.
+    # Reference images are the first frames. Methods change attention in the main blocks, not in the control blocks.
     _wan_like("WanVACETransformer3DModel", Call(extras="vace"), blocks=_CONTROLLED, attention=_ATTENTION),
 )

@@ -13,7 +13,7 @@ class StableDiffusion3Denoiser(PictureDenoiser):
     per_row = ("pooled",)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Encode texts: the encoding and the pooled one."""
+        """Encode prompts: the encoding and the pooled encoding."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt=prompts,
             prompt_2=None,
@@ -25,7 +25,7 @@ class StableDiffusion3Denoiser(PictureDenoiser):
         return embeds, pooled
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call the network."""
+        """Call the network; see `PipelineDenoiser.forward`."""
         output: Tensor = network(
             hidden_states=x,
             timestep=timestep,

@@ -1,14 +1,14 @@
-"""Decode a long video piece by piece, in memory that does not grow with it.
+"""Decode a long video piece by piece; the memory use does not grow with its length.
 
     decoder = StreamingDecoder(pipe.vae)
-    for latents in pieces:                # as many latent frames as there are, one is enough
-        clip = decoder.push(latents)      # (B, F, 3, H, W): the frames that are known by now
+    for latents in pieces:                # any number of latent frames, at least one
+        clip = decoder.push(latents)      # (B, F, 3, H, W): the frames that these latents complete
     rest = decoder.finish()
 
-Exact where an autoencoder looks back only: what it remembers is kept between pieces, so the frames are those of
-decoding the whole clip at once. Autoencoders that look ahead are decoded in windows that overlap and are blended, the
-rule that diffusers calls framewise decoding. HunyuanVideo decodes so by itself; for the others it has to be asked for.
-`postgen.families.streams.DECODERS` says which is which.
+Decoding is exact for causal autoencoders, which depend on past latent frames only: the decoder keeps their caches
+between pieces, so the frames equal those of decoding the whole clip at once. Other autoencoders are decoded in
+overlapping windows whose frames are blended, as in the framewise decoding of diffusers. HunyuanVideo decodes in this
+way by default; for others the caller must request it. `postgen.families.streams.DECODERS` lists the autoencoders.
 """
 
 from __future__ import annotations
@@ -27,38 +27,40 @@ from postgen.families.streams import State, named, way_of
 
 
 class StreamingDecoder:
-    """Decoder of one video (or a batch of equally long ones). Gradients are not kept.
+    """Decoder of one video (or a batch of videos of equal length), without gradients.
 
-    The autoencoder is used in place and holds nothing of the stream: several streams, and whole decodes between two
-    pieces, do not disturb each other. Its `use_slicing` is not needed: push one video at a time to save memory.
+    The autoencoder is used in place and stores nothing of the stream. So several streams, and calls of `vae.decode`
+    between two pieces, do not affect each other. `use_slicing` has no effect on exact decoding: to save memory, push
+    one video at a time.
 
     Args:
         vae: the autoencoder.
-        num_latents: latent frames of the whole video, where that is known: another number is refused then. CogVideoX
-            needs it: it decodes in pairs, and an odd one goes to the first.
-        windows: accept windows where the autoencoder's own decode uses none (`use_framewise_decoding`): the clip is
-            another one then. Length and stride of a window are its `tile_sample_min_num_frames` and
-            `tile_sample_stride_num_frames`.
+        num_latents: latent frames of the whole video, or None. If given, exactly this number must be pushed. CogVideoX
+            requires it: it decodes in pairs, and the first group has the odd latent frame.
+        windows: allow overlapping windows even if `vae.decode` uses none (`use_framewise_decoding` is off). The clip
+            then differs from that of `vae.decode`. The autoencoder's `tile_sample_min_num_frames` and
+            `tile_sample_stride_num_frames` are the length and the stride of a window, in frames.
 
     Raises:
-        UserError: an unknown autoencoder, one that looks ahead without `windows`, tiling in space that the exact way
-            does not do, or a missing `num_latents`.
+        UserError: the autoencoder is unknown, is not causal and `windows` is False, or has spatial tiling enabled,
+            which exact decoding does not support; or `num_latents` is missing.
     """
 
     def __init__(self, vae: Any, *, num_latents: int | None = None, windows: bool = False) -> None:
         self.vae = vae
         self.way = way_of(vae)
         self.exact = self.way.kind == "exact" or bool(vae.use_framewise_decoding)
-        """Whether the frames are those of `vae.decode` of everything at once."""
+        """Whether the frames equal those of one call of `vae.decode` on all latents."""
         if not (self.exact or windows):
             raise UserError(
                 f"{type(vae).__name__} is not causal, so it cannot be decoded exactly in pieces: windows=True decodes"
-                f" overlapping windows and blends them. Exact are {named('exact')}, and what decodes framewise anyway"
+                f" overlapping windows and blends them. Exact in pieces: {named('exact')}, and autoencoders with"
+                " use_framewise_decoding on"
             )
         if self.way.kind == "exact" and vae.use_tiling:
             raise UserError(
-                "the autoencoder decodes in tiles, which a stream does not: vae.disable_tiling() (a stream needs"
-                " memory for a few frames only)"
+                "the autoencoder has tiling enabled, which a stream does not support: call vae.disable_tiling() (a"
+                " stream needs memory for a few frames only)"
             )
         if num_latents is not None and num_latents < 1:
             raise UserError(f"num_latents is {num_latents}: a video has at least 1 latent frame")
@@ -68,51 +70,53 @@ class StreamingDecoder:
 
     @property
     def finished(self) -> bool:
-        """Whether `finish` has been called: nothing can be pushed any more."""
+        """Whether `finish` has been called, after which nothing can be pushed."""
         return self._finished
 
     @property
     def num_latents(self) -> int | None:
-        """Latent frames of the whole video, where that is known; those of a state that was loaded."""
+        """Latent frames of the whole video, from the constructor or from a loaded state; None if unknown."""
         return self._stream.num_latents
 
     @property
     def reach(self) -> int | None:
-        """Latent frames that have to be decoded again to remember exactly what is kept; None: that cannot be done."""
+        """Number of latent frames whose repeated decoding restores the cache exactly; None if that is impossible."""
         return self._stream.reach
 
     @property
     def state_bytes(self) -> int:
-        """Memory of what is kept between pieces."""
+        """Size in bytes of the state that is kept between pieces."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
     def push(self, latents: Tensor) -> Tensor:
         """Decode the next piece.
 
         Args:
-            latents: (B, C, t, h, w), t >= 1, as `vae.decode` takes them.
+            latents: (B, C, t, h, w) with t >= 1, as `vae.decode` takes them.
 
         Returns:
-            Clips (B, F, 3, H, W), float32 in [0, 1]. F may be 0: some frames need later pieces.
-            A push that fails (out of memory) leaves everything as it was: push again, in smaller pieces.
+            Clips (B, F, 3, H, W), float32 in [0, 1]. F may be 0, because some frames need later pieces.
+            A push that fails (out of memory) does not change the decoder: the caller can push smaller pieces.
 
         Raises:
-            UserError: the video is finished, longer than `num_latents`, or the piece does not fit the ones before.
+            UserError: the video is finished, it would be longer than `num_latents`, or the shape of the piece does not
+                match the first one.
         """
         size = (latents.shape[0], *latents.shape[3:]) if latents.dim() == 5 else None
         if size is None or not latents.shape[2] or size != (self._size or size):
             raise UserError(
-                f"a piece is (B, C, t, h, w) with t >= 1 and the sizes of the first, got {tuple(latents.shape)}"
+                "a piece must have the shape (B, C, t, h, w) with t >= 1 and B, h, w of the first piece, got"
+                f" {tuple(latents.shape)}"
             )
         if latents.shape[1] != self._channels:
             raise UserError(
                 f"{type(self.vae).__name__} takes latents of {self._channels} channels, got {latents.shape[1]}"
             )
         if self._finished:
-            raise UserError("the video is finished: make a new StreamingDecoder for the next")
+            raise UserError("the video is finished: make a new StreamingDecoder for the next video")
         whole = self._stream.num_latents
         if whole is not None and self._pushed + latents.shape[2] > whole:
-            raise UserError(f"more than num_latents={whole} latent frames were pushed")
+            raise UserError(f"more than num_latents={whole} latent frames were pushed: give that of the whole video")
         with self._all_or_nothing():
             frames = self._decode(self._stream.push, latents)
         self._size = size
@@ -120,32 +124,36 @@ class StreamingDecoder:
         return self._clips(frames)
 
     def finish(self) -> Tensor:
-        """Return the frames that waited for later pieces, (B, F, 3, H, W); F is often 0. It can be repeated as a push.
+        """Return the remaining frames, which waited for later pieces: (B, F, 3, H, W), where F is often 0.
+
+        A call that fails (out of memory) can be repeated.
 
         Raises:
-            UserError: nothing was pushed, fewer latents than `num_latents` were, or the video is finished.
+            UserError: nothing was pushed, fewer latent frames than `num_latents` were pushed, or the video is
+                finished.
         """
         if self._size is None or self._finished:
-            raise UserError("there is nothing to finish: push latents first, and finish once")
+            raise UserError("there is nothing to finish: push latents first, and call finish once")
         whole = self._stream.num_latents
         if whole is not None and self._pushed != whole:
-            raise UserError(f"{self._pushed} of num_latents={whole} latent frames were pushed")
+            raise UserError(f"{self._pushed} of num_latents={whole} latent frames were pushed: push all before finish")
         with self._all_or_nothing():
             frames = self._decode(self._stream.finish)
         self._finished = True
         return self._clips(frames)
 
     def state_dict(self) -> State:
-        """Return what is kept, as tensors (safetensors takes them), to go on later or elsewhere."""
+        """Return the decoder's state as tensors, to continue later or in another process; safetensors can save it."""
         size = torch.tensor(self._size or (), dtype=torch.int64)
         counts = torch.tensor([self._pushed, self._finished], dtype=torch.int64)
         return {"autoencoder": self._autoencoder, "size": size, "counts": counts, **self._stream.state()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where another decoder of the same autoencoder stopped.
+        """Continue from the state of another decoder of the same autoencoder.
 
         Raises:
-            UserError: not such a state, or that of another class or configuration; nothing changes then.
+            UserError: this is not a state of a `StreamingDecoder`, or the state is that of an autoencoder of another
+                class or configuration. The decoder is not changed in these cases.
         """
         pushed, finished = self._check_state(state)
         with self._all_or_nothing():
@@ -154,23 +162,25 @@ class StreamingDecoder:
         self._pushed, self._finished = pushed, finished
 
     def prime(self, state: Mapping[str, Tensor], pieces: Sequence[Tensor]) -> None:
-        """Go on from a state that has only sizes and counts left, by decoding again what was pushed last.
+        """Continue from a state without its cache, by decoding the last pushed pieces again.
 
-        With `reach` latent frames, or all that were pushed, frames after it are those of `load_state_dict`. With fewer
-        they are approximate, the more so the fewer there are, and soon less.
+        If the pieces have at least `reach` latent frames, or all that were pushed, the frames after them equal those
+        after `load_state_dict`. With fewer latent frames they are approximate; the error is larger the fewer there
+        are, and decays quickly in later frames.
 
         Args:
-            state: of a decoder whose autoencoder looks back; what is remembered in it is not read.
-            pieces: (B, C, t, h, w) as they were pushed last; cut in other places, kernels may round in another way.
+            state: state of a causal autoencoder's decoder. Only `autoencoder`, `size` and `counts` are read.
+            pieces: the last pieces, (B, C, t, h, w), divided as in their first push. With other divisions, kernels may
+                round differently.
 
         Raises:
-            UserError: as `load_state_dict` and `push`, or an autoencoder whose `reach` is None.
+            UserError: see `load_state_dict` and `push`; or `reach` of the autoencoder is None.
         """
         pushed, finished = self._check_state(state)
         if self.reach is None or self._pushed:
             raise UserError(
-                f"a decoder of {type(self.vae).__name__} that has decoded {self._pushed} latent frames is not primed:"
-                " make a new one, and keep the whole state of any autoencoder but Wan's"
+                f"a decoder of {type(self.vae).__name__} that has decoded {self._pushed} latent frames cannot be"
+                " primed: prime a new decoder; autoencoders other than Wan's need load_state_dict with a whole state"
             )
         with self._all_or_nothing():
             for piece in pieces:
@@ -178,12 +188,16 @@ class StreamingDecoder:
         self._pushed, self._finished = pushed, finished
 
     def _check_state(self, state: Mapping[str, Tensor]) -> tuple[int, bool]:
-        """Return how many latents were pushed, and whether the video is finished."""
+        """Return the number of pushed latent frames of a state, and whether its video is finished.
+
+        Raises:
+            UserError: see `load_state_dict`.
+        """
         if missing := {"autoencoder", "size", "counts"} - state.keys():
-            raise UserError(f"this is no state of a StreamingDecoder: {' and '.join(sorted(missing))} not in it")
+            raise UserError(f"this is not a state of a StreamingDecoder: it lacks {' and '.join(sorted(missing))}")
         if not torch.equal(state["autoencoder"].cpu(), self._autoencoder):
             raise UserError(
-                f"this state is of another autoencoder than this {type(self.vae).__name__}: go on with the one that"
+                f"this state is of another autoencoder than this {type(self.vae).__name__}: continue with the one that"
                 " began the video"
             )
         pushed, finished = state["counts"].tolist()
@@ -196,7 +210,7 @@ class StreamingDecoder:
 
     @property
     def _autoencoder(self) -> Tensor:
-        """A number for class and configuration, to know a state by."""
+        """Checksum of the autoencoder's class and configuration, by which a state is checked."""
         config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
         words = json.dumps([type(self.vae).__name__, config], sort_keys=True, default=str)
         return torch.tensor([zlib.crc32(words.encode())], dtype=torch.int64)
@@ -218,7 +232,7 @@ class StreamingDecoder:
                 frames: Tensor | None = function(*(each.to(vae.device, vae.dtype) for each in latents))
             return frames
 
-        # An autoencoder that is offloaded comes to its device by this, as in its own decode.
+        # This hook moves an offloaded autoencoder to its device, as in `vae.decode`.
         decoded: Tensor | None = apply_forward_hook(run)(self.vae)
         return decoded
 
@@ -233,18 +247,18 @@ class StreamingDecoder:
 
 
 def stream_decode(source: Any, pieces: Iterable[Tensor], **options: Any) -> Iterator[Tensor]:
-    """Decode pieces of normalised latents, as the transformer sees them.
+    """Decode pieces of normalised latents, the latents of the transformer.
 
     Args:
         source: a `Denoiser`, or a diffusers pipeline.
-        pieces: latents in the axes that the `Denoiser` keeps them in, in order.
-        options: of `StreamingDecoder`.
+        pieces: latents in order, with the axes of the `Denoiser`'s latents.
+        options: keyword arguments of `StreamingDecoder`.
 
     Yields:
-        Clips (B, F, 3, H, W), float32 in [0, 1], F >= 1. Together they are `Denoiser.decode` of all pieces.
+        Clips (B, F, 3, H, W), float32 in [0, 1], F >= 1. Joined, they equal `Denoiser.decode` of all pieces.
 
     Raises:
-        UserError: as `StreamingDecoder`.
+        UserError: see `StreamingDecoder`.
     """
     vae = getattr(source, "pipe", source).vae
     decoder = StreamingDecoder(vae, **options)
@@ -257,14 +271,14 @@ def stream_decode(source: Any, pieces: Iterable[Tensor], **options: Any) -> Iter
 
 
 def denormalised(vae: Any, latents: Tensor) -> Tensor:
-    """Turn latents (B, C, t, h, w) as the transformer sees them into those that `vae.decode` takes."""
+    """Convert normalised latents (B, C, t, h, w) of the transformer to the latents that `vae.decode` takes."""
     factor = vae.config.get("scaling_factor") or 1.0
     mean, std = (_statistic(vae, name, latents) for name in ("latents_mean", "latents_std"))
     return latents / factor if mean is None else latents * std / factor + mean
 
 
 def _statistic(vae: Any, name: str, like: Tensor) -> Any:
-    # LTX keeps them as buffers, the others in the config.
+    # LTX has the statistics as buffers, other autoencoders have them in the config.
     value = dict(vae.named_buffers(recurse=False)).get(name)
     value = vae.config.get(name) if value is None else value
     return None if value is None else torch.as_tensor(value).to(like).view(1, -1, 1, 1, 1)

@@ -1,4 +1,7 @@
-"""What each autoencoder remembers while a video is decoded in pieces; used through `postgen.families.streaming`."""
+"""Decoding in pieces for each autoencoder class, with the state between two pieces.
+
+Use these classes through `postgen.families.streaming`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 
 State = dict[str, Tensor]
-"""What is kept, by name."""
+"""Tensors of a state, by name."""
 
 
 class Stream(ABC):
-    """What is kept of one video between two pieces."""
+    """Decoding of one video in pieces, with the state between two pieces."""
 
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         self.vae = vae
@@ -29,36 +32,39 @@ class Stream(ABC):
 
     @property
     def reach(self) -> int | None:
-        """Latent frames of the past that what is kept follows from; None: all, or where pieces began matters too."""
+        """Number of past latent frames that determine the state.
+
+        None if all past frames do, or if the state also depends on the division into pieces.
+        """
         return None
 
     @abstractmethod
     def push(self, latents: Tensor) -> Tensor | None:
-        """Return the (B, 3, F, H, W) frames in [-1, 1] that are known by now; None: none."""
+        """Return the frames (B, 3, F, H, W) in [-1, 1] that these latents complete; None if there are none."""
 
     def finish(self) -> Tensor | None:
-        """Return the frames that are left."""
+        """Return the remaining frames; None if there are none."""
         return None
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the attributes as they are; tensors in them are replaced by a push, never written to."""
+        """Return the attributes, to undo a failed push. Tensors are not copied: a push never changes them in place."""
         return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     @abstractmethod
     def state(self) -> State:
-        """Return what is kept."""
+        """Return the state between two pieces."""
 
     @abstractmethod
     def load(self, state: State, pushed: int) -> None:
-        """Take it over after `pushed` latents."""
+        """Restore a state from after `pushed` latent frames."""
 
 
 class _Wan(Stream):
-    """Wan's decoder takes one latent frame at a time and a list with the last two inputs of every convolution."""
+    """Wan: its decoder takes one latent frame at a time, and a list with the last two inputs of every convolution."""
 
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         super().__init__(vae, num_latents)
-        # One entry a causal convolution is used; there are not more of them than modules.
+        # The decoder uses one entry per causal convolution; the number of modules is an upper bound.
         self.cache: list[Any] = [None] * sum(1 for _ in vae.decoder.modules())
         self.started = False
 
@@ -81,7 +87,7 @@ class _Wan(Stream):
         return frames.clamp(-1, 1)
 
     def state(self) -> State:
-        # The word "Rep" stands where an upsampling in time has seen one frame.
+        # The decoder writes the string "Rep" for a temporal upsampling that has processed one frame.
         words = [place for place, entry in enumerate(self.cache) if isinstance(entry, str)]
         tensors = {
             f"cache.{place}": entry.contiguous() for place, entry in enumerate(self.cache) if isinstance(entry, Tensor)
@@ -98,7 +104,10 @@ class _Wan(Stream):
 
 @cache
 def _reach_of_wan(kind: Any, config: str) -> int:
-    """Add up how far each convolution of a decoder looks back; norms and attention see one frame."""
+    """Return the receptive field of Wan's decoder in past latent frames.
+
+    It is the sum over the convolutions; norms and attention process one frame at a time.
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights(), torch.no_grad():
@@ -109,25 +118,25 @@ def _reach_of_wan(kind: Any, config: str) -> int:
         reached: list[Fraction] = []
 
         def note(layer: Any, _: Any, output: Tensor) -> None:
-            # Behind an upsampling a latent frame is several, and a convolution reaches back by shares of it.
+            # After an upsampling, one latent frame is several frames, so a frame is a fraction of a latent frame.
             reached.append(Fraction(layer.kernel_size[0] - 1, output.shape[2]))
 
         for layer in vae.decoder.modules():
             if isinstance(layer, nn.Conv3d):
                 layer.register_forward_hook(note)
-        stream.push(latent)  # the first two are not decoded as all others are
+        stream.push(latent)  # measured on the third latent frame: the decoder treats the first two differently
     return math.ceil(sum(reached))
 
 
 class _CogVideoX(Stream):
-    """Its norms take statistics over the frames that are decoded together: the groups must be those of its decode."""
+    """CogVideoX: its norms compute statistics over the frames of a group, so groups must equal those of `decode`."""
 
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         super().__init__(vae, num_latents)
         if num_latents is None:
             raise UserError(
-                f"{type(vae).__name__} decodes in pairs and the odd latent frame first: give num_latents, the latent"
-                " frames of the whole video (of a pipeline, num_frames)"
+                f"{type(vae).__name__} decodes in pairs with the odd latent frame first: give num_latents, the number"
+                " of latent frames of the whole video"
             )
         self.waiting: Tensor | None = None
         self.cache: Any = None
@@ -143,7 +152,7 @@ class _CogVideoX(Stream):
             frames, self.cache = self.vae.decoder(group, conv_cache=self.cache)
             made.append(frames)
             self.decoded += size
-        self.waiting = waiting.clone()  # not a view of everything pushed
+        self.waiting = waiting.clone()  # a view would keep all pushed latents in memory
         return torch.cat(made, 2) if made else None
 
     def _next_group(self) -> int:
@@ -179,10 +188,10 @@ def _flat(name: str, cache: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Windows(Stream):
-    """Windows of latents that overlap, their frames blended, to the bit as the autoencoder's framewise decoding."""
+    """Overlapping windows with blended frames, bitwise equal to the autoencoder's framewise decoding."""
 
     lost_end = False
-    """A window after the first has a frame too many: whether it loses the last one instead of the first."""
+    """Every window after the first has one surplus frame: True drops its last frame, False its first."""
 
     def __init__(self, vae: Any, num_latents: int | None) -> None:
         super().__init__(vae, num_latents)
@@ -191,27 +200,28 @@ class _Windows(Stream):
         self.stride = vae.tile_sample_stride_num_frames // self.time
         if not 1 <= self.stride <= self.length:
             raise UserError(
-                f"windows of {vae.tile_sample_min_num_frames} frames every {vae.tile_sample_stride_num_frames}: the"
-                f" stride must be at least {self.time} (one latent frame) and no longer than the window"
-                " (tile_sample_stride_num_frames and tile_sample_min_num_frames of the autoencoder)"
+                f"the autoencoder has windows of {vae.tile_sample_min_num_frames} frames"
+                f" (tile_sample_min_num_frames) with a stride of {vae.tile_sample_stride_num_frames}"
+                f" (tile_sample_stride_num_frames): set a stride of at least {self.time} frames (one latent frame)"
+                " that is not longer than the window"
             )
         self.waiting: Tensor | None = None
         self.before: Tensor | None = None
-        """Last frames of the window before."""
+        """Last frames of the previous window, for blending."""
         self.pushed = self.emitted = 0
 
     def push(self, latents: Tensor) -> Tensor | None:
         self.pushed += latents.shape[2]
         self.waiting = latents.clone() if self.waiting is None else torch.cat([self.waiting, latents], 2)
         made = []
-        # The window after this one must not be empty, or this one would have been the last.
+        # A full window is decoded at once; the last, shorter windows are decoded by `finish`.
         while self.waiting.shape[2] >= self.length:
             made.append(self._window())
         return torch.cat(made, 2) if made else None
 
     def finish(self) -> Tensor | None:
         if self.waiting is not None and self.pushed < self.length:
-            return self._decode(self.waiting)  # a short video is one window, whatever the stride
+            return self._decode(self.waiting)  # a video shorter than a window is decoded at once, whatever the stride
         made = []
         while self.waiting is not None and self.waiting.shape[2]:
             made.append(self._window())
@@ -243,7 +253,7 @@ class _Windows(Stream):
         return frames
 
     def _told(self, latents: Tensor) -> tuple[Any, ...]:
-        """Return further arguments of decode."""
+        """Return further positional arguments of `vae.decode`."""
         return ()
 
     def state(self) -> State:
@@ -261,18 +271,18 @@ class _WindowsOfLTX(_Windows):
     lost_end = True
 
     def _told(self, latents: Tensor) -> tuple[Any, ...]:
-        # Clean latents: the noise that the pipeline can add before decoding is not ours.
+        # Timestep 0: the latents are clean. The pipeline's option to add noise before decoding is not supported.
         return (latents.new_zeros(len(latents)) if self.vae.config.timestep_conditioning else None,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How an autoencoder is decoded in pieces."""
+    """How an autoencoder class is decoded in pieces."""
 
     kind: Literal["exact", "windows"]
     stream: type[Stream]
     time_first: bool = False
-    """Whether its `Denoiser` keeps latents as (B, t, C, h, w)."""
+    """Whether its `Denoiser` has latents of shape (B, t, C, h, w)."""
 
 
 DECODERS = {
@@ -281,11 +291,14 @@ DECODERS = {
     "AutoencoderKLLTXVideo": Way(kind="windows", stream=_WindowsOfLTX),
     "AutoencoderKLWan": Way(kind="exact", stream=_Wan),
 }
-"""Class of the autoencoder -> how. HunyuanVideo takes statistics over all frames, LTX looks ahead."""
+"""How autoencoders are decoded in pieces, by class name.
+
+Windows are needed because HunyuanVideo computes statistics over all frames, and LTX depends on later latent frames.
+"""
 
 
 def named(kind: str) -> str:
-    """Return the autoencoders of a kind, for a message."""
+    """Return the names of the autoencoder classes of a kind, for a message."""
     return ", ".join(name for name, way in DECODERS.items() if way.kind == kind)
 
 
@@ -293,12 +306,12 @@ def way_of(vae: Any) -> Way:
     """Return how an autoencoder is decoded in pieces.
 
     Raises:
-        UserError: it is not known.
+        UserError: the class is unknown.
     """
     for parent in type(vae).__mro__:
         if parent.__name__ in DECODERS:
             return DECODERS[parent.__name__]
     raise UserError(
-        f"it is not known how {type(vae).__name__} is decoded in pieces. Known: {named('exact')} (exact),"
+        f"{type(vae).__name__} cannot be decoded in pieces: use one of {named('exact')} (exact),"
         f" {named('windows')} (in windows)"
     )

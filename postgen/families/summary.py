@@ -1,4 +1,4 @@
-"""What postgen has put on a model, in words."""
+"""Summary of everything that postgen has applied to a model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from postgen.families.processors import ProcessorStack
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerSummary:
-    """What is on one transformer."""
+    """Plug-ins, claims and wrappers on one transformer."""
 
     component: str
-    """Name in the pipeline; empty for a bare transformer."""
+    """Component name in the pipeline; empty for a bare transformer."""
     kind: str
-    """Class name."""
+    """Class name of the transformer."""
     plug_ins: dict[str, str]
-    """What is on, by method, each in one line."""
+    """One line of description for each plug-in, by name of its method."""
     claims: dict[str, int]
-    """Who computes attention instead of diffusers, and of how many modules."""
+    """Methods that compute attention instead of diffusers, each with its number of modules."""
     wrappers: tuple[str, ...]
-    """What is wrapped around the attention processors, innermost first."""
+    """Methods with wrappers around the attention processors, innermost first."""
     displaced: tuple[str, ...]
-    """Attention modules whose processor was replaced behind our back: nothing of ours acts there."""
+    """Attention modules whose processor other code has replaced, so that claims and wrappers have no effect there."""
 
     def __str__(self) -> str:
         title = f"{self.component}: {self.kind}" if self.component else self.kind
@@ -34,12 +34,12 @@ class TransformerSummary:
         if self.claims or self.wrappers:
             lines.append(f"  attention processors: {' < '.join(['diffusers', *self._computing, *self.wrappers])}")
         if self.displaced:
-            lines.append(f"  replaced since, so without effect: {len(self.displaced)} processors")
+            lines.append(f"  without effect, because other code replaced the processor: {len(self.displaced)} modules")
         return "\n".join(lines)
 
     @property
     def _computing(self) -> list[str]:
-        """At most one place in the line: claimants have different modules, so none stands above another."""
+        """Methods that compute attention, as one entry: they have different modules, so none wraps another."""
         if len(self.claims) > 1:
             return [", ".join(f"{name} (computes {count})" for name, count in self.claims.items())]
         return [f"{name} (computes)" for name in self.claims]
@@ -47,23 +47,23 @@ class TransformerSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """What is on a pipeline or transformer; `print` it."""
+    """Everything that postgen has applied to a pipeline or transformer; `print` shows it as text."""
 
     transformers: tuple[TransformerSummary, ...]
-    """One for each transformer."""
+    """One summary per transformer."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.transformers))
 
 
 def summary(target: Any) -> Summary:
-    """Tell what postgen has put on a diffusers pipeline or transformer.
+    """Return what postgen has applied to a diffusers pipeline or transformer.
 
     Args:
         target: the pipeline or transformer.
 
     Raises:
-        UserError: it has no transformer.
+        UserError: the pipeline has no transformer.
 
     Example:
         print(postgen.summary(pipe))
@@ -79,7 +79,7 @@ def summary(target: Any) -> Summary:
                 plug_ins={
                     name: plug_in.describe()
                     for name, plug_in in found.plug_ins.items()
-                    if getattr(plug_in, "visible", True)  # and not on for a call in another thread only
+                    if getattr(plug_in, "visible", True)  # False: on only for a call in another thread
                 },
                 claims={name: len(modules) for name, modules in stack.claims.items()},
                 wrappers=stack.wrappers,

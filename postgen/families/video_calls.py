@@ -1,6 +1,6 @@
-"""What the call of each video pipeline of diffusers takes: playback rate, sizes, the fewest steps. Light to import.
+"""Playback rate, allowed sizes and fewest steps of each video pipeline of diffusers. Light to import.
 
-What a signature says (which settings there are, their defaults) is not repeated here; this is what it does not say.
+The table has only facts that the signature of a pipeline's call does not contain.
 """
 
 from __future__ import annotations
@@ -21,51 +21,53 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "true_cfg_scale": (0, 1000),
     "max_sequence_length": (1, 8192),
 }
-"""Least and largest value of a setting, whatever the model: beyond it lie no video, but an overflow, no memory, or a
-picture of one colour."""
+"""Smallest and largest value of each setting, for every model.
+
+Values outside cause an overflow, a lack of memory or a picture of one colour.
+"""
 
 MOST_PIXELS = 2**35
-"""Of a clip: 400 GB as float32."""
+"""Largest number of pixels in a clip: 400 GB in float32."""
 
 Frames = Literal["first", "free"]
-"""Of a clip, with t frames in a latent frame: t*n + 1, or whatever the pipeline makes of a number."""
+"""Rule of frame counts: t*n + 1 with t frames per latent frame (`first`), or any, which the pipeline may change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoCall:
-    """One row: how a pipeline class is called."""
+    """One row of the table: facts about the call of a pipeline class."""
 
     fps: float = 8.0
-    """Frames per second at which its clips play: what diffusers' example of the class writes, where it says one."""
+    """Playback rate of its clips in frames per second, from diffusers' example of the class if that has one."""
     frames: Frames = "first"
-    """Numbers of frames that it makes as asked."""
+    """Rule of the frame counts that it generates exactly."""
     pixels: int = 16
-    """What its call wants height and width to divide by, beside what autoencoder and patches want."""
+    """Number of which its call requires height and width to be multiples, besides autoencoder and patch size."""
     least_steps: int = 1
-    """Fewest denoising steps that its own schedule has."""
+    """Fewest denoising steps that its schedule supports."""
     refused: str = ""
-    """Why it makes no video here."""
+    """Reason why postgen refuses the class; empty if it does not."""
     image_optional: bool = False
-    """Whether it makes video from text alone too, although it takes a first frame."""
+    """Whether the class takes a first frame but can also generate from text alone."""
 
 
-# Networks on a U-Net of images (AnimateDiff, ModelScope, I2VGen-XL). Their examples write a GIF and name no rate: ours
-# is the usual one of short clips, 8 frames per second.
+# Models that extend a U-Net for images (AnimateDiff, ModelScope, I2VGen-XL). Their examples write a GIF without a
+# rate: 8 frames per second is usual for short clips.
 _MOTION = VideoCall(frames="free", pixels=8)
 _HUNYUAN = VideoCall(fps=15)
 _COGVIDEOX = VideoCall(fps=8, pixels=8)
 _WAN = VideoCall(fps=16)
 _SKYREELS = VideoCall(fps=24)
-# The example plays at 24 what the network was told is 25: here both are the default of the call.
+# The example passes 25 to the network and plays at 24. Here both are 25, the default of the call.
 _LTX = VideoCall(fps=25, pixels=32)
 _LTX2 = VideoCall(fps=24, pixels=32)
 _KANDINSKY = VideoCall(fps=24)
-# Its authors write 121 frames at 24 (generate.py of github.com/Tencent-Hunyuan/HunyuanVideo-1.5), as does diffusers'
-# example from a first frame; that from text was taken over from HunyuanVideo, with 15.
+# Its authors write 121 frames at 24 (generate.py of github.com/Tencent-Hunyuan/HunyuanVideo-1.5), and so does
+# diffusers' example with a first frame. Its example from text has 15, copied from HunyuanVideo.
 _HUNYUAN_15 = VideoCall(fps=24, pixels=1)
 _EASYANIMATE = VideoCall(fps=8)
 
-_TILES = "its autoencoder decodes in tiles only, and leaves grey what they do not cover"
+_TILES = "its autoencoder decodes in tiles only, and areas outside the tiles stay grey"
 
 ROWS: Mapping[str, VideoCall] = {
     "AllegroPipeline": VideoCall(fps=15, frames="free", pixels=8, refused=_TILES),
@@ -89,7 +91,7 @@ ROWS: Mapping[str, VideoCall] = {
     "EasyAnimateControlPipeline": _EASYANIMATE,
     "EasyAnimateInpaintPipeline": _EASYANIMATE,
     "EasyAnimatePipeline": _EASYANIMATE,
-    # Both work in sections, and make as many frames as these hold.
+    # Both Helios classes generate whole sections, so the number of sections determines the number of frames.
     "HeliosPipeline": VideoCall(fps=24, frames="free", image_optional=True),
     "HeliosPyramidPipeline": VideoCall(fps=24, frames="free", image_optional=True),
     "HunyuanVideoFramepackPipeline": VideoCall(fps=30, frames="free"),
@@ -110,13 +112,13 @@ ROWS: Mapping[str, VideoCall] = {
     "LTX2InContextPipeline": _LTX2,
     "LTX2LatentUpsamplePipeline": _LTX2,
     "LTX2Pipeline": _LTX2,
-    # Its steps are half linear, half quadratic: there are two halves.
+    # Its schedule has a linear and a quadratic half, with at least one step each.
     "LTXConditionPipeline": VideoCall(fps=25, pixels=32, least_steps=2, image_optional=True),
     "LTXI2VLongMultiPromptPipeline": _LTX,
     "LTXImageToVideoPipeline": _LTX,
     "LTXPipeline": _LTX,
     "LucyEditPipeline": VideoCall(fps=24),
-    # As LTXCondition. The example names no rate; the model makes 30 a second (its documentation in diffusers).
+    # Steps as in LTXConditionPipeline. The example has no rate; the model's page in diffusers says 30.
     "MochiPipeline": VideoCall(fps=30, pixels=8, least_steps=2),
     "MotifVideoImage2VideoPipeline": VideoCall(fps=24, pixels=1),
     "MotifVideoPipeline": VideoCall(fps=24, pixels=1),
@@ -133,19 +135,19 @@ ROWS: Mapping[str, VideoCall] = {
     "WanPipeline": _WAN,
     "WanVACEPipeline": _WAN,
 }
-"""Every pipeline class of diffusers that takes a number of frames."""
+"""Rows of all pipeline classes of diffusers that take a number of frames, by class name."""
 
 UNKNOWN = VideoCall(frames="free", pixels=1)
-"""A class without a row: its call refuses what it cannot make."""
+"""Row of unknown classes; their own call checks its arguments."""
 
 
 def rate_of(pipeline: str, index: Mapping[str, Any], network: Mapping[str, Any]) -> float:
-    """Return the frames per second of a model; two classes serve models of two rates each.
+    """Return the playback rate of a model in frames per second; for some classes it depends on the model.
 
     Args:
-        pipeline: its class.
+        pipeline: name of its pipeline class.
         index: content of its `model_index.json`.
-        network: configuration of its transformer; empty where it has none.
+        network: config of its transformer; empty if it has none.
     """
     if pipeline in ("WanPipeline", "WanImageToVideoPipeline") and index.get("expand_timesteps") is True:
         return 24.0  # Wan2.2-TI2V-5B
@@ -155,12 +157,12 @@ def rate_of(pipeline: str, index: Mapping[str, Any], network: Mapping[str, Any])
 
 
 def sizes_of(pipeline: str, vae: Mapping[str, Any], network: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Return what height, width and frames - 1 must divide by; None where that is not known.
+    """Return the numbers of which height, width and frames - 1 must be multiples; None if they are unknown.
 
     Args:
-        pipeline: a class.
-        vae: configuration of its autoencoder; empty where it has none of its own.
-        network: configuration of its transformer or U-Net; empty where it has neither.
+        pipeline: name of the pipeline class.
+        vae: config of its autoencoder; empty if it has none.
+        network: config of its transformer or U-Net; empty if it has neither.
     """
     row = ROWS.get(pipeline)
     try:
@@ -169,16 +171,16 @@ def sizes_of(pipeline: str, vae: Mapping[str, Any], network: Mapping[str, Any]) 
             return None
         space, time = scales
         rows, columns, step = multiples(space, time, _patch(network), row.pixels)
-    except (KeyError, TypeError, ValueError):  # what is wrong with a configuration, loading it tells
+    except (KeyError, TypeError, ValueError):  # loading the model reports errors in a config
         return None
-    # Patches of several frames are padded, but in Wan.
+    # All classes except Wan pad the frames to whole patches.
     step = step if row is _WAN else time
     return rows, columns, 1 if row.frames == "free" else step
 
 
 def least_steps(pipeline: str, scheduler: Mapping[str, Any]) -> int:
-    """Return the fewest steps of a pipeline class with a scheduler of this configuration."""
-    # Stretching a schedule to its end divides by the distance of its first and its last noise level.
+    """Return the fewest denoising steps of a pipeline class with a scheduler of this config."""
+    # `shift_terminal` divides by the difference of the first and the last noise level, which is 0 with one step.
     stretched = 2 if scheduler.get("shift_terminal") else 1
     return max(stretched, ROWS.get(pipeline, UNKNOWN).least_steps)
 
@@ -191,17 +193,17 @@ def _patch(network: Mapping[str, Any]) -> Sequence[int]:
 
 
 def _scales(vae: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return pixels a side of a latent pixel, and what frames (but the first) come in."""
+    """Return the autoencoder's compression: pixels per latent pixel along each side, frames per latent frame."""
     kind = vae.get("_class_name")
     if kind == "AutoencoderKLMochi":
-        return 8, 6  # the pipeline's own numbers
+        return 8, 6  # constants of the pipeline
     blocks = len(vae.get("block_out_channels", ()))
     if kind == "AutoencoderKLMagvit":
         return 2 ** (blocks - 1), 2 ** (blocks - 2)
     if kind in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
         return 2 ** (blocks - 1), 1
     if kind == "AutoencoderKLCogVideoX":
-        # It decodes pairs of latents, and makes 4n frames instead of 4n + 1 where no single one is left.
+        # It decodes pairs of latent frames. An even number of latent frames decodes to 4n frames instead of 4n + 1.
         return 2 ** (blocks - 1), 2 * int(vae.get("temporal_compression_ratio", 4))
     if kind == "AutoencoderKLLTXVideo":
         halvings = sum(vae["spatio_temporal_scaling"])

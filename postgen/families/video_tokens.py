@@ -1,4 +1,4 @@
-"""Where the tokens of a video, or of a picture, are inside self-attention."""
+"""Position and order of the tokens of a video, or of a picture, inside self-attention."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TokenOrder = Literal["video", "video-text", "text-video", "history-video", "history-video-text", "video-reference"]
-"""Order of the tokens that self-attention sees. `history-video`: the current frames are the last of the video;
-`video-reference`: they are the first, tokens of reference frames may follow in the same stream."""
+"""Order of the tokens in self-attention. In `history-video`, the current frames are the last of the video tokens. In
+`video-reference`, they are the first; tokens of reference frames may follow in the same sequence."""
 
 LatentAxes = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "packed"]
-"""Axes of `hidden_states` as the transformer's forward takes them; `BCHW` is a picture, `packed` is (B, T*H*W, C)."""
+"""Axes of the transformer's argument `hidden_states`; `BCHW` is a picture, `packed` is (B, T*H*W, C)."""
 
 ScaleTarget = Literal["attention", "norm2"]
-"""Which module's output a scalar on the attention output must multiply: the self-attention itself, or the block's
-`norm2` where a norm behind the attention would cancel any scalar."""
+"""Module whose output must be multiplied to scale the attention: the self-attention, or the block's `norm2` if that
+norm follows the attention and would cancel a factor on its output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Token grid of the video after patching: the tokens are ordered frame by frame, each frame row by row."""
+    """Token grid of the video after patching. Tokens are ordered frame by frame, and each frame row by row."""
 
     frames: int
     height: int
@@ -40,82 +40,85 @@ class Grid:
 
 
 GridRule = Callable[[Any, Mapping[str, Any]], Grid | None]
-"""(config of the transformer, its forward arguments by name) -> grid, or None where the arguments do not tell."""
+"""Function of the transformer's config and its forward arguments by name that returns the grid.
+
+It returns None if the arguments do not determine the grid.
+"""
 
 CausalRule = Callable[[Any], int]
-"""config of the transformer -> frames in a block of block-causal attention, 0 where attention is not causal."""
+"""Function of the transformer's config that returns the frames per block of block-causal attention; 0: not causal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoTokens:
-    """The part of a row that says how the tokens of a video pass through softmax attention over its frames.
+    """Description of the video tokens in the softmax self-attention of a transformer class.
 
     A picture is a video of one frame.
     """
 
     self_attention: str
-    """Pattern that the names of the video self-attention modules match in full."""
+    """Regular expression that matches the full names of the video self-attention modules."""
     token_order: TokenOrder
     """Order of the tokens inside self-attention."""
     latent_axes: LatentAxes
     """Axes of `hidden_states`."""
     grid_rule: GridRule
-    """How to read the token grid off the forward arguments."""
+    """Function that computes the token grid from the forward arguments."""
     attention_call: Literal["dispatch", "sdpa"]
-    """Whether the processor goes through diffusers' attention dispatcher or calls torch's SDPA itself."""
+    """Whether the processor calls diffusers' attention dispatcher or torch's SDPA."""
     scale_target: ScaleTarget = "attention"
-    """Where a scalar on the attention output takes effect."""
+    """Module whose output must be multiplied to scale the attention."""
     factorised: bool = False
-    """Whether self-attention is temporal by itself: (batch * locations) sequences of T tokens."""
+    """Whether these modules attend over time only, on (batch * positions) sequences of T tokens."""
     causal_rule: CausalRule | None = None
-    """How many frames are in a block, where a frame attends to no later block; None: every frame sees every frame."""
+    """Function that returns the frames per block of block-causal attention; None if all frames attend to all."""
 
     def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Return the video self-attention modules by name, in the order of the model.
 
         Raises:
-            UserError: none matches; the model's structure is not what the row says.
+            UserError: no module matches, because the model's structure differs from the row.
         """
         named = transformer.named_modules()
         found = {name: module for name, module in named if re.fullmatch(self.self_attention, name)}
         if not found:
             raise UserError(
                 f"{type(transformer).__name__} has no self-attention modules named {self.self_attention!r}:"
-                " its layout row is out of date"
+                " its layout row is out of date, update it"
             )
         return found
 
     def grid(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Grid | None:
-        """Return the token grid of a call `transformer(*args, **kwargs)`, without making it; None: unknown."""
-        # The class's own forward: hooks may have replaced the instance's by one that takes anything.
+        """Return the token grid of a call `transformer(*args, **kwargs)`, without the call; None if unknown."""
+        # The signature of the class: hooks may have replaced the instance's forward by one without named arguments.
         call = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs)
         return self.grid_rule(transformer.config, call.arguments)
 
 
 def grid_bcthw(config: Any, arguments: Mapping[str, Any]) -> Grid:
-    """Read (B, C, T, H, W) latents patched by `config.patch_size`, three numbers, or one and `patch_size_t`."""
+    """Return the grid of latents (B, C, T, H, W); `patch_of` has the patch size."""
     _, _, frames, height, width = arguments["hidden_states"].shape
     patch_t, patch_h, patch_w = patch_of(config)
     return Grid(frames=frames // patch_t, height=height // patch_h, width=width // patch_w)
 
 
 def grid_btchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
-    """Read (B, T, C, H, W) latents; a last patch that is not full counts as one in time."""
+    """Return the grid of latents (B, T, C, H, W); an incomplete last patch in time counts as a whole one."""
     _, frames, _, height, width = arguments["hidden_states"].shape
     patch_t, patch_h, patch_w = patch_of(config)
     return Grid(frames=-(-frames // patch_t), height=height // patch_h, width=width // patch_w)
 
 
 def grid_bchw(config: Any, arguments: Mapping[str, Any]) -> Grid:
-    """Read a picture (B, C, H, W) patched by `config.patch_size`, one number."""
+    """Return the grid of a picture (B, C, H, W); `config.patch_size` is one number."""
     _, _, height, width = arguments["hidden_states"].shape
     return Grid(frames=1, height=height // config.patch_size, width=width // config.patch_size)
 
 
 def grid_of_ids(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
-    """Read places (L, 3) of packed tokens, which may have a batch axis: picture, row, column.
+    """Return the grid of packed tokens from `img_ids`, (L, 3) or (B, L, 3): picture, row, column of each token.
 
-    None where they are no grid: tokens of a given picture stand behind those of the one that is made.
+    None if the tokens are not a grid, because tokens of a given picture follow those of the generated picture.
     """
     places = arguments.get("img_ids")
     if places is None:
@@ -124,12 +127,12 @@ def grid_of_ids(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
 
 
 def grid_packed(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
-    """Read `num_frames`, `height`, `width` of packed tokens (B, T*H*W, C), or count them in `video_coords`.
+    """Return the grid of packed tokens (B, T*H*W, C) from `num_frames`, `height`, `width` or from `video_coords`.
 
-    None where neither tells: tokens of references among those of the video make the coordinates no grid.
+    None if neither determines it: with additional tokens of references, the coordinates are not a grid.
     """
     frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
-    # Pipelines that pass coordinates write 1 for each of the sizes, or leave them out.
+    # Pipelines that pass coordinates omit the sizes or set each of them to 1.
     if frames is not None and height is not None and width is not None and frames * height * width > 1:
         return Grid(frames=frames, height=height, width=width)
     coordinates = arguments.get("video_coords")
@@ -137,17 +140,24 @@ def grid_packed(config: Any, arguments: Mapping[str, Any]) -> Grid | None:
 
 
 def _grid_of_coordinates(coordinates: Tensor) -> Grid | None:
-    """Coordinates of the tokens in time, height and width (3, L), or where each begins and ends (3, L, 2)."""
+    """Return the grid of tokens with these coordinates; None if they are not a grid.
+
+    Args:
+        coordinates: time, row and column of each token, (3, L), or their begin and end, (3, L, 2).
+    """
     begins = coordinates if coordinates.dim() == 2 else coordinates[..., 0]
     frames, height, width = (axis.unique().numel() for axis in begins)
     return Grid(frames=frames, height=height, width=width) if frames * height * width == begins.shape[1] else None
 
 
 def patch_of(config: Any) -> tuple[int, int, int]:
-    """Return latent frames, rows and columns in a token, by `patch_size`, three numbers or one and `patch_size_t`."""
+    """Return the latent frames, rows and columns of a token.
+
+    The config has `patch_size` with three numbers, or `patch_size` with one number and `patch_size_t`.
+    """
     size = config.patch_size
     if isinstance(size, int):
-        # CogVideoX writes None for no patches in time.
+        # CogVideoX has None if patches have no extent in time.
         return config.get("patch_size_t") or 1, size, size
     patch_t, patch_h, patch_w = size
     return patch_t, patch_h, patch_w

@@ -1,18 +1,22 @@
-"""Sizes that a model can make. Apart from the denoisers: the command line checks them without importing torch."""
+"""Sizes that a model can make. The module does not import torch, so that the command line can check sizes quickly."""
 
 import math
 from collections.abc import Sequence
 
 from postgen.errors import UserError
 
-# Wan's pipelines refuse any other size, whatever the autoencoder and the patches would allow.
+# Wan's pipelines refuse other sizes, even if the autoencoder and the patch size would allow them.
 PIXEL_MULTIPLE = 16
 
 
 def multiples(space: int, time: int, patch: Sequence[int], pixels: int = PIXEL_MULTIPLE) -> tuple[int, int, int]:
-    """Return what height, width and frames - 1 must divide by, from the latent's scale factors and the patch size.
+    """Return the numbers of which height, width and frames - 1 must be multiples.
 
-    `pixels` is what the pipeline wants height and width to divide by, whatever the others would allow.
+    Args:
+        space: pixels per latent pixel along each side.
+        time: frames per latent frame.
+        patch: latent frames, rows and columns of a patch.
+        pixels: number of which the pipeline itself requires height and width to be multiples.
     """
     return math.lcm(pixels, space * patch[1]), math.lcm(pixels, space * patch[2]), time * patch[0]
 
@@ -20,18 +24,18 @@ def multiples(space: int, time: int, patch: Sequence[int], pixels: int = PIXEL_M
 def check_size(
     num_frames: int | None, height: int | None, width: int | None, rows: int, columns: int, time: int
 ) -> None:
-    """Refuse a size that the pipelines would refuse or silently change; None is left to the pipeline.
+    """Check a size; pipelines would refuse a wrong size or change it silently.
 
     Args:
-        num_frames: frames of the clip.
-        height: pixels.
-        width: pixels.
-        rows: what the height must divide by.
-        columns: what the width must divide by.
-        time: what frames - 1 must divide by.
+        num_frames: frames of the clip; None is the pipeline's default and is not checked.
+        height: height in pixels, or None.
+        width: width in pixels, or None.
+        rows: number of which the height must be a multiple.
+        columns: number of which the width must be a multiple.
+        time: number of which frames - 1 must be a multiple.
 
     Raises:
-        UserError: names the nearest sizes that are allowed.
+        UserError: a size is not allowed. The message names the nearest allowed sizes.
     """
     for what, value, step in (("height", height, rows), ("width", width, columns)):
         if value is not None and (value < step or value % step):

@@ -1,4 +1,7 @@
-"""Whether all weights of a model are in its files: what is missing is left empty or drawn at random by the loaders."""
+"""Checks that the files of a model have all its weights; diffusers and transformers load incomplete files silently.
+
+diffusers leaves missing weights on the meta device, and transformers initialises them at random.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,13 @@ _MISSING = re.compile(r"^(\S+)\s*\|\s*(?:\x1b\[[\d;]*m)?MISSING", re.MULTILINE)
 
 @contextmanager
 def foreign_weights_refused(source: str) -> Iterator[None]:
-    """Refuse files with tensors that the network they are for does not have, which diffusers leaves out.
+    """Refuse files with tensors of blocks that the network lacks; diffusers would ignore these tensors.
+
+    Args:
+        source: model that is loaded, for the error message.
 
     Raises:
-        UserError: some belong to modules of the network, as a further block does that its configuration lacks.
+        UserError: the files have tensors of blocks that the network's config lacks.
     """
     found: list[tuple[str, str]] = []
     pattern = re.compile(r"were not used when initializing (\w+): \s*\[(['\"])(.*)\2\]", re.DOTALL)
@@ -34,20 +40,23 @@ def foreign_weights_refused(source: str) -> Iterator[None]:
         yield
     for network, names in found:
         more = names.split(", ")
-        # One that stands alone, as a table that the class makes itself, is left out by design.
+        # Surplus tensors outside the blocks, such as tables that the class computes itself, are ignored by design.
         if blocks := [name for name in more if re.search(r"\.\d+\.", f".{name}")]:
             raise UserError(
-                f"{source}: its files hold {len(blocks)} tensors of blocks that the configuration of its {network}"
-                f" lacks, {shortened(blocks)}: is its config.json that of another model?"
+                f"{source}: its files have {len(blocks)} tensors of blocks that the config of its {network} lacks,"
+                f" {shortened(blocks)}: check whether config.json belongs to another model"
             )
 
 
 @contextmanager
 def random_weights_told(source: str) -> Iterator[None]:
-    """Warn of weights that transformers draws at random, which it says in a report that is muted elsewhere.
+    """Warn if transformers initialises missing weights at random; its own report of this may be muted.
 
     Args:
-        source: what is loaded.
+        source: model that is loaded, for the messages.
+
+    Raises:
+        UserError: weights are missing and others are surplus: the files are those of another class.
     """
     missing: list[str] = []
 
@@ -61,34 +70,44 @@ def random_weights_told(source: str) -> Iterator[None]:
         yield
     if missing and foreign:
         raise UserError(
-            f"text_encoder of {source} is of another class than its files: {len(missing)} weights are missing, as"
-            f" {shortened(missing[:1])}, and {len(foreign)} are of another network, as {shortened(foreign[:1])}"
+            f"the class of text_encoder in {source} does not match its files: {len(missing)} weights are missing, such"
+            f" as {shortened(missing[:1])}, and {len(foreign)} belong to another network, such as"
+            f" {shortened(foreign[:1])}"
         )
     if missing:
         warnings.warn(
-            f"{source} lacks {len(missing)} weights of its text encoders, which are random now: {shortened(missing)}."
-            " Is the download complete?",
+            f"{source} lacks {len(missing)} weights of its text encoders, which are random: {shortened(missing)}."
+            " Check whether the download is complete",
             stacklevel=3,
         )
 
 
 def check_whole(pipe: Any, source: str) -> None:
-    """Look for weights that diffusers has left empty, and for such that are no numbers.
+    """Check that all weights of a pipeline were loaded and are finite.
+
+    Args:
+        pipe: the loaded pipeline.
+        source: model that was loaded, for the error message.
 
     Raises:
-        UserError: there are some.
+        UserError: weights are missing (on the meta device), NaN or infinite.
     """
     for name, module in pipe.components.items():
         if not hasattr(module, "named_parameters"):
             continue
         if empty := [key for key, value in module.named_parameters() if value.is_meta]:
-            raise UserError(f"{source} is not complete: {name} lacks {len(empty)} weights, {shortened(empty)}")
+            raise UserError(
+                f"{source} is not complete: {name} lacks {len(empty)} weights, {shortened(empty)}: download it again"
+            )
         if bad := [key for key, value in module.named_parameters() if not _finite(value)]:
-            raise UserError(f"{source} is damaged: NaN or infinity in {len(bad)} weights of {name}, {shortened(bad)}")
+            raise UserError(
+                f"{source} is damaged: NaN or infinity in {len(bad)} weights of {name}, {shortened(bad)}: use an"
+                " undamaged copy"
+            )
 
 
 def _finite(value: Tensor) -> bool:
-    """Whether all numbers are; those of 8 bits are quantised."""
+    """Whether all elements are finite. Tensors with 8-bit elements are quantised and not checked."""
     if value.numel() == 0 or value.itemsize == 1:
         return True
     low, high = value.detach().aminmax()
@@ -97,7 +116,7 @@ def _finite(value: Tensor) -> bool:
 
 @contextmanager
 def _heard(name: str, hear: Callable[[str], object]) -> Iterator[None]:
-    """Hand every message of a logger to a function, also where warnings are muted."""
+    """Pass every message of a logger to a function, even if its warnings are muted."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,8 +1,9 @@
-"""Which columns of its first layer, and which rows of its last one, a network has for each channel of its latents.
+"""Columns of a network's first layer and rows of its last layer that belong to each channel of its latents.
 
-Families unpack the last layer's features in different orders, channel after channel or patch after patch, so appending
-rows at the end does not append channels. The order is read off the network itself: it is called twice on numbered
-latents, and in the second call the last layer gives the numbers of its rows. No weight is touched.
+Families unpack the output features of the last layer in different orders, channel by channel or patch by patch, so
+additional rows at the end are not additional channels. This module measures the order: it calls the network twice on
+numbered latents, and in the second call a hook makes the last layer return the numbers of its rows. Weights do not
+change.
 
     widths = find_widths(pipe.transformer)
     weight = pipe.transformer.get_submodule(widths.last).weight[widths.rows[3]]  # the rows of channel 3
@@ -31,44 +32,47 @@ _KINDS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 _CHANNEL_AXIS: dict[LatentAxes, int] = {"BCTHW": 1, "BTCHW": 2, "BTHWC": 4, "BCHW": 1, "packed": 2}
 _LORA = re.compile(r"(.+)\.(base_layer|lora_[AB])\b")
 _DIGIT = 256
-"""Whole numbers up to it are exact in bfloat16, so numbers are told in digits of this base."""
+"""Base in which numbers are written, one digit per call: bfloat16 represents integers up to 256 exactly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Widths:
-    """The two layers that the number of channels decides."""
+    """First and last layer of a network, with the weights that belong to each channel of the latents."""
 
     first: str
-    """Name of the layer that takes the latents: a linear layer or a convolution with the size of a patch."""
+    """Name of the layer that takes the latents: a linear layer, or a convolution whose kernel is a patch."""
     columns: Tensor
-    """(C_in, P) int64: columns of its `weight.flatten(1)` for each input channel, by place in the patch."""
+    """(C_in, P) int64: columns of its `weight.flatten(1)` for each input channel and each position in the patch."""
     last: str
-    """Name of the layer that gives them: linear."""
+    """Name of the linear layer that returns the output latents."""
     rows: Tensor
-    """(C_out, P) int64: rows of its weight and bias for each output channel, by place in the patch."""
+    """(C_out, P) int64: rows of its weight and bias for each output channel and each position in the patch."""
 
 
 @dataclass(slots=True, eq=False)
 class _Watch:
-    """What two calls showed."""
+    """Observations from two calls of the network."""
 
     marks: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Latents of the call under way."""
+    """Numbered latents of the current call."""
     first: str = ""
+    """Name of the first layer."""
     entering: list[Tensor] = field(default_factory=list)
-    """What the first layer was given in each call, one token of it."""
+    """Input of the first layer in each call; only one token if the layer is linear."""
     last: str = ""
+    """Name of the last layer."""
 
 
 def find_widths(transformer: nn.Module, arguments: Mapping[str, Any] | None = None) -> Widths:
     """Find the columns and rows of every channel.
 
     Args:
-        transformer: of a class that has a layout; it may be wrapped.
-        arguments: of one forward, for a class of which it is not known how it is called; a batch of 1 and few tokens.
+        transformer: a transformer of a class with a layout; it may be wrapped.
+        arguments: forward arguments with a batch of 1 and few tokens; needed if the layout does not describe the call.
 
     Raises:
-        UserError: nothing is known of the class; the latents enter no single layer, or leave none, as they are.
+        UserError: the class is unknown; no layer takes exactly the latents, or the output is not a permutation of the
+            features of the last layer.
     """
     model: Any = unwrap(transformer)
     kind = registered_name(type(model))
@@ -76,10 +80,14 @@ def find_widths(transformer: nn.Module, arguments: Mapping[str, Any] | None = No
     axis = channel_axis(layout_named(kind))
     numbers = _numbers(given["hidden_states"], axis)
     watch = _Watch()
+    # The latents are element numbers: their low digits in the first call, their high digits in the second. The first
+    # call finds both layers, so that in the second the last layer can return its row numbers.
     with torch.no_grad(), _watching(model, watch):
         for digit in (0, 1):
             if digit and not watch.first:
-                raise UserError(f"no layer of {kind} takes the latents alone, so it cannot be given more channels")
+                raise UserError(
+                    f"no layer of {kind} takes the latents without other inputs, so no channel can be added"
+                )
             _check_bare(watch)
             latents = given["hidden_states"]
             watch.marks = (numbers // _DIGIT**digit % _DIGIT).to(latents.dtype).expand(latents.shape)
@@ -93,28 +101,28 @@ def find_widths(transformer: nn.Module, arguments: Mapping[str, Any] | None = No
 
 
 def smallest_call(kind: str, model: Any) -> dict[str, Any]:
-    """Return the arguments of a forward on as few tokens as the class takes, on the model's device and in its dtype.
+    """Return forward arguments with as few tokens as the class accepts, on the model's device and in its dtype.
 
     Raises:
-        UserError: it is not known how the class is called, or its weights are not in memory.
+        UserError: the layout of the class does not describe its call, or the weights are not in memory.
     """
     try:
         call = call_of(kind)
     except UserError as error:
-        raise UserError(f"{error}; or give the arguments of a small forward") from error
+        raise UserError(f"{error}; or give the arguments of a small forward pass") from error
     config, row = model.config, layout_named(kind)
     frames, height, width = patch_of(config) if "patch_size" in config else (1, 1, 1)
     blocks = row.video.causal_rule(config) if row.video is not None and row.video.causal_rule is not None else 0
     weight = next(model.parameters())
     if weight.is_meta:
-        raise UserError(f"the weights of this {kind} are not in memory: do this before they are offloaded")
+        raise UserError(f"the weights of this {kind} are not in memory: change its channels before offloading")
     size = Size(
         batch=1,
         num_frames=1,
         frames=frames * max(1, blocks) + call.more_frames,
         height=2 * height,
         width=2 * width,
-        # Where positions are learned, text of another length does not fit.
+        # Models with learned positions of the text need its full length.
         text_tokens=config.get("max_text_seq_length") or min(call.text_tokens, 16),
         device=weight.device,
         dtype=model.dtype,
@@ -123,35 +131,39 @@ def smallest_call(kind: str, model: Any) -> dict[str, Any]:
 
 
 def channel_axis(row: Layout) -> int:
-    """Return which axis of a class's latents, as its forward takes them, is that of the channels."""
+    """Return the channel axis of the latents that the forward of a class takes."""
     tokens = row.video or row.image
     return _CHANNEL_AXIS[tokens.latent_axes if tokens is not None else "BCTHW"]
 
 
 def _check_bare(watch: _Watch) -> None:
-    """Refuse a LoRA on either layer: what it adds has the shape of the layer that it was made for."""
+    """Refuse a LoRA on the first or last layer, because its weights have the shape of the original layer.
+
+    Raises:
+        UserError: one of the layers has a LoRA.
+    """
     for name in (watch.first, watch.last):
         if match := _LORA.match(name):
             raise UserError(
-                f"{match[1]} has a LoRA, so it cannot be given other channels: take it off or merge it first"
+                f"{match[1]} has a LoRA, so the number of channels cannot change: remove or merge the LoRA first"
             )
 
 
 def _numbers(latents: Tensor, axis: int) -> Tensor:
-    """Number the elements of one sample: channel * places + place."""
+    """Return the number of each element of one sample: channel * places + place."""
     shape = latents.movedim(axis, 1).shape[1:]
     count = shape.numel()
     if count > _DIGIT**2:
-        raise UserError(f"latents of {count} numbers are too many to tell apart: give at most {_DIGIT**2}")
+        raise UserError(f"the latents have {count} elements: give smaller arguments, with at most {_DIGIT**2}")
     return torch.arange(count, device=latents.device).view(1, *shape).movedim(1, axis)
 
 
 def _called(model: Any, kind: str, arguments: dict[str, Any]) -> Tensor:
     try:
         out = model(**arguments, return_dict=False)
-    except Exception as error:  # whatever a family raises on a call that is too small for it, or lacks something
+    except Exception as error:  # models raise many types of errors if a call is too small or lacks arguments
         raise UserError(
-            f"a small call of {kind}, to see which rows of its layers are which channel, failed: {named_error(error)}"
+            f"a small forward pass of {kind}, to find the channels in its layers, failed: {named_error(error)}"
         ) from error
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
@@ -159,7 +171,7 @@ def _called(model: Any, kind: str, arguments: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _watching(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    """See which layer is given the latents and nothing else, and which layer is the last to run."""
+    """Observe which layer takes exactly the latents, and which layer runs last."""
 
     def before(name: str) -> Callable[..., None]:
         def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -197,11 +209,15 @@ def _plain() -> Iterator[None]:
 
 @contextmanager
 def _giving_rows(model: nn.Module, name: str) -> Iterator[None]:
-    """Let a linear layer give the number of each of its rows. What follows may only move them."""
+    """Make a linear layer return the number of each of its rows. Operations after it may only permute them.
+
+    Raises:
+        UserError: the layer is not linear.
+    """
     layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
         raise UserError(
-            f"the last layer of {type(model).__name__}, {name}, is a {type(layer).__name__}: linear is needed"
+            f"the last layer of {type(model).__name__}, {name}, is a {type(layer).__name__}: a linear layer is needed"
         )
 
     def rows(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -217,48 +233,64 @@ def _giving_rows(model: nn.Module, name: str) -> Iterator[None]:
 def _same_numbers(x: Tensor, marks: Tensor) -> bool:
     if x.numel() != marks.numel():
         return False
-    # Offloading may have brought the model to another device for the call.
+    # Offloading may move the model to another device for the call.
     return bool((x.flatten().sort()[0] == marks.to(x.device).flatten().sort()[0]).all())
 
 
 def _columns(model: nn.Module, kind: str, name: str, seen: Tensor, channels: int, places: int) -> Tensor:
-    """Sort what the first layer was given into columns by channel and place."""
+    """Return the columns of the first layer by channel and place, from the numbers in its input.
+
+    Raises:
+        UserError: the input of the layer does not have all channels of a token or of a patch.
+    """
     layer: Any = model.get_submodule(name)
     if isinstance(layer, nn.Linear):
-        # One token: its features are the numbers of some places, the same ones of every channel.
+        # The features of one token are the numbers of some places, which are the same places in every channel.
         order = seen.argsort()
         owners = seen[order] // places
         if not torch.equal(owners, torch.arange(channels).repeat_interleave(len(seen) // channels)):
-            raise UserError(f"{name} of {kind} is not given all channels of a token: more cannot be added")
+            raise UserError(f"{name} of {kind} does not take all channels of a token: no channel can be added")
         return order.view(channels, -1)
     owners = (seen.movedim(1, 0).flatten(1) // places).unique(dim=1)
     if layer.groups != 1 or not torch.equal(owners, torch.arange(channels)[:, None]):
-        raise UserError(f"{name} of {kind} is not given one channel of the latents in each of its own")
+        raise UserError(
+            f"the input channels of {name} in {kind} are not those of the latents: no channel can be added"
+        )
     return torch.arange(layer.weight[0].numel()).view(channels, -1)
 
 
 def _rows(kind: str, out: Tensor, count: int) -> Tensor:
-    """Sort the rows that came out, (C, places), by channel and by the place in the patch where each was seen first."""
+    """Return the rows of the last layer by channel and by position in the patch.
+
+    Args:
+        kind: name of the class, for the error message.
+        out: (C, places): row number of each element of the output.
+        count: number of rows of the last layer.
+
+    Raises:
+        UserError: the output is not a permutation of the rows.
+    """
     seen: dict[float, int] = {}
     for place, row in enumerate(out[0].tolist()):
         seen.setdefault(row, place)
     rows = out[:, [*seen.values()]].long()
     if not torch.equal(rows.flatten().sort()[0], torch.arange(count)) or (rows != out[:, [*seen.values()]]).any():
         raise UserError(
-            f"the output of {kind} is more than the rows of its last layer put in order: none can be added"
+            f"the output of {kind} is not a permutation of its last layer's features: no channel can be added"
         )
     return rows
 
 
 def resize(model: Any, widths: Widths, inputs: int, outputs: int, config: dict[str, int | None]) -> None:
-    """Give both layers zeros for other numbers of channels, and let config and attributes say so.
+    """Replace the weights of both layers by zeros for other numbers of channels, and update config and attributes.
 
     Args:
         model: the transformer, without a wrapper.
-        widths: as they are.
-        inputs: channels.
-        outputs: channels.
-        config: `in_channels` and `out_channels` as the config is to have them; None means as many as the other.
+        widths: layers of the transformer, from `find_widths`.
+        inputs: new number of input channels.
+        outputs: new number of output channels.
+        config: new config entries `in_channels` and `out_channels`; None for `out_channels` means as many as
+            `in_channels`.
     """
     first: Any = model.get_submodule(widths.first)
     last: Any = model.get_submodule(widths.last)
@@ -277,19 +309,29 @@ def _zeros(like: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
 
 
 def inputs_of(layer: Any) -> int:
-    """Return the features of a linear layer, or the channels of a convolution, that it takes."""
+    """Return the number of input features of a linear layer, or of input channels of a convolution."""
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
 
 
 def set_sizes(model: Any, first: Any, last: Any, columns: int, rows: int, config: dict[str, int | None]) -> None:
-    """Let the attributes of both layers and of the model, and its config, say how large they are."""
+    """Update the sizes in the attributes of both layers and of the model, and in its config.
+
+    Args:
+        model: the transformer, without a wrapper.
+        first: its first layer.
+        last: its last layer.
+        columns: input features or channels of the first layer.
+        rows: output features of the last layer.
+        config: as for `resize`.
+    """
     setattr(first, "in_features" if isinstance(first, nn.Linear) else "in_channels", columns)
     last.out_features = rows
     for name, value in config.items():
-        # Some classes keep the number beside the config, and reshape by it.
+        # Some classes also have the number as an attribute and use it in reshapes.
         if isinstance(vars(model).get(name), int):
             setattr(model, name, value or config["in_channels"])
-    # Of entries that nobody named diffusers keeps a list, and `from_config` would take the class's defaults for them.
+    # diffusers has a list of config entries that were left at their defaults, and `from_config` would ignore their new
+    # values. So the changed entries are removed from the list.
     lists = {name: value for name, value in model.config.items() if name.startswith("_") and isinstance(value, list)}
     named = {name: [each for each in value if each not in config] for name, value in lists.items()}
     model.register_to_config(**config, **named)

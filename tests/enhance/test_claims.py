@@ -69,7 +69,7 @@ def test_claimants_may_share_a_model_but_no_module(wan: TinyModel) -> None:
     stack.claim("b", {SECOND: same})
     assert "diffusers < a (computes 1), b (computes 1)" in str(postgen.summary(wan.transformer))
     before = state(wan.transformer)
-    message = r"c cannot compute the attention of blocks\.1\.attn1: b computes it already\. Take b off, or leave"
+    message = r"c cannot compute the attention of blocks\.1\.attn1: b computes it already\. Remove b, or exclude"
     for refuse in (stack.claim, stack.check_claim):
         with pytest.raises(postgen.UserError, match=message):
             refuse("c", {SECOND: same})
@@ -116,13 +116,13 @@ def pop_claimant(stack: ProcessorStack) -> None:
     ("act", "message"),
     [
         (claim_more, r"late cannot compute the attention of blocks\.0\.attn1: early computes it already"),
-        (claim_again, "early is on the processors already: release it first"),
-        (push_as_claimant, "early is on the processors already: release it first"),
+        (claim_again, "early is on the attention processors already: release it first"),
+        (push_as_claimant, "early is on the attention processors already: release it first"),
         (claim_unknown, r"WanTransformer3DModel has no attention module 'blocks\.7\.attn1'"),
         (claim_other, r"WanTransformer3DModel has no attention module 'blocks\.0\.ffn'"),
         (push_unknown, "has no attention module 'attn9'"),
-        (release_nothing, r"late computes no attention here\. Those who do: early"),
-        (pop_claimant, r"early is not on the processors\. On them: early"),
+        (release_nothing, r"late computes no attention here\. Known: early"),
+        (pop_claimant, r"early is not on the attention processors\. On them: early"),
     ],
 )
 def test_what_is_refused_changes_nothing(wan: TinyModel, act: Callable[[ProcessorStack], None], message: str) -> None:

@@ -108,7 +108,7 @@ def test_start_and_stop_without_a_step_counter(tiny_wan: Path) -> None:
     found = [progress({"timestep": t.expand(2)}) for t in pipe.scheduler.timesteps]
     assert found == [0.0, 0.25, 0.5, 0.75]
     del pipe
-    with pytest.raises(postgen.UserError, match="pipeline, which is gone"):
+    with pytest.raises(postgen.UserError, match="its pipeline no longer exists"):
         progress({"timestep": torch.ones(1)})
 
 

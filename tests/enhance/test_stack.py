@@ -75,9 +75,9 @@ def test_the_last_pop_gives_the_processors_back(wan: TinyModel) -> None:
 
 def test_names_are_pushed_once_and_popped_by_those_who_are_there(wan: TinyModel) -> None:
     stack = push(wan, "a", noting([], "a"))
-    with pytest.raises(postgen.UserError, match="a is on the processors already"):
+    with pytest.raises(postgen.UserError, match="a is on the attention processors already"):
         push(wan, "a", noting([], "a"))
-    with pytest.raises(postgen.UserError, match=r"b is not on the processors\. On them: a"):
+    with pytest.raises(postgen.UserError, match=r"b is not on the attention processors\. On them: a"):
         stack.pop("b")
 
 

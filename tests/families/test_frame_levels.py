@@ -1,4 +1,4 @@
-"""Noise levels per latent frame: what each network is told, and who refuses them."""
+"""Noise levels per latent frame: the timesteps of each network, and the denoisers that refuse them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MAKERS = {
 
 @pytest.fixture(scope="module", params=MAKERS)
 def point(request: pytest.FixtureRequest) -> tuple[Any, Denoiser, Tensor, dict[str, Tensor]]:
-    """A pipeline, its denoiser, noisy latents and a condition; read only."""
+    """Return a pipeline, its denoiser, noisy latents and a condition; tests must not change them."""
     pipe = MAKERS[request.param]()
     denoiser = denoiser_for(pipe)
     source = torch.Generator().manual_seed(3)
@@ -64,7 +64,7 @@ def point(request: pytest.FixtureRequest) -> tuple[Any, Denoiser, Tensor, dict[s
 
 
 def by_hand(pipe: Any, x: Tensor, condition: dict[str, Tensor], text: str) -> Tensor:
-    """The network's own answer to a timestep for each frame, or for each token frame by frame."""
+    """Return the network's prediction with timesteps per frame or per token that the test computes itself."""
     kind = type(pipe).__name__
     patch = 1 if kind == "LTXPipeline" else 2
     per_frame = ROWS // patch * (COLUMNS // patch)
@@ -87,7 +87,7 @@ def by_hand(pipe: Any, x: Tensor, condition: dict[str, Tensor], text: str) -> Te
 def test_denoiser_tells_every_frame_its_level(point: Any) -> None:
     pipe, denoiser, x, condition = point
     with_text, without = (by_hand(pipe, x, condition, text) for text in ("prompt", "negative"))
-    # Not bit by bit: latents in another memory order are summed in another order on some processors.
+    # Not bitwise: on some processors, the order of sums depends on the memory layout of the latents.
     torch.testing.assert_close(denoiser.predict(x, LEVELS, condition), with_text, rtol=1e-5, atol=1e-6)
     guided = denoiser.predict(x, LEVELS, condition, 3.0)
     torch.testing.assert_close(guided, without + 3.0 * (with_text - without), rtol=1e-5, atol=1e-5)
@@ -105,7 +105,7 @@ def test_denoiser_equal_levels_of_frames_are_one_level_of_the_row(point: Any, gu
     level = torch.tensor([0.8, 0.25])
     expected = denoiser.predict(x, level, condition, guidance)
     found = denoiser.predict(x, level[:, None].expand(-1, FRAMES), condition, guidance)
-    # Guidance adds g of one pass and g - 1 of the other.
+    # Guidance weights the rounding errors of the two passes by g and g - 1.
     assert (found - expected).abs().max() <= 1e-6 * (2 * guidance - 1)
 
 
@@ -140,7 +140,7 @@ def test_denoiser_names_the_pipelines_that_take_levels_of_frames() -> None:
             continue
         x = denoiser.initial_latents(1, **size)
         levels = torch.full((1, 1 if denoiser.frame_axis is None else x.shape[denoiser.frame_axis]), 0.5)
-        with pytest.raises(UserError, match=r"one noise level per row.*need one of LTXPipeline, .*WanPipeline$"):
+        with pytest.raises(UserError, match=r"one noise level per row.*use one of LTXPipeline, .*WanPipeline$"):
             denoiser.predict(x, levels, {"prompt": x})
     assert taking == set(pipelines_per_frame())
 
@@ -198,5 +198,5 @@ def test_frames_of_one_token_have_one_level() -> None:
     tokens = (LEVELS[:, :2] * 1000).repeat_interleave(6, dim=1)
     expected = pipe.transformer(x, tokens, condition["prompt"], return_dict=False)[0]
     assert torch.equal(denoiser.predict(x, pairs, condition), expected)
-    with pytest.raises(UserError, match="2 latent frames in a row are one token"):
+    with pytest.raises(UserError, match="every 2 latent frames are one token in time"):
         denoiser.predict(x, LEVELS, condition)

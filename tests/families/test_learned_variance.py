@@ -115,5 +115,5 @@ def test_pixart_that_is_told_its_size_is_refused() -> None:
     pipe, _ = tiny_pipeline("PixArt-Sigma")
     config = {**pipe.transformer.config, "use_additional_conditions": True, "_use_default_values": []}
     pipe.transformer = type(pipe.transformer).from_config(config)
-    with pytest.raises(UserError, match=r"told the size of its pictures \(Alpha at 1024\) has no denoiser"):
+    with pytest.raises(UserError, match=r"takes the picture size as input \(Alpha at 1024\) has no denoiser"):
         denoiser_for(pipe)

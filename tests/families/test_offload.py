@@ -1,4 +1,4 @@
-"""Which weights stand on the device: chosen by numbers alone, as no test has a GPU that is too small."""
+"""The choice of offloading, tested with given numbers of bytes, because no test has a GPU that is too small."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def test_where_there_is_no_gpu_auto_keeps_all_and_the_others_are_refused_before_
     assert pipe.device.type == "cpu"
     prepare(GenerateConfig(prompt="a", model=str(tiny_wan), device="cpu", offload="auto"))
     for kind in ("model", "sequential"):
-        with pytest.raises(UserError, match="moves parts to a GPU"):
+        with pytest.raises(UserError, match="moves components to a GPU"):
             prepare(GenerateConfig(prompt="a", model=str(tiny_wan), device="cpu", offload=kind))

@@ -1,4 +1,4 @@
-"""Every option of `generate` reaches every family, or is refused; playback rates; what sidecars say."""
+"""Every option of `generate` has an effect in every family or is refused; playback rates; content of sidecars."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ OTHER_RATES = {
     "LTXImageToVideoPipeline": (24, 25),
     "LTXPipeline": (24, 25),
 }
-"""Class -> rate of its example, and ours; `video_calls` says why."""
+"""Playback rate of the class's example and of its row; `video_calls` has the reasons why they differ."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_rates(pipeline: str, index: dict[str, Any], network: dict[str, Any], ra
 
 
 def test_sizes_of_the_published_models() -> None:
-    """Their autoencoders and networks, in the words of their configurations."""
+    """The arguments are configs of published autoencoders and networks."""
     cog = {"_class_name": "AutoencoderKLCogVideoX", "block_out_channels": [128, 256, 256, 512]}
     assert sizes_of("CogVideoXPipeline", cog, {"patch_size": 2}) == (16, 16, 8)
     ltx = {"_class_name": "AutoencoderKLLTXVideo", "patch_size": 4, "patch_size_t": 1}
@@ -124,7 +124,7 @@ def test_refusals_name_the_number(ltx: Path, hunyuan: Path) -> None:
 
 
 def test_cogvideox_makes_8n_plus_1(tmp_path: Path) -> None:
-    """Asked for 13 frames, the pipeline makes 16 without a word."""
+    """For 13 requested frames, the pipeline makes 16 without a warning."""
     folder = save_tiny_video("CogVideoX", tmp_path)
     job = prepare(request(folder, num_frames=17, num_inference_steps=1))
     pipe = load(job)
@@ -164,13 +164,13 @@ def test_true_guidance_is_the_pipelines_own(hunyuan: Path) -> None:
 
 
 def test_sidecar_says_what_was_used(tmp_path: Path) -> None:
-    """Also where the pipeline takes it from the model: CogVideoX's size and length."""
+    """The sidecar also has values that the pipeline takes from the model: CogVideoX's size and length."""
     folder = save_tiny_video("CogVideoX", tmp_path / "model")
     bare = GenerateConfig(prompt="a", model=str(folder), device="cpu", num_inference_steps=1)
     files = generate_video(bare, tmp_path / "x.mp4")
     settings, _ = read_sidecar(files.sidecar)
     assert [settings[name] for name in ("width", "height", "num_frames", "fps")] == [32, 32, 9, 8]
-    assert settings["guidance_scale"] == 6  # the call's own default
+    assert settings["guidance_scale"] == 6  # the default of the pipeline's call
     note = json.loads(files.sidecar.read_text())
     assert (note["frames"], note["width"], note["height"]) == (9, 32, 32)
 
@@ -196,7 +196,7 @@ def test_pipelines_that_need_more(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_is_shared_by_jobs_of_its_class_only(tmp_path: Path) -> None:
-    """`compare --b image=...` of a folder that serves two classes loads both."""
+    """`compare --b image=...` loads both pipelines if a folder can be loaded as two classes."""
     from PIL import Image
 
     folder = save_tiny_video("Wan, text or first frame", tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Merged padding: the result of a stock call with fewer keys, and stock calls wherever it would be another one."""
+"""Merged padding: the result of a stock call with fewer keys, and stock calls wherever the result would differ."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.families.test_by_frame import call_of
 from tests.families.test_frame_levels import FRAMES, MAKERS
 
 LENGTH, USED = 40, (7, 3)
-"""Tokens of a prompt, and those of two prompts that are not zeros."""
+"""Tokens of a prompt, and the numbers of tokens of two prompts that are not padding."""
 
 
 def padded(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with prompts that are padded with zeros."""
+    """Return the call with prompts that are padded with zeros."""
     text = torch.randn(2, LENGTH, call["encoder_hidden_states"].shape[2], generator=torch.Generator().manual_seed(1))
     for row, used in zip(text, USED, strict=True):
         row[used:] = 0
@@ -34,7 +34,7 @@ def padded(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def keys_seen(model: Any, call: dict[str, Any]) -> tuple[Tensor, int]:
-    """What a network makes of a call with its padding merged, and how many tokens of text the last block saw."""
+    """Return the prediction with merged padding, and the number of text tokens in the last block."""
     seen: list[int] = []
     attention = model.blocks[-1].attn2
     hook = attention.register_forward_hook(lambda _, args, out: seen.append(args[1].shape[1]))
@@ -60,7 +60,7 @@ def test_merged_padding_gives_what_all_of_it_gives(family: str, by_frame: bool) 
         assert keys == max(USED) + 1
         assert (out - expected).abs().max() <= within * expected.abs().max()
         short = {**told, "encoder_hidden_states": told["encoder_hidden_states"][:, :keys]}
-        assert (model(**short)[0] - expected).abs().max() > 1e-5 * expected.abs().max()  # padding does count
+        assert (model(**short)[0] - expected).abs().max() > 1e-5 * expected.abs().max()  # padding has an effect
     assert hooks == [(len(each._forward_hooks), len(each._forward_pre_hooks)) for each in double.modules()]
 
 

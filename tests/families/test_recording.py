@@ -1,4 +1,4 @@
-"""Recording blocks: what is kept and how, under which wrappers, and what is left behind when something fails."""
+"""Recording of blocks: the stored tensors, recording under wrappers, and the clean-up after a failure."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_folder_has_what_memory_has(wan: TinyModel, tmp_path: Path) -> None:
 
 
 def test_a_folder_takes_each_block_as_it_ends(wan: TinyModel, tmp_path: Path) -> None:
-    """So that memory holds one block at a time, however many are recorded."""
+    """Memory then holds one block at a time, whatever the number of recorded blocks."""
     written: list[int] = []
 
     def run() -> None:
@@ -83,11 +83,11 @@ def test_a_folder_takes_each_block_as_it_ends(wan: TinyModel, tmp_path: Path) ->
 
 
 def test_what_blocks_share_is_kept_once(wan: TinyModel) -> None:
-    """Text, modulation, rotary cosines and sines, the first input, and one output of each of the blocks."""
+    """Seven tensors: text, modulation, rotary cosines and sines, the first input, and the output of each block."""
     recording = capture(wan.transformer, BLOCKS, wan)
     store: Any = recording["blocks.0"][0].store
     assert len(store._kept) == 7
-    # What was read may be changed.
+    # A caller may change the tensors that it reads.
     call = recording["blocks.0"][0]
     call.output().zero_()
     assert call.output().any()
@@ -214,7 +214,7 @@ def test_wrappers_are_looked_through(wrap: Any, wan: TinyModel) -> None:
 
 
 def test_gradients_are_left_alone(wan: TinyModel) -> None:
-    """Those of the run flow, what is kept has none, and a replay has those of the block's weights."""
+    """The run has gradients, recorded tensors have none, and a replay has gradients of the block's weights."""
     losses: list[Tensor] = []
 
     def run() -> None:
@@ -287,7 +287,7 @@ def test_the_run_may_change_the_folder(wan: TinyModel, tmp_path: Path, monkeypat
     assert (tmp_path / "kept" / "recording.json").exists()
     assert not list((tmp_path / "other").iterdir())
     assert recording["blocks.0"][0].output().shape == (2, 24, 32)
-    with pytest.raises(UserError, match="the place of its folder"):
+    with pytest.raises(UserError, match="a recording replaces its folder"):
         capture(wan.transformer, "blocks.0", wan, where=".")
 
 
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_nothing(wan: TinyModel, tmp_path: Path) -> None:
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(UserError, match=f"cannot be written to {tmp_path} .*make room"):
+        with pytest.raises(UserError, match=f"cannot be written to {tmp_path} .*free some space"):
             capture(wan.transformer, BLOCKS, wan, where=tmp_path / "kept")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -320,23 +320,23 @@ def test_what_cannot_be_recorded_is_said(wan: TinyModel, tmp_path: Path) -> None
         capture(model, [], wan)
     with pytest.raises(UserError, match=r"block blocks.0, blocks.1 did not run"):
         capture(model, BLOCKS, lambda: None)
-    with pytest.raises(UserError, match=r"where='cuda:0' is no place to keep a recording"):
+    with pytest.raises(UserError, match=r"where='cuda:0' cannot keep a recording"):
         capture(model, BLOCKS, wan, where="cuda:0")
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="is not an empty folder"):
         capture(model, BLOCKS, wan, where=tmp_path)
     assert (tmp_path / "note.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="holds no recording of blocks"):
+    with pytest.raises(UserError, match="has no recording of blocks"):
         Recording.read(tmp_path)
     capture(model, BLOCKS, wan, where=tmp_path / "kept")
     recording = Recording.read(tmp_path / "kept")
     (tmp_path / "kept" / "000000.safetensors").unlink()
-    with pytest.raises(UserError, match="is not a whole recording"):
+    with pytest.raises(UserError, match="is not a complete recording"):
         recording["blocks.0"][0].output()
     index = tmp_path / "kept" / "recording.json"
     index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+    with pytest.raises(UserError, match="has format 2, this version reads format 1"):
         Recording.read(tmp_path / "kept")
     index.write_text('{"format": 1, "blocks": [1]}')
-    with pytest.raises(UserError, match="holds no recording of blocks"):
+    with pytest.raises(UserError, match="has no recording of blocks"):
         Recording.read(tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""A model on a GPU: what is recorded comes back to the CPU, and is replayed on either."""
+"""Recording of a model on a GPU: the tensors are stored on the CPU, and blocks are replayed on CPU and GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout rows and the two registries."""
+"""The registries of layouts and of denoisers."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The layout rows against tiny models of the real classes."""
+"""Layout rows, compared with tiny models of the real classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiny(request: pytest.FixtureRequest) -> TinyModel:
 
 
 def test_every_row_has_a_tiny_model() -> None:
-    """Those with video tokens stand in one table, those without in the other; some of these have a picture's."""
+    """Rows with video tokens are in one table, rows without in the other; some of the latter have picture tokens."""
     for table, video in ((BUILDERS, True), (BLOCK_BUILDERS, False)):
         rows = {name for name, row in registry._layouts.items() if (row.video is not None) == video}
         assert {type(tiny_model(name).transformer).__name__ for name in table} == rows
@@ -49,12 +49,12 @@ def test_grid(tiny: TinyModel) -> None:
 
 
 def test_tokens_of_pictures_have_a_place_of_their_own(tiny: TinyModel) -> None:
-    """What looks at frames refuses pictures; what only needs tokens has both."""
+    """`video_tokens_of` refuses picture models; `tokens_of` accepts video and picture models."""
     row = layout_of(tiny.transformer)
     assert tokens_of(tiny.transformer) is (row.image if tiny.name in IMAGES else row.video)
     assert (row.image is None) != (row.video is None)
     if tiny.name in IMAGES:
-        with pytest.raises(UserError, match="it makes images, there are no frames to compare"):
+        with pytest.raises(UserError, match="it generates images, which have no frames to compare"):
             video_tokens_of(tiny.transformer)
         axes, x = tokens_of(tiny.transformer).latent_axes, tiny.arguments["hidden_states"]
         assert x.dim() == (3 if axes == "packed" else len(axes))
@@ -66,13 +66,13 @@ def test_modules(tiny: TinyModel) -> None:
     blocks = layout.block_modules(tiny.transformer)
     assert len(attention) == tiny.attention_layers
     assert all(hasattr(module, "processor") for module in attention.values())
-    # Every attention layer stands in a block, and no block is inside another one.
+    # Every attention layer is inside a block, and no block is inside another block.
     assert all(any(name.startswith(f"{block}.") for block in blocks) for name in attention)
     assert not any(one.startswith(f"{other}.") for one in blocks for other in blocks)
 
 
 def with_timestep(tiny: TinyModel, kind: str) -> torch.Tensor | None:
-    """The prediction with a timestep of this shape, the same number everywhere; None where forward takes no such."""
+    """Return the prediction with a timestep of this shape, with equal elements; None if forward refuses the shape."""
     batch, frames = 2, tiny.frames
     shapes = {"B": (batch,), "BT": (batch, frames), "B1T11": (batch, 1, frames, 1, 1)}
     shapes["BL"] = (batch, frames * ROWS * COLUMNS)
@@ -93,7 +93,7 @@ def with_timestep(tiny: TinyModel, kind: str) -> torch.Tensor | None:
 
 @pytest.mark.parametrize("name", [*BUILDERS, *BLOCK_BUILDERS])
 def test_timestep_shapes(name: str) -> None:
-    """The shapes of the row are accepted and no others, and give the same where all timesteps are the same."""
+    """Exactly the shapes of the row are accepted, and equal timesteps predict the same in every shape."""
     tiny = tiny_model(name, batch=2)
     kinds: tuple[TimestepShape, ...] = get_args(TimestepShape)
     outputs = {kind: output for kind in kinds if (output := with_timestep(tiny, kind)) is not None}
@@ -111,7 +111,7 @@ def test_block_causal_frames() -> None:
 
 @pytest.mark.parametrize("name", ["LTX", "LTX-2"])
 def test_packed_tokens_without_sizes(name: str) -> None:
-    """Coordinates tell the grid as long as they are one; without them nothing does."""
+    """Coordinates determine the grid if they form one; without sizes and coordinates, the grid is unknown."""
     tiny = tiny_model(name)
     video = video_tokens_of(tiny.transformer)
     corners = torch.cartesian_prod(torch.arange(4.0) / 25, torch.arange(2.0) * 32, torch.arange(3.0) * 32).T[None]
@@ -127,7 +127,7 @@ def test_packed_tokens_without_sizes(name: str) -> None:
 
 
 def test_places_of_packed_pictures() -> None:
-    """FLUX: with a batch axis, as older programs have them; with a given picture behind; and left out."""
+    """FLUX: `img_ids` with a batch axis (older programs), with those of a given picture appended, and omitted."""
     tiny = tiny_model("Flux")
     tokens, places = tokens_of(tiny.transformer), tiny.arguments["img_ids"]
     assert tokens.grid(tiny.transformer, img_ids=places[None]) == Grid(frames=1, height=ROWS, width=COLUMNS)
@@ -141,7 +141,7 @@ def test_places_of_packed_pictures() -> None:
     [
         ("SanaTransformer2DModel", r"its self-attention is linear \(ReLU\)"),
         ("SanaVideoTransformer3DModel", r"its self-attention is linear \(ReLU\)"),
-        ("QwenImageTransformer2DModel", "where those of its picture are has not been described"),
+        ("QwenImageTransformer2DModel", "its layout does not describe the tokens of its picture"),
         ("UNet2DConditionModel", "it is a U-Net"),
     ],
 )
@@ -164,7 +164,7 @@ def test_classes_without_video_tokens_say_why(name: str) -> None:
 
 @pytest.mark.parametrize("name", NO_LAYOUT)
 def test_classes_without_a_layout_say_why(name: str) -> None:
-    """The reason is about their blocks, not about what some method would do with their frames."""
+    """The reason concerns the blocks of the class, not the frames."""
     with pytest.raises(UserError, match=f"no layout for {name}: .*Known: AllegroTransformer3DModel") as refusal:
         layout_of(model_called(name))
     assert NO_LAYOUT[name] in str(refusal.value)
@@ -200,11 +200,11 @@ def test_a_row_of_blocks_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
     row = dataclasses.replace(layout_of(tiny_model("Wan").transformer), transformer="Mine", video=None)
     register_layout(row)
     assert layout_of(model_called("Mine")) is row
-    with pytest.raises(UserError, match="no video tokens in Mine: its layout says nothing of them"):
+    with pytest.raises(UserError, match="no video tokens in Mine: its layout does not describe them"):
         video_tokens_of(model_called("Mine"))
 
 
 def model_called(name: str) -> torch.nn.Module:
-    """Building the real ones would take their sizes and says no more: they are known by name."""
+    """Return a module whose class has this name. A real model is not needed, because the registry uses only names."""
     made: torch.nn.Module = type(name, (torch.nn.Module,), {})()
     return made

@@ -1,4 +1,4 @@
-"""Decoding in pieces against decoding at once."""
+"""Decoding in pieces, compared with decoding the whole video at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wan(**changes: Any) -> Any:
 
 
 def wan_residual() -> Any:
-    """As of Wan 2.2 5B: residual shortcuts, patches of pixels."""
+    """Return a tiny autoencoder like that of Wan 2.2 5B: residual shortcuts, patches of pixels."""
     patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
     return wan(is_residual=True, dim_mult=[1, 1, 1], temperal_downsample=[True, True], base_dim=8, **patches)
 
@@ -78,7 +78,7 @@ def in_pieces(decoder: StreamingDecoder, latents: Tensor, piece: int) -> Tensor:
 @pytest.mark.parametrize("frames", [1, 6, 7])
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str, frames: int) -> None:
-    """In float64, to the last bits of the float32 clip: kernels sum a piece and the whole in another order."""
+    """In float64, so that the float32 clips agree to the last bits: kernels sum pieces in another order."""
     vae, latents = EXACT[name]().double(), noise(frames).double()
     whole = at_once(vae, latents)
     for piece in (1, 2, 3):
@@ -94,7 +94,7 @@ def test_exact_in_float32(name: str) -> None:
     assert torch.equal(in_pieces(StreamingDecoder(vae, num_latents=7), latents, 7), whole)
     for piece in (1, 3):
         decoder = StreamingDecoder(vae, num_latents=7)
-        # Convolutions of another length sum in another order; test_exact has the identity, in float64.
+        # The order of sums in convolutions depends on the length of a piece; test_exact compares in float64.
         torch.testing.assert_close(in_pieces(decoder, latents, piece), whole, atol=1e-4, rtol=0)
 
 
@@ -144,7 +144,7 @@ def test_memory_is_constant(name: str) -> None:
 
 
 def short_windows(vae: Any) -> None:
-    """Windows of 3 latent frames, every 2, a latent frame of overlap."""
+    """Set windows of 3 latent frames with a stride of 2, so that they overlap by 1 latent frame."""
     time = vae.temporal_compression_ratio
     vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 3 * time, 2 * time
 
@@ -165,7 +165,7 @@ def test_windows_are_the_framewise_decoding_of_diffusers(name: str, frames: int)
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows_are_not_exact(name: str) -> None:
-    """A video of one window is."""
+    """Only a video of one window is exact."""
     vae = WINDOWS[name]()
     short_windows(vae)
     vae.use_framewise_decoding = False
@@ -179,7 +179,7 @@ def test_windows_are_not_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["CogVideoX", "HunyuanVideo", "LTX", "SkyReels-V2"])
 def test_normalised_latents_become_clips(name: str) -> None:
-    """What the transformer makes, in pieces: as the denoiser decodes it."""
+    """Pieces of the transformer's latents decode to the clip of the denoiser's `decode`."""
     pipe, size = tiny_pipeline(name)
     denoiser = denoiser_for(pipe)
     latents = denoiser.initial_latents(1, **{**size, "num_frames": 17})
@@ -202,7 +202,7 @@ def pieces(latents: Tensor, axis: int) -> Iterator[Tensor]:
 def test_refusals() -> None:
     from diffusers import AutoencoderKL
 
-    with pytest.raises(UserError, match=r"AutoencoderKL is decoded in pieces. Known: .*Wan \(exact\), .*LTX"):
+    with pytest.raises(UserError, match=r"AutoencoderKL cannot be decoded in pieces: use .*Wan \(exact\), .*LTX"):
         StreamingDecoder(AutoencoderKL())
     with pytest.raises(UserError, match=r"LTXVideo is not causal.*windows=True"):
         StreamingDecoder(ltx())
@@ -219,14 +219,14 @@ def test_wrong_use() -> None:
     with pytest.raises(UserError, match="nothing to finish"):
         decoder.finish()
     decoder.push(noise(1))
-    with pytest.raises(UserError, match=r"the sizes of the first, got \(1, 4, 1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"B, h, w of the first piece, got \(1, 4, 1, 2, 3\)"):
         decoder.push(noise(1, batch=1))
     with pytest.raises(UserError, match="t >= 1"):
         decoder.push(noise(1)[:, :, :0])
     decoder.finish()
     with pytest.raises(UserError, match="is finished"):
         decoder.push(noise(1))
-    with pytest.raises(UserError, match="no state of a StreamingDecoder"):
+    with pytest.raises(UserError, match="not a state of a StreamingDecoder"):
         decoder.load_state_dict({})
     with pytest.raises(UserError, match="takes latents of 4 channels, got 3"):
         StreamingDecoder(wan()).push(noise(1, channels=3))
@@ -237,7 +237,7 @@ def test_wrong_use() -> None:
             decoder.load_state_dict(StreamingDecoder(other, num_latents=3).state_dict())
     short = hunyuan_video()
     short.tile_sample_stride_num_frames = 3
-    with pytest.raises(UserError, match="the stride must be at least 4"):
+    with pytest.raises(UserError, match="set a stride of at least 4 frames"):
         StreamingDecoder(short)
 
 
@@ -255,16 +255,16 @@ def test_primed_with_all_latents_is_exact() -> None:
     assert approximate.shape == rest.shape
     assert not torch.equal(approximate, rest)
     assert torch.equal(primed.state_dict()["counts"], less.state_dict()["counts"])
-    with pytest.raises(UserError, match="has decoded 6 latent frames is not primed: make a new one"):
+    with pytest.raises(UserError, match="has decoded 6 latent frames cannot be primed: prime a new decoder"):
         less.prime(few, [latents])
     other = StreamingDecoder(cogvideox(), num_latents=3)
-    with pytest.raises(UserError, match="keep the whole state of any autoencoder but Wan's"):
+    with pytest.raises(UserError, match="autoencoders other than Wan's need load_state_dict with a whole state"):
         other.prime(other.state_dict(), [noise(3)])
 
 
 @pytest.mark.parametrize(("make", "reach"), [(wan, 30), (wan_residual, 28)])
 def test_primed_with_as_many_latents_as_it_looks_back_is_exact(make: Any, reach: int) -> None:
-    """To the bit; with a piece less it is not, so `reach` is no bound but what it takes."""
+    """The result is bitwise equal with `reach` latent frames, and differs with one piece less."""
     vae, latents = make(), noise(reach + 6, batch=1)
     decoder, pieces = StreamingDecoder(vae), latents.split(2, 2)
     assert decoder.reach == reach
@@ -296,7 +296,7 @@ def test_another_number_of_latents_is_refused(name: str) -> None:
 
 @contextmanager
 def out_of_memory(vae: Any) -> Iterator[None]:
-    """Let the second call of the decoder fail."""
+    """Make the second call of the decoder fail."""
     calls = []
 
     def fail(*args: Any) -> None:
@@ -315,7 +315,7 @@ def out_of_memory(vae: Any) -> Iterator[None]:
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_finish_that_failed_can_be_repeated(name: str) -> None:
     vae, latents = WINDOWS[name](), noise(9)
-    vae.tile_sample_stride_num_frames = vae.temporal_compression_ratio  # four windows wait for the end
+    vae.tile_sample_stride_num_frames = vae.temporal_compression_ratio  # four windows remain for `finish`
     one, other = (StreamingDecoder(vae, windows=True) for _ in range(2))
     one.push(latents)
     other.push(latents)

@@ -1,4 +1,4 @@
-"""The denoiser of Wan against the pipeline itself."""
+"""The denoiser of Wan, compared with the pipeline."""
 
 import itertools
 from pathlib import Path
@@ -154,7 +154,7 @@ def test_guidance_is_combined_in_float32(tiny_wan: Path, dtype: torch.dtype) -> 
     with_text, without = (denoiser.predict(x, sigma, {"prompt": condition[text]}) for text in ("prompt", "negative"))
     found = denoiser.predict(x, sigma, condition, 5.0)
     assert torch.equal(found, without + 5.0 * (with_text - without))
-    if dtype == torch.bfloat16:  # what the pipeline combines in its own type is rounded twice more
+    if dtype == torch.bfloat16:  # the pipeline combines in bfloat16, which rounds twice more
         assert not torch.equal(found, found.bfloat16().float())
 
 

@@ -1,4 +1,4 @@
-"""Which rows and columns are which channel, against weights that show it and against channels that are taken out."""
+"""Rows and columns of each channel, compared with biases that number the rows and with removed channels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNEL_FIRST = ("HunyuanVideo", "CogVideoX 1.0", "CogVideoX 1.5", "LTX", "Kandi
 
 @pytest.fixture(scope="module", params=(*PATCH_FIRST, *CHANNEL_FIRST))
 def found(request: pytest.FixtureRequest) -> tuple[TinyModel, Widths]:
-    """A tiny model and its widths; it is left as it was."""
+    """Return a tiny model and its widths; tests restore every change of the model."""
     tiny = tiny_model(request.param)
     return tiny, find_widths(tiny.transformer, tiny.arguments if request.param == "SANA-Video" else None)
 
@@ -39,7 +39,7 @@ def test_rows_are_what_the_biases_show(found: tuple[TinyModel, Widths]) -> None:
     expected = torch.arange(widths.rows.numel())
     expected = expected.view(*widths.rows.shape[::-1]).T if patch_first else expected.view(widths.rows.shape)
     assert torch.equal(widths.rows, expected)
-    # At every place of the output all channels are of one place of the patch.
+    # All channels at one place of the output belong to one position in the patch.
     places = {tuple(column) for column in out.T.tolist()}
     assert places == {tuple(column) for column in widths.rows.T.float().tolist()}
 
@@ -90,7 +90,7 @@ def test_other_number_types_give_the_same(name: str) -> None:
 def test_more_numbers_than_bfloat16_has() -> None:
     from diffusers import WanTransformer3DModel
 
-    # 144 channels: that of Wan2.2-TI2V-5B with depth and flow.
+    # 144 channels, as in Wan2.2-TI2V-5B with depth and flow.
     model = WanTransformer3DModel(
         num_attention_heads=1, attention_head_dim=12, text_dim=4, freq_dim=4, ffn_dim=4, num_layers=1, in_channels=144,
         out_channels=144,
@@ -100,9 +100,9 @@ def test_more_numbers_than_bfloat16_has() -> None:
 
 
 def test_models_that_it_cannot_do_are_refused() -> None:
-    with pytest.raises(UserError, match="the output of LTX2VideoTransformer3DModel is more than the rows of its last"):
+    with pytest.raises(UserError, match="the output of LTX2VideoTransformer3DModel is not a permutation of its last"):
         find_widths(tiny_model("LTX-2").transformer)
-    with pytest.raises(UserError, match=r"SanaVideoTransformer3DModel.*or give the arguments of a small forward$"):
+    with pytest.raises(UserError, match=r"SanaVideoTransformer3DModel.*give the arguments of a small forward pass$"):
         find_widths(tiny_model("SANA-Video").transformer)
     with pytest.raises(UserError, match="no layout for Linear"):
         find_widths(torch.nn.Linear(2, 2))
@@ -110,7 +110,7 @@ def test_models_that_it_cannot_do_are_refused() -> None:
         find_widths(tiny_model("Wan").transformer.to("meta"))
     tiny = tiny_model("Wan")
     big = {**tiny.arguments, "hidden_states": torch.zeros(1, 5, 4, 100, 100)}
-    with pytest.raises(UserError, match="latents of 200000 numbers are too many"):
+    with pytest.raises(UserError, match="the latents have 200000 elements: give smaller arguments"):
         find_widths(tiny.transformer, big)
-    with pytest.raises(UserError, match=r"a small call of WanTransformer3DModel, .* failed: "):
+    with pytest.raises(UserError, match=r"a small forward pass of WanTransformer3DModel, .* failed: "):
         find_widths(tiny.transformer, {**tiny.arguments, "encoder_hidden_states": torch.zeros(1, 2, 3)})

@@ -1,4 +1,4 @@
-"""Tiny transformers that make images, and those of video without softmax attention over its frames."""
+"""Tiny transformers that generate images, and tiny video transformers without softmax attention over frames."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ POOLED = 8
 
 
 def picture(size: Size, channels: int = CHANNELS, side: int | None = None) -> Tensor:
-    """(B, C, H, W) of 2 x 3 patches of 2 x 2, or of a square."""
+    """Return latents (B, C, H, W) of a picture with 2 x 3 patches of 2 x 2, or of a square with this side."""
     return torch.randn(size.batch, channels, side or ROWS * 2, side or COLUMNS * 2)
 
 
 def heads(size: Size, **changes: Any) -> dict[str, Any]:
-    """Configuration that many share."""
+    """Return config entries that many classes share."""
     config = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "num_layers": size.layers}
     return {**config, "in_channels": CHANNELS, **changes}
 
 
 def arguments(size: Size, **changes: Any) -> dict[str, Any]:
-    """Arguments that many share."""
+    """Return forward arguments that many classes share."""
     shared = {"hidden_states": picture(size), "encoder_hidden_states": size.text(), "timestep": size.timestep()}
     return {**shared, **changes}
 
 
 def ids(width: int) -> dict[str, Tensor]:
-    """Positions of 2 x 3 image tokens and of the text."""
+    """Return the positions of 2 x 3 image tokens and of the text tokens."""
     image = torch.zeros(ROWS * COLUMNS, width)
     image[:, 1:3] = torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS)).float()
     return {"img_ids": image, "txt_ids": torch.zeros(TEXT_TOKENS, width)}
@@ -87,7 +87,7 @@ def chroma(size: Size) -> Built:
 
 
 def like_flux(size: Size, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and arguments of relatives of Flux without guidance."""
+    """Return config and arguments of classes like Flux, without an embedded guidance scale."""
     config = heads(size, num_single_layers=size.layers, joint_attention_dim=TEXT_DIM, axes_dims_rope=(4, 6, 6))
     return {**config, **changes}, {**packed(size), **ids(3)}
 
@@ -130,7 +130,7 @@ def prx(size: Size) -> Built:
 
 @builder("Stable Diffusion 3", video=False)
 def stable_diffusion_3(size: Size) -> Built:
-    """With two self-attentions in the first block, as 3.5 medium has it."""
+    """Build a model with two self-attentions in the first block, like SD 3.5 medium."""
     from diffusers import SD3Transformer2DModel
 
     config = heads(
@@ -143,7 +143,7 @@ def stable_diffusion_3(size: Size) -> Built:
 
 @builder("DiT", video=False)
 def dit(size: Size) -> Built:
-    """A class instead of a text."""
+    """Build a model that is conditioned on a class instead of a text."""
     from diffusers import DiTTransformer2DModel
 
     given = {"hidden_states": picture(size, side=8), "timestep": size.timestep().long()}
@@ -166,7 +166,7 @@ def pixart(size: Size) -> Built:
 
 
 def sana_config(size: Size, **changes: Any) -> dict[str, Any]:
-    """Configuration that Sana and its video model share."""
+    """Return config entries that Sana and its video model share."""
     config = heads(
         size, out_channels=CHANNELS, num_cross_attention_heads=HEADS, cross_attention_head_dim=HEAD_DIM,
         cross_attention_dim=INNER, caption_channels=TEXT_DIM, sample_size=8,
@@ -219,7 +219,7 @@ def qwen_image(size: Size) -> Built:
 
 @builder("HunyuanDiT", video=False)
 def hunyuan_dit(size: Size) -> Built:
-    """Twice as many blocks, so that the second half takes something of the first."""
+    """Build a model with twice as many layers, because only blocks of the second half take outputs of the first."""
     from diffusers import HunyuanDiT2DModel
 
     config = {
@@ -299,7 +299,7 @@ def sana_video(size: Size) -> Built:
 
 @builder("JoyImage edit", video=False)
 def joyimage(size: Size) -> Built:
-    """The given image and the one that is made are two frames."""
+    """Build a model whose input has two frames: the given image and the generated image."""
     from diffusers import JoyImageEditTransformer3DModel
 
     config = {
@@ -311,7 +311,7 @@ def joyimage(size: Size) -> Built:
 
 @builder("JoyImage edit plus", video=False)
 def joyimage_plus(size: Size) -> Built:
-    """Patches of two given images and of the one that is made, the last sample with a shorter one."""
+    """Build a model whose input is patches of three images, two of them given; one is smaller in the last sample."""
     from diffusers import JoyImageEditPlusTransformer3DModel
 
     _, config, given = joyimage(size)

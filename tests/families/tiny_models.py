@@ -1,9 +1,9 @@
-"""Tiny random transformers of every family, each with valid arguments of its forward: real classes, no download.
+"""Tiny transformers of every family with random weights and valid forward arguments: real classes, no downloads.
 
     tiny = tiny_model("CogVideoX 1.5", batch=2)
     tiny.transformer(**tiny.arguments)
 
-Every clip has `frames` token frames of 2 x 3 tokens, so height and width cannot be mixed up unnoticed.
+Every clip has `frames` token frames of 2 x 3 tokens, so that a test fails if code exchanges height and width.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# They enter their builders into the tables when they are imported.
+# The import of these modules adds their builders to the tables.
 from tests.families import tiny_images, tiny_others, tiny_unets, tiny_wan  # noqa: F401
 from tests.families.tiny_parts import BLOCK_BUILDERS, BUILDERS, Size, build
 
 __all__ = ["BLOCK_BUILDERS", "BUILDERS", "IMAGES", "TinyModel", "tiny_model"]
 
 IMAGES = ("Chroma", "DiT", "Flux", "PixArt", "Stable Diffusion 3")
-"""Those of `BLOCK_BUILDERS` of which it is known where the tokens of their picture are."""
+"""Models of `BLOCK_BUILDERS` whose layout describes the tokens of their picture."""
 
 
 @dataclass(kw_only=True)
 class TinyModel:
-    """A transformer in eval mode and the keyword arguments of one forward call."""
+    """A transformer in eval mode and the keyword arguments of one forward pass."""
 
     name: str
     transformer: nn.Module
@@ -34,12 +34,11 @@ class TinyModel:
     frames: int
     """Token frames of the clip in `arguments`."""
     attention_layers: int
-    """Layers of self-attention over the video or picture that the configuration asks for: one a block, and one more in
-    dual blocks of Stable Diffusion 3.5."""
+    """Number of self-attention layers over the video or picture: one per block, two in dual blocks of SD 3.5."""
 
     @torch.no_grad()
     def __call__(self, **changes: Any) -> Tensor:
-        """Run the transformer on its arguments; returns the prediction of the video."""
+        """Run the transformer on its arguments, with changes, and return the prediction of the video or picture."""
         output: Any = self.transformer(**{**self.arguments, **changes}, return_dict=False)
         # Kandinsky 5 returns the bare tensor.
         prediction = output[0] if isinstance(output, tuple) else output

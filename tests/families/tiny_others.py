@@ -1,4 +1,4 @@
-"""Tiny transformers of the other families."""
+"""Tiny video transformers that are not derived from Wan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.families.tiny_parts import (
 
 
 def cogvideox_config(size: Size, **changes: Any) -> dict[str, Any]:
-    """Configuration that CogVideoX and ConsisID share."""
+    """Return config entries that CogVideoX and ConsisID share."""
     config = {
         "num_attention_heads": HEADS,
         "attention_head_dim": HEAD_DIM,
@@ -59,7 +59,7 @@ def cogvideox_15(size: Size) -> Built:
 
 
 def hunyuan_config(size: Size, **changes: Any) -> dict[str, Any]:
-    """Configuration that HunyuanVideo and its relatives share."""
+    """Return config entries that HunyuanVideo and classes derived from it share."""
     config = {
         "in_channels": CHANNELS,
         "out_channels": CHANNELS,
@@ -77,7 +77,7 @@ def hunyuan_config(size: Size, **changes: Any) -> dict[str, Any]:
 
 
 def hunyuan_arguments(size: Size, **changes: Any) -> dict[str, Any]:
-    """Arguments that HunyuanVideo and its relatives share."""
+    """Return forward arguments that HunyuanVideo and classes derived from it share."""
     arguments = {
         **wan_arguments(size),
         "encoder_attention_mask": size.text_mask(),
@@ -122,7 +122,7 @@ def ltx(size: Size) -> Built:
 
 @builder("ConsisID")
 def consisid(size: Size) -> Built:
-    """With the identity of a face."""
+    """Build a model with a face as a condition."""
     from diffusers import ConsisIDTransformer3DModel
 
     face = {"is_train_face": True, "cross_attn_interval": 1, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2}
@@ -140,7 +140,7 @@ def consisid(size: Size) -> Built:
 
 @builder("HunyuanVideo Framepack")
 def framepack(size: Size) -> Built:
-    """With clean frames and two more shrunk histories before the frames that are made."""
+    """Build a model with clean frames and two compressed histories before the current frames."""
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
     config = hunyuan_config(size, has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True)
@@ -365,7 +365,7 @@ def kandinsky6(size: Size) -> Built:
 
 @builder("Motif")
 def motif(size: Size) -> Built:
-    """With a block of its decoder, which attends to what the encoder made, too."""
+    """Build a model that also has a decoder block, which attends to the encoder's video."""
     from diffusers import MotifVideoTransformer3DModel
 
     config = hunyuan_config(

@@ -1,4 +1,4 @@
-"""What the builders of tiny models share: sizes, random arguments, the table that they enter themselves into."""
+"""Shared parts of the builders of tiny models: sizes, random arguments, and the tables of builders."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 ROWS, COLUMNS = 2, 3
-"""Tokens per frame, down and across."""
+"""Rows and columns of tokens in a frame."""
 HEADS, HEAD_DIM = 2, 16
 INNER = HEADS * HEAD_DIM
 TEXT_TOKENS, TEXT_DIM = 5, 16
 CHANNELS = 5
-"""Another number than the frames, so that the two cannot be mixed up unnoticed."""
+"""Different from the number of frames, so that a test fails if code exchanges the two axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is asked of a builder."""
+    """Requested size of a tiny model's arguments, with random tensors of that size."""
 
     batch: int
     frames: int
@@ -31,14 +31,14 @@ class Size:
         object.__setattr__(self, "tokens", self.frames * ROWS * COLUMNS)
 
     def latents(self, channels: int = CHANNELS, patch: int = 2, patch_t: int = 1) -> Tensor:
-        """(B, C, T, H, W)"""
+        """Return latents (B, C, T, H, W)."""
         return torch.randn(self.batch, channels, self.frames * patch_t, ROWS * patch, COLUMNS * patch)
 
     def text(self, width: int = TEXT_DIM, tokens: int = TEXT_TOKENS) -> Tensor:
         return torch.randn(self.batch, tokens, width)
 
     def text_mask(self, dtype: torch.dtype = torch.int64) -> Tensor:
-        """The last token of every text is padding."""
+        """Return a mask (B, L) in which the last token of every text is padding."""
         mask = torch.ones(self.batch, TEXT_TOKENS, dtype=dtype)
         mask[:, -1] = 0
         return mask
@@ -47,23 +47,23 @@ class Size:
         return torch.full((self.batch,), value)
 
     def rotary(self, dim: int = HEAD_DIM) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T*H*W, dim) of angles that come in pairs."""
+        """Return cosines and sines (T*H*W, dim); every angle occurs twice in a row."""
         angles = torch.rand(self.tokens, dim // 2).repeat_interleave(2, dim=1)
         return angles.cos(), angles.sin()
 
 
 Built = tuple[Any, dict[str, Any], dict[str, Any]]
-"""Class, configuration, arguments of forward."""
+"""Class, config and forward arguments of a tiny model."""
 
 BUILDERS: dict[str, Callable[[Size], Built]] = {}
-"""Models with softmax attention over the frames of a video."""
+"""Builders of models with softmax attention over the frames of a video, by name."""
 
 BLOCK_BUILDERS: dict[str, Callable[[Size], Built]] = {}
-"""Models of which the blocks are known, and no video tokens: of images, U-Nets, with other attention."""
+"""Builders of models without video tokens, by name: image models, U-Nets, models with other attention."""
 
 
 def builder(name: str, *, video: bool = True) -> Callable[[Callable[[Size], Built]], Callable[[Size], Built]]:
-    """Enter a function into one of the tables."""
+    """Return a decorator that adds a builder to one of the tables."""
 
     def enter(function: Callable[[Size], Built]) -> Callable[[Size], Built]:
         (BUILDERS if video else BLOCK_BUILDERS)[name] = function
@@ -73,7 +73,10 @@ def builder(name: str, *, video: bool = True) -> Callable[[Callable[[Size], Buil
 
 
 def build(kind: Any, config: dict[str, Any], seed: int = 0) -> Any:
-    """A module with random weights, always the same. Zeros are drawn too: they would hide what comes before them."""
+    """Build a module with random weights that depend on the seed only.
+
+    Weights that a class initialises to zero are random too, because zeros would hide the effect of earlier layers.
+    """
     torch.manual_seed(seed)
     module = kind(**config).eval()
     with torch.no_grad():
@@ -84,7 +87,7 @@ def build(kind: Any, config: dict[str, Any], seed: int = 0) -> Any:
 
 
 def wan_config(size: Size, **changes: Any) -> dict[str, Any]:
-    """Configuration that Wan and its relatives share."""
+    """Return config entries that Wan and classes derived from it share."""
     config = {
         "num_attention_heads": HEADS,
         "attention_head_dim": HEAD_DIM,
@@ -100,7 +103,7 @@ def wan_config(size: Size, **changes: Any) -> dict[str, Any]:
 
 
 def wan_arguments(size: Size, **changes: Any) -> dict[str, Any]:
-    """Arguments that Wan and its relatives share."""
+    """Return forward arguments that Wan and classes derived from it share."""
     arguments = {
         "hidden_states": size.latents(),
         "timestep": size.timestep(),

@@ -1,4 +1,4 @@
-"""Tiny whole pipelines of the families that have a denoiser: real classes, random weights, nothing downloaded."""
+"""Tiny pipelines of all families with a denoiser: real classes with random weights, without downloads."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def skyreels() -> Any:
         num_layers=1, num_attention_heads=HEADS, attention_head_dim=12, in_channels=4, out_channels=4,
         text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32,
     )  # fmt: skip
-    # One step at a time, so that it is Euler's: that is what the test compares with.
+    # A solver of order 1 is the Euler method, with which the test compares.
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1,
         disable_corrector=list(range(20)),
@@ -214,7 +214,7 @@ def stable_diffusion_xl() -> Any:
 
 
 LABELS = ("a red ball", "a blue cube falls", "blurry", "dark", "a", "b", "c", "a ball", "a cube")
-"""Classes of the tiny DiT from number 7 on: the prompts that tests give every family."""
+"""Names of the tiny DiT's classes from number 7 on: the prompts that tests use for every family."""
 
 
 def dit() -> Any:
@@ -249,21 +249,21 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
     "Stable Diffusion": (stable_diffusion, {"num_frames": 1, "height": 16, "width": 32}),
     "Stable Diffusion XL": (stable_diffusion_xl, {"num_frames": 1, "height": 16, "width": 32}),
 }
-"""Name -> how to make it, and a size it can make."""
+"""Functions that make the pipelines, each with a size that the pipeline can generate, by name."""
 
 NO_LORA = ("DiT", "PixArt-Sigma")
-"""Those whose networks take no LoRA in diffusers."""
+"""Pipelines whose networks support no LoRA in diffusers."""
 
 
 def tiny_pipeline(name: str) -> tuple[Any, dict[str, int]]:
-    """Make one of `PIPELINES`; weights that start at zero are drawn too, or nothing would show."""
+    """Return one of `PIPELINES` and its size. Zero weights are replaced by random ones, see `drawn`."""
     torch.manual_seed(0)
     make, size = PIPELINES[name]
     return drawn(make()), size
 
 
 def drawn(pipe: Any) -> Any:
-    """Draw the weights of a pipeline that start at zero, and keep it from showing its progress."""
+    """Replace weights that are initialised to zero by random ones, which have an effect, and hide the progress bar."""
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         for part in pipe.components.values():

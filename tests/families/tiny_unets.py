@@ -10,7 +10,12 @@ from tests.families.tiny_parts import CHANNELS, TEXT_DIM, Built, Size, builder
 
 
 def config(kind: str, **changes: Any) -> dict[str, Any]:
-    """Two blocks down, the second with cross-attention, and two up; kind: the ending of their names."""
+    """Return the config of a U-Net with two down blocks, the second with cross-attention, and two up blocks.
+
+    Args:
+        kind: suffix of the names of the block classes.
+        changes: further config entries.
+    """
     shared = {
         "in_channels": CHANNELS, "out_channels": CHANNELS, "layers_per_block": 1, "block_out_channels": (8, 8),
         "down_block_types": (f"DownBlock{kind}", f"CrossAttnDownBlock{kind}"), "norm_num_groups": 4,
@@ -20,7 +25,7 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
 
 
 def arguments(size: Size, **changes: Any) -> dict[str, Any]:
-    """A clip, a timestep, a text."""
+    """Return forward arguments: a clip, a timestep and a text."""
     sample = torch.randn(size.batch, CHANNELS, size.frames, 8, 8)
     return {"sample": sample, "timestep": size.timestep().long(), "encoder_hidden_states": size.text(), **changes}
 
@@ -38,7 +43,7 @@ def animatediff(size: Size) -> Built:
     from diffusers import UNetMotionModel
 
     heads = {"num_attention_heads": 2, "motion_num_attention_heads": 2}
-    text = size.text().repeat_interleave(size.frames, dim=0)  # one a frame
+    text = size.text().repeat_interleave(size.frames, dim=0)  # one text per frame
     return UNetMotionModel, config("Motion", **heads), arguments(size, encoder_hidden_states=text)
 
 
@@ -54,7 +59,7 @@ def i2vgen(size: Size) -> Built:
     from diffusers import I2VGenXLUNet
 
     given = arguments(size, fps=torch.full((size.batch,), 8), image_embeddings=torch.randn(size.batch, TEXT_DIM))
-    # It has 4 channels whatever its configuration says.
+    # The class has 4 channels, whatever its config has.
     given["sample"] = torch.randn(size.batch, 4, size.frames, 8, 8)
     given["image_latents"] = torch.randn_like(given["sample"])
     return I2VGenXLUNet, config("3D", in_channels=4, out_channels=4, attention_head_dim=4), given
@@ -69,7 +74,7 @@ def stable_video_diffusion(size: Size) -> Built:
         projection_class_embeddings_input_dim=12, num_frames=size.frames,
     )  # fmt: skip
     del made["norm_num_groups"]
-    # Groups of 32 channels are fixed there.
+    # Norms of this class always have 32 groups of channels.
     made["block_out_channels"] = (32, 32)
     given = arguments(size, added_time_ids=torch.rand(size.batch, 3))
     given["sample"] = given["sample"].transpose(1, 2)

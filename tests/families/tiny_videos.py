@@ -1,4 +1,4 @@
-"""Tiny pipelines of every way in which the video pipelines of diffusers are called, saved to folders."""
+"""Tiny video pipelines of diffusers, one for each kind of call signature, saved to folders."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ VIDEOS: dict[str, Callable[[], Any]] = {
     "SkyReels-V2": skyreels,
     "Stable Video Diffusion": _stable_video,
 }
-"""Name -> how to make it."""
+"""Functions that make the pipelines, by name."""
 
 
 def save_tiny_video(name: str, folder: Path) -> Path:
-    """Save one of `VIDEOS` to a folder; weights that start at zero are drawn too, or nothing would show."""
+    """Save one of `VIDEOS` to a folder. Zero weights are replaced by random ones, see `drawn`."""
     torch.manual_seed(0)
     drawn(VIDEOS[name]()).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Tiny transformers of Wan and its relatives."""
+"""Tiny transformers of Wan and of classes derived from it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def skyreels(size: Size) -> Built:
 
 @builder("SkyReels-V2 block-causal")
 def skyreels_causal(size: Size) -> Built:
-    """Diffusion forcing: a timestep per frame, and a block of frames attends to no later one."""
+    """Build a model with diffusion forcing (one timestep per frame) and block-causal attention over frames."""
     from diffusers import SkyReelsV2Transformer3DModel
 
     block = next(step for step in range(2, size.frames + 1) if size.frames % step == 0)
@@ -118,7 +118,7 @@ def anyflow(size: Size) -> Built:
 
 @builder("Helios")
 def helios(size: Size) -> Built:
-    """With a long, a middle and a short history before the frames that are made."""
+    """Build a model with a long, a middle and a short history before the current frames."""
     from diffusers import HeliosTransformer3DModel
 
     config = wan_config(size, rope_dim=(4, 6, 6))

@@ -18,7 +18,7 @@ from postgen.fused.blocks import is_fused
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 
-REFUSED = r"fused_ops cannot compute the attention of blocks\.1\.attn1: toy computes it already\. Take toy off"
+REFUSED = r"fused_ops cannot compute the attention of blocks\.1\.attn1: toy computes it already\. Remove toy"
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_records_of_other_blocks_do_not_matter(wan: Taught, tmp_path: Path) -> N
     both = records_of(wan.pipe, wan.size, where=tmp_path / "both")
     for record in both.plan["records"]:
         (tmp_path / "both" / record / "000001.safetensors").write_bytes(b"spoilt")
-    with pytest.raises(UserError, match="is not a whole recording"):
+    with pytest.raises(UserError, match="is not a complete recording"):
         reconstruct(tasks(wan.transformer, "Wan")[1:], both, settings(tmp_path / "second"))
     alone = records_of(wan.pipe, wan.size, "blocks.0")
     assert alone.identity == both.identity

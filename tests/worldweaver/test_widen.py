@@ -151,7 +151,7 @@ def test_what_was_trained_is_sliced() -> None:
         ("Helios", r"patch_short.weight also depends on the number of channels"),
         ("WanAnimate", r"it cannot be created with more channels: in_channels should be 2 \* latent_channels \+ 4"),
         ("Kandinsky 5", "its config has no in_channels and out_channels"),
-        ("LTX-2", "the output of LTX2VideoTransformer3DModel is more than the rows"),
+        ("LTX-2", "the output of LTX2VideoTransformer3DModel is not a permutation"),
         ("DiT", "it has 10 outputs for 5 inputs, so it also predicts a variance"),
     ],
 )
@@ -217,7 +217,7 @@ def test_wrong_calls_are_one_line() -> None:
     for layer in ("proj_out", "patch_embedding"):
         model = tiny_model("Wan").transformer
         model.add_adapter(LoraConfig(r=2, target_modules=[layer]))
-        with pytest.raises(UserError, match=f"{layer} has a LoRA, so it cannot be given other channels"):
+        with pytest.raises(UserError, match=f"{layer} has a LoRA, so the number of channels cannot change"):
             widen_transformer(model)
 
 
