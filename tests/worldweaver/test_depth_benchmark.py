@@ -1,4 +1,4 @@
-"""`benchmarks.world_depth`: its scenes, rows and gates, and the real picture where it is installed."""
+"""`benchmarks.world_depth`: its scenes, rows and gates, and the real picture if it is installed."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_row_of_a_new_network_flickers_as_its_frames_alone(source):
     generator = torch.Generator().manual_seed(0)
     rgb = (torch.rand(2, 4, 3, 32, 32, generator=generator) * 255).to(torch.uint8)
     row = bench.measure("some", Takes(rgb, 0.1 + torch.rand(2, 4, 32, 32, generator=generator).half()), source)
-    # It mixes no frames yet.
+    # An untrained network does not mix frames.
     assert row["flicker_ratio"] == pytest.approx(1, abs=1e-4)
     assert row["abs_rel_low"] <= row["abs_rel"] <= row["abs_rel_high"]
 
