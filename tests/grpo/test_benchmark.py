@@ -1,4 +1,4 @@
-"""The report of the benchmark, from logs that are written here."""
+"""The report of the benchmark, from logs that the test writes."""
 
 import json
 
@@ -18,7 +18,7 @@ def write_run(folder, name, rewards, *, forwards, seconds, error=1e-7):
         rows.append({"step": number, "eval_reward": reward, "eval_motion": 0.01, benchmark.RIGHT: reward / 2, **cost})
         rows.append({"step": number + 1, "timing/rollout": 1.0, "seconds": 2.0 * number, "logp_diff/max": error})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (run / "metrics.jsonl").write_text(lines + '{"step": 99, "half a l')  # the run still writes
+    (run / "metrics.jsonl").write_text(lines + '{"step": 99, "half a l')  # the run is still writing this line
     (run / "config.yaml").write_text(yaml.safe_dump({"output_dir": str(run), "learning_rate": 1e-5}))
 
 
@@ -35,7 +35,7 @@ def test_grpo_benchmark_compares_costs_at_the_best_score_of_both(tmp_path, capsy
     write_run(tmp_path, "nft-tiny", [0.4, 0.3], forwards=1, seconds=1)
     (tmp_path / "exact.json").write_text('{"resume_identical": 1, "ranks_max_abs": 0.0}')
     result, gates, told = reported(tmp_path, capsys)
-    # 0.8 lies half-way between the second and the third evaluation of fast-tiny.
+    # The reward 0.8 is half-way between the second and the third evaluation of fast-tiny.
     assert result["costs"]["fast-tiny"]["forward_equivalents"] == pytest.approx(30)
     assert gates["forward_equivalents_ratio"] == pytest.approx(30 / 200)
     assert gates["transformer_seconds_ratio"] == pytest.approx(7.5 / 20)
@@ -61,7 +61,7 @@ def test_grpo_benchmark_says_what_is_missing(tmp_path, capsys):
         "a second evaluation of dancegrpo-tiny",
         "resume and two processes",
     ]
-    # An error that was no number is no error of 0.
+    # A NaN error must not count as 0.
     assert gates["onpolicy_ratio_error"] is None
     assert gates["forward_equivalents_ratio"] is None
 
