@@ -1,4 +1,4 @@
-"""The judge of the synthetic world: right on true clips, on spoilt ones, and hard to fool."""
+"""The judge of the synthetic world: correct on true and on spoilt clips, and hard to fool."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make():
 
 @pytest.fixture(scope="module")
 def true(make):
-    """45 scenes of a still camera, 5 of each event in the order of `EVENTS`, 3 filmed ones, and their clips."""
+    """Return 45 scenes with a static camera (5 of each of `EVENTS`), 3 with a moving camera, and their clips."""
     specs = scenes(5, offset=300)
     specs += [world.sample(400 + k, camera=CAMERAS[1 + 2 * k], split="all") for k in range(3)]
     return specs, make(specs)
@@ -55,7 +55,7 @@ def test_filmed_clips_are_judged_without_their_events(reports):
 
 
 def test_tracks_follow_the_bodies(true, reports):
-    """A ball that moves left: the track's x falls in every frame, and the area stays."""
+    """For a ball that moves left, x of the track falls in every frame, and the area is constant."""
     assert true[0][0].bodies[0].event == "moves left"
     track = reports[0].bodies[0].track
     xs = [point[0] for point in track if point]
@@ -137,7 +137,7 @@ def test_a_prompt_does_as_well_as_a_spec(true, reports):
 
 
 def test_labels_are_those_of_a_search(true):
-    """Connected pieces by propagation against a plain flood fill."""
+    """Connected pieces equal those of a plain flood fill."""
     kind = torch.randint(-1, 2, (2, 13, 17), generator=torch.Generator().manual_seed(3))
     found = label(kind)
     for picture, numbers in zip(kind.tolist(), found.tolist(), strict=True):
@@ -182,7 +182,7 @@ def test_as_many_specs_as_clips():
 
 @pytest.mark.parametrize("event", ["collides", "passes behind"])
 def test_two_bodies_that_are_never_seen_together_are_judged(make, event):
-    """A model may turn one body into the other: the pair's event is wrong, and nothing breaks."""
+    """If a model turns one body into the other, the event of the pair is wrong, and no error occurs."""
     spec = world.sample(7, event=event, num_bodies=2, camera="static", split="all")
     alone = [
         world.Spec(bodies=(replace(b, event="stays", partner=None, velocity=(0.0, 0.0, 0.0)),)) for b in spec.bodies
@@ -199,7 +199,7 @@ def test_frames_in_other_units_are_refused(values):
     clip = world.render([scene]).rgb_BF3HW[0]
     other = (clip * 255).to(values) if isinstance(values, torch.dtype) else values[0] + clip * (values[1] - values[0])
     assert check(clip, scene).score == 1
-    assert check(clip * 1.02 - 0.01, scene).score > 0.9  # a decoder may overshoot
+    assert check(clip * 1.02 - 0.01, scene).score > 0.9  # values slightly outside [0, 1], as a decoder may return them
     for call in (
         lambda: check(other, scene),
         lambda: check_batch(other[None], [scene]),

@@ -1,4 +1,4 @@
-"""The judge on clips that are right or wrong on purpose: one of each kind, judged as a person did who looked at it."""
+"""The judge on constructed right and wrong clips: one clip of each kind, compared with a person's verdict."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from postgen.errors import UserError
 from postgen.world.check import check
 
 SAID = world_constructions.verdicts()
-#: Clips on which judge and eye differ, or nearly do (benchmarks/results/world_check.json has all of them).
+#: Clips on which judge and person differ, or nearly differ (benchmarks/results/world_check.json has all of them).
 APART = ("extra grey/1/2", "stops in mid air/1/3", "hit moves late/1/0")
 
 
 def chosen(kind):
-    """The first clip of a kind that a person is sure of and the judge agrees on; None where there is none."""
+    """Return the first clip of a kind on which a sure person and the judge agree; None if there is none."""
     names = [f"{kind}/1/{number}" for number in range(KINDS[kind].count)]
     return next((n for n in names if SAID[n] != "unclear" and n not in APART), None)
 
@@ -75,7 +75,7 @@ def test_true_clips_are_judged_alike_backwards_and_in_other_colours():
 
 
 def test_one_wrong_value_cannot_be_bought_back_and_two_are_worse():
-    """A product: the score falls with each value that is wrong, and no wrong one leaves half of it."""
+    """The score is a product: it falls with each wrong value, and is below one half with any wrong value."""
     spec = world.sample(5, event="moves left", num_bodies=1, camera="static")
     clip = Maker("cpu", 64, 1)([spec])[0]
     text = world.simple_caption(spec)

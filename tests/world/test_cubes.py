@@ -1,4 +1,4 @@
-"""Cubes that a person named one by one: the clips they belong to, and the judge asked of them again."""
+"""Cubes that a person labelled one by one: their clips, and the judge's verdicts on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cubes with round sides, and bodies that melt where they meet."""
+"""Faults of generated clips: cubes with round sides, and bodies that melt where they meet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prism(roundness, x=0.0, tall=1.0):
     return Prism((x, 0.0, 0.0), 0.6, 1.2 * tall, 0.4, COLOURS["green"], (roundness,) * 4)
 
 
-#: Area in pixels that takes nothing from the network's word.
+#: Area in pixels that is large enough for the network's full confidence.
 LARGE = torch.full((3,), 400.0)
 
 
@@ -59,7 +59,7 @@ def test_a_prism_with_sharp_corners_covers_the_pixels_of_the_worlds_cube():
     cover = torch.nn.functional.avg_pool2d((slot == 0).float().reshape(1, 192, 192), 2)[0]
     changed = (drawn - bare).abs().amax(0) > 0.02
     assert changed[cover == 1].all()
-    # Beside the body there is only its shadow, which has no colour.
+    # Outside the body there is only its shadow, which has no colour.
     tinted = (drawn[1] - drawn[0]) > 0.1
     assert not tinted[cover == 0].any()
     assert tinted[cover == 1].all()
@@ -157,12 +157,12 @@ def test_of_two_that_meet_one_is_whole_unless_they_melt():
             ]
         return contact.apart(tracks)
 
-    # The one behind, which is the first, may look like anything; the one in front may not where the other is cut off.
+    # The body behind (the first) may look like anything. The body in front may not, where it cuts off the other.
     assert spoilt((0.2, 0.0)) == [1.0, 1.0]
     assert max(spoilt((0.0, 0.2))) < 0.5
     little, much = spoilt((0.020, 0.020)), spoilt((0.06, 0.06))
     assert 1 > little[0] == little[1] > 0.5 > much[0]
-    # Nor may it while the other one is behind it as a whole.
+    # This also holds while the other body is completely hidden.
     covering = [p for p, other in zip(before[1], before[0], strict=True) if other is None]
     assert max(spoilt((0.0, 0.06), lambda piece: any(piece is one for one in covering[:1]))) < 0.5
     assert contact.apart([]) == []
@@ -184,7 +184,7 @@ def test_one_frame_of_another_hue_shows_and_so_does_a_hue_that_differs_within_a_
     assert changed([8], tint=0.02) == 1
     assert changed([8], tint=0.05) < 0.5
     assert changed([8], tint=-0.05) < 0.5
-    # A body that has one other hue from the first frame to the last keeps it.
+    # A body with the same wrong hue in all frames counts as constant.
     assert changed(range(17), tint=0.05) == 1
     assert changed([8], mixed=0.05) == 1
     assert changed([7, 8, 9], mixed=0.05) < 0.5

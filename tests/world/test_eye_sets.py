@@ -1,4 +1,4 @@
-"""The judge beside a person on draws of generated clips: where the verdicts come from, what is refused."""
+"""The judge compared with a person on sets of generated clips: sources of the verdicts, refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = world.simple_caption(SPEC)
 
 @pytest.fixture
 def kept(tmp_path):
-    """A folder of kept clips for each draw, one clip a part, all of one scene that is right."""
+    """Return a folder of stored clips for each set, with one clip per part, all right clips of one scene."""
     clip = bytes_of(Maker("cpu", 64, 1)([SPEC], 9))[0]
     for number, name in enumerate(world_eye.SETS):
         folder = tmp_path / name
@@ -33,7 +33,7 @@ def kept(tmp_path):
 
 @pytest.fixture
 def say(tmp_path, monkeypatch):
-    """Write the verdicts of a set on its four clips."""
+    """Return a function that writes the verdicts of a set on its four clips."""
     monkeypatch.setattr(world_eye, "DATA", tmp_path)
 
     def write(name, verdicts, **more):

@@ -1,4 +1,4 @@
-"""The judge tells round from edged whatever the height, and sees hues that are no body's."""
+"""The judge distinguishes round and edged bodies at any height, and detects hues of no body."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make():
 
 @pytest.fixture(scope="module")
 def cubes():
-    """Scenes of one cube each, its turn and its event at random."""
+    """Return scenes with one cube each, with random rotation and event."""
     found = (world.sample(seed, num_bodies=1, camera="static", split="all", num_frames=9) for seed in range(700, 800))
     return [spec for spec in found if spec.bodies[0].shape == "cube"][:8]
 
@@ -40,7 +40,7 @@ def test_a_view_of_the_bank_is_explained_by_its_own_kind(shape):
     value = roundness(masks, bright, torch.ones_like(rows))[:, 1]
     value = -value if shape == "cube" else value
     assert value.min() >= 0
-    # Nearly level and face on, a box and a cylinder have one outline.
+    # From the front at nearly its own height, a box and a cylinder have the same outline.
     assert value.median() > 0.9
 
 
@@ -73,7 +73,7 @@ def test_a_foot_of_another_hue_is_no_steady_body(cubes, true):
     other = {"purple": "blue", "pink": "purple"}.get(own, "pink" if own != "red" else "purple")
     clips = torch.stack([spoil.stained(true[0], own, other, part) for part in (0.05, 0.15, 0.35)])
     reports = check_batch(clips, [cubes[0]] * 3)
-    # A rim of a pixel or two is an edge.
+    # A rim of one or two pixels counts as an edge.
     assert reports[0].all_right
     assert not reports[2].all_right
     values = [r.bodies[0].steady for r in reports]
