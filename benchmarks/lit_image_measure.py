@@ -155,12 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the run that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"reference, {TRUTH}, or name ARM.SEED of a run in OUT")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--classes", type=int, default=576)
-    parser.add_argument("--per_class", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--classes", type=int, default=576, help="number of classes")
+    parser.add_argument("--per_class", type=int, default=4, help="number of pictures per class")
+    parser.add_argument("--draws", type=int, default=200, help="bootstrap draws of the Frechet distance")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=usual, help="device of the model")
     return ended("benchmarks.lit_image_measure", partial(_measure, parser.parse_args(argv)))
 
 

@@ -16,7 +16,7 @@ from tests.families.tiny_models import tiny_model
 
 
 def test_few_tokens_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `min_tokens=0` instead, a warning names the reason why attention stays exact."""
+    """Few tokens stay exact without a warning. With `min_tokens=0`, a warning names the remaining reason."""
     wan = tiny_model("Wan")
     monkeypatch.setattr(state, "check_available", lambda *_: None)
     stock = wan()
