@@ -66,7 +66,7 @@ def check_folder(out: Path, results: Path, names: Iterable[str], size: Size) -> 
             f"{kept} has {', '.join(lost)}, which are not in {out} and would be lost: choose other --results"
         )
     if is_whole(size.classes, size.per_class):
-        verify("efficientnet-lite0")  # the page's rule compares Frechet distances, which need them
+        verify("efficientnet-lite0")  # the page's rule compares Frechet distances, which need these weights
 
 
 def measured_with(size: Size, out: Path) -> dict[str, int]:
