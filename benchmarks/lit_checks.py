@@ -77,11 +77,11 @@ def family_converts(name: str) -> str:
         loaded = again()
     revert(tiny.transformer)
     facts = {
-        "a block but the first is softmax": set(report.types[1:]) == {"lit"},
-        "the result is not finite": bool(converted.isfinite().all()),
-        "the result is that of the stock model": not torch.equal(converted, stock),
-        "what was loaded computes something else": torch.equal(loaded, converted),
-        "what was reverted computes something else": torch.equal(tiny(), stock),
+        "a block other than the first is softmax": set(report.types[1:]) == {"lit"},
+        "the output is not finite": bool(converted.isfinite().all()),
+        "the output equals that of the stock model": not torch.equal(converted, stock),
+        "the loaded model has another output": torch.equal(loaded, converted),
+        "the reverted model has another output": torch.equal(tiny(), stock),
     }
     return ", ".join(text for text, right in facts.items() if not right)
 
@@ -130,15 +130,15 @@ def _piece(shape: Shape, grid: Grid, place: dict[str, Any]) -> Tokens:
 
 
 def resumes_to_the_same(folder: Path, *, start: str = "spawn") -> bool:
-    """Whether an attention transfer that is killed by signal 9 and resumed ends with the weights of an uninterrupted
-    one.
+    """Return whether an attention transfer that is killed by signal 9 and resumed ends with the weights of an
+    uninterrupted one.
 
     Args:
         folder: folder for records and runs.
         start: start method of the process that is killed.
 
     Raises:
-        RuntimeError: the process ended in another way.
+        RuntimeError: the process ended without signal 9.
     """
     from tests.reconstruct.toy import records_of, settings
 

@@ -1,14 +1,15 @@
-"""LiT's five guidelines on images (arXiv:2501.12976): train the arms, measure them, report.
+"""LiT's five guidelines on images (arXiv:2501.12976): train the arms of the experiment, measure them, write a report.
 
     python -m benchmarks.lit_image --out runs/lit-image --gpus 0 1 --seconds 520 --results OUT
     python -m benchmarks.lit_image --out runs/lit-image --report --docs
 
-A small DiT of pixels (`recipes/tiny-dit.yaml`) is trained on stills of the world, then turned into linear attention in
-a fifth of its steps (`recipes/lit-tiny-dit.yaml`), arm by arm. Several runs go on side by side on each GPU. What is
-done is left alone and what was interrupted goes on, so the same command is called until nothing is left. Every half
-minute RESULTS gets what there is: `measures.json`, `sheet.webp`, `progress.json`. `--report` makes `results/lit.json`
-(its part `image`) of a `measures.json` and, with `--docs`, the table of docs/lit_results.md. `--tiny` shows on a CPU
-that everything works, and nothing else; `--table` prints the arms.
+The teacher is a small DiT on pixels (`recipes/tiny-dit.yaml`), trained on stills of the world. In each arm, a student
+with linear attention is trained for a fifth of the teacher's steps (`recipes/lit-tiny-dit.yaml`). Several runs are
+trained at the same time on each GPU. The command skips finished runs and continues interrupted ones, so repeat it
+until its exit code is 0. Every half minute it writes the results so far to the folder RESULTS: `measures.json`,
+`sheet.webp` and `progress.json`. `--report` converts `measures.json` to the part `image` of `results/lit.json`;
+`--docs` also writes the tables of docs/lit_results.md. `--tiny` only tests on a CPU that everything runs. `--table`
+prints the arms.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from postgen.files import replacing
 
 
 def train(options: argparse.Namespace) -> dict[str, str]:
-    """Run what is not done, and return what is left and why.
+    """Run the unfinished jobs; return the jobs that are still unfinished, with the reason for each.
 
     Raises:
-        UserError: options that mean nothing, another command in the folder, or another experiment.
+        UserError: invalid options, another command that works in the folder, or a folder of another experiment.
     """
     _check_options(options)
-    options.out = options.out.absolute()  # recipes name it: another spelling would be another run
+    # Recipes contain this path, and another spelling of it would count as another run.
+    options.out = options.out.absolute()
     size = TINY if options.tiny else SHORT if options.short else FULL
     if options.no_graphs:
         size = replace(size, teacher={**size.teacher, "cuda_graphs": False})
@@ -56,7 +58,7 @@ def train(options: argparse.Namespace) -> dict[str, str]:
     with lock_of(options.out):
         check_folder(options.out, results, jobs, size)
         todo = _ordered(wanted(jobs, [f"measure {name}" for name in names]))
-        # Threads that spin while others wait for a core made a measurement of 10 s one of minutes on a busy machine.
+        # Threads wait without spinning. On a busy machine, spinning threads made a measurement of 10 s take minutes.
         waits = os.environ.get("OMP_WAIT_POLICY", "passive")
         environment = {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": waits}
         return run_jobs(todo, places, seconds=options.seconds, tick=tick, environment=environment)
@@ -69,13 +71,15 @@ def _check_options(options: argparse.Namespace) -> None:
         check_number("--seeds", seed, 0, 2**31 - 1)
     for name in ("gpus", "seeds", "arms"):
         if len(set(given := getattr(options, name) or [])) < len(given):
-            raise UserError(f"--{name} names one twice: {' '.join(map(str, given))}")
+            raise UserError(f"--{name} must not repeat a value, got {' '.join(map(str, given))}")
     if odd := [gpu for gpu in options.gpus if "," in gpu or not gpu.strip()]:
-        raise UserError(f"--gpus is {shown(odd[0])}: give numbers one by one, as --gpus 0 1, or none for the CPU")
+        raise UserError(
+            f"--gpus got {shown(odd[0])}: separate the numbers by spaces, as in --gpus 0 1, or give none for the CPU"
+        )
 
 
 def _ordered(jobs: Sequence[Job]) -> list[Job]:
-    """Teachers first, as others wait for them; measurements before further students, so that there is something."""
+    """Sort the jobs: teachers first, because students need them; then measurements, so that results appear early."""
 
     def rank(job: Job) -> int:
         if job.name.split(".")[0] in TEACHERS:
@@ -86,10 +90,10 @@ def _ordered(jobs: Sequence[Job]) -> list[Job]:
 
 
 def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
-    """Write what there is."""
+    """Write the results so far to `results`: measurements, progress and the sheet of pictures."""
     results.mkdir(parents=True, exist_ok=True)
     measured = all_measured(out)
-    # Of all runs that are there, whichever of them this call is about.
+    # All runs in the folder count, also those that this call did not select.
     lines = {place.parent.name: _metrics(place) for place in sorted((out / "runs").glob("*/metrics.jsonl"))}
     losses = {name: rows[-1] for name, told in lines.items() if (rows := [row for row in told if "loss" in row])}
     judged = {name: rows for name, told in lines.items() if (rows := [row for row in told if "eval_score" in row])}
@@ -105,7 +109,7 @@ def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
 
 
 def _metrics(place: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; one that is being written is left out."""
+    """Return the rows of a metrics file; skip an incomplete line, which the run is still writing."""
     found = []
     for line in place.read_text(encoding="utf-8").splitlines() if place.is_file() else ():
         with suppress(ValueError):
@@ -114,7 +118,7 @@ def _metrics(place: Path) -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """Return the arms as a table of the documentation."""
+    """Return the arms as a Markdown table."""
     rows = [f"| `{name}` | {what} | |" for name, what in TEACHERS.items()]
     for name, arm in ARMS.items():
         told = {**arm.conversion, **arm.lit, **arm.train}
@@ -124,26 +128,31 @@ def table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is asked for; exit code 1 where something failed, 3 where something is left for another call.
+    """Train and measure the arms, write the report, or print the table of arms.
 
-    Others are 2 after wrong input, and 130, 143 or 129 after a signal, when all that runs has saved what it did.
+    The exit code is 0 if all jobs are finished, 1 if a job failed, 2 after invalid input, and 3 if jobs are left for
+    another call. After a signal it is 130, 143 or 129, once all running jobs have saved their state.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/lit-image"), help="folder of the experiment")
-    parser.add_argument("--results", type=Path, help="folder for what is to be kept; OUT by default")
-    parser.add_argument("--arms", nargs="+", choices=[*TEACHERS, *ARMS], metavar="ARM", help="all by default")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none is the CPU")
-    parser.add_argument("--each", type=int, default=3, help="commands at a time on a GPU")
-    parser.add_argument("--threads", type=int, default=2, help="of each command on the CPU")
+    parser.add_argument("--results", type=Path, help="folder for the results to keep (default: OUT)")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[*TEACHERS, *ARMS], metavar="ARM", help="arms to run (default: all)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training")
+    parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
+    parser.add_argument("--each", type=int, default=3, help="jobs at the same time on a GPU (default: 3)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each job (default: 2)")
     parser.add_argument("--no_graphs", action="store_true", help="train the teachers without CUDA graphs")
-    parser.add_argument("--seconds", type=float, default=0.0, help="after which everything is saved; 0 is no limit")
+    parser.add_argument("--seconds", type=float, default=0.0, help="save and end after this time; 0: no limit")
     tries = parser.add_mutually_exclusive_group()
-    tries.add_argument("--tiny", action="store_true", help="a try on a CPU")
-    tries.add_argument("--short", action="store_true", help="few steps and pictures, to see that a GPU does it")
-    parser.add_argument("--report", action="store_true", help="write the result of RESULTS/measures.json")
-    parser.add_argument("--docs", action="store_true", help="with --report: write the table and the sheet of the docs")
-    parser.add_argument("-o", "--output", default="lit", help="with --report: name of the result, or a path .json")
+    tries.add_argument("--tiny", action="store_true", help="a tiny experiment, to test on a CPU that everything runs")
+    tries.add_argument("--short", action="store_true", help="few steps and pictures, to test that a GPU runs it")
+    parser.add_argument("--report", action="store_true", help="write the result file from RESULTS/measures.json")
+    parser.add_argument(
+        "--docs", action="store_true", help="with --report: also write the tables and the sheet of the docs"
+    )
+    parser.add_argument("-o", "--output", default="lit", help="with --report: name or path (.json) of the result file")
     parser.add_argument("--table", action="store_true", help="print the arms")
     options = parser.parse_args(argv)
     return ended("benchmarks.lit_image", partial(_do, options))
@@ -151,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _do(options: argparse.Namespace) -> int:
     if options.docs and not options.report:
-        raise UserError("--docs is for --report: give both")
+        raise UserError("--docs needs --report: give both")
     if options.table:
         print(table())
     elif options.report:

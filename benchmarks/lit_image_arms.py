@@ -1,4 +1,4 @@
-"""The arms of the image experiment of LiT: settings on top of two recipes, and the commands that they need."""
+"""Arms of the image experiment of LiT: settings on top of two recipes, and the jobs that train and measure them."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ from postgen.files import replacing
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TRUTH = "truth.0"
-"""True stills in the place of a run's pictures: what a perfect model would get."""
+"""Name of a measurement of true stills in place of generated pictures: the numbers of a perfect model."""
 TEACHER, YOUNG = "teacher", "young_alone"
 SHARE = 5
-"""The teacher's steps over those of a student, and over those of a young teacher."""
+"""The teacher's number of steps divided by that of a student, and by that of a young teacher."""
 REPEATED = ("lit", "no_conv", "no_distillation", "inherit_none")
-"""Students of every seed, as the teacher is; of the others there is the first seed."""
+"""Students that are trained with every seed, like the teacher. All other runs use only the first seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """How a student is made."""
+    """Settings by which a student differs from the recipe."""
 
     about: str
+    """Description for tables."""
     lit: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `LitOptions` that differ from the recipe's."""
+    """Changed settings of `LitOptions`."""
     conversion: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `LiTConfig` that do."""
+    """Changed settings of `LiTConfig`."""
     train: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of method `lit` that do."""
+    """Changed settings of the method `lit`."""
     teacher: str = TEACHER
-    """Who is distilled."""
+    """Teacher from which the student is distilled."""
     start: str = ""
-    """Whose weights it begins with: the teacher's (""), a young teacher's, or none ("random")."""
+    """Initial weights: "" for those of `teacher`, the name of a teacher, or "random"."""
 
 
 ARMS: dict[str, Arm] = {
-    "lit": Arm(about="LiT: 2 heads, convolution, all weights but queries, keys and values, distilled"),
+    "lit": Arm(about="LiT: 2 heads, convolution, all weights inherited but queries, keys and values, distilled"),
     "no_conv": Arm(about="no convolution", lit={"conv_space": 0}),
     "no_distillation": Arm(about="no distillation", train={"output_weight": 0.0, "variance_weight": 0.0}),
-    "inherit_none": Arm(about="begun at random, distilled", start="random"),
+    "inherit_none": Arm(about="initialised at random, distilled", start="random"),
     "inherit_all": Arm(about="queries, keys and values inherited too", conversion={"inherit": "all"}),
     "heads_1": Arm(about="1 head", lit={"merge_heads": 8}),
     "heads_4": Arm(about="4 heads", lit={"merge_heads": 2}),
-    "heads_8": Arm(about="8 heads, as the teacher", lit={"merge_heads": 1}),
-    "young": Arm(about="begun with a young teacher's weights, distilled from the old one", start=YOUNG),
-    "young_teacher": Arm(about="begun with and distilled from a young teacher", teacher=YOUNG),
-    "no_variance": Arm(about="the noise distilled, the variance not", train={"variance_weight": 0.0}),
+    "heads_8": Arm(about="8 heads, like the teacher", lit={"merge_heads": 1}),
+    "young": Arm(about="initialised from a young teacher, distilled from the old one", start=YOUNG),
+    "young_teacher": Arm(about="initialised and distilled from a young teacher", teacher=YOUNG),
+    "no_variance": Arm(about="only the noise distilled, not the variance", train={"variance_weight": 0.0}),
     "centred": Arm(about="keys centred (arXiv:2605.02772)", lit={"center_keys": True}),
-    "softmax": Arm(about="control: softmax, trained on in the same way", conversion={"layers": "all:softmax"}),
+    "softmax": Arm(about="control: softmax, trained further in the same way", conversion={"layers": "all:softmax"}),
 }
 """Students, all trained for the same number of steps."""
 TEACHERS = {TEACHER: "teacher, softmax", YOUNG: "young teacher, a fifth of the steps"}
@@ -63,16 +64,16 @@ TEACHERS = {TEACHER: "teacher, softmax", YOUNG: "young teacher, a fifth of the s
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Settings of a size of the experiment, on top of the recipes."""
+    """Size of the experiment: settings on top of the recipes, and numbers of pictures."""
 
     teacher: Mapping[str, Any]
     student: Mapping[str, Any]
     classes: int
-    """Classes that are sampled, spread over all."""
+    """Number of sampled classes, evenly spread over all classes."""
     per_class: int
-    """Pictures of each."""
+    """Number of pictures per class."""
     draws: int
-    """Of the bootstrap of Frechet distances."""
+    """Number of bootstrap draws of the Frechet distance."""
 
 
 FULL = Size(teacher={}, student={}, classes=576, per_class=4, draws=200)
@@ -83,7 +84,7 @@ SHORT = Size(
     per_class=1,
     draws=10,
 )
-"""Of the whole size, for a look whether everything runs on a GPU."""
+"""Models of the full size and few steps, to test that everything runs on a GPU."""
 TINY = Size(
     teacher={
         **{"size": 32, "patch": 8, "num_layers": 1, "num_heads": 8, "head_dim": 4, "pool_pictures": 64},
@@ -103,7 +104,7 @@ TINY = Size(
 
 
 def names_of(arms: list[str], seeds: list[int]) -> list[str]:
-    """Return ARM.SEED of teachers and students, those of the first seed first."""
+    """Return the names ARM.SEED of the runs, those of the first seed first."""
     found = []
     for seed in seeds:
         for arm in arms:
@@ -113,12 +114,12 @@ def names_of(arms: list[str], seeds: list[int]) -> list[str]:
 
 
 def all_jobs(names: list[str], out: Path, size: Size) -> dict[str, Job]:
-    """Return every job of the arms, by name: `reference`, trainings ARM.SEED and measurements of these.
+    """Return all jobs by name: `reference`, the training runs ARM.SEED, and their measurements `measure ARM.SEED`.
 
     Args:
-        names: ARM.SEED of what is measured, or `TRUTH`; what they need is added.
+        names: runs to measure, ARM.SEED or `TRUTH`. The runs that they need are added.
         out: folder of the experiment.
-        size: of it.
+        size: size of the experiment.
     """
     jobs = {"reference": _measuring("reference", out, size, ())}
     for name in names:
@@ -131,7 +132,7 @@ def all_jobs(names: list[str], out: Path, size: Size) -> dict[str, Job]:
 
 
 def _ancestors(name: str) -> tuple[str, ...]:
-    """Return the runs that one needs."""
+    """Return the names of the runs that a run needs."""
     arm, seed = name.split(".")
     if arm in TEACHERS:
         return ()
@@ -165,7 +166,7 @@ def _measuring(name: str, out: Path, size: Size, needs: tuple[str, ...]) -> Job:
 
 
 def settings_of(name: str, out: Path, size: Size) -> dict[str, Any]:
-    """Return the settings of a run, those of its conversion among them."""
+    """Return the settings of a run, including those of its conversion."""
     arm, seed = name.split(".")
     common = {"output_dir": str(out / "runs" / name), "seed": int(seed)}
     teacher = {**_read("tiny-dit"), **size.teacher, "pool_dir": str(out / "pool"), **common}
@@ -183,7 +184,11 @@ def settings_of(name: str, out: Path, size: Size) -> dict[str, Any]:
 
 
 def recipe_of(name: str, out: Path, size: Size) -> dict[str, Any]:
-    """Return the recipe of a run as it is written: one with weights of its own names a converted transformer."""
+    """Return the recipe that is written for a run.
+
+    If the initial weights are not those of the teacher, the recipe has the folder of a converted transformer in place
+    of a conversion.
+    """
     settings, arm = settings_of(name, out, size), name.split(".")[0]
     if arm in ARMS and ARMS[arm].start:
         del settings["conversion"]
@@ -192,7 +197,7 @@ def recipe_of(name: str, out: Path, size: Size) -> dict[str, Any]:
 
 
 def prepare(name: str, out: Path, size: Size) -> None:
-    """Write the recipe of a run, and the converted transformer that it begins with where that is not its teacher."""
+    """Write the recipe of a run, and its initial transformer if the initial weights are not those of the teacher."""
     settings, (arm, seed) = recipe_of(name, out, size), name.split(".")
     folder = out / "starts" / name
     if "student" in settings and not (folder / "config.json").is_file():
@@ -204,7 +209,7 @@ def prepare(name: str, out: Path, size: Size) -> None:
 
 
 def _convert(start: str, seed: int, conversion: Mapping[str, Any], out: Path, size: Size, folder: Path) -> None:
-    """Convert a young teacher's transformer, or one with random weights, and save it."""
+    """Convert the transformer of a teacher, or one with random weights, and save it in `folder`."""
     import torch
     from diffusers import DiTTransformer2DModel
 

@@ -1,4 +1,4 @@
-"""What a folder of the image experiment of LiT may hold before a command goes on in it."""
+"""Check the folders of the image experiment of LiT before a command continues in them, and read their results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _FREE = {
     *("output_dir", "pool_dir", "model", "student", "train_dataset", "latents"),
     *("cuda_graphs", "device", "logging_steps", "save_steps", "save_seconds"),
 }
-"""Settings of a run that change nothing of what is measured: places, and how a run is computed and kept."""
+"""Settings that do not change the measured numbers: paths, and how a run is computed, logged and saved."""
 _MEASURED = {"settings", "device", "versions", "rows", "fd", "fd_draws"}
-_OTHER = "name another --out, or the same size as before"
+"""Keys that every measurement has."""
+_OTHER = "choose another --out, or run with the same size as before"
 
 
 def lock_of(out: Path) -> FolderLock:
-    """Return the lock of the command that works in a folder, which is made.
+    """Create the folder of the experiment, and return the lock that keeps other commands out of it.
 
     Raises:
         UserError: the folder cannot be written.
@@ -37,17 +38,18 @@ def lock_of(out: Path) -> FolderLock:
 
 
 def check_folder(out: Path, results: Path, names: Iterable[str], size: Size) -> None:
-    """See that what is in the folders is of the same experiment, so that nothing is lost, and nothing mixed.
+    """Check that the files in both folders belong to this experiment, so that no result is mixed with others or lost.
 
     Args:
         out: folder of the experiment.
-        results: folder of what is kept.
-        names: ARM.SEED of runs.
-        size: of the experiment.
+        results: folder for the results to keep.
+        names: names ARM.SEED of the runs.
+        size: size of the experiment.
 
     Raises:
-        UserError: runs or measures of other settings, measures in `results` that `out` does not have, a folder that
-            cannot be written, or no weights for the distances of the whole experiment.
+        UserError: the folders hold runs or measurements with other settings; `results` holds measurements that `out`
+            does not have; a folder cannot be written; or the weights of EfficientNet-Lite0 are missing and the size
+            is that of the whole experiment.
     """
     check_place(results, folder=True)
     for name in names:
@@ -56,54 +58,56 @@ def check_folder(out: Path, results: Path, names: Iterable[str], size: Size) -> 
     measured, now = all_measured(out), measured_with(size, out)
     for name, each in measured.items():
         if each["settings"] != now:
-            raise UserError(f"{out} has measures of {name} with {shown(each['settings'])}: {_OTHER}")
+            raise UserError(f"{out} has measurements of {name} with the settings {shown(each['settings'])}: {_OTHER}")
     _check_reference(out / "reference.safetensors", size)
     kept = results / "measures.json"
     if kept.is_file() and (lost := [name for name in read_measures(kept)["measured"] if name not in measured]):
         raise UserError(
-            f"{kept} has {', '.join(lost)}, which are not in {out} and would be lost: name other --results"
+            f"{kept} has {', '.join(lost)}, which are not in {out} and would be lost: choose other --results"
         )
     if is_whole(size.classes, size.per_class):
-        verify("efficientnet-lite0")  # nothing else could say what the page's rule asks for
+        verify("efficientnet-lite0")  # the page's rule compares Frechet distances, which need these weights
 
 
 def measured_with(size: Size, out: Path) -> dict[str, int]:
-    """Return the settings that a measurement notes."""
+    """Return the settings that a measurement of this size contains."""
     side = recipe_of("teacher.0", out, size)["size"]
     return {"size": side, "classes": size.classes, "per_class": size.per_class, "draws": size.draws}
 
 
 def all_measured(out: Path) -> dict[str, dict[str, Any]]:
-    """Return every run of a folder as `lit_image_measure` writes it, by ARM.SEED.
+    """Return the measurements in a folder, as `lit_image_measure` wrote them, by name ARM.SEED.
 
     Raises:
-        UserError: one is damaged.
+        UserError: a file is damaged.
     """
-    places = sorted((out / "measured").glob("[!.]*.json"))  # with a dot it is being written
+    places = sorted((out / "measured").glob("[!.]*.json"))  # a leading dot marks an incomplete file
     found = {place.stem: _json(place) for place in places}
     for name, each in found.items():
         if not each.keys() >= _MEASURED:
-            raise UserError(f"{out / 'measured' / name}.json is no measurement: remove it, and it is made again")
+            raise UserError(f"{out / 'measured' / name}.json is not a measurement: remove it and run again")
     return found
 
 
 def read_measures(place: Path) -> dict[str, Any]:
-    """Return what `lit_image` collects.
+    """Return the content of `measures.json`, which `lit_image.collect` writes.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     found = _json(place)
     parts = [found.get(name) for name in ("measured", "losses", "judged")]
     if not all(isinstance(part, dict) for part in parts) or not all({*run} >= _MEASURED for run in parts[0].values()):
-        raise UserError(f"{place} is no file of measures: run benchmarks.lit_image again, which writes it anew")
+        raise UserError(f"{place} is not a file of measurements: run benchmarks.lit_image again to write a new one")
     return found
 
 
 def _json(place: Path) -> dict[str, Any]:
-    found = read_json(place, f"{place} cannot be read, remove it and run benchmarks.lit_image again")
+    found = read_json(place, f"{place} cannot be read: remove it and run benchmarks.lit_image again")
     if not isinstance(found, dict):
-        raise UserError(f"{place} holds {shown(found)}: remove it, and run benchmarks.lit_image again")
+        raise UserError(
+            f"{place} must hold a JSON object, got {shown(found)}: remove it and run benchmarks.lit_image again"
+        )
     return found
 
 
@@ -115,7 +119,7 @@ def _check_recipe(out: Path, name: str, size: Size) -> None:
     changed = sorted(key for key in {*before, *now} - _FREE if before.get(key) != now.get(key))
     if changed:
         told = ", ".join(f"{key}: {shown(before.get(key))} -> {shown(now.get(key))}" for key in changed[:3])
-        raise UserError(f"{out} has {name} with other settings ({told}): {_OTHER}")
+        raise UserError(f"{out} has a run {name} with other settings ({told}): {_OTHER}")
 
 
 def _check_reference(place: Path, size: Size) -> None:
@@ -126,10 +130,10 @@ def _check_reference(place: Path, size: Size) -> None:
     wanted = size.classes * size.per_class
     if count != wanted and (
         count or is_whole(size.classes, size.per_class)
-    ):  # 0 without the weights, which a try may be
-        raise UserError(f"{place} is of {count} stills, this size takes {wanted}: {_OTHER}")
+    ):  # a small test may have no features, because the weights are missing
+        raise UserError(f"{place} has features of {count} stills, but this size needs {wanted}: {_OTHER}")
 
 
 def is_whole(classes: int, per_class: int) -> bool:
-    """Whether so many pictures are those of the experiment, and not of a try."""
+    """Return whether these numbers of pictures are those of the whole experiment, and not of a small test."""
     return (classes, per_class) == (FULL.classes, FULL.per_class)

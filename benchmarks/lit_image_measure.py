@@ -1,8 +1,10 @@
-"""Measure one run of the image experiment of LiT, or its reference: `python -m benchmarks.lit_image_measure NAME --out
-OUT`, a command that `benchmarks.lit_image` calls.
+"""Measure one run of the image experiment of LiT, or compute its reference. `benchmarks.lit_image` runs this command.
 
-Every run is asked for the same classes from the same noise. Pictures are of 8 bits. Frechet distances are of the means
-of EfficientNet-Lite0's last block (`fd_lite0`; Inception's are another scale) to as many true stills again.
+    python -m benchmarks.lit_image_measure NAME --out OUT
+
+All runs generate the same classes from the same noise. Pictures are rounded to 8 bits. The Frechet distance compares
+the generated pictures with the same number of true stills, on the means of the last block of EfficientNet-Lite0. Its
+scale differs from that of a FID, which uses Inception.
 """
 
 from __future__ import annotations
@@ -38,33 +40,41 @@ from postgen.tensor_files import read_tensors
 from postgen.world.check import check_batch
 
 UNSEEN = 576 * 10_000
-"""Stills from this number on are in no pool: the reference, and then those that stand for perfect pictures."""
+"""First number of the stills that no training pool contains: the reference, then the stills of `TRUTH`."""
 ASPECTS = ("all_right", "count", "colour", "shape", "event")
 SHOWN = 12
-"""Pictures of a strip."""
+"""Number of pictures in a strip."""
 _BATCH = 256
 
 
 def classes_of(classes: int, per_class: int) -> list[int]:
-    """Return the class of each picture: so many spread over all, `per_class` of each side by side."""
+    """Return the class of each picture: `classes` of all classes, evenly spread, with `per_class` pictures each."""
     count = len(labels())
     return [index * count // classes for index in range(classes) for _ in range(per_class)]
 
 
 def true_stills(first: int, wanted: Sequence[int], per_class: int, size: int, device: torch.device) -> Tensor:
-    """Return stills of the wanted classes that no pool holds, (N, 3, H, W) in [0, 1], 8 bits."""
+    """Return true stills of the given classes, (N, 3, H, W) in [0, 1], rounded to 8 bits.
+
+    Args:
+        first: number of the first still; from `UNSEEN` on, no training pool contains the stills.
+        wanted: class number of each still.
+        per_class: number of stills per class.
+        size: height and width in pixels.
+        device: device of the renderer.
+    """
     numbers = [first + len(labels()) * (place % per_class) + number for place, number in enumerate(wanted)]
     return eight_bit((render_stills(numbers, size, device).float() + 1) / 2)
 
 
 def features_of(pictures_N3HW: Tensor, device: torch.device) -> Tensor | None:
-    """Return the features (N, 320) on the CPU; None where the weights are not installed, which is said."""
+    """Return features (N, 320) on the CPU; if the weights are not installed, print this and return None."""
     from postgen.assets import verify
 
     try:
         place = verify("efficientnet-lite0")
     except UserError as error:
-        print(f"no Frechet distance: {error}", flush=True)
+        print(f"the Frechet distance is not computed: {error}", flush=True)
         return None
     net: Any = fill(EfficientNetLite0(), read_state(place), place).eval().to(device)
     with torch.no_grad():
@@ -73,13 +83,13 @@ def features_of(pictures_N3HW: Tensor, device: torch.device) -> Tensor | None:
 
 
 def distances(reference: Tensor, own: Tensor, per_class: int, draws: int) -> tuple[float, list[float]]:
-    """Return the Frechet distance, and those of draws of classes, the same draws for every run.
+    """Return the Frechet distance, and the distances of bootstrap draws of classes (the same draws for every run).
 
     Args:
         reference: (M, D) features of true stills.
-        own: (N, D), `per_class` rows of a class side by side.
-        per_class: pictures of a class.
-        draws: how many.
+        own: (N, D) features of pictures; consecutive groups of `per_class` rows belong to one class.
+        per_class: number of pictures per class.
+        draws: number of draws.
     """
     true = Gaussian.of(reference)
     root = true.root()
@@ -91,7 +101,7 @@ def distances(reference: Tensor, own: Tensor, per_class: int, draws: int) -> tup
 
 
 def judged(pictures_N3HW: Tensor, wanted: Sequence[int], workers: int) -> dict[str, Any]:
-    """Return for every picture what the judge calls right (0 or 1) by aspect, and its score."""
+    """Judge every picture; return for each aspect whether it is right (0 or 1), and the score of each picture."""
     clips = pictures_N3HW[:, None].expand(-1, FRAMES, -1, -1, -1)
     reports = check_batch(clips, [labels()[number] for number in wanted], workers=workers)
     rows: dict[str, Any] = {name: [int(bool(getattr(each, name))) for each in reports] for name in ASPECTS}
@@ -99,10 +109,10 @@ def judged(pictures_N3HW: Tensor, wanted: Sequence[int], workers: int) -> dict[s
 
 
 def pictures_of(name: str, options: argparse.Namespace, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """Draw the pictures of a run; also say what it is.
+    """Generate the pictures of a run; also return its number of parameters and its conversion.
 
     Raises:
-        UserError: it was not trained yet.
+        UserError: the run is not trained yet.
     """
     from diffusers import DiTPipeline
 
@@ -115,7 +125,7 @@ def pictures_of(name: str, options: argparse.Namespace, device: torch.device) ->
         return true_stills(first, wanted, options.per_class, options.size, device), {}
     export, student = options.out / "runs" / name / "export", name.split(".")[0] in ARMS
     if not export.is_dir():
-        raise UserError(f"there is no {export}: train {name} first, with benchmarks.lit_image")
+        raise UserError(f"there is no {export}: train {name} first with benchmarks.lit_image")
     base, words = export, {}
     if student:
         base = Path(json.loads((export / "base.json").read_text(encoding="utf-8"))["base"])
@@ -133,7 +143,7 @@ def pictures_of(name: str, options: argparse.Namespace, device: torch.device) ->
 
 
 def strip(pictures_N3HW: Tensor, place: Path) -> None:
-    """Write pictures beside each other, spread over all, without loss."""
+    """Write a lossless WebP with some of the pictures side by side, evenly spread over all pictures."""
     chosen = torch.linspace(0, len(pictures_N3HW) - 1, min(SHOWN, len(pictures_N3HW))).long()
     row = torch.cat(list(pictures_N3HW[chosen].cpu()), -1).permute(1, 2, 0)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -142,15 +152,16 @@ def strip(pictures_N3HW: Tensor, place: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure."""
+    """Measure the run that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help=f"reference, {TRUTH}, or ARM.SEED of a run of OUT")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--classes", type=int, default=576)
-    parser.add_argument("--per_class", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("name", help=f"reference, {TRUTH}, or name ARM.SEED of a run in OUT")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    parser.add_argument("--classes", type=int, default=576, help="number of classes")
+    parser.add_argument("--per_class", type=int, default=4, help="number of pictures per class")
+    parser.add_argument("--draws", type=int, default=200, help="bootstrap draws of the Frechet distance")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=usual, help="device of the model")
     return ended("benchmarks.lit_image_measure", partial(_measure, parser.parse_args(argv)))
 
 
@@ -195,7 +206,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _reference(place: Path, options: argparse.Namespace, device: torch.device) -> None:
-    """Keep the features of true stills that every run is compared with."""
+    """Write the features of true stills, with which every run is compared."""
     wanted = classes_of(options.classes, options.per_class)
     features = features_of(true_stills(UNSEEN, wanted, options.per_class, options.size, device), device)
     with replacing(place) as part:

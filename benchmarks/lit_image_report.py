@@ -1,8 +1,9 @@
 """The image part of `results/lit.json`, its tables in docs/lit_results.md, and the sheet of pictures.
 
-Intervals are 95 %, of draws of classes, the same for all arms, and of the seeds of training of each (bootstrap). Those
-of Frechet distances are centred on the distance itself: a draw has fewer different pictures, which moves all distances
-alike. What is a guideline's number, and when it holds, was written down before anything was measured.
+Intervals are 95 % bootstrap intervals. A draw resamples classes (the same for all arms) and the training seeds of each
+arm. The intervals of Frechet distances are shifted so that their centre is the distance of all pictures, because a
+draw has fewer different pictures, which changes all distances by about the same amount. The number of each guideline
+and the rule by which it holds were written down before any measurement.
 """
 
 from __future__ import annotations
@@ -31,31 +32,32 @@ DOCS = RESULTS.parent.parent / "docs"
 PAGE, SHEET = DOCS / "lit_results.md", DOCS / "images" / "lit_image_sheet.webp"
 OURS = "lit"
 NAMES = {"truth": "true stills", **TEACHERS, **{name: arm.about for name, arm in ARMS.items()}}
-"""What the page calls the arms, in its order."""
+"""Names of the arms on the page, in the order of its rows."""
 GUIDELINES = (
-    ("1, a convolution is enough", "no_conv", "without it"),
+    ("1, a convolution is enough", "no_conv", "no convolution"),
     ("2, few heads", "heads_8", "8 heads instead of 2"),
-    ("3, a converged teacher", "young", "begun with a young one"),
-    ("4, all but attention is inherited", "inherit_all", "queries, keys and values too"),
-    ("4, all but attention is inherited", "inherit_none", "nothing"),
-    ("5, noise and variance are distilled", "no_distillation", "nothing distilled"),
+    ("3, a converged teacher", "young", "initialised from a young teacher"),
+    ("4, all but attention is inherited", "inherit_all", "queries, keys and values inherited too"),
+    ("4, all but attention is inherited", "inherit_none", "nothing inherited"),
+    ("5, noise and variance are distilled", "no_distillation", "no distillation"),
 )
-"""(guideline, the arm that departs from it, how). It holds where that arm's Frechet distance is above LiT's."""
+"""(guideline, arm that departs from it, how the arm differs). A guideline holds if the arm's Frechet distance is above
+that of LiT."""
 _GAP, _LEFT, _ROW = 2, 120, 64
 
 
 def section_of(measures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of the result file.
+    """Return the image part of the result file from the content of `measures.json`.
 
     Raises:
-        UserError: no run was measured, or some with other settings.
+        UserError: no run was measured, or the runs were measured with different settings.
     """
     measured: Mapping[str, Any] = measures["measured"]
     if not measured:
-        raise UserError("nothing was measured yet: run benchmarks.lit_image first")
+        raise UserError("no run was measured yet: run benchmarks.lit_image first")
     first = next(iter(measured.values()))
     if odd := [name for name, each in measured.items() if each["settings"] != first["settings"]]:
-        raise UserError(f"{', '.join(odd)} were measured with other settings: measure all of them alike")
+        raise UserError(f"{', '.join(odd)} were measured with other settings: measure all runs with the same settings")
     arms = {name: runs for name in NAMES if (runs := _runs(measured, name))}
     return {
         "settings": first["settings"],
@@ -71,12 +73,12 @@ def section_of(measures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runs(measured: Mapping[str, Any], arm: str) -> dict[str, Mapping[str, Any]]:
-    """Return the seeds of an arm."""
+    """Return the measurements of an arm by seed."""
     return {name.split(".")[1]: each for name, each in sorted(measured.items()) if name.split(".")[0] == arm}
 
 
 def _by_class(runs: Mapping[str, Mapping[str, Any]], what: str) -> Tensor:
-    """Return means of a class, (seeds, classes)."""
+    """Return the mean of a number over the pictures of each class, (seeds, classes)."""
     settings = next(iter(runs.values()))["settings"]
     rows = torch.tensor([each["rows"][what] for each in runs.values()], dtype=torch.float64)
     return rows.unflatten(1, (-1, settings["per_class"])).mean(2)
@@ -99,7 +101,7 @@ def _arm(name: str, runs: Mapping[str, Mapping[str, Any]], losses: Mapping[str, 
 
 
 def _drawn(runs: Mapping[str, Mapping[str, Any]], seed: int) -> Tensor | None:
-    """Return the mean distance over drawn seeds, for each draw of classes; None where there is none."""
+    """Return the mean distance over resampled seeds, for each draw of classes; None if a seed has no distances."""
     rows = [each["fd_draws"] for each in runs.values()]
     if not all(rows):
         return None
@@ -112,7 +114,7 @@ def _drawn(runs: Mapping[str, Mapping[str, Any]], seed: int) -> Tensor | None:
 def _distance(
     runs: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, float] | None:
-    """Return a Frechet distance, or that less another arm's, with its interval."""
+    """Return the Frechet distance of an arm, or its difference to that of `base`, with its interval."""
     draws, other = _drawn(runs, 1), None if base is None else _drawn(base, 2)
     if draws is None or (base is not None and other is None):
         return None
@@ -128,7 +130,7 @@ def _mean(runs: Mapping[str, Mapping[str, Any]]) -> float:
 
 
 def _against(arms: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """Return every arm less another one: distance and share that is right."""
+    """Return the differences of every arm to the arm `base`: Frechet distance, and share of right pictures."""
     other = arms[base]
     return {
         name: rounded(
@@ -155,7 +157,7 @@ def _guidelines(arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def verdict(difference: Mapping[str, float] | None) -> str:
-    """Say whether leaving a guideline makes the distance larger.
+    """Return in words whether departing from a guideline makes the Frechet distance larger.
 
     >>> verdict({"value": 2, "low": 1, "high": 3}), verdict({"value": 0, "low": -1, "high": 1})
     ('holds', 'no difference seen')
@@ -168,16 +170,16 @@ def verdict(difference: Mapping[str, float] | None) -> str:
 
 
 def report(results: Path, output: str | Path, *, docs: bool) -> None:
-    """Write the part of the result of `results/measures.json`, and the page of it.
+    """Write the image part of the result file from `results/measures.json`, and optionally the page.
 
     Args:
-        results: folder of what was collected.
-        output: name of the result, or a path that ends in .json.
-        docs: whether the page and its sheet are written too.
+        results: folder with the collected results.
+        output: name of the result file, or a path that ends in .json.
+        docs: whether to write the page and its sheet too.
 
     Raises:
-        UserError: no such file, a damaged one, nothing in it; no sheet for the page; a try, which only has a place in
-            a file of its own.
+        UserError: `measures.json` or the sheet is missing, the file is damaged or empty, or its results are those of a
+            small test, which must be written to a separate file.
     """
     place, drawn = results / "measures.json", results / "sheet.webp"
     if not place.is_file():
@@ -186,11 +188,11 @@ def report(results: Path, output: str | Path, *, docs: bool) -> None:
     settings = section["settings"]
     if not is_whole(settings["classes"], settings["per_class"]) and (docs or Path(output).suffix != ".json"):
         raise UserError(
-            f"{place} is of a try, {settings['per_class']} pictures of {settings['classes']} classes: write it apart,"
-            " with -o PATH.json and without --docs"
+            f"{place} is from a small test ({settings['classes']} classes, pictures of each: {settings['per_class']}):"
+            " write it to a separate file with -o PATH.json, without --docs"
         )
     if docs and not drawn.is_file():
-        raise UserError(f"there is no {drawn}, which the page shows: run benchmarks.lit_image again, which draws it")
+        raise UserError(f"there is no {drawn}, which the page shows: run benchmarks.lit_image again to draw it")
     print(f"written to {put_section('image', section, path=output)}")
     if docs:
         SHEET.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +212,7 @@ def _cell(found: Mapping[str, float] | None, digits: int, *, signed: bool = Fals
 def image_table(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of all arms."""
     section = result["image"]
-    heads = ["", "seeds", "Frechet distance", "right", "less the teacher's", "colour", "shape", "places"]
+    heads = ["", "seeds", "Frechet distance", "right", "minus the teacher's", "colour", "shape", "places"]
     rows = []
     for name, arm in section["arms"].items():
         less = section["against"].get("teacher", {}).get(name, {}).get("all_right")
@@ -227,7 +229,7 @@ def guideline_table(result: Mapping[str, Any]) -> Iterator[str]:
     if not rows:
         yield docs_tables.NOTHING
         return
-    heads = ["guideline", "left by", "Frechet distance less LiT's", "right less LiT's", "seeds", ""]
+    heads = ["guideline", "changed in the arm", "Frechet distance minus LiT's", "right minus LiT's", "seeds", "result"]
     yield from table(
         heads,
         [
@@ -242,12 +244,12 @@ TABLES = {"image": image_table, "guidelines": guideline_table}
 
 
 def sheet(strips: Path, names: Sequence[str], place: Path) -> None:
-    """Draw one row of pictures for each run, the same classes and noise in each column.
+    """Draw one row of pictures for each arm; the pictures of a column have the same class and noise.
 
     Args:
-        strips: folder of the rows, NAME.webp.
-        names: ARM.SEED; of an arm the first one is shown.
-        place: where to.
+        strips: folder with the rows, NAME.webp.
+        names: names ARM.SEED; only the first run of each arm is shown.
+        place: path of the sheet.
     """
     first: dict[str, Image.Image] = {}
     for arm in NAMES:

@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark, print its rows and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lit_parts", description=__doc__.splitlines()[0])
     models = {model.name: model for model in (LARGE, SMALL)}
-    parser.add_argument("--model", choices=[*models], default=LARGE.name)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", choices=[*models], default=LARGE.name, help="model to measure")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs a tiny model")
     parser.add_argument("-o", "--output", metavar="RESULT", help="name or path of a result file (default: no file)")
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"

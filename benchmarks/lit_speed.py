@@ -342,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     part.add_argument("--join", nargs="+", metavar="JSON", help="combine these result files; measure nothing")
     parser.add_argument("--kinds", nargs="+", metavar="TYPE", help=f"beginnings of layer types, of {', '.join(KINDS)}")
     parser.add_argument("--plain", action="store_true", help="no fused norms, rotary embeddings and modulation")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs a tiny model")
     parser.add_argument("-o", "--output", default="lit_speed", help="name or path of the result file")
     options = parser.parse_args(argv)
     try:

@@ -255,7 +255,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command-line options that all jobs of a folder share."""
     add = parser.add_argument
     add("--model", default="runs/tiny-wan-fine/export", help="folder of the teacher, or embedded (the embedded model)")
-    add("--out", type=Path, default=Path("runs/lit-video"))
+    add("--out", type=Path, default=Path("runs/lit-video"), help="output folder")
     add("--prompts", type=int, default=1024, help="number of prompts for the measurement (default: 1024)")
     add("--two", action="store_true", help="also measure prompts of two bodies")
     add("--max_steps", type=int, default=400, help="steps of stage 2 (default: 400)")
@@ -264,7 +264,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--transfer_prompts", type=int, default=72, help="prompts of stage 1, a ninth of them held out (default: 72)")
     for name, what in zip(SIZES, ("sampling steps", "pixels of a side", "frames"), strict=True):
         add(f"--{name}", type=int, help=f"{what} (default: the value of the model's folder)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=usual, choices=["cpu", "cuda"], help="device of the models")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

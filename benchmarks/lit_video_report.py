@@ -221,7 +221,7 @@ def gates(section: Mapping[str, Any]) -> Iterator[str]:
         [f"`{row['name']}`", _number(row), f"{row['op']} {row['target']:g}", "yes" if row["ok"] else "no"]
         for row in gates_of(section)
     ]
-    yield from table(["gate", "measured", "asked for", "met"], rows) if rows else [docs_tables.NOTHING]
+    yield from table(["gate", "measured", "target", "met"], rows) if rows else [docs_tables.NOTHING]
 
 
 def sheets(section: Mapping[str, Any]) -> Iterator[str]:

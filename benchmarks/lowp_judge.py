@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None, modes: Mapping[str, Mode] = MODES) -> in
     parser.add_argument("--prompts", type=int, default=512, help="number of clips of each mode, even (default: 512)")
     parser.add_argument("--modes", nargs="+", choices=list(modes), default=list(modes), help="exact always runs first")
     parser.add_argument("--model", type=Path, help="folder of another model than the embedded one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=usual, choices=["cpu", "cuda"], help="device of the model")
     parser.add_argument("--workers", type=int, help="number of additional processes that judge clips")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("-o", "--output", default="lowp_judge", help="name or path of the result file")

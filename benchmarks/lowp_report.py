@@ -54,7 +54,7 @@ def attention(found: Mapping[str, Result]) -> Iterator[str]:
     rows = {row["shape"]: row for row in found.get("lowp_attention", {}).get("rows", ())}
     more = {row["shape"]: row for row in found.get("lowp_attention_without_fa4", {}).get("rows", ())}
     there = [name for name in KERNELS if any(name in row["ms"] for row in (*rows.values(), *more.values()))]
-    heads = ["", "FP8", "of it rounding", *(KERNELS[name] for name in there), "TFLOP/s of FP8", "faster than the best"]
+    heads = ["", "FP8", "rounding alone", *(KERNELS[name] for name in there), "TFLOP/s of FP8", "faster than the best"]
     yield from _table(heads, [_attention_row(row, more.get(shape, {}), there) for shape, row in rows.items()])
 
 
@@ -90,10 +90,10 @@ def layers(found: Mapping[str, Result]) -> Iterator[str]:
         "Layers",
         "bfloat16, ms",
         "FP8",
-        "of it rounding",
+        "rounding alone",
         "faster",
         "product, fast accumulation",
-        "its error",
+        "error of the product",
     ]
     rows = [
         [

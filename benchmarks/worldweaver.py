@@ -9,7 +9,7 @@ by frame, to find out whether depth drifts less. OUT/ARM.json has a row for each
 not run again, and an interrupted run continues (`benchmarks.worldweaver_jobs`). Training seeds of an arm are named
 NAME.0, NAME.1, ... The arms `sliding=`, `sliding_pixels=` and `ceiling=` need no folder
 (`benchmarks.worldweaver_baselines`). The printed table compares each arm with the first. With `--report` as the first
-word, the command writes the files to `results/worldweaver.json` (`benchmarks.worldweaver_report`).
+argument, the command joins the files to `results/worldweaver.json` (`benchmarks.worldweaver_report`).
 """
 
 from __future__ import annotations
@@ -287,19 +287,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         required=True,
         metavar="NAME=FOLDER",
-        help="adapters; the others are compared to the first",
+        help="adapters, or arms without a folder; the first is compared with all others",
     )
-    parser.add_argument("--out", type=Path, default=Path("out/worldweaver"))
-    parser.add_argument("--worlds", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("out/worldweaver"), help="output folder")
+    parser.add_argument("--worlds", type=int, default=128, help="number of scenes")
     parser.add_argument("--first", type=int, default=500_000, help="seed of the first scene, below training seeds")
-    parser.add_argument("--frames", type=int, default=161)
+    parser.add_argument("--frames", type=int, default=161, help="frames of a clip, with the given frames")
     parser.add_argument("--given", type=int, default=17, help="number of given frames")
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--captions", choices=KINDS, default="along", help="captions along the scene, or of its start")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="scenes of a job")
+    parser.add_argument(
+        "--captions", choices=KINDS, default="along", help="captions along the scene, or only that of its start"
+    )
     parser.add_argument("--guidance", type=float, help="guidance scale, instead of the adapter's default")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes; several commands may also share --out")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the models"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="number of processes; several commands may share --out too"
+    )
     options = parser.parse_args(words)
     from benchmarks.worldweaver_jobs import run
 

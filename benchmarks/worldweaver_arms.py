@@ -1,13 +1,13 @@
-"""Train the arms of WorldWeaver's experiment, several side by side on each GPU.
+"""Train the arms of WorldWeaver's experiment, several at the same time on each GPU.
 
     python -m benchmarks.worldweaver_arms --arms a d e --seeds 0 1 2 --gpus 0 1 --out runs/arms -- --max_steps 1500
 
-The words after `--` are settings of every run, on top of the arm's own settings and `recipes/worldweaver-tiny.yaml`. A
-run writes to OUT/ARM.SEED, its log is OUT/ARM.SEED.log, and OUT/ARM.SEED/export holds the adapter. One run renders and
-encodes the clips (OUT/pool) before the others start, and the others read them. `--seconds` ends the call in time: runs
-save a checkpoint, and the same command given again resumes them and skips the runs that are done. The exit code is 0
-once all runs are done, 1 where a run failed, 3 where the same command has to be given again.
-`benchmarks.worldweaver` measures the adapters; `--table` prints the arms.
+The options after `--` are settings of every run, on top of the arm's own settings and `recipes/worldweaver-tiny.yaml`.
+A run writes to OUT/ARM.SEED, its log is OUT/ARM.SEED.log, and OUT/ARM.SEED/export holds the adapter. First, one run
+renders and encodes the clips (OUT/pool), which all other runs read. `--seconds` limits the time of the call: runs save
+a checkpoint, and the same command, repeated, resumes them and skips finished runs. The exit code is 0 if all runs are
+finished, 1 if a run failed, and 3 if the command has to be repeated. `benchmarks.worldweaver` measures the adapters;
+`--table` prints the arms.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ ARMS: dict[str, tuple[str, str]] = {
     "j": ("placed memory", "--placed_memory true"),
     "j_only": ("placed memory instead of long memory", "--placed_memory true --history_sizes 0 2"),
 }
-"""What each arm is, and its settings on top of the recipe."""
+"""Name of an arm -> its description, and its settings on top of the recipe."""
 RECIPE = "recipes/worldweaver-tiny.yaml"
 GRACE = 30.0
-"""Seconds that runs have to end their step and save, once they are told to."""
+"""Seconds between the signal to stop and the end of a run, in which it finishes its step and saves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One arm with one seed."""
+    """Training of one arm with one seed."""
 
     arm: str
     seed: int
@@ -59,26 +59,26 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As `benchmarks.worldweaver` wants it."""
+        """Name ARM.SEED, the form that `benchmarks.worldweaver` expects."""
         return f"{self.arm}.{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """What the run writes to."""
+        """Output folder of the run."""
         return self.out / self.name
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File with the printed output of the run."""
         return self.out / f"{self.name}.log"
 
     def job(self, more: Sequence[str]) -> Job:
-        """Return the training as a job. Its mark OUT/ARM.SEED.done is there once the run has reached its last step."""
+        """Return the job of the training. Its mark OUT/ARM.SEED.done exists once the run has reached its last step."""
         mark = self.out / f"{self.name}.done"
         return Job(name=self.name, command=tuple(self.command(more)), log=self.log, mark=mark)
 
     def command(self, more: Sequence[str]) -> list[str]:
-        """Return the command line of the training; later words replace earlier ones."""
+        """Return the command line of the training. If an option occurs twice, the later value counts."""
         where = ["--output_dir", str(self.folder), "--pool_dir", str(self.out / "pool"), "--seed", str(self.seed)]
         words = [RECIPE, *where, *ARMS[self.arm][1].split(), *more, "--resume_from_checkpoint", "auto"]
         return [sys.executable, "-m", "postgen", "train", *words]
@@ -87,17 +87,17 @@ class Run:
 def train(
     runs: Sequence[Run], gpus: Sequence[str], each: int, more: Sequence[str], seconds: float = 0.0
 ) -> dict[str, str]:
-    """Train the runs that are not done yet.
+    """Train the unfinished runs.
 
     Args:
         runs: the runs, in the order in which they start.
-        gpus: numbers of GPUs; none means the CPU.
-        each: runs at a time on one GPU.
+        gpus: numbers of the GPUs; none for the CPU.
+        each: number of runs at the same time on one GPU.
         more: settings of all runs.
-        seconds: after this time the runs save a checkpoint and end; 0 is no limit.
+        seconds: time after which the runs save a checkpoint and end; 0 for no limit.
 
     Returns:
-        The names of runs that are not done, and why, as `run_jobs` says it.
+        Name of each run that is not finished -> the reason, one of those of `run_jobs`.
     """
     began = time.monotonic()
     words = [*more] if any(gpus) else [*more, "--device", "cpu"]
@@ -106,7 +106,7 @@ def train(
         first = _rendering(max(runs, key=_needs), words)
         left = {} if first.done else run_jobs([first], places_on(gpus, 1)[:1], seconds=seconds, grace=GRACE)
         if "failed" in left.values():
-            print(f"the clips could not be rendered, see {first.log}", flush=True)
+            print(f"the clips could not be rendered: see {first.log}", flush=True)
         if left:
             return left
     limit = max(1.0, seconds - (time.monotonic() - began)) if seconds else 0.0
@@ -114,15 +114,15 @@ def train(
 
 
 def _needs(run: Run) -> int:
-    """How much of the clips a run needs: RGB, depth, camera poses."""
+    """Return how much a run reads of each clip: 0 for RGB, 1 for RGB and depth, 2 for camera poses too."""
     words = ARMS[run.arm][1]
     return 2 if "--placed_memory true" in words else 0 if "--aux []" in words else 1
 
 
 def _rendering(run: Run, more: Sequence[str]) -> Job:
-    """Return a run of one step, which renders the clips, and what placed memory reads of them where an arm needs it.
+    """Return a job of one training step that renders the clips, and the inputs of placed memory if the run needs them.
 
-    Clips of other settings that it did not render are rendered by the first run that needs them.
+    If other runs need clips with other settings, the first of them renders these clips.
     """
     first = Run(arm=run.arm, seed=run.seed, out=run.out / "pool-run")
     words = [*more, "--pool_dir", str(run.out / "pool"), "--max_steps", "1", "--eval_steps", "0"]
@@ -130,7 +130,7 @@ def _rendering(run: Run, more: Sequence[str]) -> Job:
 
 
 def table() -> str:
-    """Return the arms as a table of the documentation."""
+    """Return the arms as a Markdown table."""
     rows = [f"| {name} | {what} | {f'`{words}`' if words else 'none'} |" for name, (what, words) in ARMS.items()]
     return "\n".join(["| Arm | | Settings on top of `worldweaver-tiny.yaml` |", "|---|---|---|", *rows])
 
@@ -140,13 +140,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     words, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["a", "d", "e", "j"], metavar="ARM")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of GPUs; none trains on the CPU")
-    parser.add_argument("--each", type=int, default=4, help="runs at a time on a GPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/arms"))
-    parser.add_argument("--seconds", type=float, default=0.0, help="after which runs save and end; 0 is no limit")
-    parser.add_argument("--table", action="store_true", help="print the arms; nothing is trained")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=["a", "d", "e", "j"], metavar="ARM", help="arms to train"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the training")
+    parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
+    parser.add_argument("--each", type=int, default=4, help="runs at the same time on a GPU (default: 4)")
+    parser.add_argument("--out", type=Path, default=Path("runs/arms"), help="output folder")
+    parser.add_argument("--seconds", type=float, default=0.0, help="save and end after this time; 0: no limit")
+    parser.add_argument("--table", action="store_true", help="only print the arms")
     options = parser.parse_args(words)
     if options.table:
         print(table())
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: {why}")
         return 1 if "failed" in left.values() else 3 if left else 0
 
-    return ended("benchmarks.worldweaver_arms", work, "the same command resumes the runs")
+    return ended("benchmarks.worldweaver_arms", work, "repeat the same command to resume the runs")
 
 
 if __name__ == "__main__":

@@ -123,11 +123,11 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("out/worldweaver/cpu"))
-    parser.add_argument("--chunks", type=int, default=128, help="number of chunks of the stream, from 16 on")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument("--out", type=Path, default=Path("out/worldweaver/cpu"), help="output folder")
+    parser.add_argument("--chunks", type=int, default=128, help="number of chunks of the stream, at least 16")
     parser.add_argument("--size", type=int, default=128, help="height and width of the stream")
-    parser.add_argument("--no-command", action="store_true", help="skip the 20 s of the command")
+    parser.add_argument("--no-command", action="store_true", help="do not time the command for 20 s of video")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(CORES)

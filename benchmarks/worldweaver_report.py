@@ -4,7 +4,7 @@
 
 OUT has the files of `benchmarks.worldweaver`, OUT_LONG those of 1,000 frames. The file of `--cpu` is from
 `benchmarks.worldweaver_cpu`. Speed is read from `results/worldweaver_speed.json`. A missing file makes its gates fail.
-Which arm is ours was fixed before anything was measured: e, three groups in flight, depth in memory.
+Our arm is e (three groups in flight, depth in memory). This was fixed before any measurement.
 """
 
 from __future__ import annotations
@@ -198,11 +198,11 @@ def _read(place: Path | None) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the result file, and optionally tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("out/worldweaver"))
-    parser.add_argument("--long", type=Path, help="folder of the clips of 1,000 frames")
-    parser.add_argument("--cpu", type=Path, help="file of benchmarks.worldweaver_cpu")
-    parser.add_argument("--speed", type=Path, default=RESULTS / "worldweaver_speed.json")
-    parser.add_argument("-o", "--output", default="worldweaver", help="name or path of the result")
+    parser.add_argument("out", type=Path, nargs="?", default=Path("out/worldweaver"), help="folder of the arms")
+    parser.add_argument("--long", type=Path, help="folder of the arms with 1,000 frames")
+    parser.add_argument("--cpu", type=Path, help="file of benchmarks.worldweaver_cpu, OUT/cpu.json")
+    parser.add_argument("--speed", type=Path, default=RESULTS / "worldweaver_speed.json", help="file of speeds")
+    parser.add_argument("-o", "--output", default="worldweaver", help="name or path of the result file")
     parser.add_argument("--docs", action="store_true", help=f"write the tables into {PAGE.name}")
     parser.add_argument("--images", type=Path, help="folder for the pictures, for example docs/images")
     options = parser.parse_args(argv)

@@ -2,14 +2,14 @@
 
 `python -m benchmarks.worldweaver_speed` needs a GPU. It writes `results/worldweaver_speed.json` after every row, the
 rows of the gates first. `--only 1.3b 14b/worldweaver` selects a size or a row, `--join A.json B.json` joins several
-results, and `--profile` adds the kernels of one forward pass of ours. `--device cpu` runs everything with tiny models,
-to test the benchmark itself.
+results, and `--profile` adds the kernels of one forward pass of WorldWeaver. `--device cpu` runs everything with tiny
+models, to test the benchmark itself.
 
 All rows: 480 x 832, 6 steps, no guidance, bfloat16, random encodings of 512 tokens, eager mode, and diffusers' native
 attention backend, which is torch's SDPA. `attention` in each row is the kernel that torch chose. All rows except the
 last have latents as output; the last row decodes RGB and depth in float32.
 
-- Ours has K = 3 groups of F = 3 latent frames behind 4 + 2 latent frames of memory, with depth: a window of 15.
+- WorldWeaver has K = 3 groups of F = 3 latent frames behind 4 + 2 frames of memory, with depth: a window of 15.
 - SkyReels-V2 with diffusion forcing (`ar_step=0`) has the same widths. Its windows have 97 frames (25 latent frames),
   17 of them history. `skyreels_v2_same_window` has equal steps and context: windows of 15 latent frames, 6 of them
   history.
@@ -69,7 +69,7 @@ ORDER = (
     ("1.3b", "worldweaver_decoded"),
 )
 CHUNKS = {"1.3b": 60, "14b": 50, "tiny": 56}
-"""Number of chunks of ours. Window and memory bank are full after the first 25."""
+"""Number of WorldWeaver chunks. Window and memory bank are full after the first 25."""
 
 
 def rows(asked: Sequence[tuple[str, str]], place: str, chunks: int | None, profile: bool) -> Iterator[Row]:
@@ -140,12 +140,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*MODELS, *("/".join(row) for row in ORDER)]
-    parser.add_argument("--only", nargs="+", choices=names, default=list(MODELS), metavar="SIZE[/ROW]")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=list(MODELS), metavar="SIZE[/ROW]", help="sizes or rows"
+    )
     parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="results to join into one")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--chunks", type=int, help=f"number of chunks of ours, default {CHUNKS}")
-    parser.add_argument("--profile", action="store_true", help="add the kernels of one forward pass of ours")
-    parser.add_argument("-o", "--output", default="worldweaver_speed")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for tiny models")
+    parser.add_argument("--chunks", type=int, help=f"number of WorldWeaver chunks (default: {CHUNKS})")
+    parser.add_argument("--profile", action="store_true", help="add the kernels of one WorldWeaver forward pass")
+    parser.add_argument("-o", "--output", default="worldweaver_speed", help="name or path of the result file")
     options = parser.parse_args(argv)
     if options.join:
         join(options.join[0], options.join[1:], options.output)

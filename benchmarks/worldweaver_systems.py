@@ -52,8 +52,8 @@ class Bench:
     Args:
         model: widths and sizes.
         place: device.
-        chunks: number of chunks of ours.
-        profile: whether to profile one forward pass of ours.
+        chunks: number of WorldWeaver chunks.
+        profile: whether to profile one forward pass of WorldWeaver.
     """
 
     def __init__(self, model: Model, place: str, chunks: int, profile: bool = False) -> None:
@@ -175,7 +175,7 @@ def _computed(flops: dict[Any, int]) -> Row:
 
 
 def ours(bench: Bench, *, decoded: bool = False) -> Row:
-    """Time the chunks of a stream without end."""
+    """Time the chunks of a WorldWeaver stream without end."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     scheduler, network = FlowMatchEulerDiscreteScheduler(shift=5.0), bench.transformer("WanTransformer3DModel")
@@ -253,7 +253,7 @@ def skyreels(bench: Bench, window: tuple[int, int] = (97, 17)) -> Row:
 
 
 def skyreels_same_window(bench: Bench) -> Row:
-    """Time diffusion forcing with a window like ours: 15 latent frames, 6 of them memory."""
+    """Time diffusion forcing with the window of WorldWeaver: 15 latent frames, 6 of them memory."""
     return skyreels(bench, (57, 21))
 
 

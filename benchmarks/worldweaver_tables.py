@@ -134,7 +134,7 @@ def gates(result: Mapping[str, Any]) -> Iterator[str]:
          f"{row['op']} {row['target']:g}", "yes" if row["ok"] else "no"]
         for row in result["gates"]
     ]  # fmt: skip
-    yield from table(["gate", "measured", "asked for", "met"], rows)
+    yield from table(["gate", "measured", "target", "met"], rows)
 
 
 def _of_long(make: Callable[[Mapping[str, Any]], Iterator[str]]) -> Callable[[Mapping[str, Any]], Iterator[str]]:

@@ -1,4 +1,4 @@
-"""Linear layers in FP8 on whole models: switched, removed bit by bit, saved, copied, trained through, on the CLI."""
+"""FP8 linear layers on whole models: switching, exact removal, saving, copying, gradients, command line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_put_on_and_taken_off(name: str) -> None:
     handle = postgen.apply_fp8_linears(model, QUIET)
     assert 0 < relative_error(tiny(), stock) < 0.05
     assert len(layers(model)) == sum(handle.stats()[""].values())
-    # Checkpoints are those of the stock model.
+    # The state dict is that of the stock model.
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     handle.remove()
@@ -108,7 +108,7 @@ def test_saved_and_loaded(wan: TinyModel, tmp_path: Path) -> None:
     assert torch.equal(wan(), stock)
     postgen.apply_fp8_linears(wan.transformer, QUIET)
     assert torch.equal(wan(), on)
-    # Other weights are rounded anew, in place.
+    # Loaded weights are rounded again, in place.
     wan.transformer = model
     model.load_state_dict({key: value * 1.5 for key, value in model.state_dict().items()})
     changed = wan()
@@ -148,7 +148,7 @@ def test_fused_operations_beside_it(wan: TinyModel) -> None:
     postgen.apply_fp8_linears(wan.transformer, QUIET)
     on = wan()
     postgen.apply_fused_ops(wan.transformer)
-    # Rounding of the fused norms moves some numbers to the next code.
+    # Fused norms round differently, so some values get the next code.
     assert relative_error(wan(), on) < 0.02
     postgen.remove_fp8_linears(wan.transformer)
     postgen.remove_fused_ops(wan.transformer)

@@ -1,4 +1,4 @@
-"""The benchmarks of FP8 linears: what is compared, the gates, the judge; with tiny models."""
+"""The benchmarks of low precision with tiny models: rows, gates and the judge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.families.tiny_models import tiny_model
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its C++ takes half a minute here, and what it makes is not what is tested."""
+    """Compile without inductor, whose C++ code takes half a minute to build and is not tested here."""
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compile_block(self, **options, backend="eager")
@@ -35,7 +35,7 @@ def test_layers() -> None:
 
 
 def test_steps() -> None:
-    """Attention that changes nothing stands for that in FP8."""
+    """All forms have times and differences; a plug-in without effect replaces FP8 attention."""
     row = step_row(tiny(), "cpu", 1, lambda model: Nothing())
     assert all(row[f"{form}{suffix}_ms"] > 0 for form in lowp_steps.forms_of(Nothing) for suffix in ("", "_compiled"))
     assert row["stock_difference"] == 0
@@ -53,10 +53,10 @@ def test_forms_in_eight_bits_of_a_long_step_are_compiled_alone(monkeypatch: pyte
 
 
 class Nothing:
-    """A plug-in that changes nothing."""
+    """A handle of a plug-in without effect."""
 
     def remove(self) -> None:
-        """Take it off."""
+        """Do nothing."""
 
 
 def test_the_shapes_are_those_of_the_models() -> None:
@@ -100,7 +100,7 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 def test_the_judge_compares_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same clips for the mode that changes nothing; noise for one that does."""
+    """A mode without effect has no drop and equal clips; a mode that adds noise has a lower PSNR."""
     specs = lowp_judge.scenes(2, 5)
 
     def clips_of(pipe: Any, mode: Any, part: Any, first: int, how: Any, label: str) -> torch.Tensor:

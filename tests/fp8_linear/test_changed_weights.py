@@ -1,4 +1,4 @@
-"""Weights that change under layers in FP8: the next call rounds them anew, and taking the layers off keeps them."""
+"""Changed weights of FP8 layers: the next call rounds them again, and removal keeps the changed weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lora(model: Any, seed: int = 3) -> None:
 
 
 def fused_and_unloaded(model: Any) -> None:
-    """How diffusers says to use a LoRA that stays: nothing of it is left in the model but the weights."""
+    """Fuse a LoRA and unload it, as diffusers recommends for a permanent LoRA; only the weights change."""
     lora(model)
     model.fuse_lora()
     model.unload_lora()
@@ -67,7 +67,7 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_changes_are_seen_and_stay(change: Callable[[Any], None], tmp_path: Path) -> None:
-    # As loaded: no weight has been written into, so versions do not tell them apart.
+    # Load the model from a folder, so that no weight was written to and all version counters are equal.
     wan = tiny_model("Wan")
     wan.transformer.save_pretrained(tmp_path)  # type: ignore[operator]
     wan.transformer = type(wan.transformer).from_pretrained(tmp_path)  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def test_changes_are_seen_and_stay(change: Callable[[Any], None], tmp_path: Path
 
 @torch.no_grad()
 def test_codes_stay_where_they_are() -> None:
-    """Compiled code and CUDA graphs know their memory; unchanged weights are not rounded again."""
+    """Codes keep their memory, which compiled code and CUDA graphs use; unchanged weights are not rounded again."""
     wan = tiny_model("Wan")
     postgen.apply_fp8_linears(wan.transformer, QUIET)
     wan()
@@ -104,7 +104,7 @@ def test_codes_stay_where_they_are() -> None:
 
 
 def test_put_on_in_inference_mode() -> None:
-    """As in a pipeline's call within it. LoRA is fused outside, and gradients pass."""
+    """Layers applied in inference mode work outside of it: a LoRA can be fused, and gradients pass."""
     wan = tiny_model("Wan")
     with torch.inference_mode():
         handle = postgen.apply_fp8_linears(wan.transformer, QUIET)
@@ -147,7 +147,7 @@ def test_samples() -> None:
     assert {name: sample_of(each) for name, each in weights.items() if name in found} == found
     assert len(found["small"]) == 4 * 9
     assert NUMBERS * 0.9 <= len(found["half"]) / 2 <= NUMBERS * 1.1
-    # Any product of two thin matrices shows.
+    # Any change by a product of two thin matrices is detected.
     changed = weights["half"] + torch.randn(640, 1, dtype=torch.bfloat16) @ torch.randn(1, 128, dtype=torch.bfloat16)
     assert sample_of(changed) != found["half"]
     weights["a"][0, 0] = torch.nan

@@ -1,4 +1,4 @@
-"""Linear layers in FP8 under torch.compile: no break, one graph for all blocks, gradients, settings of a call."""
+"""FP8 linear layers with torch.compile: no graph breaks, one graph for all blocks, gradients, call settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compile_blocks(model: Any, backend: Any) -> None:
 
 
 def test_one_graph_for_all_blocks(wan: TinyModel) -> None:
-    """Guards on the name of a layer would compile every block anew, and end at the limit of torch."""
+    """All blocks share one graph; guards on layer names would recompile every block, up to torch's limit."""
     stock, counter = wan(), CompileCounterWithBackend("aot_eager")
     handle = postgen.apply_fp8_linears(wan.transformer, QUIET)
     on = wan()
@@ -40,7 +40,7 @@ def test_one_graph_for_all_blocks(wan: TinyModel) -> None:
     assert counter.frame_count == 1
     handle.disable()
     assert relative_error(wan(), stock) < 1e-5
-    # A setting for one call compiles nothing again, however often.
+    # Settings of single calls do not recompile.
     for _ in range(2):
         with fp8_linears_for_call(wan.transformer, QUIET):
             assert relative_error(wan(), on) < 1e-5

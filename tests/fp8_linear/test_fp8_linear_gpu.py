@@ -1,4 +1,4 @@
-"""Linear layers in FP8 on a GPU: against the emulated ones, with the widths of real models, compiled, with LoRA."""
+"""FP8 linear layers on a GPU: compared with emulated layers, at widths of real models, compiled, with LoRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL = postgen.FP8LinearConfig(min_features=0)
 
 
 def wan() -> tuple[Any, dict[str, Any]]:
-    """A transformer in bfloat16 with two layers of the width of Wan 1.3B, and arguments of a small clip."""
+    """Return a bfloat16 transformer with two layers of Wan 1.3B's width, and arguments for a small clip."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def test_models_are_the_emulated_ones(name: str) -> None:
         for key, value in tiny.arguments.items()
     }
     found = predicted(tiny.transformer, moved)
-    # Another order of sums moves some numbers to the next code.
+    # Sums in another order move some values to the next code.
     assert relative_error(found.cpu(), expected) < 0.03
     postgen.remove_fp8_linears(tiny.transformer)
 
@@ -120,7 +120,7 @@ def test_a_graph_records_the_quantisation() -> None:
     layer = FP8Linear(nn.Linear(256, 128).cuda().bfloat16(), shared=True)
     static = torch.randn(64, 256).cuda().bfloat16()
     with torch.no_grad():
-        layer(static)  # the codes of these numbers are kept
+        layer(static)  # keeps the codes of these values
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):

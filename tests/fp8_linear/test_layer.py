@@ -1,4 +1,4 @@
-"""A layer in FP8: what it computes, keeps, saves, shares and forgets."""
+"""A single FP8 linear layer: results, stored codes, state dict, shared quantisation."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_weight_that_changed_is_rounded_again() -> None:
     made.load_state_dict({"weight": made.weight * 2, "bias": made.bias})  # type: ignore[operator]
     made.refresh()
     torch.testing.assert_close(made(x) - made.bias, 2 * (before - made.bias))
-    made.weight.data += 1  # as peft does: past the version of the tensor
+    made.weight.data += 1  # like peft, without a change of the tensor's version counter
     made.refresh(merged=("style",))
     assert relative_error(made(x), nn.functional.linear(x, made.weight, made.bias)) < 0.05
     assert made.codes.data_ptr() == memory
@@ -110,7 +110,7 @@ def test_gradients() -> None:
 
 
 class Counted:
-    """Counts quantisations."""
+    """Counts the quantisations of calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, real = 0, sharing.quantize_rows
@@ -136,7 +136,7 @@ def test_queries_keys_and_values_share_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert counted.of(lambda: q(x), lambda: k(x), lambda: v(x)) == 1
     expected = layer(seed=1)(x)
     assert torch.equal(k(x), expected)
-    # Another tensor with the same numbers, another that lies where the first did, and what was written into.
+    # A copy with the same values is quantised again, and so are a tensor after another one and a changed tensor.
     assert counted.of(lambda: q(x.clone()), lambda: k(x)) == 2
     x.mul_(2)
     assert counted.of(lambda: k(x)) == 1
@@ -176,6 +176,6 @@ def test_the_codes_die_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kept.result is None
     finally:
         gc.enable()
-    # A tensor at the same place is another one.
+    # A new tensor at the same address is quantised again.
     other = tokens(5, 64, seed=2)
     assert torch.equal(made(other), layer()(other))

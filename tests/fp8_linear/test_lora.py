@@ -1,4 +1,4 @@
-"""LoRA on top of linear layers in FP8: before and after, in full precision, fused into them, trained, taken off."""
+"""LoRA on FP8 linear layers: in either order, in full precision, fused, trained, removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lora(model: Any, seed: int = 3) -> None:
 
 
 def outputs(tiny: TinyModel, name: str) -> tuple[Tensor, Tensor]:
-    """What goes into a layer in a call, and what comes out."""
+    """Return the input and the output of a layer in one call."""
     seen: list[tuple[Tensor, Tensor]] = []
     hook = tiny.transformer.get_submodule(name).register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     tiny()
@@ -71,7 +71,7 @@ def test_before_and_after_are_the_same(wan: TinyModel) -> None:
 
 
 def test_fused_into_the_weights(wan: TinyModel) -> None:
-    """The weight is rounded again with what was fused into it, and again when it is taken out."""
+    """Weights are rounded again after `fuse_lora`, and again after `unfuse_lora`."""
     model: Any = wan.transformer
     handle = postgen.apply_fp8_linears(model, QUIET)
     plain = wan()
@@ -81,7 +81,7 @@ def test_fused_into_the_weights(wan: TinyModel) -> None:
     fused = wan()
     assert relative_error(fused, beside) < 0.05 < relative_error(beside, plain)
     assert not torch.equal(fused, plain)
-    # One weight for both, so it can be taken off meanwhile.
+    # FP8 and exact layers share the weight, so FP8 can be disabled while the LoRA is fused.
     handle.disable()
     exact = wan()
     assert relative_error(fused, exact) < 0.05

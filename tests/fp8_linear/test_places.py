@@ -1,4 +1,4 @@
-"""Layers in FP8 on a model that computes elsewhere than it was when they were put on: offloaded, or moved later."""
+"""FP8 layers on models that compute on another device than when they were applied: offloaded, or moved later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def wan() -> TinyModel:
-    """Attention has 32 channels, and feed-forward layers 16 inside."""
+    """Return a Wan model with 32 attention channels and 16 inner feed-forward channels."""
     made = tiny_model("Wan")
     model: Any = made.transformer
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def layers(model: Any) -> list[str]:
 
 
 def offloaded(model: Any) -> Any:
-    """As `enable_model_cpu_offload` leaves it between calls; nothing is moved before it is called."""
+    """Add the hook of `enable_model_cpu_offload`, which moves the model only when it is called."""
     from accelerate.hooks import CpuOffload, add_hook_to_module
 
     return add_hook_to_module(model, CpuOffload(GPU), append=True)
@@ -70,7 +70,7 @@ def test_narrow_layers_of_a_model_that_came_to_a_gpu(wan: TinyModel, monkeypatch
     assert not any("ffn" in name for name in layers(wan.transformer))
     assert handle.stats() == {"": {"attention": 8, "cross_attention": 4}}
     assert not torch.equal(there, on)
-    # As if it had been put on there.
+    # The result equals that of layers applied on that device.
     handle.remove()
     postgen.apply_fp8_linears(wan.transformer, config)
     assert torch.equal(wan(), there)
@@ -113,7 +113,7 @@ def test_layers_that_offloading_holds_stay_and_compute_what_the_stock_ones_do(
 
 
 def test_a_gpu_that_the_model_is_offloaded_from(wan: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between calls it is on the CPU; neither is the CPU warned of, nor an old GPU taken."""
+    """An offloaded model is on the CPU between calls: there is no warning about the CPU, but an old GPU is refused."""
     monkeypatch.setattr(state, "why_not_fp8", lambda device: "it is old" if device.type == "cuda" else "a CPU")
     monkeypatch.setattr(state, "may_be_inline", lambda device: True)
     handle = postgen.apply_fp8_linears(wan.transformer)

@@ -1,4 +1,4 @@
-"""Which layers are taken, by family; what is left for its shape, refused, or spared by the settings."""
+"""Which layers become FP8, by family; layers that stay exact for their shape or by settings; refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_default_policy(name: str) -> None:
 
 
 def test_layers_of_few_tokens_of_sound() -> None:
-    """Of the two attentions between video and sound, that whose queries are the sound's is not taken."""
+    """Attention with queries of sound stays exact; attention with queries of video becomes FP8."""
     taken = plan_for(tiny_model("Kandinsky 6").transformer, FP8LinearConfig()).layers
     assert {f"visual_transformer_blocks.0.va_cross_attention.{name}" for name in ("to_query", "out_layer")} < set(
         taken
@@ -72,7 +72,7 @@ def test_layers_of_few_tokens_of_sound() -> None:
 
 
 def test_layers_that_a_conversion_added() -> None:
-    """Gates of linear attention are neither queries nor keys; in either order the same layers are taken."""
+    """Gates that a conversion added stay exact, and the other layers are chosen as without the conversion."""
     from postgen.lit import convert, revert
 
     model = tiny_model("Wan").transformer
@@ -136,7 +136,7 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
     other = replace_linears(model, double, owner="sparse", roles=["feed_forward"])
     with pytest.raises(UserError, match=r"blocks.0.ffn.net.0.proj is already replaced by sparse: remove sparse"):
         postgen.apply_fp8_linears(model)
-    # What it does not want may be another's.
+    # Layers that the config does not select may belong to another plug-in.
     handle = postgen.apply_fp8_linears(model, FP8LinearConfig(feed_forward=False, feed_forward_out=False))
     handle.remove()
     other.remove()

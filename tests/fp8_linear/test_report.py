@@ -1,4 +1,4 @@
-"""The pages of low precision have the numbers of the results, and gates of several files stand in one."""
+"""The pages of low precision have the numbers of the result files, and one file joins the gates of several."""
 
 from __future__ import annotations
 

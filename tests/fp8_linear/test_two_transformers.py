@@ -1,4 +1,4 @@
-"""Layers in FP8 on both transformers of a pipeline, as of Wan 2.2: where one refuses a change, none is changed."""
+"""FP8 layers on both transformers of Wan 2.2: if one transformer refuses a change, none is changed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_put_on_one_is_put_on_none(pipe: Any) -> None:
     pipe.transformer_2.unfuse_lora()
     handle.enable()
     assert layers(pipe) == [16, 16]
-    # Of new layers, too.
+    # This also holds for newly selected layers.
     handle.update(attention=False)
     pipe.transformer_2.fuse_lora()
     before = lines(pipe)

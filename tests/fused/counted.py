@@ -1,4 +1,4 @@
-"""Which of our operations a call really runs."""
+"""Count the operations of postgen that a call runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class count_operations(TorchDispatchMode):
-    """While open, count the calls of operations of postgen, by name."""
+    """Context manager that counts the calls of postgen's operations by name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Applying, switching, changing and removing fused operations; and what is refused."""
+"""Applying, switching, changing and removing fused operations, and refusals."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_a_handle_knows_that_they_were_removed(wan: TinyModel) -> None:
         ):
             with pytest.raises(postgen.UserError, match="were removed: apply them again"):
                 act()
-        # The second time others are on, which are none of its business.
+        # In the second pass other fused operations are applied, which the removed handle must not affect.
         if not installed(wan.transformer).plug_ins:
             assert torch.equal(wan(), stock)
             handle = postgen.apply_fused_ops(wan.transformer)

@@ -1,4 +1,4 @@
-"""The benchmark of fused steps compares things that compute the same."""
+"""The benchmark of fused steps: all compared forms compute the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.fused_step import CASES, FORMS, Case, fused_psnr, gates, measure
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its C++ takes half a minute here, and what it makes is not what is tested."""
+    """Compile without inductor, whose C++ code takes half a minute to build and is not tested here."""
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compile_block(self, **options, backend="aot_eager")
@@ -21,7 +21,7 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny(case: Case) -> Case:
-    """The same class with few and narrow layers on a small clip."""
+    """Return the case with few and narrow layers and a small clip."""
     axis = {"WanTransformer3DModel": 2, "CogVideoXTransformer3DModel": 1}[case.kind]
     config = {**case.config, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "text_dim": 8}
     if "ffn_dim" in config:
@@ -47,7 +47,7 @@ def test_every_form_computes_the_same(case: Case) -> None:
     assert [row["part"] for row in rows] == ["block", "step"]
     for row in rows:
         assert all(row[f"{form}_ms"] > 0 for form in FORMS)
-        # bfloat16 is rounded elsewhere.
+        # Fused operations round to bfloat16 at other places.
         assert 0 < row["fused_difference"] < 0.02
         assert row["fused_compiled_difference"] < 0.02
         assert row["fused_vs_stock"] == row["stock_ms"] / row["fused_ms"]

@@ -1,4 +1,4 @@
-"""Fused operations beside somebody else who computes attention: one or the other, and a refusal changes nothing."""
+"""Fused operations and other methods that compute attention exclude each other; a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def toy(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def state(model: Any) -> tuple[Any, ...]:
-    """What is on a model: processors, blocks, plug-ins."""
+    """Return what is applied to a model: processors, blocks, plug-ins."""
     modules = video_tokens_of(model).attention_modules(model)
     processors = [(id(m.processor), getattr(m.processor, "postgen_wrappers", None)) for m in modules.values()]
     stack = processor_stack(model)
@@ -54,7 +54,7 @@ def test_they_do_not_go_where_somebody_computes(wan: TinyModel) -> None:
         pass
     assert [state(each) for each in (first, second)] == before
     assert torch.equal(wan(), prediction)
-    # What is not attention goes beside it.
+    # Fused operations outside attention can be combined with it.
     handle = postgen.apply_fused_ops(pipe, postgen.FusedOpsConfig(norm_rope=False, attention=None))
     assert torch.allclose(wan(), prediction, atol=1e-5)
     for settings in ({"norm_rope": True}, {"attention": "auto"}):

@@ -1,4 +1,4 @@
-"""`--fused` of the command line, and its key in sidecars and `postgen compare`."""
+"""The option `--fused`, and its key in sidecars and `postgen compare`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused operations together with what users put on the same model, on four families."""
+"""Fused operations combined with other changes of the same model, in four families."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("error:Enhance-A-Video")
 
 
 class Pair:
-    """A tiny model without and with fused operations, and what it predicts."""
+    """A tiny model without and with fused operations, and its prediction."""
 
     def __init__(self, name: str) -> None:
         self.plain = tiny_model(name, batch=2, layers=3)
@@ -30,7 +30,7 @@ class Pair:
         self.prediction = self.plain()
 
     def either_order(self, add: Callable[[TinyModel], Any]) -> list[TinyModel]:
-        """A stock model with `add`, one where it came before the fused operations, and one where it came after."""
+        """Return a stock model with `add`, and two fused models with `add` before and after the fused operations."""
         stock, before, after = copy.deepcopy(self.plain), copy.deepcopy(self.plain), copy.deepcopy(self.fused)
         add(stock)
         add(before)
@@ -88,7 +88,7 @@ def test_caches(pair: Pair, cache: Callable[[TinyModel], None]) -> None:
         for _ in range(3):
             with tiny.transformer.cache_context("cond"):
                 found, run = counted(tiny)
-            # The step does not change, so what a cache gives back must be what was computed.
+            # All calls have the same step, so the cached output must equal the computed one.
             assert torch.allclose(found, pair.prediction, atol=1e-5)
             runs.append(run)
         assert runs[0]["attention"] > runs[-1]["attention"]
@@ -118,7 +118,7 @@ def accelerate_hooks(tiny: TinyModel) -> None:
 
 
 def sequential_offload(tiny: TinyModel) -> None:
-    """Weights are on the meta device outside of the module that owns them."""
+    """Offload each module separately: outside its own call, its weights are on the meta device."""
     from accelerate import cpu_offload
 
     cpu_offload(tiny.transformer, execution_device=torch.device("cpu"))
@@ -131,7 +131,7 @@ def test_offloading(pair: Pair, add: Callable[[TinyModel], None]) -> None:
         found, run = counted(tiny)
         assert torch.allclose(found, pair.prediction, atol=1e-5)
         assert run["attention"] == pair.plain.attention_layers
-    # Where hooks move the weights of norms, these are called; else all is fused.
+    # If hooks move the weights of norms, these norms are called; otherwise everything is fused.
     moved = add in (leaf_offload, sequential_offload) and pair.plain.name.startswith(("CogVideoX", "Wan"))
     assert bool(run["gate_residual"]) != moved
     assert_same_when_removed(fused, pair.prediction)
@@ -196,7 +196,7 @@ def test_an_attention_backend_of_diffusers_wins(pair: Pair) -> None:
         tiny.transformer.set_attention_backend("native")
         tiny.transformer.reset_attention_backend()
     assert torch.allclose(found, pair.prediction, atol=1e-5)
-    # CogVideoX has no backends.
+    # CogVideoX's attention processor has no backends.
     assert bool(run["attention"]) == pair.plain.name.startswith("CogVideoX")
 
 
@@ -211,7 +211,7 @@ def test_gradient_checkpointing(pair: Pair) -> None:
 
 
 def test_the_meta_device(pair: Pair) -> None:
-    """Shapes without numbers, as tools ask for them that estimate a model."""
+    """Models on the meta device compute shapes, which tools use to estimate memory."""
 
     def meta(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Compiled code: as many graphs as without fused operations, and the same numbers."""
+"""Fused operations with torch.compile: no more graphs than without, and equal results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import postgen
 from tests.enhance.test_compile import LAYERS, compile_blocks, fresh_compiler
 from tests.families.tiny_models import tiny_model
 
-__all__ = ["fresh_compiler"]  # a fixture of every test here
+__all__ = ["fresh_compiler"]  # a fixture for every test of this file
 
 
 @pytest.mark.parametrize("name", ["CogVideoX 1.5", "HunyuanVideo", "LTX", "Wan"])
@@ -25,10 +25,10 @@ def test_no_graph_more_than_without(name: str) -> None:
     torch._dynamo.reset()
     counter = compile_blocks(fused)
     assert torch.allclose(fused(), expected, atol=1e-5)
-    # HunyuanVideo's first tokens are a transposed view; fused blocks make them contiguous, stock ones pass them on.
+    # HunyuanVideo's first tokens are a transposed view, which fused blocks make contiguous, unlike stock blocks.
     assert counter.frame_count == without.frame_count + (name == "HunyuanVideo")
     if name != "HunyuanVideo":
-        # Compiled blocks may change: each form is compiled once.
+        # Fused operations of compiled blocks can be removed: each form is compiled once.
         handle.remove()
         assert torch.allclose(fused(), expected, atol=1e-5)
         postgen.apply_fused_ops(fused.transformer)

@@ -1,4 +1,4 @@
-"""Blocks that are compiled one by one share their code: a plug-in must not have them compiled for every layer."""
+"""Blocks that are compiled separately share their code: plug-ins must not cause a compilation for every layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLUG_INS: dict[str, tuple[Callable[[Any], Any], int]] = {
         2,
     ),
 }
-"""What is put on, and how many kinds of layers it makes."""
+"""Plug-in -> a function that applies it, and the number of different kinds of layers that result."""
 
 
 @pytest.mark.parametrize("name", PLUG_INS)
@@ -50,7 +50,7 @@ def test_a_kind_of_layer_is_compiled_once(name: str) -> None:
 
 
 def test_fp8_attention_is_traced_where_processors_call_torch_themselves() -> None:
-    """Fused reading splits heads by `Tensor.unflatten`, which torch.compile cannot trace inside a function mode."""
+    """Fused operations split heads by `Tensor.unflatten`, which torch.compile cannot trace in a function mode."""
     model = tiny_model("CogVideoX 1.0", layers=1)
     postgen.apply_fused_ops(model.transformer)
     config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
@@ -67,7 +67,7 @@ def test_fp8_attention_is_traced_where_processors_call_torch_themselves() -> Non
 
 
 def test_settings_of_attention_that_come_back_are_not_compiled_again() -> None:
-    """Else users who switch between settings come to torch's limit of compilations."""
+    """Otherwise, switching between settings would reach torch's limit of recompilations."""
     from postgen.fused.fp8_attention import fp8_attention_for_call
 
     model, compiled = tiny_model("Wan", layers=2), []

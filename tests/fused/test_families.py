@@ -1,4 +1,4 @@
-"""Fused blocks against the stock ones of diffusers, on tiny models of every family."""
+"""Fused blocks compared with the stock blocks of diffusers, on tiny models of every family."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_half_precision_stays_close(tiny: TinyModel) -> None:
     postgen.apply_fused_ops(rounded.transformer)
     fused = rounded()
     assert fused.dtype == torch.bfloat16
-    # Fewer roundings: about as far from float32 as diffusers' own, or nearer.
+    # Fused operations round less often, so the error against float32 is not larger than that of diffusers.
     assert (fused - exact).norm() < 1.25 * (stock - exact).norm()
 
 
@@ -116,7 +116,7 @@ def test_fused_forms_take_the_arguments_of_what_they_stand_for(tiny: TinyModel) 
         if type(processor).__name__ in readers:
             own = _parameters(type(processor).__call__)
             bound = _parameters(readers[type(processor).__name__].bind)
-            # attention against self, attention
+            # `bind` has (attention, ...), and `__call__` has (self, attention, ...)
             assert bound[1:] == own[2:]
 
 

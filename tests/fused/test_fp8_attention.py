@@ -1,4 +1,4 @@
-"""FP8 attention on tiny models, simulated: by step and layer, beside other plug-ins, calibrated; what is refused."""
+"""Simulated FP8 attention on tiny models: steps, layers, other plug-ins, calibration, refusals."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_other_families(name: str) -> None:
     TOLD.clear()
     masked = name == "HunyuanVideo"
     if masked:
-        # The text has a mask, which diffusers gives to attention.
+        # diffusers passes the mask of the text to attention.
         with pytest.warns(UserWarning, match="stays exact, not FP8: the call has a mask"):
             found = tiny()
         assert torch.equal(found, stock)
@@ -136,7 +136,7 @@ def test_other_families(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["AnyFlow", "Cosmos", "Wan"])
 def test_mixed_precision(name: str) -> None:
-    """Norms leave queries and keys in float32, and values are in sixteen bits."""
+    """Under autocast, norms return queries and keys in float32, and values are in bfloat16."""
     tiny = tiny_model(name)
     with torch.autocast("cpu", torch.bfloat16):
         stock = tiny()
@@ -180,7 +180,7 @@ def test_compiled_blocks(wan: TinyModel) -> None:
     twin = TinyModel(**{**vars(wan), "transformer": copy.deepcopy(wan.transformer)})
     for block in twin.transformer.blocks:  # type: ignore[union-attr]
         block.compile(fullgraph=True, backend="aot_eager")
-    # Rounding to 8 bits turns the last bits of float32 into steps.
+    # Differences in the last bits of float32 can move values to the next 8-bit code.
     assert relative_error(twin(), eager) < 0.01
     assert relative_error(twin(), stock) > 2 * relative_error(twin(), eager)
 
@@ -200,7 +200,7 @@ def test_steps_of_a_pipeline(pipe: Any) -> None:
         with count_operations() as run:
             found = make(pipe, 5)
         layers = handle.stats()["transformer"]["fp8"]
-        # Two of five steps, with guidance.
+        # Two of five steps are FP8, each with two calls because of guidance.
         assert run.counts["attention_fp8"] == 2 * 2 * layers
         assert not torch.equal(found, stock)
         TOLD.clear()
@@ -229,7 +229,7 @@ def test_debug_computes_again_what_is_not_finite(wan: TinyModel) -> None:
     assert not torch.equal(found, stock)
     weights = wan.transformer.blocks[0].attn1.norm_k.weight.data  # type: ignore[union-attr,index]
     kept = weights.clone()
-    weights.fill_(1e30)  # squares are not finite in float32; logits are
+    weights.fill_(1e30)  # squares overflow in float32, but logits are finite
     try:
         TOLD.clear()
         with pytest.warns(UserWarning, match="NaN or infinity"):
@@ -248,7 +248,7 @@ def test_calibration(pipe: Any, tmp_path: Path) -> None:
     assert all(0.001 < row.error < 0.1 and row.worst_head >= row.error * 0.7 for row in report.rows)
     assert all(Preparation.parsed(row.preparation) for row in report.rows)
     assert all(row.exact_ms is None for row in report.rows) != torch.cuda.is_available()
-    assert torch.equal(make(pipe, 2), stock)  # nothing is left of it
+    assert torch.equal(make(pipe, 2), stock)  # calibration leaves the pipeline unchanged
     assert calibrate_fp8_attention(pipe, ["a ball", "a cube"], steps=2, call=SIZE) == report
 
     report.save(tmp_path / "report.json")
@@ -258,7 +258,7 @@ def test_calibration(pipe: Any, tmp_path: Path) -> None:
     assert "blocks.1.attn1" in text
     assert text.count("\n") == len(report.rows)
 
-    # A threshold between the layers keeps one exact.
+    # With a threshold between the errors of the layers, one layer stays exact.
     worst = {name: max(row.error for row in report.rows if row.layer == name) for name in names}
     limit = sum(sorted(worst.values())[-2:]) / 2
     strict = calibrate_fp8_attention(pipe, ["a ball", "a cube"], steps=2, call=SIZE, max_error=limit)
@@ -284,7 +284,7 @@ def test_the_error_that_calibration_tells_is_that_of_the_layer() -> None:
             errors.append(relative_error(out, exact.attention(*(x.double() for x in tensors), scale=0.1)[0]))
         assert row.error == pytest.approx(max(errors), rel=0.05)
         assert row.worst_head >= row.error
-    # Outliers among the keys ask for more than plain rounding does.
+    # With outlier channels in the keys, calibration chooses more transformations.
     assert "balance+rotation" in report.rows[0].preparation
     assert CANDIDATES.index(Preparation.parsed(report.rows[1].preparation)) < 4
     assert report.config().of_layer("a") == report.rows[0].preparation

@@ -1,4 +1,4 @@
-"""FP8 attention: what is given to it is looked at first, and what it says of itself is so."""
+"""FP8 attention: checks of its inputs, and correct summaries and statistics."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_the_summary_says_which_calls_stay_exact() -> None:
         tiny()
     text = "simulated in 4 of 4 layers, note: 4 layers stayed exact in the last call: the call has a mask"
     assert text in str(postgen.summary(tiny.transformer))
-    postgen.apply_fused_ops(tiny.transformer)  # which read the mask as key lengths
+    postgen.apply_fused_ops(tiny.transformer)  # fused operations convert the mask to key lengths
     tiny()
     assert "note" not in str(postgen.summary(tiny.transformer)).split("fp8_attention", 1)[1].splitlines()[0]
     handle.remove()
@@ -266,7 +266,7 @@ def test_layers_that_are_converted_afterwards_count_as_exact() -> None:
 
 
 def test_plans_of_settings_that_are_gone_are_forgotten() -> None:
-    """And a setting computes as it did, whatever came between."""
+    """Plans of unused settings are dropped, and a repeated setting computes the same as before."""
     tiny = tiny_model("Wan")
     handle = apply_fp8_attention(tiny.transformer, ALWAYS)
     usual = tiny()

@@ -1,4 +1,4 @@
-"""FP8 attention over few tokens: it stays exact, without a word."""
+"""FP8 attention over few tokens stays exact without a warning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.families.tiny_models import tiny_model
 
 
 def test_few_tokens_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a word; where they are asked for, what stands in the way is said."""
+    """Few tokens stay exact without a warning. With `min_tokens=0`, a warning names the remaining reason."""
     wan = tiny_model("Wan")
     monkeypatch.setattr(state, "check_available", lambda *_: None)
     stock = wan()

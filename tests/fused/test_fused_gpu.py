@@ -1,4 +1,4 @@
-"""Fused blocks on a GPU, with the widths of real models: close to the stock ones, in graphs, compiled, repeatable."""
+"""Fused blocks on a GPU at widths of real models: error, CUDA graphs, compilation, reproducibility."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE: dict[str, Any] = {"attention_head_dim": 128, "num_attention_heads": 12, "n
 
 
 def model(name: str) -> tuple[Any, dict[str, Any]]:
-    """A transformer in bfloat16 with two layers of a real model's width, and arguments of a small clip."""
+    """Return a transformer with two layers of a real model's width, and arguments for a small clip."""
     import diffusers
 
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ NAMES = ("CogVideoX", "HunyuanVideo", "LTX", "Wan")
 
 @pytest.fixture(scope="module", params=NAMES)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], torch.Tensor]:
-    """The model in bfloat16, its arguments, and what the stock model predicts in float64."""
+    """Return the bfloat16 model, its arguments, and the prediction of the stock model in float64."""
     built, arguments = model(request.param)
     exact = _call(copy.deepcopy(built).double(), _to(arguments, torch.float64))
     return built.to(torch.bfloat16), _to(arguments, torch.bfloat16), exact

@@ -1,4 +1,4 @@
-"""The toy run from a recipe, in a process that is killed with signal 9 at a named point."""
+"""A run of the toy model from a recipe, in a process that kills itself with signal 9 at a named point."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class KilledConfig(DanceGRPOConfig):
     may_change: ClassVar[tuple[str, ...]] = ("kill_at", "kill_step")
 
     kill_at: str = ""
-    """rollout, reward, update or checkpoint."""
+    """Point of the kill: rollout, reward, update or checkpoint."""
 
     kill_step: int = 0
-    """In the update after so many."""
+    """Number of updates before the kill."""
 
 
 class KilledGRPO(DanceGRPOTrainer):
@@ -63,14 +63,14 @@ class KilledGRPO(DanceGRPOTrainer):
 
 
 class Whole:
-    """The toy model has no blocks: where weights are cut it is one piece."""
+    """Mixin of trainers of the toy model: it has no blocks, so it is sharded as one piece."""
 
     def shard_blocks(self, name: str) -> list[Any]:
         return []
 
 
 class WitnessGRPO(Whole, KilledGRPO):
-    """Writes what each process holds after the last update."""
+    """Writes the weights of each process after the last update."""
 
     @property
     def must_shard(self) -> bool:
@@ -91,7 +91,7 @@ class WitnessGRPO(Whole, KilledGRPO):
 
 
 class ShardedWitnessGRPO(WitnessGRPO):
-    """Launched with accelerate's FSDP2, which must have cut the weights."""
+    """A trainer for accelerate's FSDP2, which checks that the weights are sharded."""
 
     must_shard = True
 
@@ -101,7 +101,7 @@ def broken(completions):
 
 
 class FailingGRPO(KilledGRPO):
-    """Its only reward always fails."""
+    """A trainer whose only reward always fails."""
 
     @classmethod
     def from_config(cls, args: Any) -> Any:

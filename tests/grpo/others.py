@@ -1,4 +1,4 @@
-"""Runs that go on in another number of processes than those that wrote their checkpoints."""
+"""Runs that are resumed with another number of processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.grpo.toy import ROWS, near, settings
 from tests.sampling.toy import PointPipeline
 
 MIDDLE = 3
-"""After how many updates they go on: the second rollout is half used up."""
+"""Number of updates before the resume, in the middle of the second rollout."""
 COMMON = {"num_generations": 4, "max_steps": 4, "save_steps": 1, "save_total_limit": None, "ema_decay": 0.9}
 COMMON |= {"beta": 0.1, "logging_steps": 4}
 OWN: dict[str, dict[str, Any]] = {
-    # Only some samples of a prompt are kept.
+    # Only some samples of each prompt are kept.
     "dance": {"per_device_train_batch_size": 4, "best_of_n": 2, "sde_window_size": 2, "sde_window_per": "sample"},
-    # Groups of 4 in parts of 6: they span processes.
+    # Groups of 4 with 6 samples per process span processes.
     "nft": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1},
 }
 ONE = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
@@ -44,12 +44,12 @@ KINDS = {"dance": (WholeDance, DanceGRPOConfig), "nft": (WholeNFT, DiffusionNFTC
 
 
 def configuration(folder: Path, name: str, **changes: Any) -> Any:
-    """Settings of a method."""
+    """Return the configuration of a method."""
     return settings(folder, KINDS[name][1], **{**COMMON, **OWN[name], **changes})
 
 
 def train(folder: Path, name: str, run: str, source: str = "", **changes: Any) -> None:
-    """Train `folder / name-run`, from the middle of `folder / name-source` where one is given, without a rollout."""
+    """Train `folder / name-run`; with `source`, resume from the middle of `folder / name-source`, without rollout."""
     if source:
         changes["resume_from_checkpoint"] = str(folder / f"{name}-{source}" / f"checkpoint-{MIDDLE}")
     made = configuration(folder / f"{name}-{run}", name, **changes)
@@ -57,7 +57,7 @@ def train(folder: Path, name: str, run: str, source: str = "", **changes: Any) -
 
 
 def unasked(completions: Any, **columns: Any) -> list[float]:
-    """The reward of a run that goes on: what the processes before have drawn is scored already."""
+    """Reward of a resumed run, which must not be called: the samples of the checkpoint are scored already."""
     raise AssertionError("a rollout was drawn that was there")
 
 
@@ -70,7 +70,7 @@ def on_in_two(folder: Path, name: str) -> None:
 
 
 def another_run(folder: Path) -> None:
-    """A second run of the same processes."""
+    """Try a second run in the same processes, and write the error message."""
     on_in_two(folder, "dance")
     told(folder / "another-run", partial(on_in_two, folder, "dance"))
 
@@ -81,7 +81,7 @@ def another_batch(folder: Path) -> None:
 
 
 def told(path: Path, run: Callable[[], None]) -> None:
-    """Write what a process is told that may not run."""
+    """Write the error message of a run that is refused."""
     try:
         run()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Advantages against hand numbers and TRL's formulas; groups without spread; missing rewards; best of N."""
+"""Advantages: values by hand, TRL's formulas, groups without spread, missing rewards, best of N."""
 
 import math
 
@@ -9,7 +9,7 @@ from postgen.grpo.advantages import best_and_worst, compute_advantages
 
 NAN = float("nan")
 AGGREGATIONS = ("sum_of_advantages", "sum_then_normalize", "normalize_then_sum")
-# Two prompts with three samples, a reward of scale 1 and one of scale 100.
+# Two prompts with three samples each; one reward has scale 1, the other scale 100.
 REWARDS = torch.tensor([[0.0, 300.0], [1.0, 100.0], [2.0, 200.0], [1.0, 0.0], [1.0, 100.0], [4.0, 200.0]])
 WEIGHTS = torch.tensor([1.0, 0.5])
 
@@ -23,7 +23,7 @@ def close(found, expected):
 
 
 def trl(rewards, weights, group, aggregation, scale, eps=1e-4):
-    """TRL 1.16's GRPOTrainer, `_generate_and_score_completions`, in its words."""
+    """Compute advantages with the code of `GRPOTrainer._generate_and_score_completions` in TRL 1.16."""
     from trl.trainer.utils import nanstd
 
     if aggregation == "sum_then_normalize":
@@ -43,7 +43,7 @@ def trl(rewards, weights, group, aggregation, scale, eps=1e-4):
 
 
 def test_grpo_advantage_sum_of_advantages_by_hand():
-    # Stds of the groups: 1 and 100; sqrt(3) and 100.
+    # Standard deviations of the rewards: 1 and 100 in the first group, sqrt(3) and 100 in the second.
     close(advantages().values, [-0.5, 0.5 - 1.0 + 0.0, 1.0, -1 / 3**0.5 - 0.5, -1 / 3**0.5, 2 / 3**0.5 + 0.5])
     none = advantages(scale="none").values
     close(none, [5.0, -5.0, 1.0, -5.0, -1.0, 5.0])
@@ -51,7 +51,7 @@ def test_grpo_advantage_sum_of_advantages_by_hand():
 
 
 def test_grpo_advantage_sum_then_normalize_by_hand():
-    # Weighted sums 150, 51, 102 and 1, 51, 104.
+    # The weighted sums are 150, 51, 102 and 1, 51, 104.
     total = torch.tensor([150.0, 51.0, 102.0, 1.0, 51.0, 104.0])
     first, second = total[:3], total[3:]
     expected = torch.cat([(first - 101) / first.std(), (second - 52) / second.std()])
@@ -133,7 +133,7 @@ def test_grpo_advantage_clip():
 def test_grpo_advantage_best_of_n():
     scores = torch.tensor([3.0, 1.0, 2.0, 0.0, -1.0, -5.0, 7.0, -2.0])
     assert best_and_worst(scores, 4, 2).tolist() == [0, 3, 5, 6]
-    # An odd number keeps one more of the best.
+    # For an odd number, one more of the best samples is kept.
     assert best_and_worst(scores, 4, 3).tolist() == [0, 2, 3, 4, 5, 6]
     assert best_and_worst(scores, 4, 4).tolist() == list(range(8))
     assert best_and_worst(scores, 8, 2).tolist() == [5, 6]

@@ -1,4 +1,4 @@
-"""The export of a run that trained all weights is a model to generate and to train with."""
+"""The export of a run that trained all weights can be used to generate and to train."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SMALL = ("--frames", "5", "--height", "16", "--width", "16", "--steps", "2")
 
 @pytest.fixture(scope="module")
 def trained(tiny_wan, tmp_path_factory):
-    """A run and its folder."""
+    """Return a finished run and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     run = video_run(tiny_wan, folder, use_peft=False, ema_decay=0.0)
     run.train()
@@ -73,7 +73,7 @@ def test_folders_that_are_no_model_say_what_to_do(trained, tiny_wan, tmp_path, c
     shutil.copytree(folder / "export", tmp_path / "old", ignore=shutil.ignore_patterns("base.json"))
     told = cli("generate", "a", "--model", tmp_path / "old", "-o", tmp_path / "x.mp4")
     assert (told.code, told.err.count("\n")) == (2, 1)
-    # As it says.
+    # Write the `base.json` that the message describes.
     (tmp_path / "old" / "base.json").write_text(json.dumps({"base": str(tiny_wan), "parts": ["transformer"]}))
     assert inspect_model(tmp_path / "old") != inspect_model(tiny_wan)
 
@@ -105,6 +105,6 @@ def test_the_embedded_model_is_named_on_every_machine(tmp_path):
     write_note(tmp_path, Named(), ["transformer"])
     assert json.loads((tmp_path / "base.json").read_text())["base"] == "embedded"
     assert read_note(tmp_path).base == str(postgen.embedded_model())
-    Named.name_or_path = None  # made in Python
+    Named.name_or_path = None  # a model without a source folder
     write_note(tmp_path / "transformer", Named(), ["transformer"])
     assert read_note(tmp_path / "transformer") is None

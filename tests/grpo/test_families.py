@@ -1,4 +1,4 @@
-"""Video and image models of many families train two updates through one trainer file."""
+"""Video and image models of many families train two updates with the same trainer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ ROWS = [{"prompt": "a ball"}, {"prompt": "a cube"}]
 def test_grpo_trains_two_updates_of(name, tmp_path):
     pipe, size = tiny_pipeline(name)
     flow = pipe.scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
-    method = name in ("LTX", "Stable Diffusion 3")  # the others by policy gradient
+    method = name in ("LTX", "Stable Diffusion 3")  # the other families train by policy gradient
     kind, config = (DiffusionNFTTrainer, DiffusionNFTConfig) if method else (DanceGRPOTrainer, DanceGRPOConfig)
     own = {} if method else {"sde_type": "exact" if flow else "ddim", "sde_window_size": 1, "epsilon": 1e-3}
     own |= {} if method else {"check_on_policy_ratio": "raise", "max_ratio_error": 1e-5}
@@ -41,7 +41,7 @@ def test_grpo_trains_two_updates_of(name, tmp_path):
 
 @pytest.mark.parametrize("name", NO_LORA)
 def test_grpo_trains_all_weights_of(name, tmp_path):
-    """From a folder: train mode draws nothing by itself, or the ratio would not be 1 on the policy's own samples."""
+    """Train mode of a loaded model draws no random numbers, so the ratio on the policy's own samples is 1."""
     pipe, size = tiny_pipeline(name)
     pipe.save_pretrained(tmp_path / "model")
     args = DanceGRPOConfig(
@@ -50,7 +50,7 @@ def test_grpo_trains_all_weights_of(name, tmp_path):
         report_to=[], save_steps=0, sde_type="ddim", sde_window_size=1, check_on_policy_ratio="raise",
         max_ratio_error=1e-5, guidance_scale=2.0, **size,
     )  # fmt: skip
-    rows = [{"prompt": "7"}, {"prompt": "8"}]  # the folder of a DiT keeps no labels
+    rows = [{"prompt": "7"}, {"prompt": "8"}]  # a saved DiT pipeline has no labels
     run = DanceGRPOTrainer(str(tmp_path / "model"), near, args, rows)
     run.train()
     assert lines(run)[0]["grad_norm"] > 0
@@ -86,7 +86,7 @@ def test_grpo_draws_and_trains_on_the_published_noise_levels_with(name, tmp_path
     levels = [1000 * shift * x / (1 + (shift - 1) * x) for x in t]
     assert lines(run)[0]["grad_norm"] > 0
     assert {round(x, 2) for x in seen} == {round(x, 2) for x in levels}
-    # Drawn once at each level, trained on at all but the last.
+    # The rollout predicts once at each level, and training predicts at all levels but the last.
     assert seen.count(max(seen)) > seen.count(min(seen))
 
 

@@ -1,4 +1,4 @@
-"""On a GPU: sharding by accelerate's FSDP2 plug-in, with one process; the ratio of the embedded model."""
+"""GRPO on a GPU: accelerate's FSDP2 plug-in with one process, and the ratio of the embedded model."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def launched(folder, config, **values):
-    """Run a recipe in one process of its own, started by accelerate; return the folder of the run."""
+    """Run a recipe in one process that accelerate starts; return the folder of the run."""
     folder.mkdir()
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**values, "output_dir": str(folder / "run")}))
@@ -35,7 +35,7 @@ def launched(folder, config, **values):
 
 
 def test_grpo_fsdp2_of_accelerate_does_what_one_process_does(tmp_path):
-    """`ShardedWitnessGRPO` asserts that the weights are DTensors."""
+    """The sharded run trains the weights of the plain run; `ShardedWitnessGRPO` asserts that they are DTensors."""
     values = {**RUN, "device": "cuda", "sde_window_per": "rollout", "ema_decay": 0.9, "save_steps": 1}
     sharded = launched(tmp_path / "fsdp2", "fsdp2", **{**values, "method": "tests.grpo.killed:ShardedWitnessGRPO"})
     plain = launched(tmp_path / "single", "single", **values)
@@ -65,7 +65,7 @@ def test_grpo_fsdp2_of_accelerate_trains_and_exports_lora(tiny_wan, tmp_path):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_grpo_ratio_is_one_on_a_gpu(tmp_path, bf16):
-    """The embedded model. Batches of other sizes take other kernels, which round otherwise: here they are equal."""
+    """The ratio of the embedded model is 1 if rollout and training have equal batch sizes, so equal kernels."""
     run = launched(
         tmp_path / "run", "single", method="dancegrpo", train_dataset=str(ROOT / "recipes/prompts/two-bodies.jsonl"),
         reward_funcs=["world"], device="cuda", use_peft=False, num_generations=4, per_device_train_batch_size=4,

@@ -1,4 +1,4 @@
-"""What grows with a run is bounded: curves of its card, its log in memory, times and threads nobody asks for."""
+"""Memory and files of long runs are bounded: curves of the model card, the log in memory, times, threads."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def test_a_long_curve_keeps_its_ends_and_all_that_stands_out():
     assert PIECES <= len(kept) <= 2 * PIECES + 2
     assert set(kept) <= set(points)
     assert (kept[0], kept[-1]) == (points[0], points[-1])
-    # A hundred pixels across: in each the same lowest and highest point.
+    # Each of a hundred columns keeps its lowest and highest point.
     for low in range(0, 50_000, 512):
         piece = [y for x, y in points if low <= x < low + 512]
         found = [y for x, y in kept if low <= x < low + 512]
@@ -73,14 +73,14 @@ def test_an_export_reads_what_is_new_alone(tmp_path, monkeypatch):
     drawn.draw(tmp_path / "curves.png")
     assert len(read) == 1000
     with path.open("a") as file:
-        file.write('{"step": 1000, "reward": 2.0}\n{"step": 1001, "rew')  # the run goes on
+        file.write('{"step": 1000, "reward": 2.0}\n{"step": 1001, "rew')  # the run writes further lines
     drawn.draw(tmp_path / "curves.png")
     assert len(read) == 1001
     with path.open("a") as file:
         file.write('ard": 3.0}\n')
     drawn.draw(tmp_path / "curves.png")
     assert json.loads(read[-1]) == {"step": 1001, "reward": 3.0}
-    # A file that is another one: a run that starts again.
+    # A run that starts again replaces the file.
     MetricsFile(path, 0).append(1, {"reward": 0.5})
     assert drawn.draw(tmp_path / "other.png") == []
 
@@ -138,7 +138,7 @@ def test_a_callback_may_clear_the_log(tmp_path, monkeypatch):
 
 def test_the_guard_and_checkpoints_keep_the_last_evaluation(tmp_path):
     guard = HackingGuard(2)
-    guard.load([[1.0, 5.0], [2.0, 4.0]], 1)  # as checkpoints had it
+    guard.load([[1.0, 5.0], [2.0, 4.0]], 1)  # a state with the whole history, as older checkpoints have it
     assert guard.state() == {"history": [[2.0, 4.0]], "parted": 1}
     assert guard.see(3.0, 3.0)
     assert guard.state()["history"] == [[3.0, 3.0]]
@@ -176,7 +176,7 @@ def test_threads_that_were_left_and_have_ended_are_let_go(monkeypatch):
 
 
 class Leaks(faults_growth.Readings):
-    """Half a MB each step."""
+    """A callback that keeps half a MB more after each step."""
 
     def on_step_begin(self, args, state, control, **extra):
         self.kept = [*getattr(self, "kept", []), torch.ones(2**17)]

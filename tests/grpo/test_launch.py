@@ -1,4 +1,4 @@
-"""How runs are started: files for accelerate, launches that are refused, the estimate before a run."""
+"""Starting runs: config files of accelerate, refused launches, the estimate of `--dry-run`."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_grpo_accelerate_files_are_read_by_accelerate():
     for name, kind in FILES.items():
         config = load_config_from_file(str(found[name]))
         assert config.distributed_type.value == kind
-        # The recipe decides on bfloat16; a second opinion would be heeded by accelerate.
+        # The recipe decides about bfloat16; accelerate would also apply a value of this file.
         assert config.mixed_precision == "no"
     assert load_config_from_file(str(found["fsdp2"])).fsdp_config["fsdp_version"] == 2
     assert "NOT SUPPORTED" in found["zero3"].read_text()

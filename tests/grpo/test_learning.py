@@ -1,4 +1,4 @@
-"""Does it learn? The toy's reward rises under every transition and under NFT, and not when advantages are shuffled."""
+"""The reward of the toy model rises with every transition and with NFT, but not with shuffled advantages."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests.grpo.toy import ROWS, grpo
 
 
 def rise(trainer) -> float:
-    """How much the reward of deterministic samples gains."""
+    """Train; return the gain of the evaluation reward."""
     trainer.train()
     rewards = [row["eval_reward"] for row in trainer.callbacks.state.log_history if "eval_reward" in row]
     return rewards[-1] - rewards[0]
@@ -46,7 +46,7 @@ def test_grpo_nft_learns(tmp_path):
 
 
 class Shuffled:
-    """Advantages of other samples of the batch."""
+    """Mixin that permutes the advantages of a batch."""
 
     def advantages(self, rewards):
         found = super().advantages(rewards)

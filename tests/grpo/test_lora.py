@@ -1,4 +1,4 @@
-"""A real tiny video pipeline: LoRA and full weights, the reference, images, files that plain diffusers loads."""
+"""A tiny video pipeline: LoRA and full weights, the reference, images, files that plain diffusers loads."""
 
 import sys
 
@@ -88,7 +88,7 @@ def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
 
     run = video_run(tiny_wan, tmp_path, kind=DiffusionNFTTrainer, use_peft=False, learning_rate=1e-4)
     run.train()
-    # By the lines of the model card.
+    # Load the export with the code of the model card.
     export = tmp_path / "run" / "export"
     lines_of_card = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
     pipe = SimpleNamespace()
@@ -100,7 +100,7 @@ def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
 
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_grpo_trains_float32_weights_of_a_model_in_half_precision(tiny_wan, tmp_path, use_peft):
-    """At 1e-5 most updates of bfloat16 weights would be rounded away."""
+    """Trained weights are float32, because rounding to bfloat16 would remove most updates at a rate of 1e-5."""
     run = video_run(tiny_wan, tmp_path, dtype="bfloat16", use_peft=use_peft, learning_rate=1e-5, max_steps=1)
     run.train()
     assert {value.dtype for value in run.trained().values()} == {torch.float32}
@@ -130,7 +130,7 @@ def test_grpo_pictures_that_print_alike_are_told_apart(tiny_wan_image, tmp_path)
     assert str(black) == str(dotted)
     one, other = (run.embeddings.of({"prompt": "a", "image": picture}) for picture in (black, dotted))
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    # And brought to the size of the clip, as files are.
+    # Pictures are resized to the size of the clip, like files.
     same = run.embeddings.of({"prompt": "a", "image": torch.zeros(3, 16, 16)})
     assert all(torch.equal(one[name], same[name]) for name in one)
 

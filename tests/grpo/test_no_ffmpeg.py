@@ -1,4 +1,4 @@
-"""Where there is no ffmpeg, a run shows its samples as PNG sheets and says so once."""
+"""Without ffmpeg, a run writes its samples as PNG sheets and warns once."""
 
 import sys
 import warnings

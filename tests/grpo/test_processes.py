@@ -1,4 +1,4 @@
-"""Two processes (gloo) do what one does with twice the accumulation, and hold the same weights."""
+"""Two processes (gloo) have equal weights, those of one process with twice the gradient accumulation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN = {
     **SETTINGS,
     "method": "tests.grpo.killed:WitnessGRPO",
     "per_device_train_batch_size": 6,
-    # Groups of 4 in parts of 6: they span processes.
+    # Groups of 4 with 6 samples per process span processes.
     "num_generations": 4,
     "gradient_accumulation_steps": 1,
     "steps_per_generation": 2,
@@ -36,16 +36,16 @@ RUN = {
 }
 ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
 BEST = {"best_of_n": 2, "sde_window_per": "sample"}
-# The reference and the average stand in the model between the updates.
+# The reference and the EMA weights are swapped in between the updates.
 SHARDED = {"sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1}
 TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups span processes": ({}, ACCUMULATED),
     "best of n": ({"per_device_train_batch_size": 4, **BEST}, {"per_device_train_batch_size": 8, **BEST}),
     "fully sharded": ({"fully_shard": True, **SHARDED}, {**ACCUMULATED, **SHARDED}),
 }
-"""Name -> what two processes run, and what one runs."""
+"""Name -> settings of the run in two processes, and of the equivalent run in one process."""
 VIDEO = {"LoRA": True, "all weights": False}
-"""Name -> `use_peft`."""
+"""Name of a run of a video model -> its `use_peft`."""
 
 
 def settings_of_a_video_model(model: Path, prompts: Path, use_peft: bool) -> dict[str, Any]:
@@ -72,12 +72,12 @@ def trained(name: str, folder: Path) -> None:
 
 
 JOBS = [partial(trained, name) for name in (*TWO_AND_ONE, *VIDEO, *(f"{name} resumed" for name in VIDEO))]
-"""What the two processes run, one after the other: a start of them takes longer than all of the runs."""
+"""Jobs that two processes run one after another, because starting processes takes longer than all runs."""
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a run for each of the jobs."""
+    """Return a folder with one run for each job."""
     folder = tmp_path_factory.mktemp("pair")
     for name, (two, _) in TWO_AND_ONE.items():
         write(folder, name, **{**RUN, **two})
@@ -92,14 +92,14 @@ def pair(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(folder: Path, name: str, **changes: Any) -> Path:
-    """Train in this process; return the run."""
+    """Train in this process; return the folder of the run."""
     assert main([str(write(folder, name, **{**RUN, **changes}))]) == 0
     return folder / name
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights as they were."""
+    """Return the initial weights."""
     still = alone(tmp_path_factory.mktemp("still"), "run", max_steps=1, learning_rate=1e-12)
     return load_file(still / "rank-0.safetensors")
 

@@ -1,4 +1,4 @@
-"""The recipes of the family fit their configurations; the presets cost what they say."""
+"""GRPO recipes are valid configurations, and presets have the costs that they name."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_grpo_recipe_is_complete(name):
     assert trainer is RECIPES[name]
     batches = Batches.of(config, 1, 0)
     assert batches.prompts >= 4
-    # Their names exist; nothing is loaded.
+    # The names of the rewards must exist; no model is loaded.
     RewardRunner(config.reward_funcs, config.reward_weights or None)
     RewardRunner(config.eval_reward_funcs or ["world"])
 

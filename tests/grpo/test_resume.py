@@ -1,4 +1,4 @@
-"""Killed at any point and resumed, a run ends with bitwise the weights of one that was not."""
+"""A run that is killed at any point and resumed ends with bitwise the weights of an uninterrupted run."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from tests.grpo.toy import SETTINGS, grpo
 
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 STEPS = 9
-# Two updates per rollout, and checkpoints after odd numbers of updates: in the middle of rollouts too.
+# A rollout has two updates, and checkpoints follow odd numbers of updates, so also the middle of a rollout.
 RUN = {
     **SETTINGS,
     "method": "tests.grpo.killed:KilledGRPO",
@@ -58,7 +58,7 @@ def metrics(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The run that nobody kills."""
+    """Return the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight") / "a"
     assert main([str(recipe(folder))]) == 0
     return folder
@@ -94,7 +94,7 @@ def test_grpo_resumes_exactly_after_kills_at_random_moments(straight, tmp_path):
     def saved() -> object:
         return {each.name for each in folder.glob("checkpoint-*")}
 
-    # Every other one is killed after it has saved, so that the run goes on however slow the machine is.
+    # Every second process is killed after a checkpoint, so that the run advances even on a slow machine.
     for progress in (logged, saved) * 2:
         process, seen = start(path, "--resume", "auto"), progress()
         while process.code is None and progress() == seen:

@@ -1,4 +1,4 @@
-"""A run goes on in another number of processes (gloo): it learns what it would have, or is told what to set."""
+"""Runs resumed with another number of processes (gloo) train equal weights, or are refused with a fix."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Both methods in one process and in two, and from the middle of each in the other."""
+    """Return runs of both methods in one and two processes, and runs resumed from one number to the other."""
     found = tmp_path_factory.mktemp("others")
     for name in OWN:
         train(found, name, "one", **ONE)
@@ -47,7 +47,7 @@ def test_it_learns_what_one_process_does(folder, name, run):
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("run", ["one-to-two", "two-to-one"])
 def test_its_log_and_costs_are_those_of_the_whole_run(folder, name, run):
-    """The line after step 4 is a mean over all four, of which three came from the other processes."""
+    """The log line of step 4 averages all four steps, three of which ran in the earlier processes."""
     rows = [lines_of(folder / f"{name}-{each}")[-1] for each in (run, "one")]
     for key in ("loss", "reward"):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-6), key

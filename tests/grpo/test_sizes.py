@@ -1,4 +1,4 @@
-"""Sizes and playback rates of training are those of `postgen generate`, for folders and for pipelines in memory."""
+"""Training uses the size and frame rate of `postgen generate`, for folders and for pipelines in memory."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The trainers: batches, bad input, rewards, evaluation, guards, what is written."""
+"""The trainers: batches, invalid input, rewards, evaluation, guards, written files."""
 
 import json
 import resource
@@ -155,7 +155,7 @@ def test_grpo_rewards_get_columns_and_failures_are_survived(tmp_path):
     rows = lines(run)
     assert {row["rewards/failing/failed"] for row in rows} == {16.0}
     assert {row["rewards/picky/failed"] for row in rows} == {0.0, 8.0}
-    # A prompt without rewards is no signal.
+    # A prompt without rewards has no spread.
     assert [row["frac_reward_zero_std"] for row in rows if row["rewards/picky/failed"]] == [0.5]
 
 
@@ -209,7 +209,7 @@ def test_grpo_reward_that_always_fails_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize(("patience", "weight", "calls"), [(1, 1.0, 1), (2, 1.0, 4), (0, 1.0, 6), (1, 0.0, 6)])
 def test_grpo_a_second_reward_that_dies_ends_the_run(tmp_path, patience, weight, calls):
-    """It scores the second rollout alone, so two in a row are lost with the fourth."""
+    """The reward succeeds only in the second rollout, so two rollouts in a row fail with the fourth."""
     times = []
 
     def second(completions):
@@ -269,7 +269,7 @@ def test_grpo_hacking_guard():
 def test_grpo_hacking_guard_speaks_up_only_when_the_two_part():
     guard = HackingGuard(2)
     assert not any(guard.see(k / 10, k / 10) for k in range(5))
-    assert not guard.see(0.1, 0.1)  # both fell: no hacking
+    assert not guard.see(0.1, 0.1)  # both rewards fell, so this is no reward hacking
     assert not guard.see(0.6, 0.05)
     assert guard.see(0.7, 0.02)
     assert not guard.see(0.8, float("inf"))

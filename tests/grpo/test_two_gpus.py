@@ -1,4 +1,4 @@
-"""On two GPUs: what two processes learn, save and export is what one does, however the weights are spread."""
+"""On two GPUs: two processes train, save and export the weights of one process, for every kind of sharding."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """All runs have been trained, in one pair of processes for each kind of launch."""
+    """Train all runs, in one pair of processes for each kind of launch."""
     made = Bench(tmp_path_factory.mktemp("two"), "cuda")
     made.build()
     for jobs in jobs_of("cuda"):

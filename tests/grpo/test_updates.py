@@ -1,4 +1,4 @@
-"""One update by formula: the ratio, its check, weights of steps, divergences, NFT."""
+"""Updates against formulas: the ratio and its check, weights of steps, divergences, NFT."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_grpo_ratio_is_one_in_the_trainer_and_leaves_it_afterwards(tmp_path):
     rows = lines(run)
     assert [row["logp_diff/max"] <= 1e-5 for row in rows if "logp_diff/max" in row] == [True, True]
     assert rows[0]["ratio/mean"] == pytest.approx(1, abs=1e-6)
-    # The second update of a rollout is off-policy: only there can the clip act.
+    # Only the second update of a rollout is off-policy, so only there does clipping have an effect.
     assert rows[0]["clip_ratio/region_mean"] == 0
     assert rows[1]["clip_ratio/region_mean"] > 0
     assert rows[1]["ratio/std"] > 0
@@ -24,7 +24,7 @@ def test_grpo_ratio_is_one_in_the_trainer_and_leaves_it_afterwards(tmp_path):
 
 def test_grpo_ratio_check_finds_a_policy_that_trains_otherwise(tmp_path):
     class Drifting(ToyModel):
-        """Dropout that nobody switches off."""
+        """A model with noise in every forward pass, like dropout that stays on."""
 
         def forward(self, x, sigma):
             return super().forward(x, sigma) + 0.01 * torch.randn(x.shape)
@@ -44,7 +44,7 @@ def test_grpo_ratio_check_finds_a_policy_that_trains_otherwise(tmp_path):
 
 
 def test_grpo_update_equals_one_joint_loss(tmp_path):
-    """Passing steps and micro-batches back one by one gives the gradient of the mean over all of them."""
+    """Backward passes of single steps and micro-batches sum to the gradient of the mean over all."""
 
     run = grpo(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=1, max_grad_norm=0.0)
     gradients = {}
@@ -68,7 +68,7 @@ def test_grpo_update_equals_one_joint_loss(tmp_path):
         index = torch.full((16,), place)
         x, y = buffer.paths.states[:, place], buffer.paths.states[:, place + 1]
         step = run.sampler.step(x, run.sampler.predict(x, index, {}), index)
-        # At ratio 1 the gradient of the clipped loss is that of -A log p.
+        # At ratio 1 the gradient of the clipped loss equals that of -A log p.
         total = total - (buffer.advantages * step.log_prob(y)).mean() / 7
     total.backward()
     for name, parameter in model.named_parameters():
@@ -90,7 +90,7 @@ def test_grpo_step_weighting_and_guard_enter_the_loss(tmp_path):
 
 
 def test_grpo_ratio_norm_takes_the_bias_out(tmp_path):
-    """The mean log-ratio of a moved policy is negative; normalised it is about 0 (many values, so that both show)."""
+    """The mean log-ratio of a changed policy is negative, and about 0 after normalisation."""
     from postgen.grpo.loss import log_ratio
     from postgen.sampling.transition import Transition
 
@@ -143,5 +143,5 @@ def test_grpo_nft_by_hand():
     index = torch.tensor([1])
     x, clean, new, old = (torch.tensor([[value, value]]) for value in (1.0, 0.5, 2.0, 1.0))
     found = nft_loss(x, clean, new, old, torch.tensor([0.75]), schedule.levels(index, index + 1), 0.5)
-    # v+ = 1.5, v- = 0.5; clean estimates 0.25 and 0.75; both errors 0.25, weighted by themselves.
+    # v+ = 1.5, v- = 0.5; the clean estimates are 0.25 and 0.75. Both errors are 0.25 and are their own weights.
     assert found.item() == pytest.approx((0.75 * 0.25 + 0.25 * 0.25) / 0.5)

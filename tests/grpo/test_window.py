@@ -1,4 +1,4 @@
-"""Which steps of a rollout are stochastic, and which of those are trained."""
+"""Which steps of a rollout are stochastic, and which of these are trained."""
 
 from postgen.grpo.window import Window
 

@@ -1,4 +1,4 @@
-"""Trainers of the toy model, through the whole trainer: pipeline, denoiser, rewards."""
+"""Complete trainers of the toy model, with pipeline, denoiser and rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.sampling.toy import PointPipeline
 
 
 def near(completions: list[Tensor], **columns: Any) -> list[float]:
-    """Reward: minus the squared distance to 1."""
+    """Return the reward of each clip, minus its mean squared distance to 1."""
     return [-(clip - 1).square().mean().item() for clip in completions]
 
 
@@ -42,13 +42,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(folder: Any, config: Any = DanceGRPOConfig, **changes: Any) -> Any:
-    """Configuration of a toy run; only what the method knows of `SETTINGS`."""
+    """Return the configuration of a toy run; keys of `SETTINGS` that the method does not have are left out."""
     known = {name: value for name, value in SETTINGS.items() if name in config.__dataclass_fields__}
     return config(output_dir=str(folder), **{**known, **changes})
 
 
 def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows: Any = ROWS, **changes: Any) -> Any:
-    """A toy trainer."""
+    """Return a trainer of the toy model."""
     config = DiffusionNFTConfig if issubclass(kind, DiffusionNFTTrainer) else DanceGRPOConfig
     prediction_type = changes.pop("prediction_type", "flow")
     extra = {name: changes.pop(name) for name in ("eval_dataset", "eval_reward_funcs", "callbacks") if name in changes}
@@ -56,10 +56,10 @@ def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows
 
 
 def lines(trainer: Any) -> list[dict[str, Any]]:
-    """Rows of the run's log."""
+    """Return the rows of the run's log."""
     return lines_of(trainer.args.folder)
 
 
 def lines_of(folder: Any) -> list[dict[str, Any]]:
-    """Rows of the log in a run's folder."""
+    """Return the rows of the log in a run's folder."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

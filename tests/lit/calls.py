@@ -1,4 +1,4 @@
-"""Random calls of self-attention as the layers see them, in float64, and explicit N x N attention to hold them to."""
+"""Random inputs of self-attention layers in float64, and explicit N x N attention to compare the layers with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPE = Shape(heads=HEADS, channels=CHANNELS, hidden=HIDDEN)
 
 
 class Call:
-    """What one call is made of; `tokens` gives it to a layer, and any part of it can be changed before."""
+    """Tensors of one call. Tests may change any of them before `tokens` builds the input of a layer."""
 
     def __init__(
         self, frames: int = 3, rows: int = 2, columns: int = 3, *, batch: int = 1, text: int = 0, rope: bool = True,
@@ -32,7 +32,7 @@ class Call:
         self.rope = self._rope() if rope else None
 
     def _rope(self) -> Rope:
-        """The first pair turns with the frame, the second with the row and the column, which no kernel takes."""
+        """Return a rotary embedding that no kernel supports: one pair depends on the frame, one on row and column."""
         grid = self.grid
         places = torch.cartesian_prod(*(torch.arange(n).double() for n in (grid.frames, grid.height, grid.width)))
         angles = torch.stack([places[:, 0] * 0.7, places[:, 1] * 0.4 + places[:, 2] * 0.3], dim=1)[None, :, None]
@@ -52,7 +52,7 @@ class Call:
         return Tokens(reading, self.grid, self.hidden)
 
     def part(self, first: int, stop: int) -> Tokens:
-        """Some frames, with their places in the whole clip; without text."""
+        """Return the input for some frames without text; tokens keep their positions in the whole clip."""
         places = self.grid.height * self.grid.width
         rows = slice(first * places, stop * places)
         rope = None if self.rope is None else Rope(self.rope.cos[:, rows], self.rope.sin[:, rows], in_float32=False)
@@ -61,11 +61,11 @@ class Call:
         return Tokens(Reading(streams=(stream,)), grid, self.hidden[:, rows])
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Of the video's tokens."""
+        """Apply the rotary embedding to video tokens."""
         return rotate(x, self.rope)
 
     def scores(self) -> Tensor:
-        """exp of the logits of the video's queries and all keys, (B, H, N, M)."""
+        """Return exp of the logits for the queries of the video and all keys, (B, H, N, M)."""
         query, key, _ = self.tokens().rotated()
         scores = torch.einsum("bnhd,bmhd->bhnm", query[:, self.video], key) * CHANNELS**-0.5
         if self.lengths is not None:
@@ -73,17 +73,17 @@ class Call:
         return scores.exp()
 
     def frames_of_tokens(self) -> Tensor:
-        """(N,)"""
+        """Return the frame index of each video token, (N,)."""
         return torch.arange(self.grid.frames).repeat_interleave(self.grid.height * self.grid.width)
 
 
 def applied(weights: Tensor, value: Tensor) -> Tensor:
-    """(B, H, N, M) and (B, M, H, D) -> (B, N, H, D)"""
+    """Return the weighted sums of values: (B, H, N, M) and (B, M, H, D) -> (B, N, H, D)."""
     return torch.einsum("bhnm,bmhd->bnhd", weights, value)
 
 
 def drawn(layer: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """Random weights everywhere, in float64."""
+    """Convert a layer to float64 and add random numbers to all of its weights."""
     torch.manual_seed(seed)
     layer.double()
     with torch.no_grad():

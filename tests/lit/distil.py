@@ -1,4 +1,4 @@
-"""Tiny teachers, runs of both stages of distillation on them, and one that is killed: `-m tests.lit.distil FOLDER`."""
+"""Tiny teachers and runs of both stages of distillation. `-m tests.lit.distil FOLDER` is a run that kills itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [{"prompt": text} for text in PROMPTS]
 
 
 def teacher(name: str) -> tuple[Any, dict[str, int]]:
-    """A pipeline, and a size with three frames of tokens where it makes videos."""
+    """Return a pipeline and a size; for video pipelines the clip has three latent frames."""
     if name == "Wan":
         return pipeline(name)
     pipe, size = tiny_pipeline(name)
@@ -30,7 +30,7 @@ def teacher(name: str) -> tuple[Any, dict[str, int]]:
 
 
 def prompts(name: str) -> list[str]:
-    """DiT's are classes."""
+    """Return the prompts of a model; those of DiT are class numbers."""
     return [str(number) for number in range(len(PROMPTS))] if name == "DiT" else PROMPTS
 
 
@@ -40,7 +40,7 @@ def conversion(name: str, **more: Any) -> dict[str, Any]:
 
 
 def transferred(folder: Path, name: str = "Wan", **changes: Any) -> tuple[Any, Any]:
-    """Transfer; return the pipeline and the report."""
+    """Run attention transfer; return the pipeline and the report."""
     pipe, size = teacher(name)
     more = {key: changes.pop(key) for key in ("where", "blocks_at_a_time", "inherited", "share") if key in changes}
     config = LiTConfig.from_json(conversion(name, **changes.pop("conversion", {})))
@@ -63,7 +63,7 @@ def distilled(folder: Path, name: str = "Wan", pipe: Any = None, **changes: Any)
 
 
 STAGES = {"train": "new", "use_peft": True, "lora_r": 2, "transfer_steps": 2, "learning_rate_new": 1e-3}
-"""Everything at once: transfer, new layers and adapters."""
+"""Settings of a run with attention transfer, new layers and LoRA adapters."""
 
 
 def in_two(folder: Path) -> None:
@@ -78,7 +78,7 @@ JOBS = [in_two, in_two_cut]
 
 
 def main(folder: Path) -> None:
-    """Transfer, and die in the fifth step of the second block."""
+    """Run attention transfer; the process kills itself in step 5 of the second block."""
     outputs = block_run.BlockRun._outputs
 
     def dying(run: Any, *words: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Adapters: one small file beside the stock model, for every family, on the command line, and off again."""
+"""Adapters, small files for the stock model: saving, applying and removing, in every family and on the CLI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = LiTConfig(layers="1:window_delta", window=WindowOptions(radius=0))
 
 
 def trained(model: Any, config: LiTConfig, *, inherited: bool = True) -> None:
-    """Convert a model and change what training of its attention would change."""
+    """Convert a model, and change the weights that a training of its attention changes."""
     convert(model, config)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"values too large for torch\.float16: set dtype"):
         save_adapter(student, tmp_path / "a.safetensors", dtype=torch.float16)
     assert not (tmp_path / "a.safetensors").exists()
-    save_adapter(student, tmp_path / "a.safetensors")  # in bfloat16
+    save_adapter(student, tmp_path / "a.safetensors")  # the default keeps bfloat16
 
 
 def test_weights_that_somebody_else_holds_are_refused_and_nothing_changes(tmp_path: Path) -> None:
@@ -111,7 +111,8 @@ def test_weights_that_somebody_else_holds_are_refused_and_nothing_changes(tmp_pa
     before = {name: value.clone() for name, value in base.state_dict().items()}
     apply_adapter(base, file)
     again = tmp_path / "again.safetensors"
-    save_adapter(base, again, dtype=torch.float32)  # without a base it keeps what the first one replaced
+    # Without `base`, the stock weights are those that the first adapter replaced.
+    save_adapter(base, again, dtype=torch.float32)
     assert load_file(again).keys() == load_file(file).keys()
     lora(base)
     with pytest.raises(UserError, match="a LoRA is attached"):
@@ -132,7 +133,7 @@ def test_weights_that_somebody_else_holds_are_refused_and_nothing_changes(tmp_pa
     revert(base)
     after = base.state_dict()
     for name, value in before.items():
-        exact = name.startswith("blocks.1.attn1.")  # merging a LoRA and taking it out again rounds elsewhere
+        exact = name.startswith("blocks.1.attn1.")  # other weights are rounded when a LoRA is merged and unmerged
         torch.testing.assert_close(after[name], value, **({"rtol": 0, "atol": 0} if exact else {}))
 
 
@@ -152,7 +153,7 @@ def test_values_that_a_dtype_does_not_hold_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", LINEAR_TYPES)
 def test_layers_read_their_weights_while_they_are_called(kind: str, tmp_path: Path) -> None:
-    """Offloading layer by layer brings the weights of a module for the time of its call."""
+    """With layer-by-layer offloading a module has its weights only during its own call."""
     pipe, _ = teacher("Wan")
     model = pipe.transformer
     mhla = MhlaOptions(blocks=(1, 2, 2), conv_space=3)
@@ -170,7 +171,7 @@ def test_layers_read_their_weights_while_they_are_called(kind: str, tmp_path: Pa
 
 
 def changed(path: Path, out: Path, said: dict[str, str] | None = None, **tensors: Any) -> Path:
-    """Write an adapter again, with other metadata or tensors; None leaves a tensor out."""
+    """Write a copy of an adapter with other metadata (`said`) and tensors; None removes a tensor."""
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {**file.metadata(), **(said or {})}
@@ -182,7 +183,7 @@ def changed(path: Path, out: Path, said: dict[str, str] | None = None, **tensors
 
 
 def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
-    """On the command line, before the model is read; with a good one a video is made, and made again."""
+    """The command refuses them before it loads the model. With a good adapter it generates a video, repeatedly."""
     from postgen.families.loading import inspect_model, load_pipeline
 
     pipe = load_pipeline(inspect_model(tiny_wan), device="cpu")
@@ -212,7 +213,7 @@ def test_another_model_and_damaged_files_are_told_in_one_line(cli: Any, tiny_wan
     words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
     for path, text in wrong.items():
         done = cli("generate", *words, "--lit", path, "-o", tmp_path / "no.gif")
-        told = done.err.splitlines()[-1]  # bars of what was loaded here stand before it
+        told = done.err.splitlines()[-1]  # progress bars of the loading come before it
         assert (done.code, told.startswith("postgen: error: "), "Traceback" in done.err) == (2, True, False), done.err
         assert text in told
     done = cli("generate", *words, "--lit", tmp_path, "-o", tmp_path / "yes.gif")

@@ -1,4 +1,4 @@
-"""Attention transfer: what is compared, what is trained, what is left on the pipeline and in the folder, resuming."""
+"""Attention transfer: its targets, the trained weights, the resulting pipeline and folder, and resuming."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.reconstruct.toy import PROMPTS, settings
 
 
 class Softmax(nn.Module):
-    """What the layers stand for."""
+    """A layer that computes exact softmax attention, which new layers approximate."""
 
     kind = "softmax"
 
@@ -36,7 +36,7 @@ class Softmax(nn.Module):
 
 @pytest.mark.parametrize("name", [*VIDEO, *PICTURES])
 def test_the_target_is_what_softmax_gives(name: str) -> None:
-    """In every kind of block; so a layer that is softmax has no error."""
+    """In every kind of block the target is the output of softmax, so a softmax layer has no error."""
     pipe, size = teacher(name)
     denoiser = denoiser_for(pipe)
     config = RecordsConfig(num_inference_steps=2, levels_per_prompt=1, batch_size=2, **size)
@@ -54,7 +54,7 @@ def test_the_target_is_what_softmax_gives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo"])
 def test_transfer(name: str, tmp_path: Path) -> None:
-    """Errors fall, the base's weights stay bit by bit, the layers are those of the folder."""
+    """Errors fall, the base weights stay bitwise equal, and the written folder has the trained layers."""
     before = {key: value.clone() for key, value in teacher(name)[0].transformer.state_dict().items()}
     pipe, report = transferred(tmp_path, name, max_steps=20)
     assert not report.unfinished
@@ -85,14 +85,14 @@ def test_what_is_inherited_is_trained_where_asked(tmp_path: Path) -> None:
     fresh = {key for key in after if ".fresh." in key}
     assert len(fresh) == 2 * 3 * 2
     assert all(torch.equal(after[key], trained_tensors(report)[key]) for key in fresh)
-    # They began as those of this seed and were trained.
+    # The fresh weights were initialised with this seed and then trained.
     untrained = teacher("Wan")[0].transformer
     convert(untrained, LiTConfig.from_json(conversion("Wan", inherit="output")))
     assert not torch.equal(after[min(fresh)], untrained.state_dict()[min(fresh)])
 
 
 def test_killed_and_a_few_blocks_at_a_time(tmp_path: Path) -> None:
-    """However the work is cut up, the weights are the same, bit by bit."""
+    """The weights are bitwise equal after a kill and resume, with few blocks at a time, and with two processes."""
     straight, _ = transferred(tmp_path / "straight")
     expected = straight.transformer.state_dict()
     folder = tmp_path / "killed"
@@ -108,7 +108,7 @@ def test_killed_and_a_few_blocks_at_a_time(tmp_path: Path) -> None:
     assert not [*(tmp_path / "few-records").iterdir()]
     found.append(pipe.transformer.state_dict())
     for rank in (1, 0):
-        share = Share(rank=rank, processes=2)  # all records are there, so neither waits
+        share = Share(rank=rank, processes=2)  # all records exist, so neither process waits for the other
         pipe, report = transferred(tmp_path / "shared", where=folder / "records", share=share)
         assert report.unfinished == (("blocks.0.attn1",) if rank else ())
         assert hasattr(pipe.transformer.blocks[1].attn1, "postgen_lit") != bool(rank)
@@ -132,7 +132,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be a list of texts"):
         given(LiTConfig(layers="1:lit"), "a ball")
     with RunLock(tmp_path), pytest.raises(UserError, match=rf"where {tmp_path} is in use by process {os.getpid()}"):
-        transferred(tmp_path / "run", where=tmp_path, blocks_at_a_time=1)  # which removes records there
+        transferred(tmp_path / "run", where=tmp_path, blocks_at_a_time=1)  # would remove records in `where`
     convert(pipe.transformer, LiTConfig(layers="1:lit"))
     assert layers_of(pipe.transformer)
     with pytest.raises(UserError, match="revert the conversion first"):

@@ -1,4 +1,4 @@
-"""`postgen convert lit`: what it writes is a model for every command and for diffusers' pipelines."""
+"""`postgen convert lit`: every command and diffusers' pipelines can load the folder that it writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_layers_named_and_generated_with(cli: Any, tiny_wan: Path, tmp_path: Pat
     assert (chosen.code, "is converted: count the stock transformer" in chosen.err) == (2, True)
     again = cli("convert", "lit", tiny_wan, "--layers", "all:lit", "-o", out)
     assert (again.code, "give a new folder" in again.err) == (2, True)
-    # A pipeline that is saved as a whole is loaded too.
+    # A folder that `save_pretrained` of the whole pipeline wrote can be loaded too.
     pipe.save_pretrained(tmp_path / "whole")
     whole = load_pipeline(inspect_model(tmp_path / "whole"), device="cpu")
     assert [*layers_of(whole.transformer)] == ["blocks.1.attn1"]

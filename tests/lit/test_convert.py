@@ -1,4 +1,4 @@
-"""Converting tiny models of every family: bits of the base, training, saving, what composes, what is refused."""
+"""Conversion of tiny models of every family: weights of the base, training, saving, combinations, refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NARROW = WindowOptions(radius=0)
 
 
 def types_for(tiny: TinyModel) -> tuple[str, ...]:
-    """All of Wan; of the others one with a state of everything and one that sees near tokens by softmax."""
+    """Return the layer types to test: all for Wan, otherwise one fully linear type and one with local softmax."""
     return LINEAR_TYPES if tiny.name == "Wan" else ("lit", "window_delta" if tiny.name in VIDEO else "anchor")
 
 
@@ -61,7 +61,7 @@ def named(name: str) -> TinyModel:
 
 @pytest.mark.parametrize("name", [*VIDEO, *PICTURES])
 def test_every_family(name: str, tmp_path: Path) -> None:
-    """Converted, trained for two steps, saved, loaded without the base, and reverted, of every layer type."""
+    """For each layer type: convert, train for two steps, save, load without the base model, and revert."""
     tiny = named(name)
     model: Any = tiny.transformer
     stock, before = tiny(), {key: value.clone() for key, value in model.state_dict().items()}
@@ -121,7 +121,7 @@ def test_a_wide_window_is_the_base() -> None:
 
 
 def test_padded_texts_do_not_count() -> None:
-    """The last token of each text is padding: what it says changes nothing of a converted model."""
+    """The last token of each text is padding: its value does not change the output of a converted model."""
     tiny = named("HunyuanVideo")
     convert(tiny.transformer, LiTConfig(layers="all:lit,1:window_delta", window=NARROW))
     changed = tiny.arguments["encoder_hidden_states"].clone()
@@ -143,7 +143,7 @@ def test_projections_that_begin_anew(tmp_path: Path) -> None:
     save(tiny.transformer, tmp_path)
     tiny_2 = TinyModel(name="", transformer=load(tmp_path), arguments=tiny.arguments, frames=4, attention_layers=2)
     assert torch.equal(tiny_2(), out)
-    with pytest.raises(ValueError, match="not supported"):  # a LoRA of the base
+    with pytest.raises(ValueError, match="not supported"):  # new projections refuse a LoRA
         add_lora(copy.deepcopy(tiny.transformer))
     revert(tiny.transformer)
     assert torch.equal(tiny(), stock)
@@ -165,7 +165,7 @@ def test_a_lora_of_the_base_attaches(tmp_path: Path) -> None:
     tiny.transformer.save_lora_adapter(tmp_path)
     convert(converted.transformer, LiTConfig(layers="all:window_delta", window=WindowOptions(radius=3)))
     converted.transformer.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
-    assert torch.equal(converted(), tiny())  # the window covers everything
+    assert torch.equal(converted(), tiny())  # the window covers the whole clip
     with pytest.raises(UserError, match="a LoRA is attached"):
         save(converted.transformer, tmp_path / "no")
     converted.transformer.save_pretrained(tmp_path / "no")
@@ -269,7 +269,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_a_sharded_model_is_exported(tmp_path: Path) -> None:
-    """Cut by FSDP (over one process), it computes the same, and what is exported of it is whole."""
+    """A model sharded by FSDP (with one process) has the same output, and its export is complete."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -365,7 +365,7 @@ def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize("kind", [LitOptions, MhlaOptions, AnchorOptions, ChunkOptions, WindowOptions])
 def test_wrong_options(kind: Any) -> None:
-    """Every option refuses what is none of its values, and names itself."""
+    """Every option refuses invalid values with a message that names the option."""
     for field in dataclasses.fields(kind):
         for wrong in (math.nan, math.inf, -1, 10**12, "many", None, [1], 2.5, (1, 0, 1)):
             with pytest.raises(UserError, match=f"{field.name}|needs"):

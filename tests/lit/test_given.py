@@ -1,4 +1,4 @@
-"""Latents of the user's own instead of those that the teacher draws."""
+"""Training on the user's own latents instead of latents that the teacher samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.lit.distil import ROWS, distilled
 
 
 def test_the_same_latents_train_the_same_student(tmp_path: Path) -> None:
-    """Those that the teacher drew, given as one's own; of others another student comes, and none is drawn."""
+    """The teacher's latents from a file train an equal student, other latents another one; nothing is sampled."""
     drawn = distilled(tmp_path / "drawn", "DiT")
     finished = drawn.drawn["train"].finished(range(len(ROWS)), torch.device("cpu"))
     states = []

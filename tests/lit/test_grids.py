@@ -1,5 +1,5 @@
-"""Which grid a block's code takes where it runs outside of the transformer's own: under gradient checkpointing, where
-blocks run again in the backward pass, and compiled."""
+"""Converted blocks use the right token grid when they run outside the transformer's forward pass: under gradient
+checkpointing, where blocks run again in the backward pass, and in compiled code."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def test_every_layer_type(kind: str) -> None:
 
 
 def test_two_grids() -> None:
-    """Two calls before one backward pass: each one's blocks run again on its own grid, of as many tokens."""
+    """Two calls with different grids of equal size before one backward pass: blocks run again on their own grids."""
     tiny = converted("lit")
     wide = tiny.arguments["hidden_states"]
     check(tiny, [wide, wide.transpose(3, 4)])
 
 
 def test_compiled_on_several_grids() -> None:
-    """The grid is that of the call, not of the one that was computed, or compiled, before."""
+    """A compiled model uses the grid of the current call, not of the previous call or of the compilation."""
     tiny = converted("lit", layers=1, first_block=True)
     assert layers_of(tiny.transformer)
     model: Any = tiny.transformer
@@ -54,7 +54,7 @@ def converted(kind: str, *, layers: int = 2, **more: Any) -> TinyModel:
 
 
 def check(tiny: TinyModel, calls: list[Tensor]) -> None:
-    """Hold the gradients of one backward pass through some calls to those without checkpointing."""
+    """Check that one backward pass through the calls has the same gradients with and without checkpointing."""
     model: Any = tiny.transformer.train()
     grads = []
     for _ in range(2):

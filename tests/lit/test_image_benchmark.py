@@ -1,4 +1,4 @@
-"""The image experiment of LiT at a tiny size: recipes of all arms, two runs, what is measured, report and page."""
+"""The image experiment of LiT at a tiny size: recipes of all arms, two runs, measurements, report and page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.mark.parametrize("size", [FULL, SHORT, TINY], ids=["full", "short", "tiny"])
 def test_every_arm_is_a_recipe(size: Any, tmp_path: Path) -> None:
-    """All of them are read; students have a fifth of the teacher's steps and differ in what the table says."""
+    """All recipes are valid, and students have a fifth of the teacher's steps."""
     steps, seen = {}, {}
     for name in [*TEACHERS, *ARMS]:
         given = settings_of(f"{name}.1", tmp_path, size)
@@ -59,7 +59,7 @@ def test_every_arm_is_a_recipe(size: Any, tmp_path: Path) -> None:
         [name for name in steps if name != "teacher"], steps["teacher"] // 5
     )
     alike = [name for name in seen if name != "lit" and seen[name] == seen["lit"]]
-    assert alike == ["inherit_none", "young"]  # they begin with other weights
+    assert alike == ["inherit_none", "young"]  # these two differ only in their initial weights
     jobs = all_jobs([TRUTH, *names_of([*TEACHERS, *ARMS], [0, 1])], tmp_path, size)
     assert all(need in jobs for job in jobs.values() for need in job.needs)
     assert jobs["young.0"].needs == ("teacher.0", "young_alone.0")
@@ -69,7 +69,7 @@ def test_every_arm_is_a_recipe(size: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny experiment, every command in this process."""
+    """Return the folder of a tiny experiment whose commands all ran in this process."""
     folder = tmp_path_factory.mktemp("lit-image")
     words = ["--out", str(folder), "--size", "32", "--classes", "4", "--per_class", "1", "--draws", "5"]
     assert lit_image_measure.main(["reference", *words]) == 0
@@ -91,7 +91,7 @@ def test_what_is_measured(out: Path) -> None:
     assert found["measured"]["inherit_none.0"]["converted"] == conversion_of(student).describe()
     assert found["losses"]["teacher.0"]["step"] == 10
     assert (out / "sheet.webp").stat().st_size > 100
-    # It began with weights of its own: two steps from there, and far from its teacher.
+    # The student was initialised at random: its weights are near their start, and far from the teacher's.
     key = "transformer_blocks.0.ff.net.2.weight"
     teacher = read_tensors(out / "runs" / "teacher.0" / "export" / "transformer" / WEIGHTS)[key]
     start, end = load(out / "starts" / "inherit_none.0").state_dict()[key], student.state_dict()[key]
@@ -99,7 +99,7 @@ def test_what_is_measured(out: Path) -> None:
 
 
 def test_distances() -> None:
-    """Of the reference itself 0; farther pictures are farther; draws are the same for every run."""
+    """The distance of the reference to itself is 0, and all runs have the same draws."""
     torch.manual_seed(0)
     true = torch.randn(24, 5)
     value, draws = distances(true, true, 4, 6)
@@ -120,7 +120,7 @@ def test_what_cannot_be_measured(words: str, said: str, tmp_path: Path, capsys: 
 
 
 def made(fd: float, right: list[int], **more: Any) -> dict[str, Any]:
-    """A run of 4 pictures as `lit_image_measure` writes it."""
+    """Return a measurement of 4 pictures in the form that `lit_image_measure` writes."""
     aspects = ("all_right", "count", "colour", "shape", "event", "score")
     return {
         **{"settings": {"size": 32, "classes": 4, "per_class": 1, "draws": 5}, "device": "x", "versions": {}},
@@ -129,7 +129,7 @@ def made(fd: float, right: list[int], **more: Any) -> dict[str, Any]:
 
 
 def test_the_report(tmp_path: Path) -> None:
-    """Guidelines by their intervals; the part of others in the file stays; the page takes the tables."""
+    """Guidelines are decided by their intervals, other parts of the file stay, and the page contains the tables."""
     runs = {f"lit.{seed}": made(5.0 + seed, [1, 1, 0, 1]) for seed in range(3)}
     runs |= {f"no_conv.{seed}": made(9.0 + seed, [1, 0, 0, 1]) for seed in range(3)}
     runs |= {
@@ -154,28 +154,28 @@ def test_the_report(tmp_path: Path) -> None:
     assert "old" not in result["image"]
     assert [each["name"] for each in result["gates"]] == ["half_linear_drop"]
     page = filled(PAGE.read_text(), of_result(result, TABLES))
-    assert "| 1, a convolution is enough | without it | +4.00 (" in page
+    assert "| 1, a convolution is enough | no convolution | +4.00 (" in page
     assert "LiT: 2 heads" in page
     assert not any(math.isnan(arm["all_right"]["value"]) for arm in section["arms"].values())
     assert lit_image.main(["--report", "--results", str(tmp_path / "none")]) == 2
 
 
 def test_a_report_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A try has no place in the results and on the page; what is damaged or missing is said in one line."""
+    """Small tests are not written to the results or the page; damaged and missing files are errors of one line."""
     words = ["--report", "--results", str(tmp_path)]
     apart = [*words, "-o", str(tmp_path / "x.json")]
     place = tmp_path / "measures.json"
     told = {"measured": {"lit.0": made(5, [1, 1, 0, 1])}, "losses": {}, "judged": {}}
     whole = made(5, [1] * 2304, settings={"size": 64, "classes": 576, "per_class": 4, "draws": 200})
     for given, asked, said in (
-        (json.dumps(told), words, "is of a try, 1 pictures of 4 classes"),
-        (json.dumps(told), [*apart, "--docs"], "is of a try"),
+        (json.dumps(told), words, "is from a small test (4 classes, pictures of each: 1)"),
+        (json.dumps(told), [*apart, "--docs"], "is from a small test"),
         (json.dumps({**told, "measured": {"lit.0": whole}}), [*apart, "--docs"], "sheet.webp, which the page shows"),
-        ('{"measured": ', apart, "cannot be read, remove it"),
-        ("[]", apart, "holds []"),
-        (json.dumps({"measured": {}}), apart, "is no file of measures"),
-        (json.dumps({**told, "measured": {"lit.0": {}}}), apart, "is no file of measures"),
-        (json.dumps({**told, "measured": {}}), apart, "nothing was measured yet"),
+        ('{"measured": ', apart, "cannot be read: remove it"),
+        ("[]", apart, "must hold a JSON object, got []"),
+        (json.dumps({"measured": {}}), apart, "is not a file of measurements"),
+        (json.dumps({**told, "measured": {"lit.0": {}}}), apart, "is not a file of measurements"),
+        (json.dumps({**told, "measured": {}}), apart, "no run was measured yet"),
     ):
         place.write_text(given)
         assert lit_image.main(asked) == 2
@@ -187,28 +187,28 @@ def test_a_report_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_folder_of_another_experiment(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Runs, measures and references of another size are neither taken for this one's nor overwritten."""
+    """Runs, measurements and references of another size are neither used nor overwritten."""
     everything = [*names_of([*TEACHERS, *ARMS], [0]), TRUTH]
     check_folder(out, out, everything, TINY)
     check_folder(out, out, everything, replace(TINY, teacher={**TINY.teacher, "cuda_graphs": True}))
     for size, said in (
         (SHORT, r"teacher\.0 with other settings \(bf16: False -> True"),
         (replace(TINY, student={**TINY.student, "max_steps": 3}), r"inherit_none\.0 with other settings \(max_steps"),
-        (replace(TINY, draws=6), r"has measures of inherit_none\.0"),
+        (replace(TINY, draws=6), r"has measurements of inherit_none\.0"),
     ):
         with pytest.raises(UserError, match=said):
             check_folder(out, out, everything, size)
     reference = tmp_path / "one" / "reference.safetensors"
     reference.parent.mkdir()
     save_file({"features": torch.zeros(3, 320)}, reference)
-    with pytest.raises(UserError, match="is of 3 stills, this size takes 4"):
+    with pytest.raises(UserError, match="has features of 3 stills, but this size needs 4"):
         check_folder(reference.parent, tmp_path, [], TINY)
     shutil.copy(out / "measures.json", tmp_path)
     with pytest.raises(UserError, match=r"has inherit_none\.0, teacher\.0, truth\.0, which are not in"):
         check_folder(tmp_path / "two", tmp_path, [], TINY)
     (tmp_path / "two" / "measured").mkdir(parents=True)
     (tmp_path / "two" / "measured" / "lit.0.json").write_text("{}")
-    with pytest.raises(UserError, match=r"lit\.0\.json is no measurement: remove it"):
+    with pytest.raises(UserError, match=r"lit\.0\.json is not a measurement: remove it"):
         check_folder(tmp_path / "two", tmp_path / "three", [], TINY)
     with lock_of(out):
         assert lit_image.main(["--out", str(out), "--tiny", "--gpus"]) == 2
@@ -216,7 +216,7 @@ def test_a_folder_of_another_experiment(out: Path, tmp_path: Path, capsys: pytes
 
 
 def test_nothing_of_other_arms_is_dropped(out: Path, tmp_path: Path) -> None:
-    """A call about a few arms collects what there is of all."""
+    """A call for a few arms also collects the results of all other arms."""
     lit_image.collect(out, tmp_path, all_jobs([TRUTH, "teacher.0"], out, TINY))
     assert json.loads((tmp_path / "measures.json").read_text()) == json.loads((out / "measures.json").read_text())
 
@@ -228,9 +228,9 @@ def test_nothing_of_other_arms_is_dropped(out: Path, tmp_path: Path) -> None:
         ("--threads -1", "--threads must be at least 1"),
         ("--seconds nan", "--seconds must be at least 0"),
         ("--seeds -1", "--seeds must be at least 0"),
-        ("--seeds 0 0", "--seeds names one twice: 0 0"),
-        ("--arms lit lit", "--arms names one twice"),
-        ("--gpus 0,1", "give numbers one by one"),
+        ("--seeds 0 0", "--seeds must not repeat a value, got 0 0"),
+        ("--arms lit lit", "--arms must not repeat a value"),
+        ("--gpus 0,1", "separate the numbers by spaces"),
     ],
 )
 def test_options_that_mean_nothing(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

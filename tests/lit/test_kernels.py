@@ -1,4 +1,4 @@
-"""The layers by the operations that are kernels on a GPU, against the layers without them: the same numbers."""
+"""Layers compute the same with the operations that are kernels on a GPU as with plain torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 @pytest.fixture
 def operations(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """As on a GPU; how often which operation was asked for."""
+    """Make layers use the operations as on a GPU; return the number of calls of each operation."""
     counts: dict[str, int] = {}
 
     def count(module: Any, name: str) -> None:
@@ -64,9 +64,9 @@ def test_window_layers(request: pytest.FixtureRequest) -> None:
     found = [layer(Call(frames=5, **call).tokens()) for layer, call in itertools.product(layers, CALLS)]
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, **CLOSE)
-    # Causal layers go frame by frame.
+    # Causal layers scan frame by frame in plain torch.
     calls, scanned = len(found), len(found) * 2 // 3
-    # Keys and values, in space and in time, of two layers in three.
+    # Two of three layers have convolutions: of keys and of values, in space and in time.
     convolved = 4 * calls * 2 // 3
     assert counts == {
         "grid_convolution": convolved, "frame_sums": calls, "frame_reads": calls, "gated_sum": calls,
@@ -75,7 +75,7 @@ def test_window_layers(request: pytest.FixtureRequest) -> None:
 
 
 def test_gradients_of_window_layers(request: pytest.FixtureRequest) -> None:
-    """Sums and reads have no gradient, so plain torch computes them where one is asked for."""
+    """The kernels of sums and reads have no gradient, so plain torch computes them where a gradient is required."""
     layer = drawn(make_layer("window_delta", SHAPE, WindowOptions(radius=1)))
 
     def gradients() -> list[Tensor]:
@@ -92,7 +92,7 @@ def test_gradients_of_window_layers(request: pytest.FixtureRequest) -> None:
 
 @torch.no_grad()
 def test_layers_with_features(request: pytest.FixtureRequest) -> None:
-    """Features of queries and keys are rotated together, keys centred in the kernel of the norms."""
+    """One operation rotates the features of queries and keys; the kernel of the norms centres keys."""
     shape = Shape(heads=HEADS, channels=CHANNELS, hidden=HIDDEN, grid=Call().grid)
     layers: list[Any] = [
         drawn(make_layer(kind, shape, options))
@@ -117,8 +117,9 @@ def test_layers_with_features(request: pytest.FixtureRequest) -> None:
     for text, before in zip((0, 4), expected, strict=True):
         for x, y in zip(found(text), before, strict=True):
             torch.testing.assert_close(x, y, **CLOSE)
-    # No table takes this rotation, so all five rotate features. Without text two centre, and two read by softmax; text
-    # is read by softmax in all five, and stands among the tokens of what would be centred.
+    # The linear attention kernel has no tables for this rotation, so all five layers rotate features here. Without
+    # text two layers centre keys, and two compute softmax. With text all five compute softmax, and none centres keys
+    # in the kernel, because the text is among the tokens.
     assert counts["qk_norm_rope"] == 5 + 2 + 2 + 5 + 5
 
 
@@ -133,7 +134,7 @@ def test_the_convolution_of_lit_beside_text(request: pytest.FixtureRequest) -> N
 
 @torch.no_grad()
 def test_norms_and_rotation_of_two_streams(request: pytest.FixtureRequest) -> None:
-    """A text with norms of its own, not rotated, before a video with norms across heads; a hook keeps one norm."""
+    """Text with its own norms and without rotation, before video with norms across heads; one norm has a hook."""
     call: Any = Call(text=4, text_first=True)
     rope = Rope(call.rope.cos, call.rope.sin, in_float32=False)
     width = call.query.shape[2] * call.query.shape[3]
@@ -163,7 +164,7 @@ def test_norms_and_rotation_of_two_streams(request: pytest.FixtureRequest) -> No
 @pytest.mark.parametrize("kind", ["window_delta", "window_linear", "lit"])
 @torch.no_grad()
 def test_layers_on_a_gpu(kind: str) -> None:
-    """In bfloat16 as far from float64 as rounding goes, with sizes at which tiles are full and not."""
+    """In bfloat16 the error against float64 is that of rounding, for sizes with full and with partial tiles."""
     shape = Shape(heads=3, channels=128, hidden=96)
     options: Any = LitOptions() if kind == "lit" else WindowOptions(radius=1)
     layer = make_layer(kind, shape, options)

@@ -1,4 +1,4 @@
-"""Layers with one state, states of blocks, and hybrids of tokens: each is an explicit N x N attention, in float64."""
+"""Layers with one state, with states of blocks, and hybrid layers equal an explicit N x N attention in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lit(**options: Any) -> Any:
 
 
 def linear_weights(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated products of features and not rotated ones, (B, H, N, N)."""
+    """Return products of features with and without rotation, each (B, H, N, N)."""
     turned = torch.einsum("bnhd,bmhd->bhnm", call.rotated(q), call.rotated(k))
     return turned, torch.einsum("bnhd,bmhd->bhnm", q, k)
 
@@ -164,7 +164,7 @@ def test_mhla_on_other_grids() -> None:
     assert layer.blocks_on(Grid(frames=1, height=4, width=3)) == (1, 2, 1)
     weights = mixed(layer.mixing, (3, 1, 1), (6, 1, 1))
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(6, dtype=torch.float64))
-    # Interpolation between centres: what is linear stays linear, and constant beyond the outer centres.
+    # Interpolation between centres is linear, and constant beyond the outer centres.
     ramp = torch.tensor([[0.2, 0.4, 0.6]] * 3, dtype=torch.float64)
     row = mixed(ramp, (3, 1, 1), (6, 1, 1))[0]
     torch.testing.assert_close(row / row[0], torch.tensor([1, 1.25, 1.75, 2.25, 2.75, 3], dtype=torch.float64))
@@ -306,7 +306,7 @@ def test_refused() -> None:
 
 @pytest.mark.parametrize("rope", [False, True])
 def test_autocast_does_not_reach_the_sums(rope: bool) -> None:
-    """What is given in float32 is summed in float32: bit by bit the same."""
+    """Float32 inputs are summed in float32 under autocast too: the results are bitwise equal."""
     call: Any = Call(rope=rope)
     for name in ("query", "key", "value"):
         setattr(call, name, getattr(call, name).float())

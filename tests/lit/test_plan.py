@@ -1,4 +1,4 @@
-"""Scores, costs and plans: each error is that of a conversion, each cost is counted, each choice the best of all."""
+"""Scores are errors of conversions, costs are counted FLOPs, and a plan is the best of all choices."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.families.tiny_models import TinyModel, tiny_model
 
 NARROW = LiTConfig(window=WindowOptions(radius=0))
 SIZE = {"num_frames": 13, "height": 32, "width": 48}
-"""In pixels: 4 latent frames of 2 x 3 tokens."""
+"""Size in pixels; the clip has 4 latent frames of 2 x 3 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_score_is_the_error_of_a_conversion(wan: TinyModel) -> None:
 
 
 def test_text_among_the_rows_does_not_count() -> None:
-    """A single block of FLUX returns text and picture as one sequence, 5 and 6 tokens."""
+    """A single-stream block of FLUX returns 5 text and 6 picture tokens; the score ignores the text."""
     flux = tiny_model("Flux")
     name = "single_transformer_blocks.1.attn"
     found = score(flux.transformer, flux, kinds=("lit",))
@@ -107,7 +107,7 @@ def test_trained_layers_are_scored(wan: TinyModel) -> None:
 
 @pytest.mark.parametrize("name", ["Wan", "CogVideoX 1.5", "Stable Diffusion 3"])
 def test_counted_costs(name: str) -> None:
-    """A layer that sees everything costs what softmax does; the others what their formula says."""
+    """An anchor layer with all tokens exact costs as much as softmax; `lit` saves FLOPs only for many tokens."""
     tiny = tiny_model(name)
     size = SIZE if name != "Stable Diffusion 3" else {"num_frames": 1, "height": 32, "width": 48}
     config = LiTConfig(anchor=AnchorOptions(every=1), mhla=MhlaOptions(blocks=(1, 1, 1)), grid=(1, 2, 3))
@@ -116,13 +116,13 @@ def test_counted_costs(name: str) -> None:
     if name == "Wan":
         larger = {**size, "height": 256, "width": 256}
         large, whole = count(tiny.transformer, **larger, kinds=("lit",)), forward_cost(tiny.transformer, **larger)
-        assert max(large.changes["lit"]) < 0 < min(costs.changes["lit"])  # few tokens do not pay
+        assert max(large.changes["lit"]) < 0 < min(costs.changes["lit"])  # with few tokens it costs more than softmax
         assert large.base == whole.flops
         assert large.attention == pytest.approx(whole.share("self-attention"))
 
 
 def test_the_formula_counts_what_runs(wan: TinyModel) -> None:
-    """The products of a layer without convolutions and gates, as torch counts them."""
+    """For layers without convolutions and gates the formula equals the FLOPs that torch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from postgen.lit.layers import make_layer
@@ -137,7 +137,7 @@ def test_the_formula_counts_what_runs(wan: TinyModel) -> None:
         call, layer = Call(frames=6, rows=8, columns=8), make_layer(kind, SHAPE, options).double()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             layer(call.tokens())
-        softmax = 4 * pairs * SHAPE.heads * SHAPE.channels  # of which torch's counter knows nothing on a CPU
+        softmax = 4 * pairs * SHAPE.heads * SHAPE.channels  # on a CPU torch's counter does not count softmax attention
         assert layer.flops(call.grid, 0) == counter.get_total_flops() + softmax
 
 
@@ -157,7 +157,7 @@ def test_the_knapsack_is_exact() -> None:
 
 
 def added(choices: list[list[tuple[float, int]]], taken: Sequence[int]) -> tuple[float, int]:
-    """Error and cost of some choices."""
+    """Return the sum of errors and the sum of costs of some choices."""
     pairs = [choice[place] for choice, place in zip(choices, taken, strict=True)]
     return sum(error for error, _ in pairs), sum(cost for _, cost in pairs)
 
@@ -181,13 +181,13 @@ def test_plans(tmp_path: Path) -> None:
     assert plan(SCORES, COSTS, 0.75, first_block=True).types[0] == "lit"
     with pytest.raises(UserError, match=r"the smallest possible budget is 0\.6400"):
         plan(SCORES, COSTS, 0.5)
-    assert plan(SCORES, COSTS, 0.64).share == 0.64  # what the message says can be given
+    assert plan(SCORES, COSTS, 0.64).share == 0.64  # the budget that the message names is accepted
     uneven = dataclasses.replace(COSTS, base=1003)
     with pytest.raises(UserError, match=r"the smallest possible budget is 0\.6411"):
         plan(SCORES, uneven, 0.5)
     assert plan(SCORES, uneven, 0.6411).types == ("softmax", "lit", "lit")  # .64108, rounded up
     even = dataclasses.replace(COSTS, base=100, changes={"lit": (0, -43, 0), "window_delta": (0, 0, 0)})
-    assert plan(SCORES, even, 0.57).share == 0.57  # 100 * 0.57 is less than 57
+    assert plan(SCORES, even, 0.57).share == 0.57  # in floating point 100 * 0.57 is less than 57
     table = str(chosen)
     assert "a step costs 0.720 of softmax (budget 0.75), 1.39x; at most 1.67x" in table
     assert "    1  window_delta     0.3000             100" in table
@@ -230,7 +230,7 @@ def test_a_plan_of_something_else_is_refused(wan: TinyModel) -> None:
 
 
 def test_types_where_none_are_named(wan: TinyModel) -> None:
-    """`lit` is cheaper, so a plan would prefer it: on video only where it is asked for."""
+    """Without `kinds`, `lit` is no candidate for video: it is cheaper, so a plan would choose it for every block."""
     assert [*count(wan.transformer, **SIZE).changes] == ["window_delta"]
     assert [*score(wan.transformer, wan, config=NARROW).errors] == ["window_delta"]
     picture = tiny_model("PixArt")

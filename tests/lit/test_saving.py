@@ -1,4 +1,4 @@
-"""Folders of converted transformers: written whole or not at all, and refused in one line where they are damaged."""
+"""Folders of converted transformers are written completely or not at all; damaged ones are errors of one line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_stands_there_is_replaced_when_all_is_written(cli: Any, tiny_wan: P
     other = student()
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a disk that takes the config, and no weights
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # simulates a disk with room for the config only
     try:
         for there in (place, tmp_path / "new" / "deep"):
             with pytest.raises(UserError, match=r"cannot write .*: .*File too large"):

@@ -1,4 +1,4 @@
-"""The benchmark of converted transformers: its sides are what its rows say, its numbers follow from what it times."""
+"""`benchmarks.lit_speed` and `lit_parts`: the compared models, the rows, the derived numbers and the gates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def built() -> Built:
 @pytest.mark.parametrize("plan", [PLANS[0], PLANS[2]], ids=lambda plan: plan.kind)
 @torch.no_grad()
 def test_a_side_is_what_it_says(built: Built, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of the plan are its type, the others run softmax of the router; both fuse alike, on the same inputs."""
+    """Blocks of the plan have its type, and others run the router's softmax; both sides fuse the same operations."""
     routed: list[int] = []
     run = ops._run
     monkeypatch.setattr(ops, "_run", lambda call, name: routed.append(call.key.shape[1]) or run(call, name))
@@ -114,7 +114,7 @@ def test_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_gate_has_a_plan_that_is_sparse_enough() -> None:
-    """By both readings of density: .224 of its windows, .341 with the blocks that stay softmax."""
+    """Both densities are below the limit: .224 in the windows, and .341 with the blocks that stay softmax."""
     plan, grid = PLANS[1], next(each.grid for each in benchmark.PARTS["14b-720p"].clips)
     layer = make_layer(
         "window_delta", Shape(heads=1, channels=2, hidden=2), WindowOptions(radius=KINDS[plan.kind].radius)
@@ -139,7 +139,7 @@ def test_parts_are_timed_with_and_without_kernels(
     assert (written["model"], written["clip"], written["repeats"], written["gates"]) == (TINY.name, "tiny", 1, [])
     compared = [line for line in lines if "kernels" in line]
     assert sum(line.startswith("layer, ") for line in compared) == len(KINDS)
-    # No kernel runs here, so both are the same.
+    # On a CPU no kernel runs, so both sides compute the same.
     assert len(compared) > len(KINDS) + 5
     assert all(line.endswith("differ by 0.0e+00") for line in compared)
     assert lit_parts.main(["--device", "cpu", "-o", "lit_parts"]) == 2
@@ -179,7 +179,7 @@ def test_gates() -> None:
     rows += [step(LARGE.name, lit, over_ceiling=0.96), step(SMALL.name, lit, over_ceiling=0.9)]
     rows += [step(LARGE.name, narrow, speed_up=1.4, plan_density=0.3)]
     rows += [step(LARGE.name, wide, speed_up=1.6, plan_density=0.4)]
-    # What is added up, and what did not fit, passes no gate.
+    # Sums of parts and rows without a time (out of memory) do not count for gates.
     rows += [step(SMALL.name, lit, over_ceiling=0.99, how=benchmark.ADDED_UP), step(LARGE.name, wide, ms=None)]
     found = {each["name"]: (each["value"], each["ok"]) for each in benchmark.gates(rows)}
     assert found == {

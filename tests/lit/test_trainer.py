@@ -1,4 +1,4 @@
-"""Distillation end to end: the loss, what is trained and shared, what both networks are shown, resume, export."""
+"""End-to-end distillation: loss, trained and shared weights, inputs of both networks, resuming, export."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", ["Wan", "CogVideoX"])
 def test_all_softmax_has_nothing_to_learn(name: str, tmp_path: Path) -> None:
-    """Loss, gradients and changes of the weights are exactly 0."""
+    """If every block stays softmax, the loss, the gradients and the changes of the weights are exactly 0."""
     values = {"conversion": {"layers": "all:softmax"}, "train": "all", "task_weight": 0.0, "hidden_weight": 1.0}
     run = distilled(tmp_path, name, **values)
     for row in log_of(tmp_path):
@@ -53,7 +53,7 @@ def test_all_softmax_has_nothing_to_learn(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*VIDEO, *PICTURES])
 def test_every_family(name: str, tmp_path: Path) -> None:
-    """Two steps, with the teacher as it was; what is exported gives the bits of the student."""
+    """Two steps leave the teacher unchanged, and the export predicts bitwise what the student predicts."""
     before = {key: value.clone() for key, value in teacher(name)[0].transformer.state_dict().items()}
     run = distilled(tmp_path, name, hidden_weight=0.5)
     assert same(state_of(run, "teacher"), before)
@@ -62,7 +62,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     assert any(is_new(key) for key in changed)
     assert any("to_q" in key for key in changed)
     assert all(".attn" in key for key in changed)
-    # A copy: what is mapped from a file may lie unaligned in memory, with which some kernels round otherwise.
+    # Copy the weights: tensors mapped from a file may be unaligned, and some kernels then round differently.
     loaded = copy.deepcopy(load(tmp_path / "export" / "transformer"))
     assert same(loaded.state_dict(), student)
     x = run.denoiser.initial_latents(1, **run.args.size, generator=torch.Generator().manual_seed(0))
@@ -90,7 +90,7 @@ def test_what_is_not_trained_is_shared(tmp_path: Path) -> None:
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    """With transfer, adapters, average, dropped captions: 4 steps are 2 and 2."""
+    """With transfer, LoRA, EMA and dropped captions: 4 steps equal 2 steps, a resume and 2 steps."""
     values = {**STAGES, "ema_decay": 0.9, "caption_dropout": 0.4, "max_steps": 4, "save_steps": 2, "eval_steps": 2}
     values |= {"save_total_limit": None}
     run = distilled(tmp_path / "a", **values)
@@ -102,7 +102,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert rows[-len(log_of(tmp_path / "b")) :] == [
         {key: row[key] for key in row if "loss" in key} for row in log_of(tmp_path / "b")
     ]
-    # Adapters are in the exported weights; the next stage goes on from them.
+    # The export has merged adapters, and the next stage starts from it.
     base = state_of(run, "teacher")
     changed = [key for key, value in exported[0].items() if key in base and not torch.equal(value, base[key])]
     assert changed
@@ -134,7 +134,7 @@ def test_captions_are_dropped_once_for_both(tmp_path: Path) -> None:
 
 
 def test_trajectories_and_finished_latents(tmp_path: Path) -> None:
-    """The last of the states is what is noised; the ones before are those that the sampler goes through."""
+    """The last stored state is the final latent that noise is added to; the others are states of the sampler."""
     finished = distilled(tmp_path / "a", max_steps=1).drawn["train"]
     run = distilled(tmp_path / "b", max_steps=1, states="trajectory", task_weight=0.0)
     drawn, steps = run.drawn["train"], run.schedule.steps
@@ -158,7 +158,7 @@ def wide_step(sigmas: Tensor, step: int) -> float:
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction", "sample"])
 def test_what_the_task_wants(kind: PredictionType) -> None:
-    """It is the prediction in which clean latents and noise are seen again."""
+    """The target of the task loss is the prediction from which `split` returns the clean latents and the noise."""
     torch.manual_seed(0)
     clean, noise = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
     s = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_what_the_task_wants(kind: PredictionType) -> None:
 
 
 class DiTDenoiser:
-    """DiT as a denoiser: it predicts noise and a variance, side by side."""
+    """A denoiser of DiT, whose output has the channels of the noise and those of the variance."""
 
     prediction_type, frame_axis = "epsilon", None
 
@@ -208,7 +208,7 @@ def test_the_variance_of_models_that_predict_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two processes share transfer and latents, and train what one does with twice the accumulation; cut ones too."""
+    """Two processes, also with sharded weights, train the weights of one process with twice the accumulation."""
     run_pair("tests.lit.distil:JOBS", tmp_path)
     assert len(JOBS) == 2
     distilled(tmp_path / "one", **STAGES, gradient_accumulation_steps=2)
@@ -249,7 +249,7 @@ def test_projections_that_begin_anew(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    """The weights of `lit`, whose operation has a backward pass of its own, and hidden outputs of blocks."""
+    """Gradient checkpointing keeps the trained weights equal, with layer type `lit` and the loss on block outputs."""
     values = {"hidden_weight": 0.5, "train": "new"}
     runs = [distilled(tmp_path / str(on), "FLUX", gradient_checkpointing=on, **values) for on in (False, True)]
     assert same(*(state_of(run, "student") for run in runs))

@@ -1,4 +1,4 @@
-"""The experiment on video: jobs and their order, every kind of job at a tiny size, numbers, gates and the page."""
+"""`benchmarks.lit_video`: jobs and their order, every kind of job at a tiny size, numbers, gates and the page."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GRID = Grid(frames=9, height=12, width=12)
 
 
 def test_jobs_of_the_whole_experiment(tmp_path: Path) -> None:
-    """At most 30 students; whatever a job needs is among the jobs of its group, and stands before it."""
+    """There are at most 30 students, and all jobs that a job needs come before it in its group."""
     students = set()
     for group in ("types", "winner"):
         jobs = jobs_of(group, "delta_r0", tmp_path, [])
@@ -69,14 +69,14 @@ def test_a_job_is_wanted_until_all_that_others_need_of_it_is_there(tmp_path: Pat
     for place, name in enumerate(needed):
         assert [job.name for job in wanted(queued, ["lit.half.0"])] == needed[place:]
         jobs[name].result.write_text("{}")
-        assert jobs[name].done == jobs[name].is_student  # its clips, its latents, its layers are not there
+        assert jobs[name].done == jobs[name].is_student  # other jobs also need their clips, latents or layers
         jobs[name].lasting.mkdir(parents=True)
         assert jobs[name].done
     assert "s1.mhla.0" in [job.name for job in wanted(queued, ["mhla.half.0"])]
 
 
 def test_pairs_of_types_and_their_names() -> None:
-    """A share is of (query, key) pairs; plans that can be shown have the names of `lit_speed.json`."""
+    """Densities are shares of (query, key) pairs, and timed plans have the names of `lit_speed.json`."""
     wanted = {"lit": 0, "mhla": 0, "delta_r0": 1 / 9, "delta_r1": 25 / 81, "linear_r0": 1 / 9, "anchor": 0.25}
     wanted["chunk"] = (3 * 3 + 3 * 4 + 3 * 4) / 81
     for kind in TYPES:
@@ -107,7 +107,7 @@ def test_blocks_with_least_errors_are_chosen() -> None:
 
 @pytest.fixture(scope="module")
 def small(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of two blocks."""
+    """Return the folder of a teacher with two blocks."""
     folder = tmp_path_factory.mktemp("small") / "teacher"
     shutil.copytree(tiny_wan, folder)
     facts = {"width": 32, "height": 32, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 2.0, "fps": 8}
@@ -117,7 +117,7 @@ def small(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of job, in this process."""
+    """Run one job of every kind in this process, and return the output folder."""
     out = tmp_path_factory.mktemp("video") / "out"
     lit_video.write_prompts(out / "prompts.jsonl", 6, two=False)
     (out / "jobs").mkdir()
@@ -142,7 +142,7 @@ def test_every_kind_of_job_runs(done: Path, small: Path) -> None:
     assert len(trained["scores"]["errors"]["window_delta"]) == 2
     for name in ("teacher", "latents.0", "s1.delta_r0.0"):
         assert Job(name=name, out=done).done
-    # What is measured is the adapter that was written.
+    # The written adapter reproduces the measured student.
     from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained(small)
@@ -152,7 +152,7 @@ def test_every_kind_of_job_runs(done: Path, small: Path) -> None:
 
 
 def test_a_training_that_ends_early_gives_no_result(done: Path, small: Path, tmp_path: Path) -> None:
-    """Trainers that are told to stop end a step, save and return."""
+    """A trainer that stops early saves and returns normally. The job must then fail, and not measure the student."""
     options = lit_video.parser().parse_args(["--model", str(small), "--out", str(done), "--device", "cpu"])
     vars(options).update({**lit_video.TINY, "max_steps": 10**6})
     work = Work(Job(name="delta_r0.half.0", out=done), options)
@@ -168,7 +168,8 @@ def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tm
     for name in ("prompts.jsonl", "jobs/delta_r0.half.0.json", "work/s1.delta_r0.0/scores.json"):
         assert (tmp_path / "again" / name).read_bytes() == (done / name).read_bytes()
     assert Job(name="s1.delta_r0.0", out=tmp_path / "again").done
-    assert not Job(name="teacher", out=tmp_path / "again").done  # its clips are made anew
+    # Packed results have no clips, so the job has to generate them again.
+    assert not Job(name="teacher", out=tmp_path / "again").done
     pack(small, tmp_path / "model")
     unpack(tmp_path / "model", tmp_path / "pipeline")
     assert (tmp_path / "pipeline" / "vae" / "config.json").is_file()
@@ -200,7 +201,7 @@ def test_numbers_are_paired_and_seeds_are_averaged_by_prompt() -> None:
 
 
 def row(job: str, right: str, **more: Any) -> dict[str, Any]:
-    """A result of a student as a job writes it."""
+    """Return the result of a student in the form that a job writes."""
     ours, theirs = measured(right).as_json(), measured("1" * len(right)).as_json()
     share = ARMS[job.split(".")[1]].share
     pairs = {"layer_density": 1 / 9, "plan_density": share / 9 + 1 - share, "psnr": {"value": 30.0}}
@@ -219,7 +220,7 @@ def row(job: str, right: str, **more: Any) -> dict[str, Any]:
 def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the rule radius 1 cannot win: its plan of three quarters computes too many pairs."""
+    """Radius 1 cannot win by the rule, because its plan for three quarters of the blocks computes too many pairs."""
     out, small_out = tmp_path / "out", tmp_path / "embedded"
     rows = [row("delta_r0.half.0", "1" * 64), row("delta_r1.half.0", "1" * 64, layer_density=25 / 81)]
     rows += [row("lit.half.0", "1" * 63 + "0"), row("lit.all.0", "0" * 64)]

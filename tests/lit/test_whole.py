@@ -1,4 +1,4 @@
-"""What goes along with a converted transformer: copies of its blocks, its config, the pipeline around it."""
+"""Converted transformers: copies of their blocks, their config, and the pipelines that contain them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HALF = LiTConfig(layers="1:window_delta")
 def test_a_block_is_copied_when_its_transformer_is_gone(put: Callable[[Any], Any]) -> None:
     tiny = tiny_model("Wan")
     put(tiny.transformer)
-    block = copy.deepcopy(tiny.transformer.get_submodule("blocks.1"))  # of a copy the transformer never was there
+    block = copy.deepcopy(tiny.transformer.get_submodule("blocks.1"))  # the copied transformer itself never existed
     others = [copy.deepcopy(block), pickle.loads(pickle.dumps(block))]
     block = tiny.transformer.get_submodule("blocks.1")
     del tiny
@@ -47,7 +47,7 @@ def test_a_block_is_copied_when_its_transformer_is_gone(put: Callable[[Any], Any
 
 
 def test_a_stock_model_of_a_converted_ones_config(tmp_path: Path) -> None:
-    """diffusers copies the mark of the conversion with the rest; no layer comes with it."""
+    """`from_config` copies the entry of the conversion, but creates no layers of it."""
     tiny = tiny_model("Wan")
     clean = {name: value for name, value in tiny.transformer.config.items() if not name.startswith("_")}
     convert(tiny.transformer, HALF)
@@ -68,7 +68,7 @@ def test_a_stock_model_of_a_converted_ones_config(tmp_path: Path) -> None:
 
 @pytest.fixture
 def whole(tiny_wan: Path, tmp_path: Path) -> Path:
-    """A pipeline of which block 1 is converted, as `save_pretrained` writes it; its model had words of its own."""
+    """Save a pipeline with a converted block 1, made from a model with its own `postgen.json`."""
     model = shutil.copytree(tiny_wan, tmp_path / "model")
     changed(model, "postgen.json", num_frames=5, width=32, height=16, image_to_video=True)
     pipe = diffusers.WanPipeline.from_pretrained(model)
@@ -82,12 +82,12 @@ def test_a_saved_pipeline_knows_what_its_model_said(whole: Path, tmp_path: Path)
     facts = inspect_model(whole)
     assert (facts.defaults.num_frames, facts.defaults.width, facts.defaults.height) == (5, 32, 16)
     assert facts.image_pipeline == "WanImageToVideoPipeline"
-    # Also after more than one round, and of a pipeline in memory.
+    # The settings survive a second saving, and a pipeline in memory has them too.
     pipe = load_pipeline(facts, device="cpu")
     pipe.save_pretrained(tmp_path / "again")
     assert inspect_model(tmp_path / "again").defaults == facts.defaults
     assert defaults_of(pipe).num_frames == 5
-    (whole / "postgen.json").write_text('{"num_frames": 9}')  # a file beside says more
+    (whole / "postgen.json").write_text('{"num_frames": 9}')  # a file in the folder takes precedence
     assert inspect_model(whole).defaults.num_frames == 9
     config = json.loads((tmp_path / "again" / "transformer" / "config.json").read_text())
     config["quantization_config"]["postgen.json"] = [1]
@@ -117,7 +117,7 @@ def test_a_saved_pipeline_is_loaded_by_drop_in_classes(whole: Path, tmp_path: Pa
         pipe = WanPipeline.from_pretrained(**place)
         assert [*layers_of(pipe.transformer)] == ["blocks.1.attn1"]
         assert pipe.transformer.dtype == pipe.text_encoder.dtype == place.get("dtype", torch.float32)
-        assert pipe.transformer.scale_shift_table.dtype == torch.float32  # what the class keeps so
+        assert pipe.transformer.scale_shift_table.dtype == torch.float32  # the class keeps this table in float32
         given = WanPipeline.from_pretrained(**place, transformer=transformer)
         assert given.transformer is transformer
 
@@ -130,6 +130,6 @@ def test_a_config_names_formats_and_nothing_else(whole: Path, way: str) -> None:
     with pytest.raises(UserError, match=rf"names {way}, which this version of postgen lacks"):
         WanPipeline.from_pretrained(whole)
     config.write_text(text.replace("postgen.lit.load(folder)", "postgen.files._remove(folder)"))
-    with pytest.raises(ValueError, match="Unknown quantization type"):  # nothing of ours
+    with pytest.raises(ValueError, match="Unknown quantization type"):  # diffusers refuses an entry that is not ours
         WanPipeline.from_pretrained(whole)
     assert config.is_file()

@@ -1,4 +1,4 @@
-"""Softmax in a window and a memory of the rest: windows, the ridge problem, near apart from far, streams; float64."""
+"""Window layers in float64: the window, the ridge problem of the memory, separation of both, and streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def window(kind: str = "window_delta", **options: Any) -> Any:
 
 
 def allowed(call: Call, layer: Any) -> Tensor:
-    """(N, N): which tokens of the video see which by softmax, written down token by token."""
+    """Return which video tokens attend to which by softmax, (N, N)."""
     frames, options = call.grid.frames, layer.options
     mask = torch.zeros(frames, frames, dtype=torch.bool)
     for t in range(frames):
@@ -59,7 +59,7 @@ def test_a_new_layer_is_masked_softmax(radius: int, chunk: int, anchors: str) ->
 
 
 def test_step_zero_has_the_bits_of_softmax_in_the_window() -> None:
-    """g_s is 1 and W' is 0, whatever the memory holds."""
+    """A new layer has gate g_s = 1 and matrix W' = 0, so its output is softmax in the window for any memory."""
     call, layer = Call(frames=4), window(radius=1)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -114,7 +114,8 @@ def test_without_a_gram_matrix_it_is_a_decayed_sum() -> None:
         for s in range(3):
             outer = value[:, frame, s, :, :, None] * key[:, frame, s, :, None, :]
             total = total + strength[:, frame, s, :, None, None] * outer * since[:, :, None, :]
-    torch.testing.assert_close(scan(plain)[-1], total, **CLOSE)  # c is 1 with fewer places than channels
+    # The scale min(1, D / S) is 1, because a frame has fewer tokens than channels.
+    torch.testing.assert_close(scan(plain)[-1], total, **CLOSE)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -142,7 +143,7 @@ def test_the_gradient_through_the_solve() -> None:
 
 
 def parts(call: Call, layer: Any, frame: int) -> tuple[Tensor, Tensor]:
-    """What softmax and what the memory gives to the queries of a frame."""
+    """Return the contributions of softmax and of the memory to the output of a frame."""
     rows = call.frames_of_tokens() == frame
     with torch.no_grad():
         weight, layer.mix.weight[:] = layer.mix.weight.clone(), 0
@@ -155,7 +156,7 @@ def parts(call: Call, layer: Any, frame: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", ["window_delta", "window_linear"])
 @pytest.mark.parametrize("conv", [False, True])
 def test_poison_stays_on_its_side(kind: str, conv: bool) -> None:
-    """Frame 3 of 8 with a window of 2 to 4: softmax sees no other frames, the memory all others and no conv halo."""
+    """For frame 3 of 8, softmax reads only the window (frames 2 to 4), and the memory only the frames outside."""
     layer: Any = drawn(window(kind, radius=1, conv=conv))
     near, far = parts(Call(frames=8), layer, 3)
     outside, inside = Call(frames=8), Call(frames=8)
@@ -163,7 +164,7 @@ def test_poison_stays_on_its_side(kind: str, conv: bool) -> None:
     for x in (outside.key, outside.value):
         x[:, (frame < 2) | (frame > 4)] = 1e30
     torch.testing.assert_close(parts(outside, layer, 3)[0], near, rtol=0, atol=0)
-    # Values of the window reach what is written outside it through the convolution, two frames far.
+    # The convolution in time carries values of the window to frames outside it, two frames far.
     places = [3] if conv else [2, 3, 4]
     for x in (inside.key, inside.value):
         x[:, sum(frame == place for place in places).bool()] = 1e6
@@ -189,7 +190,7 @@ def test_dense_frames_are_not_in_the_memory() -> None:
 
 
 def test_a_frame_does_not_know_the_order_of_its_tokens() -> None:
-    """Of the frames that are read by the memory alone; without convolutions, which know the grid."""
+    """Frames that only the memory reads may permute their tokens, if there are no convolutions on the grid."""
     layer: Any = drawn(window(radius=0, conv=False))
     call, turned = Call(frames=3, rope=False), Call(frames=3, rope=False)
     order = torch.cat([torch.randperm(6), 6 + torch.arange(12)])
@@ -215,7 +216,7 @@ def test_an_empty_memory_is_read_as_zero() -> None:
     assert not out.any()
     assert call.value.grad is not None
     assert call.value.grad.isfinite().all()
-    # And the size of what it holds does not matter.
+    # The size of the stored values does not matter either.
     full, scaled = Call(frames=2), Call(frames=2)
     layer.soft_gate.weight.data.zero_(), layer.soft_gate.bias.data.fill_(-1e9)
     with torch.no_grad():
@@ -248,7 +249,7 @@ def test_causal_windows_in_pieces(chunk: int, radius: int, kind: str) -> None:
 
 
 def test_causal_far_is_the_forward_scan() -> None:
-    """A causal layer whose window reaches back one frame reads what a forward scan without those frames holds."""
+    """The memory of a causal layer is a forward scan over the frames before its window."""
     call, layer = Call(frames=5), drawn(window(radius=1, causal=True))
     query, writes, _ = layer._written(call.tokens())
     reads = []
@@ -263,7 +264,7 @@ def test_causal_far_is_the_forward_scan() -> None:
 
 
 def test_density_of_the_published_windows() -> None:
-    """Shares of frame pairs: .309, .111 and .63 of 9 frames, .224 and .138 of 21."""
+    """The published shares of frame pairs are .309, .111 and .63 for 9 frames, and .224 and .138 for 21 frames."""
     for frames, radius, anchors, density in (
         (9, 1, "none", 0.309), (9, 0, "none", 0.111), (9, 1, "both", 0.63),
         (21, 2, "none", 0.224), (21, 1, "none", 0.138),

@@ -1,4 +1,4 @@
-"""A clip whose drift is known: two squares on a smooth ground, one of which leaves the picture and comes back."""
+"""A clip for tests of drift: two squares on a smooth background, one of which leaves the picture and returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def place(frame: int, body: int) -> tuple[slice, slice] | None:
 
 
 def planted() -> TrueClip:
-    """A red and a blue square on a smooth grey ground; 10 different poses of a camera that sees the same."""
+    """Return the clip: a red and a blue square on smooth grey, with 10 different camera poses and equal views."""
     ground = torch.nn.functional.interpolate(
         0.4 + 0.2 * torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
         size=(HEIGHT, WIDTH),
@@ -44,7 +44,7 @@ def planted() -> TrueClip:
 
 
 def erased(true: TrueClip, body: int, gone: range) -> Tensor:
-    """The frames without a body, which gives way to grey."""
+    """Return the frames with a body replaced by grey in the frames `gone`."""
     frames = true.frames.clone()
     for frame in gone:
         frames[frame][:, true.ids[frame] == body + 1] = 0.5

@@ -1,4 +1,4 @@
-"""Errors of disparity after one scale and shift."""
+"""Errors of disparity after fitting one scale and shift."""
 
 import math
 
@@ -22,7 +22,7 @@ def test_a_scale_and_shift_are_no_error(true):
     assert errors.within_125 == 1
     assert errors.rank == pytest.approx(1)
     assert disparity_errors(true**3, true, valid).rank == pytest.approx(1)
-    # Depth instead of disparity: the scale is negative, and so is the rank.
+    # For depth instead of disparity the scale is negative, and so is the rank correlation.
     assert disparity_errors(1 / true, true, valid).rank == pytest.approx(-1)
 
 
@@ -30,18 +30,18 @@ def test_numbers_by_hand():
     true = torch.tensor([[[1.0, 2.0]], [[1.0, 4.0]]])
     everywhere = torch.ones_like(true, dtype=torch.bool)
     errors = disparity_errors(torch.zeros_like(true), true, everywhere)
-    # The mean is 2: depths 1/2 for 1, 1/2, 1, 1/4.
+    # The fit is the mean 2: depth 1/2 for true depths 1, 1/2, 1 and 1/4.
     assert errors.abs_rel == pytest.approx((0.5 + 0 + 0.5 + 1) / 4)
     assert errors.within_125 == 0.25
     assert errors.rank == 0
-    # The error changes by 0 and by -2, over a mean of 2.
+    # The error changes by 0 and by -2, relative to a mean of 2.
     assert errors.flicker == pytest.approx(0.5)
     assert math.isnan(disparity_errors(true[:1], true[:1], everywhere[:1]).flicker)
 
 
 def test_equal_values_share_a_rank():
     true, estimate = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 1.0, 2.0]]])
-    # Ranks 1, 2, 3 and 1.5, 1.5, 3.
+    # The ranks are 1, 2, 3 and 1.5, 1.5, 3.
     assert disparity_errors(estimate, true, true > 0).rank == pytest.approx(math.sqrt(3) / 2)
 
 
@@ -56,7 +56,7 @@ def test_what_is_not_valid_counts_nowhere(true):
 def test_fitted_disparity_has_a_least_value():
     true = torch.tensor([[[1.0, 1.0, 1.0, 9.0]]])
     estimate = torch.tensor([[[0.0, 9.0, 9.0, 9.0]]])
-    # The fit gives 1 and three times 11/3; with a least of 11/3 the first is taken for that.
+    # The fit is 1 and three times 11/3; `least` raises the first value to 11/3.
     errors = disparity_errors(estimate, true, true > 0, least=11 / 3)
     assert errors.abs_rel == pytest.approx((3 * (1 - 3 / 11) + (27 / 11 - 1)) / 4)
 

@@ -1,4 +1,4 @@
-"""Measures of drift on clips whose drift was planted."""
+"""Measures of drift on clips with known drift."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_costs_that_grow_and_that_do_not() -> None:
 
 
 def test_noise_that_lasts_does_not_look_like_growth() -> None:
-    """Flat costs whose noise is the same for five chunks: blocks call them flat far more often than single chunks."""
+    """For constant costs with equal noise in five chunks, blocks find no trend far more often than single chunks."""
     generator, called = torch.Generator().manual_seed(3), {1: 0, 5: 0}
     for seed in range(30):
         noise = torch.randn(12, generator=generator).repeat_interleave(5)
@@ -235,7 +235,7 @@ def test_two_systems_compared(true: TrueClip) -> None:
     assert found["permanence.swapped"].ratio is None
     with pytest.raises(UserError, match="got 4 and 3"):
         drift.compare_drift(reports["good"], reports["bad"][:3])
-    # A number that is none is left out with its clip, as one that is missing.
+    # A NaN value is left out together with its clip, like a missing value.
     clips = [{"x": math.nan}, {"x": 1.0}, {"x": 3.0}]
     assert drift.compare_drift(clips, [{"x": 1.0}] * 3)["x"].clips == 2
 

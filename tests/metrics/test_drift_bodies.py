@@ -1,4 +1,4 @@
-"""Whether bodies are present, in frames in which they were removed, moved, recoloured or doubled."""
+"""Presence of bodies in frames in which they were removed, moved, recoloured or doubled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_body_that_never_returns_or_is_never_away(true: TrueClip) -> None:
     kinds = drift.detect(true.frames, true.palette)
     assert math.isnan(drift.object_permanence(kinds, true.ids, gap=len(GONE) + 1).after_absence)
     assert drift.object_permanence(kinds, true.ids, gap=len(GONE)).returns == FRAMES - GONE.stop
-    # One that comes into view for the first time did not come back.
+    # A body that appears for the first time does not count as returned.
     late = drift.object_permanence(kinds[20:], true.ids[20:], gap=4)
     assert late.returns == 0
 
@@ -52,7 +52,7 @@ def test_a_body_elsewhere_is_present_anywhere_only(true: TrueClip) -> None:
 
 
 def test_a_body_that_returns_elsewhere() -> None:
-    """Kinds that are given: a piece of 5 x 6 pixels that returns two thirds of its width beside its place."""
+    """A piece of 5 x 6 pixels returns two thirds of its width beside its place: only `anywhere` counts it."""
     ids = torch.zeros(20, 15, 25, dtype=torch.uint8)
     ids[:, 5:10, 6:12] = 1
     ids[4:12] = 0

@@ -1,4 +1,4 @@
-"""Frechet distance: exact for Gaussians whose distance is known, and as it must be for others."""
+"""Frechet distance: exact for Gaussians with a known distance, and checks of samples."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from postgen.metrics.frechet import Gaussian, frechet_distance
 
 
 def turned(seed: int, values: list[float]) -> torch.Tensor:
-    """A covariance with these eigenvalues."""
+    """Return a covariance matrix with these eigenvalues and random axes."""
     torch.manual_seed(seed)
     vectors = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))[0]
     return vectors * torch.tensor(values, dtype=torch.float64) @ vectors.T
 
 
 def test_covariances_that_commute() -> None:
-    """Of covariances with the same axes it is the sum of squared differences of deviations."""
+    """For covariances with equal axes, it is the sum of squared differences of standard deviations and means."""
     a, b = [1.0, 4.0, 9.0, 0.0], [4.0, 4.0, 1.0, 0.25]
     mean = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
     first, second = (Gaussian(m, turned(3, v)) for m, v in ((torch.zeros_like(mean), a), (mean, b)))
@@ -27,7 +27,7 @@ def test_covariances_that_commute() -> None:
 
 
 def test_covariances_that_do_not_commute() -> None:
-    """tr (C1 C2)^1/2 from the eigenvalues of the product, which is the textbook form."""
+    """The distance equals the formula with tr (C1 C2)^1/2 from the eigenvalues of the product."""
     first = Gaussian(torch.zeros(5).double(), turned(0, [1, 2, 3, 4, 5]))
     second = Gaussian(torch.zeros(5).double(), turned(1, [0.5, 1, 1, 6, 2]))
     product = torch.linalg.eigvals(first.covariance_DD @ second.covariance_DD)
@@ -37,7 +37,7 @@ def test_covariances_that_do_not_commute() -> None:
 
 
 def test_features_of_a_known_gaussian() -> None:
-    """Samples give mean and covariance; a shift counts by its square; fewer samples than features are taken."""
+    """Mean and covariance of samples; a shift adds its square; fewer samples than features are allowed."""
     torch.manual_seed(0)
     x = torch.randn(4000, 6)
     made = Gaussian.of(x)

@@ -1,4 +1,4 @@
-"""Colours, appearance, distances of samples and likeness of pictures against closed forms."""
+"""Colours, appearance, distances of samples and similarity of pictures, compared with closed forms."""
 
 from __future__ import annotations
 

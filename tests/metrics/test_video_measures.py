@@ -1,4 +1,4 @@
-"""Measures of clips on clips whose answer is known."""
+"""Measures of clips with known results."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from postgen.metrics.video_measures import flicker, motion, warp_error
 
 
 def pictures(frames: int = 6) -> Tensor:
-    """Two clips of one smooth random picture each, standing still."""
+    """Return two clips that repeat one smooth random picture each."""
     coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     picture = torch.nn.functional.interpolate(coarse, size=48, mode="bicubic").clamp(0, 1)
     return picture[:, None].expand(-1, frames, -1, -1, -1).clone()
@@ -46,7 +46,7 @@ def test_exact_flow_leaves_nothing_of_a_shift() -> None:
     still = pictures()
     clip = torch.stack([torch.roll(still[:, t], (2 * t, t), dims=(-2, -1)) for t in range(6)], dim=1)
     flow = torch.tensor([1.0, 2.0])[None, None, :, None, None].expand(2, 5, 2, 48, 48)
-    # What rolled over the edge did not move along the flow.
+    # Pixels that roll over the edge do not follow the flow, so the mask leaves the border out.
     mask = torch.zeros(2, 5, 48, 48, dtype=torch.bool)
     mask[:, :, 12:36, 12:36] = True
     assert warp_error(clip, flow, mask).max() < 1e-5
@@ -76,7 +76,7 @@ def test_motion_is_that_of_the_world(scenes: world.Frames) -> None:
 def test_motion_of_a_shift() -> None:
     still = pictures(5)
     clip = torch.stack([torch.roll(still[:, t], t, dims=-1) for t in range(5)], dim=1)
-    # All but the blocks that are rolled over the edge move by one pixel a frame.
+    # All blocks except those that roll over the edge move by one pixel per frame.
     assert motion(clip, reach=5) == pytest.approx(torch.ones(2), abs=0.2)
     assert motion(clip, gap=1, reach=2) == pytest.approx(torch.ones(2), abs=0.1)
 
@@ -93,7 +93,7 @@ def test_clips_of_another_form() -> None:
 def test_bootstrap_intervals() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(1)) + 3
     interval = bootstrap(values)
-    # 1.96 standard errors of the mean on either side.
+    # The interval is about 1.96 standard errors of the mean on either side.
     error = float(values.std()) / 20
     assert interval.value == pytest.approx(float(values.mean()))
     assert interval.low == pytest.approx(interval.value - 1.96 * error, abs=0.03)

@@ -1,6 +1,6 @@
-"""Runs of the toy that end with signal 9 at named points: `python -m tests.reconstruct.killed FOLDER`.
+"""Runs of the toy user that are killed with signal 9 at named points: `python -m tests.reconstruct.killed FOLDER`.
 
-One process imports everything and makes the records; each run is a fork of it.
+One process imports everything and collects the records; each run is a fork of this process.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ POINTS = {
     "before the result is whole": ("blocks.0", 12),
     "before its checkpoints are gone": ("blocks.1", 12),
 }
-"""Point -> the block in work, and the step."""
+"""Name of a point -> the block that is trained, and its step."""
 
 
 def after(function: Callable[..., Any], holds: Callable[..., bool]) -> Callable[..., Any]:
-    """Return a function that ends the process after the call of another for which something holds."""
+    """Return a function that calls `function`, and then kills the process if `holds` is true for the arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -39,7 +39,7 @@ def after(function: Callable[..., Any], holds: Callable[..., bool]) -> Callable[
 
 
 def set_up(point: str) -> None:
-    """Let this process die at a point."""
+    """Patch the engine so that this process kills itself at a point."""
     name, step = POINTS[point]
 
     def here(run: Any, *_: Any) -> bool:
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
         if not child:
             set_up(point)
             reconstruct(tasks(pipe.transformer, "Wan"), records, settings(folder / point))
-            os._exit(0)  # it was not killed, which the parent says
+            os._exit(0)  # the process was not killed, and the parent reports this
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), (point, status)
         assert os.WTERMSIG(status) == signal.SIGKILL, (point, status)

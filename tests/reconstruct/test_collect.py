@@ -1,4 +1,4 @@
-"""What is recorded of a teacher: which states, how often each noise level, how much of it, and what is refused."""
+"""Records of a teacher: recorded states, frequency of noise levels, sizes, refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def levels(made: Teacher, *, held_out: bool = False) -> Counter[int]:
     plan = made.plan()
     chunks = [chunk for chunk in made.chunks if chunk.held_out == held_out]
     rows = [rows for chunk in chunks for rows in zip(*made.steps(plan, chunk), strict=True)]
-    assert all(len(set(row)) == len(row) for row in rows)  # no prompt has the same level twice
+    assert all(len(set(row)) == len(row) for row in rows)  # every prompt has different levels
     return Counter(step for row in rows for step in row)
 
 
@@ -62,14 +62,14 @@ def test_noise_levels_come_equally_often(wan: tuple[Any, dict[str, int]]) -> Non
 
 @torch.no_grad()
 def test_records_are_the_forwards_of_the_teachers_trajectories(wan: tuple[Any, dict[str, int]]) -> None:
-    """Against the sampler itself, one prompt at a time."""
+    """Records equal captures of forward passes along the trajectory of the sampler, prompt by prompt."""
     pipe, size = wan
     records = records_of(pipe, size, "blocks.0", batch_size=1, guidance_scale=3.0, levels_per_prompt=3)
     denoiser, made = denoiser_for(pipe), teacher(pipe, size, levels_per_prompt=3)
     schedule = schedule_of(denoiser, STEPS, denoiser.latent_shape(**size))
     sampler = Sampler(denoiser, schedule, Sampling(guidance=3.0, size=size))
     found = records.calls(["blocks.0"], held_out=True)
-    assert len(found) == 3 * 2  # with the prompt and without
+    assert len(found) == 3 * 2  # each with and without the prompt
     told = denoiser.encode_prompt(PROMPTS[-1:], [""])
     sample = Sample(index=0, prompt=0, initial=seed_of(0, "initial", 0, 4), step_seed=int, start=0)
     states = list(sampler.states([sample], lambda numbers: told))
@@ -129,7 +129,7 @@ def test_processes_share_a_folder(
             denoiser_for(pipe), "blocks.0", PROMPTS, config, where=tmp_path / "r", share=share, progress=False
         )
 
-    # The other process does its part while the first one waits.
+    # The second process collects its part while the first one waits.
     monkeypatch.setattr("time.sleep", lambda seconds: one(1))
     assert len(one(0).calls(["blocks.0"], held_out=False)) == 8
 
@@ -142,12 +142,12 @@ def test_the_size_is_told_and_held_to(
     told = capsys.readouterr().err
     assert told.startswith("5 records of 2 modules take ")
     stated = float(told.split(" take ")[1].split()[0]) * 1e9
-    assert stated == pytest.approx(size, rel=0.1)  # the files have headers
+    assert stated == pytest.approx(size, rel=0.1)  # files also have headers
     assert len(records.calls(["blocks.0"], held_out=True)) == 1
     with pytest.raises(UserError, match=r"5 records of 2 modules take .* GB, but max_gb is 1e-05: raise it"):
         records_of(*wan, where=tmp_path / "small", batch_size=1, levels_per_prompt=1, max_gb=1e-5)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # simulates a full disk
     try:
         with pytest.raises(UserError, match=r"records\.json cannot be written .*: make room") as refused:
             records_of(*wan, where=tmp_path / "full", batch_size=1, levels_per_prompt=1)
@@ -168,7 +168,7 @@ def test_a_recording_is_measured_before_it_is_made(tmp_path: Path) -> None:
 
 
 def test_the_expert_of_each_level_is_recorded() -> None:
-    """Wan 2.2: two networks take turns, and each has the levels at which it runs."""
+    """For Wan 2.2, each of the two experts is recorded at the levels at which it runs."""
     from diffusers import WanTransformer3DModel
 
     parts = wan_components()
@@ -210,11 +210,12 @@ def test_one_process_records_into_a_folder(wan: tuple[Any, dict[str, int]], tmp_
         pytest.raises(UserError, match=rf"where {place} is in use by process {os.getpid()} on .* name another where"),
     ):
         records_of(pipe, size, "blocks.0", where=place)
-    # A process that was killed leaves its file, which locks nothing; one of another rank is no other run.
+    # The lock file of a killed process is no lock, and the lock of another rank belongs to the same run.
     with RunLock(place, LOCK.format(rank=1), "where"):
         records_of(pipe, size, "blocks.0", where=place)
     with RunLock(place, LOCK.format(rank=0), "where"):
-        assert records_of(pipe, size, "blocks.0", where=place).identity == made.identity  # nothing is missing
+        # All records exist, so the lock is not needed.
+        assert records_of(pipe, size, "blocks.0", where=place).identity == made.identity
 
 
 def test_a_teacher_that_is_not_finite(tmp_path: Path) -> None:

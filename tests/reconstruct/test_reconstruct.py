@@ -1,4 +1,4 @@
-"""What students learn: nothing where they are right, a known solution where there is one, and which of it counts."""
+"""Training of students: exact students stay unchanged, known solutions are found, and losses are correct."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_student_that_is_the_teacher_stays(taught: Taught, tmp_path: Path) -> 
 
 
 class Scaled(nn.Module):
-    """A layer whose outputs are scaled: the gain of the teacher is 1."""
+    """A layer with a trained output gain; the gain of the teacher is 1."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_low_rank_layers_come_nearer(taught: Taught, tmp_path: Path) -> None:
 
 
 def test_new_and_inherited_parameters_have_rates_of_their_own(wan: Taught, tmp_path: Path) -> None:
-    """The first step of Adam is as long as the rate."""
+    """The first step of Adam changes each weight by its learning rate."""
     task = tasks(wan.transformer, "Wan")[0]
     config = settings(tmp_path, max_steps=1, warmup_steps=0, ema_decay=0.0, learning_rate_new=1e-2, learning_rate=1e-3)
     trained = reconstruct([task], wan.records, config).weights("blocks.0")
@@ -131,7 +131,7 @@ def test_new_and_inherited_parameters_have_rates_of_their_own(wan: Taught, tmp_p
 
 
 def test_a_part_of_a_block(wan: Taught, tmp_path: Path) -> None:
-    """Self-attention before its projection, in the way that the conversion to another attention will take it."""
+    """A task can train self-attention before its output projection, as attention transfer does."""
     names = ("blocks.0.attn1", "blocks.0.attn1.to_out.0")
     records = records_of(wan.pipe, wan.size, *names)
     attention = wan.transformer.blocks[0].attn1
@@ -159,7 +159,7 @@ def test_a_part_of_a_block(wan: Taught, tmp_path: Path) -> None:
 
 
 def test_records_of_other_blocks_do_not_matter(wan: Taught, tmp_path: Path) -> None:
-    """They may be absent, and they may be spoilt."""
+    """Training a block needs only its own records; records of other blocks may be missing or damaged."""
     both = records_of(wan.pipe, wan.size, where=tmp_path / "both")
     for record in both.plan["records"]:
         (tmp_path / "both" / record / "000001.safetensors").write_bytes(b"spoilt")
@@ -203,12 +203,12 @@ def test_the_launcher_says_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_losses_by_hand() -> None:
-    target = torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])  # its mean over tokens is (2, 0)
+    target = torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])  # the mean over tokens is (2, 0)
     output = target + torch.tensor([0.0, 1.0])
     expected = {"centred_l1": 2 / 2, "centred_l2": 2 / 2, "relative_l1": 2 / 4, "relative_l2": 2 / 10, "mse": 2 / 4}
     for kind, value in expected.items():
         assert distance(kind, [output], [target]).item() == pytest.approx(value), kind  # type: ignore[arg-type]
-        # Two streams count alike, and rows too.
+        # Both streams have the same weight, and so do rows.
         two = distance(kind, [output, target], [target, target])  # type: ignore[arg-type]
         assert two.item() == pytest.approx(value / 2), kind
     assert error("l2", [target + 2], [target]).item() == pytest.approx((16 / 2) ** 0.5)

@@ -1,4 +1,4 @@
-"""Killed or interrupted at any point and started again, a run ends with bitwise the weights of one that was not."""
+"""Runs that are killed or interrupted at any point and resumed end with the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ("blocks.0", "blocks.1")
 
 
 class Straight:
-    """The run that nobody stops, its teacher and its records."""
+    """An uninterrupted run with its teacher and records."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ def test_interrupted(straight: Straight, tmp_path: Path) -> None:
     def interrupts(*words: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2 + 2 * 7:  # held-out calls, then two a step: in the seventh step
+        if calls == 2 + 2 * 7:  # two held-out calls, then two per step: this is in step 7
             os.kill(os.getpid(), signal.SIGTERM)
         return second.run(*words)
 
@@ -88,7 +88,7 @@ def test_interrupted(straight: Straight, tmp_path: Path) -> None:
     assert left == ["checkpoint-5", "checkpoint-7"]
     with pytest.raises(UserError, match=r"blocks\.1 is not finished"):
         report.weights("blocks.1")
-    # The newest checkpoint is damaged: the one before it will do.
+    # If the newest checkpoint is damaged, the one before it is used.
     (tmp_path / "blocks" / "blocks.1" / "checkpoint-7" / "optimizer.safetensors").write_bytes(b"")
     report = reconstruct(straight.tasks(), straight.records, settings(tmp_path, resume=True))
     assert (report.reason, report.signal, report.unfinished) == (Reason.DONE, 0, ())
@@ -96,7 +96,7 @@ def test_interrupted(straight: Straight, tmp_path: Path) -> None:
 
 
 def test_blocks_are_dealt_out(straight: Straight, tmp_path: Path) -> None:
-    """And what one process trains depends on no other."""
+    """Two processes train different blocks, and the weights equal those of one process."""
     reports = [
         reconstruct(straight.tasks(), straight.records, settings(tmp_path), share=Share(rank=rank, processes=2))
         for rank in (1, 0)
@@ -128,7 +128,7 @@ def test_another_run_is_refused(straight: Straight, tmp_path: Path) -> None:
     others = records_of(straight.pipe, straight.size, seed=1)
     with pytest.raises(UserError, match=r"records: \w+ -> \w+\. Resume with"):
         reconstruct(straight.tasks(), others, settings(run, resume=True))
-    # What changes nothing may change.
+    # Settings that do not affect the weights may change.
     reconstruct(straight.tasks(), records, settings(run, resume=True, logging_steps=1, save_steps=0))
 
 

@@ -1,4 +1,4 @@
-"""A small real user of the engine: one linear layer of a feed-forward as a product of two, in blocks of any family."""
+"""A small user of the engine: it replaces one feed-forward layer of each block by a product of two matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK = 4
 
 
 class LowRank(nn.Module):
-    """The nearest product of two matrices to a linear layer's, with its bias."""
+    """The best low-rank approximation of a linear layer, with its bias."""
 
     def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class LowRank(nn.Module):
         root = values[:rank].sqrt()
         self.up, self.down = nn.Parameter(left[:, :rank] * root), nn.Parameter(root[:, None] * right[:rank])
         self.bias = nn.Parameter(layer.bias.detach().clone())
-        self.dropout = nn.Dropout(0.02)  # so that random states count
+        self.dropout = nn.Dropout(0.02)  # makes results depend on RNG states
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(x @ self.down.T) @ self.up.T + self.bias
 
 
 def low_rank(block: nn.Module, name: str, rank: int = RANK) -> nn.Module:
-    """Put a `LowRank` into a block; it alone is trained."""
+    """Replace a layer of a block by a `LowRank`, whose weights alone are trained."""
     block.requires_grad_(False)
     parent, _, child = name.rpartition(".")
     setattr(block.get_submodule(parent), child, LowRank(block.get_submodule(name), rank))
@@ -63,7 +63,7 @@ def pipeline(name: str) -> tuple[Any, dict[str, int]]:
 
 
 def records_of(pipe: Any, size: dict[str, int], *modules: str, where: str | Path = "cpu", **values: Any) -> Records:
-    """Record blocks, all of them where none is named: 4 prompts and a held-out one, at 2 levels each of 4."""
+    """Record the given modules or all blocks, for 4 prompts and a held-out one, at 2 of 4 levels each."""
     settings = {"num_inference_steps": 4, "levels_per_prompt": 2, "batch_size": 2, **size, **values}
     names = modules or tuple(block.name for block in blocks_of(pipe.transformer))
     return collect(

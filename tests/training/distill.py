@@ -1,4 +1,4 @@
-"""A method whose loss needs two networks, so that a module around them returns it; and its runs in two processes."""
+"""A method whose loss needs two networks, computed by a module that contains both; its runs in two processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS_IN_ALL = 4
 
 
 class Distillation(nn.Module):
-    """A student that learns what its teacher says of the same noisy clip."""
+    """A student and its teacher; returns the squared error between their predictions for the same noisy clip."""
 
     def __init__(self, student: Any, teacher: Any) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class DistillTrainer(Trainer[TrainingConfig]):
         return torch.optim.SGD(groups, lr=self.args.learning_rate, momentum=0.9)
 
     def batch(self):
-        """The rows of this process: together those of one process alone."""
+        """Return the rows of this process. The rows of all processes together are those of a single process."""
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         return {name: value[mine] for name, value in self.arguments.items()}
 
@@ -61,7 +61,7 @@ class DistillTrainer(Trainer[TrainingConfig]):
 
 
 def distill(folder: Path, **changes: Any) -> DistillTrainer:
-    """Train; return the trainer."""
+    """Run the training; return the trainer."""
     values = {"max_steps": 4, "learning_rate": 0.05, "max_grad_norm": 0.0, "save_steps": 3, "save_total_limit": None}
     values |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "logging_steps": 1, **changes}
     run = DistillTrainer(TrainingConfig(output_dir=str(folder), **values))
@@ -70,7 +70,7 @@ def distill(folder: Path, **changes: Any) -> DistillTrainer:
 
 
 CUT = {"ema_decay": 0.9, "eval_steps": 1}
-"""Averaged weights stand in the model between any two steps."""
+"""Settings with EMA and an evaluation after every step, so EMA weights are swapped in between all steps."""
 
 
 def averaged(folder: Path) -> None:
@@ -91,7 +91,7 @@ def resumed(folder: Path) -> None:
 
 
 def cut_by_accelerate(folder: Path) -> None:
-    """Two models with blocks of other classes, by the function that it uses for FSDP2, which it does not on CPUs."""
+    """Shard two models with different block classes by accelerate's function for FSDP2, which it skips on CPUs."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import FSDPModule
 
@@ -119,7 +119,7 @@ def cut_by_accelerate(folder: Path) -> None:
 
 
 def nft(folder: Path, **changes: Any) -> None:
-    """DiffusionNFT on all weights, with old policy, reference and average."""
+    """Train all weights with DiffusionNFT, with an old policy, a reference and EMA."""
     from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 
     class WholeNFT(Whole, DiffusionNFTTrainer):
@@ -140,7 +140,7 @@ def nft_resumed(folder: Path) -> None:
 
 
 def two_models_cut(folder: Path) -> None:
-    """A denoiser and its text encoder; `folder / "vae"` is there already."""
+    """Train a denoiser and its text encoder with sharded weights. `folder / "vae"` must exist."""
     from postgen.pretrain.text_to_video import TextToVideoConfig, TextToVideoTrainer
 
     sizes = {"size": 16, "lengths": [5], "length_weights": [1.0], "pool_clips": 2, "captions_per_clip": 1}

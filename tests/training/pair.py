@@ -1,4 +1,4 @@
-"""Two processes of a run on one machine (gloo), started without a launcher, several runs one after another in them."""
+"""Start two processes on one machine (gloo) without a launcher, and do several runs in them one after another."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.children import Child
 
 
 def run_pair(jobs: str, folder: Path, seconds: float = 300) -> None:
-    """Run the functions of a list `package.module:NAME` in two processes, each with `folder`."""
+    """Call all functions of the list `package.module:NAME` with `folder`, in two processes."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     pair = [
         Child("tests.training.pair", (jobs, folder), {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     end = time.monotonic() + seconds
-    # One that has failed leaves the other waiting.
+    # If one process fails, the other would wait forever.
     while time.monotonic() < end and any(each.code is None for each in pair) and not any(each.code for each in pair):
         time.sleep(0.05)
     codes = [each.code for each in pair]
@@ -29,7 +29,7 @@ def run_pair(jobs: str, folder: Path, seconds: float = 300) -> None:
 
 
 def main(jobs: str, folder: str) -> None:
-    """One of the two processes. Each job has a group of its own, as if it were alone."""
+    """Run all jobs in one of the two processes. Each job gets a new process group."""
     from accelerate.state import AcceleratorState
 
     module, _, name = jobs.partition(":")
@@ -40,7 +40,7 @@ def main(jobs: str, folder: str) -> None:
 
 
 def _port(note: Path) -> str:
-    """The first process says where the two meet when they do: a port that is free now may not stay so for long."""
+    """Return the port of a job. The first process chooses it just before use, because free ports can be taken."""
     if os.environ["RANK"] == "0":
         note.with_suffix(".new").write_text(str(free_ports(1)[0]))
         note.with_suffix(".new").rename(note)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact resume, whole or absent, only for the model that wrote them."""
+"""Checkpoints: exact resume, complete or absent files, and only for the model that wrote them."""
 
 import json
 import signal
@@ -41,7 +41,7 @@ def parts(folder):
 
 
 def metrics(folder):
-    """Lines without what a clock measured."""
+    """Return the rows of the log without measured times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in ("step_time", "seconds")} for row in rows]
 
@@ -258,7 +258,7 @@ def test_init_from_takes_weights_alone(tmp_path, place):
     run = make(tmp_path / "second", init_from=str(tmp_path / "first" / place), max_steps=1, learning_rate=1e-12)
     run.train()
     assert run.cursor == 2
-    # The averaged weights, moved by one step of a vanishing rate.
+    # These are the EMA weights after one step with a negligible learning rate.
     for name, value in exported.items():
         torch.testing.assert_close(run.history[0][f"net.{name}"], value, rtol=0, atol=1e-6)
 

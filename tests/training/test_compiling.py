@@ -1,4 +1,4 @@
-"""`torch_compile`: the same run, names as they were, hooks that come later, errors in one line."""
+"""`torch_compile`: equal results, unchanged names, hooks that are added later, errors of one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def clean() -> Iterator[None]:
 
 
 class Net(nn.Sequential):
-    """torch leaves modules of its own alone, so this is somebody else's."""
+    """A subclass, because Dynamo does not compile modules of torch's own classes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for part in self:
@@ -36,7 +36,7 @@ class Net(nn.Sequential):
 
 
 class Compiled(TinyTrainer):
-    """Its network is its block."""
+    """A trainer whose whole network is one block."""
 
     def build(self) -> Any:
         return {name: Net(*net) for name, net in super().build().items()}
@@ -46,7 +46,7 @@ class Compiled(TinyTrainer):
 
 
 class Listened(Compiled):
-    """From the second step on somebody listens to the first layer."""
+    """A trainer that adds a hook to the first layer before the second step."""
 
     def training_step(self) -> Any:
         if self.global_step == 1:
@@ -64,7 +64,7 @@ def run(folder: Path, kind: type[TinyTrainer] = Compiled, **settings: Any) -> Ti
 
 
 def test_the_same_run_under_the_same_names(tmp_path: Path) -> None:
-    """Compiled or not, from the start or after a resume: weights, averages and what is written are the same."""
+    """Weights, EMA and exports are equal with and without compilation, also if it starts after a resume."""
     values = {"bf16": True, "ema_decay": 0.9, "dropout": 0.0}
     plain, compiled = run(tmp_path / "a", **values), run(tmp_path / "b", **values, **AOT)
     expected = plain.unwrap("net").state_dict()
@@ -86,7 +86,7 @@ def test_hooks_that_come_later_are_heard(tmp_path: Path) -> None:
 
 
 def test_a_network_of_diffusers(tmp_path: Path) -> None:
-    """Blocks of a transformer with adapters, told its levels, with and without gradients. (Dynamo takes seconds.)"""
+    """A compiled transformer with LoRA and level embedder, with and without gradients (Dynamo takes seconds)."""
     values = {"max_steps": 1, "bf16": True, "own_share": 0.0}
     plain = worldweaver(tmp_path / "a", **values)
     found = worldweaver(tmp_path / "b", **values, torch_compile=True, torch_compile_backend="eager")

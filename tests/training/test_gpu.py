@@ -1,4 +1,4 @@
-"""The same loop on an accelerator: fused AdamW, bfloat16 autocast, and no step that waits for the device."""
+"""The training loop on a GPU: fused AdamW, bfloat16 autocast, and steps that do not wait for the device."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 class WatchedTrainer(Trainer[TrainingConfig]):
-    """Draws on the device; any wait for the device inside a step is an error."""
+    """A trainer that draws data on the device, and raises an error if a step waits for the device."""
 
     def build(self):
         return {"net": torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))}
@@ -21,7 +21,7 @@ class WatchedTrainer(Trainer[TrainingConfig]):
         return loss, {"root": loss.detach().sqrt()}
 
     def _step(self):
-        # Not the first one: libraries set themselves up there.
+        # The first step may wait, because libraries initialise in it.
         torch.cuda.set_sync_debug_mode("error" if self.global_step else "default")
         try:
             super()._step()

@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for is heeded or refused in one line; its own functions say what it sets."""
+"""Options of `accelerate launch` are used, or refused with an error of one line."""
 
 import os
 import warnings
@@ -16,7 +16,7 @@ from tests.training.tiny import TinyConfig, TinyTrainer
 
 @pytest.fixture
 def fresh():
-    """Accelerate keeps what the first trainer of a process was told; afterwards as before."""
+    """Reset accelerate before and after a test, because it keeps the settings of the first trainer of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -27,9 +27,10 @@ def config(folder, **settings):
 
 
 def launched(monkeypatch, *words):
-    """Put into the environment what the launcher puts there for one process."""
+    """Set the environment variables that the launcher sets for one process."""
     usual = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    args = launch_command_parser().parse_args([*usual, *words, "script.py"])  # of two equal words the last one counts
+    # If an option occurs twice, the last value counts.
+    args = launch_command_parser().parse_args([*usual, *words, "script.py"])
     args.use_cpu, args.num_cpu_threads_per_process = args.cpu, 1
     _, environment = prepare_simple_launcher_cmd_env(args)
     for name in environment.keys() - os.environ.keys():

@@ -1,4 +1,4 @@
-"""Configurations in parts: nested and flat spellings mean the same, and each mistake is told."""
+"""Configurations in parts: nested and flat keys are equivalent, and each mistake has its error message."""
 
 import os
 from collections import Counter
@@ -53,7 +53,7 @@ def test_both_spellings_are_one_configuration(tmp_path):
     for values in (FLAT, NESTED):
         _, config = load_recipe(written(tmp_path, values), ["--lora_r", "4", "--eval-grid", "2"])
         assert config.to_dict() == {**flat_one.to_dict(), "lora_r": 4, "eval_grid": 2}
-    # What a run writes is flat.
+    # The config that a run writes is flat.
     assert DanceGRPOConfig.from_dict(flat_one.to_dict()) == flat_one
 
 
@@ -64,7 +64,7 @@ def test_each_field_has_one_owner(config):
     owned = [name for names in parts.values() for name in names]
     assert sorted([*owned, "method"]) == sorted(item.name for item in fields(config))
     assert len(owned) == len(set(owned))
-    # A default that a method changes stays with its part.
+    # A setting whose default a method changes stays in its part.
     assert "learning_rate" in parts["training"]
     assert {"num_generations", "share_initial_noise", "beta"} <= set(parts["method"])
 
@@ -125,7 +125,7 @@ def test_the_environment_is_no_part(tmp_path, monkeypatch):
     ],
 )
 def test_parts_check_themselves(part, values, message):
-    """Alone, as their consumers take them, and in a configuration that inherits from them."""
+    """A part checks its values on its own, and also in a configuration that inherits from it."""
     with pytest.raises(UserError, match=message):
         part(**values)
     with pytest.raises(UserError, match=message):
@@ -171,7 +171,7 @@ def test_every_part_is_checked_once():
         def __post_init__(self):
             super().__post_init__()
             calls["left"] += 1
-            assert isinstance(self.b, float)  # of the other part: all values are coerced before any check
+            assert isinstance(self.b, float)  # `b` is in the other part: all values are converted before any check
 
     @dataclass(kw_only=True)
     class Right(Part):

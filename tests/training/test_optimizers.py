@@ -1,4 +1,4 @@
-"""Any optimiser: it is built by the method, follows the schedule, and is resumed as if it had not stopped."""
+"""A method can create any optimizer: it follows the learning rate schedule, and its resume is exact."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.training.tiny import TinyConfig, TinyTrainer
 
 
 class Counting(torch.optim.Optimizer):
-    """Keeps all that an optimiser may: a number in its group, a sum in another number type, a word."""
+    """An optimizer with unusual state: a number in its group, a sum in another dtype, and a string."""
 
     def __init__(self, groups, lr):
         super().__init__(groups, {"lr": lr, "count": 0})
@@ -30,7 +30,7 @@ class Counting(torch.optim.Optimizer):
 
 BUILT = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
-    # Factors of moments and a step that is a plain number.
+    # Adafactor has factored moments, and a step that is a plain number.
     "adafactor": lambda groups: Adafactor(groups, lr=1e-2, relative_step=False, scale_parameter=False),
     "counting": lambda groups: Counting(groups, lr=1e-2),
 }

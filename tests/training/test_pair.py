@@ -1,4 +1,4 @@
-"""Two processes that average gradients or hold parts of the weights learn what one does (gloo, on the CPU)."""
+"""Two processes, with averaged gradients or sharded weights, train the weights of one process (gloo, CPU)."""
 
 import json
 
@@ -40,7 +40,7 @@ def difference(left, right):
 
 
 def test_losses_of_a_wrapper_have_the_gradient_of_one_process(pair, alone):
-    """SGD: two checkpoints in a row are one gradient apart, but for rate and momentum."""
+    """With SGD, consecutive checkpoints differ by a gradient times the learning rate, plus momentum."""
     runs = (pair / "averaged", alone / "plain")
     steps = [{name: value - saved(run, 3)[name] for name, value in saved(run, 4).items()} for run in runs]
     assert {name.split(".")[1] for name in steps[0]} == {"student"}
@@ -49,7 +49,7 @@ def test_losses_of_a_wrapper_have_the_gradient_of_one_process(pair, alone):
 
 
 def test_cut_weights_of_a_wrapper_learn_the_same(pair, alone):
-    """Averaged weights are put in and taken out between all steps; momentum and average are cut too."""
+    """Sharded weights, momentum and EMA equal those of one process, with EMA swapped in between all steps."""
     pieces = [json.loads((pair / f"pieces-{rank}.json").read_text()) for rank in (0, 1)]
     assert pieces[0] == ["", *(f"{part}.blocks.{n}" for part in ("student", "teacher") for n in (0, 1))] == pieces[1]
     for name in ("weights", "ema", "optimizer"):
@@ -91,7 +91,7 @@ def test_two_cut_models_are_exported_as_one_pipeline(pair):
 
 
 def test_policies_of_cut_weights_take_turns_as_whole_ones_do(pair, alone):
-    """The old policy draws and is compared with, the reference holds, the average is evaluated."""
+    """With sharded weights, the old policy, the reference and EMA are swapped as with whole weights."""
     for name in ("weights", "ema", "copies"):
         assert difference(saved(pair / "nft", 4, name), saved(alone / "nft", 4, name)) < 1e-6, name
     old, new = saved(pair / "nft", 4, "copies"), saved(pair / "nft", 4)

@@ -1,4 +1,4 @@
-"""Trainers of one process have each their own precision, and bfloat16's is accelerate's to the bit."""
+"""Each trainer of a process has its own precision, and bfloat16 is bitwise that of accelerate."""
 
 import copy
 import functools
@@ -17,14 +17,14 @@ from tests.training.tiny import TinyConfig, TinyTrainer
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Accelerate keeps what the first accelerator of a process was told; afterwards as before."""
+    """Reset accelerate before and after a test, because it keeps the settings of the first accelerator."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Two(nn.Module):
-    """Returns outputs in a dictionary and a tuple, as models do; keeps the types that its layers computed in."""
+    """A network with outputs in a dictionary and a tuple, which records the dtypes of its computation."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Two(nn.Module):
 
 
 def passed(net):
-    """Outputs and gradients of a pass."""
+    """Return the outputs and gradients of a forward and backward pass."""
     torch.manual_seed(1)
     found = net(torch.randn(4, 8), scale=2.0)
     outputs = [found["first"], found["rest"][0]]
@@ -85,7 +85,7 @@ def test_two_precisions_in_one_process_learn_what_each_does_alone(tmp_path):
         one.train()
         alone[bf16] = weights(one)
     AcceleratorState._reset_state(reset_partial_state=True)
-    # Both are there before either trains, and the older one is used again after the newer one.
+    # Both trainers exist before either trains, and the older one trains after the newer one.
     older, newer = (trainer(tmp_path / str(bf16), bf16=bf16) for bf16 in (True, False))
     newer.train()
     older.train()

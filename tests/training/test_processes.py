@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): equal weights from different data, one checkpoint, both random states."""
+"""Two processes on one machine (gloo): equal weights with different data, one checkpoint with both RNG states."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe(folder, **settings):
-    """Write one whose run is in the folder; return its path."""
+    """Write a recipe whose run is in the folder; return the path of the recipe."""
     folder.mkdir(exist_ok=True)
     values = {
         "method": "tests.training.tiny:WitnessTrainer",
@@ -55,7 +55,7 @@ def apart(folder):
 
 
 JOBS = [partial(trained, "straight"), partial(trained, "resumed"), apart]
-"""What the two processes run, one after the other."""
+"""Jobs that the two processes run one after another."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def pair(tmp_path_factory):
     recipe(folder / "straight", save_steps=1, logging_steps=3, save_total_limit=None)
     recipe(folder / "resumed", save_steps=1, logging_steps=3, save_total_limit=None, resume_from_checkpoint="latest")
     recipe(folder / "apart", raw_pass=True, max_steps=1)
-    # There when the first job has ended.
+    # The link is valid once the first job has ended.
     (folder / "resumed" / "run").mkdir()
     (folder / "resumed" / "run" / "checkpoint-1").symlink_to(folder / "straight" / "run" / "checkpoint-1")
     run_pair("tests.training.test_processes:JOBS", folder)
@@ -77,7 +77,7 @@ def said(folder, name):
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same(tmp_path):
-    """By accelerate's launcher and the file that recipes name."""
+    """Two processes started by accelerate's launcher, with the config file that recipes name, train equal weights."""
     path = recipe(tmp_path, device="auto")
     config = ROOT / "recipes" / "accelerate" / "ddp_cpu.yaml"
     words = ["accelerate.commands.launch", "--config_file", str(config), "-m", "postgen.train", str(path)]

@@ -1,4 +1,4 @@
-"""Recipes and configuration: what is accepted, and what each mistake is told."""
+"""Recipes and configuration: accepted values, and the error message of each mistake."""
 
 import signal
 
@@ -169,7 +169,7 @@ def test_exit_codes(recipe, capsys):
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_an_interrupt_is_told_and_exits_by_its_signal(recipe, capsys, name, code):
     number = signal.Signals[name]
-    # Under nohup a hang-up is ignored, and stays so.
+    # Set the default handler: under nohup, SIGHUP would be ignored.
     before = signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
     path = recipe(max_steps=9, signal_at=3, signal_name=name, disable_tqdm=True, report_to="none", device="cpu")
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, a full disk, and files that are damaged, foreign or of the wrong kind."""
+"""The folder of a run: its lock, full disks, and damaged, foreign or wrong files."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ from tests.training.test_checkpoint import make
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs with checkpoints after 5 and 10 steps, of networks of different width."""
+    """Return a folder with two runs of networks of different width, with checkpoints after 5 and 10 steps."""
     folder = tmp_path_factory.mktemp("runs")
     make(folder / "run", max_steps=10).train()
     make(folder / "other", max_steps=10, width=5).train()
@@ -39,7 +39,7 @@ def resumed(run, **settings):
 
 
 def noted(folder, **changes):
-    """Write the sizes that the files have now, and other changes, into state.json."""
+    """Write the current sizes of the files, and other changes, into state.json."""
     path = folder / "state.json"
     head = json.loads(path.read_text())
     head["files"] = {name: (folder / name).stat().st_size for name in head["files"] if (folder / name).exists()}
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_was_named_is_taken_or_refused(run):
 
 
 def test_a_checkpoint_before_digests_is_read_and_checked(run):
-    """As versions before wrote it: names and shapes are then compared with the model."""
+    """If a checkpoint has no digests, names and shapes of its tensors are compared with the model."""
     noted(run / "checkpoint-10", contents={})
     assert len(resumed(run).history) == 2
     for name, key in ((EMA, "net.0.weight"), (OPTIMIZER, "net.0.weight|exp_avg"), (RANK, "rng.generator")):
@@ -230,8 +230,8 @@ def test_a_folder_in_a_files_place_is_one_line(run, name):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (100, "the run in .*File too large"),  # config.yaml, before the first step
-        (10_000, "checkpoint-14 cannot be written: .*File too large"),  # the random states
+        (100, "the run in .*File too large"),  # config.yaml cannot be written before the first step
+        (10_000, "checkpoint-14 cannot be written: .*File too large"),  # the file of the RNG states cannot be written
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(run, size, message):
@@ -253,7 +253,7 @@ def test_a_full_disk_while_exporting_is_one_line(run):
         save_file({"big": torch.zeros(10_000)}, folder / "net.safetensors")
 
     trainer.export = export
-    # Longer than a checkpoint's files.
+    # The limit is larger than the files of a checkpoint.
     with files_of_at_most(30_000), pytest.raises(UserError, match=r"the run in .*cannot be written"):
         trainer.train()
     assert [path.name for path in (run / "export").iterdir()] == ["net.safetensors"]

@@ -1,4 +1,4 @@
-"""At which modules weights are cut; two processes that do it: test_pair.py."""
+"""The modules at which weights are sharded. For sharding in two processes see test_pair.py."""
 
 import pytest
 from torch import nn
@@ -33,6 +33,6 @@ def test_a_model_without_known_blocks_is_refused(tmp_path):
 
 
 def test_the_row_goes_before_the_class():
-    """`_no_split_modules` of CogVideoX names its patch embedding too, which is no repeated block."""
+    """`_no_split_modules` of CogVideoX also names its patch embedding, which is not a repeated block."""
     network = tiny_model("CogVideoX 1.0").transformer
     assert repeated_blocks(network, "net") == list(network.transformer_blocks)

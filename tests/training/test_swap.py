@@ -1,4 +1,4 @@
-"""Other values in the place of trained weights: they go in and come out bit by bit, whatever happens meanwhile."""
+"""Swapping other values in for trained weights: the trained weights come back bit by bit, also after errors."""
 
 import pytest
 import torch

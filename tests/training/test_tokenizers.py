@@ -1,4 +1,4 @@
-"""Tokenizers of pieces: they know every string, in any case, and survive saving."""
+"""Tokenizers of word pieces: they accept any string in upper and lower case, and can be saved."""
 
 from __future__ import annotations
 

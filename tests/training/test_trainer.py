@@ -1,4 +1,4 @@
-"""The loop: what a step does, what is logged, averaged, exported, and when it stops."""
+"""The training loop: steps, logging, EMA, export, and when it stops."""
 
 import json
 import signal
@@ -60,7 +60,7 @@ def test_gradients_are_clipped(trainer):
     free, tight = trainer("free", max_grad_norm=0.0), trainer("tight", max_grad_norm=1e-9, adam_epsilon=1e-3)
     free.train()
     tight.train()
-    # The log tells the norm before clipping. Gradients of norm 1e-9 against an epsilon of 1e-3: nothing moves.
+    # The log has the norm before clipping. Clipped to a norm of 1e-9, with epsilon 1e-3, weights do not change.
     assert min(free.log.newest["grad_norm"], tight.log.newest["grad_norm"]) > 0.1
     first, last = tight.history[0], tight.history[-1]
     assert max(float((last[name] - first[name]).abs().max()) for name in first) < 1e-6
@@ -86,7 +86,7 @@ def test_average_follows_its_formula(trainer):
     for name, value in average.items():
         torch.testing.assert_close(exported[name.removeprefix("net.")], value)
     assert run.log.newest["eval_bias"] == pytest.approx(float(average["net.3.bias"]))
-    # Out again after evaluation and export: the trained weights are where they were.
+    # After evaluation and export the EMA weights are swapped out again.
     assert same(weights_of(run), run.history[-1])
 
 
@@ -211,7 +211,7 @@ def test_a_second_signal_is_not_held_back():
 
 
 class Recorder(TrainerCallback):
-    """Notes every event and the step that the state shows; asks for a checkpoint after step 2, for the end after 4."""
+    """Records all events with their step; requests a checkpoint after step 2, and the end after step 4."""
 
     def __init__(self):
         self.events = []

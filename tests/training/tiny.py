@@ -1,4 +1,4 @@
-"""A real method, small: a two-layer net learns the sum of four numbers that it draws itself."""
+"""A small real method: a two-layer network learns the sum of four random numbers."""
 
 import os
 import random
@@ -20,25 +20,25 @@ class TinyConfig(TrainingConfig):
     may_change: ClassVar[tuple[str, ...]] = ("signal_at", "signal_name")
 
     width: int = 8
-    """Hidden units."""
+    """Number of hidden units."""
 
     dropout: float = 0.1
-    """Makes the loss depend on torch's global random state."""
+    """Dropout probability; dropout makes the loss depend on torch's global RNG state."""
 
     frozen: bool = False
-    """Freeze the first layer."""
+    """Whether to freeze the first layer."""
 
     raw_pass: bool = False
-    """The mistake of going round `models`, so that processes do not average their gradients."""
+    """Whether to bypass `models`, a mistake by which processes do not average their gradients."""
 
     signal_at: int = 0
-    """Send this process `signal_name` after this many steps."""
+    """Number of steps after which the process sends itself `signal_name`; 0 for never."""
 
     signal_name: str = "SIGKILL"
-    """Name of that signal."""
+    """Name of the signal."""
 
     nan_at: int = 0
-    """The loss of this step is not a number."""
+    """Step whose loss is NaN; 0 for none."""
 
 
 class TinyTrainer(Trainer[TinyConfig]):
@@ -57,7 +57,7 @@ class TinyTrainer(Trainer[TinyConfig]):
 
     def training_step(self):
         size = self.args.per_device_train_batch_size
-        # One sample at a time: the stream does not depend on how samples are batched.
+        # Draw samples one by one, so that they do not depend on the batch size.
         x = torch.stack([torch.randn(4, generator=self.generator, device=self.device) for _ in range(size)])
         self.cursor += size
         self.drawn = self.drawn + x.sum().cpu()
@@ -91,7 +91,7 @@ class TinyTrainer(Trainer[TinyConfig]):
 
 
 class WitnessTrainer(TinyTrainer):
-    """Writes what each process holds after the first step; sees that DDP is gone when the group ends."""
+    """Writes the weights of each process after the first step; checks that DDP is removed before the group ends."""
 
     def train(self):
         end_group = torch.distributed.destroy_process_group
@@ -104,7 +104,7 @@ class WitnessTrainer(TinyTrainer):
         try:
             return super().train()
         finally:
-            # Tests of one process go on with other groups.
+            # Other tests of this process use other groups.
             torch.distributed.destroy_process_group = end_group
 
     def on_optimizer_step(self):

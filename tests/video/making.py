@@ -1,15 +1,15 @@
-"""Small videos of other programs' kinds, made with the ffmpeg of imageio-ffmpeg."""
+"""Write small videos in many formats with the ffmpeg of imageio-ffmpeg."""
 
 import subprocess
 
 import imageio_ffmpeg
 
 COLOUR = (64, 160, 192)
-# Exact conversion, so that what comes back differs by the reader's rounding alone.
+# Exact conversion, so that read values differ only by the rounding of the reader.
 FLAT = (
     "color=c=0x40A0C0:s=32x16:r=10:d=0.5,format=gbrp,scale=out_color_matrix=bt709:flags=accurate_rnd+full_chroma_int"
 )
-# With noise, as some encoders leave out a frame that is like the one before.
+# With noise, because some encoders drop a frame that equals the one before.
 MOVING = "testsrc2=s=32x32:r=10:d=2,noise=alls=20:allf=t:all_seed=1"
 
 

@@ -1,4 +1,4 @@
-"""Texts that a video carries."""
+"""Comments in video files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Cut and damaged files are an error in every container; whole files of other writers are not."""
+"""Truncated and damaged files are errors in every container; complete files of other programs are not."""
 
 import itertools
 import random
@@ -31,7 +31,7 @@ CODINGS = {
     "nut": H264,
     "apng": (),
 }
-# A stream of packets without an end mark: a cut between two of them leaves a whole, shorter file.
+# Streams of packets have no end mark: a cut between two packets leaves a valid, shorter file.
 PACKETS = {"ts": 188, "m2ts": 192}
 
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def films(folder):
-    """A video of 20 frames (50 for mpg) in each container."""
+    """Return a video of 20 frames (50 for mpg) in each container."""
     return {suffix: make(folder / f"whole.{suffix}", *coding) for suffix, coding in CODINGS.items()}
 
 
@@ -77,7 +77,7 @@ def test_a_hole_is_never_a_shorter_video(films, tmp_path, suffix):
         start = generator.randrange(len(data) // 4, len(data) - 1100)
         (tmp_path / f"hole.{suffix}").write_bytes(data[:start] + bytes(1000) + data[start + 1000 :])
         try:
-            assert probe(tmp_path / f"hole.{suffix}").frames == 20  # the hole lies within what makes up a picture
+            assert probe(tmp_path / f"hole.{suffix}").frames == 20  # the hole is inside the data of a frame
         except VideoError:
             errors += 1
     assert errors
@@ -85,7 +85,7 @@ def test_a_hole_is_never_a_shorter_video(films, tmp_path, suffix):
 
 def test_a_hole_between_the_frames_of_an_avi(films, tmp_path):
     data = films["avi"].read_bytes()
-    start = data.index(b"00dc", data.index(b"movi") + 100)  # the head of the second frame
+    start = data.index(b"00dc", data.index(b"movi") + 100)  # header of the second frame
     (tmp_path / "hole.avi").write_bytes(data[:start] + bytes(8) + data[start + 8 :])
     with pytest.raises(VideoError, match=f"no chunk starts at byte {start}"):
         probe(tmp_path / "hole.avi")
@@ -106,14 +106,14 @@ def test_live_files_that_do_not_know_their_length(films, tmp_path):
 
 
 def test_live_webm_of_a_browser(films, tmp_path):
-    # A browser writes clusters, too, of unknown length (all ones).
+    # Browsers also write clusters with unknown length (all bits 1).
     data = films["webm"].read_bytes()
     segment, cluster = bytes.fromhex("18538067"), bytes.fromhex("1f43b675")
     start, at = data.index(segment) + 4, data.index(cluster) + 4
     width = 9 - data[at].bit_length()
     unknown = ((1 << 7 * width + 1) - 1).to_bytes(width)
     live = data[:start] + b"\x01" + b"\xff" * 7 + data[start + 8 : at] + unknown + data[at + width :]
-    end = live.rindex(bytes.fromhex("1c53bb6b"))  # the index, which such files do not have
+    end = live.rindex(bytes.fromhex("1c53bb6b"))  # the index, which files of browsers do not have
     (tmp_path / "live.webm").write_bytes(live[:end])
     assert probe(tmp_path / "live.webm").frames == 20
     (tmp_path / "live.webm").write_bytes(live[: end - 5])
@@ -122,7 +122,7 @@ def test_live_webm_of_a_browser(films, tmp_path):
 
 
 def test_frames_at_uneven_times_are_all_read(tmp_path):
-    # Every third frame is missing and one pause is a second long: 20 frames of the 30.
+    # Every third of 30 frames is missing, and one pause is a second long.
     uneven = "testsrc2=s=32x32:r=10:d=3,select=mod(n\\,3),setpts='PTS+gt(N,9)/TB'"
     for suffix in ("mp4", "mkv", "webm", "mov", "gif", "flv", "ts", "nut"):
         path = make(tmp_path / f"a.{suffix}", *CODINGS[suffix], "-fps_mode", "vfr", source=uneven)

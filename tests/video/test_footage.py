@@ -1,4 +1,4 @@
-"""Long videos that are read where they are looked at, and contact sheets of them."""
+"""Long videos: reading only the requested frames, and contact sheets."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from postgen.video import Footage, TooLongError, VideoError, contact_sheet, foot
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    """23 frames, each of another grey."""
+    """Return a video of 23 frames with different grey values."""
     path = tmp_path_factory.mktemp("footage") / "long.mp4"
     clip = torch.arange(23.0).view(23, 1, 1, 1).expand(23, 3, 16, 16) / 32
     write_video(path, clip, fps=8)

@@ -1,4 +1,4 @@
-"""A video that grows is whole after every piece, and the same bytes whoever wrote them."""
+"""A growing video is valid after every piece, and has the same bytes if several processes write it in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RATE = 7.5
 
 
 def pieces() -> list[Tensor]:
-    """1, 4 and 3 frames of 32 x 48 that are told apart by their grey."""
+    """Return pieces of 1, 4 and 3 frames of 32 x 48 with different grey values."""
     greys = torch.linspace(0.1, 0.9, 8).view(8, 1, 1, 1).expand(8, 3, 32, 48)
     return list(greys.split([1, 4, 3]))
 
@@ -44,7 +44,7 @@ def test_another_writer_goes_on_to_the_same_bytes(tmp_path: Path, name: str) -> 
     one.append(first)
     one.append(second)
     mark = one.mark
-    one.append(third * 0)  # killed before it could say so
+    one.append(third * 0)  # the process was killed before it stored the new mark
     if one.kind == "mp4":
         one.path.write_bytes(one.path.read_bytes()[:-7])
     copy_video(one.path, tmp_path / f"copy-{name}", mark)
@@ -72,12 +72,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_append_that_fails_leaves_the_video_as_it_was(tmp_path: Path) -> None:
-    """A disk that is full, as a limit on the size of files has it, and one that has room again."""
+    """A full disk (simulated by a limit on file sizes), and a disk that has room again."""
     video = GrowingVideo(tmp_path / "a.mp4", fps=8)
     clip = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     video.append(clip)
     before, mark = read_video(video.path), video.mark
-    # The piece in the temporary folder is smaller than the video that grows.
+    # The limit allows the piece in the temporary folder, but not the growing video.
     with files_of_at_most(mark[1] + 100), pytest.raises(VideoError, match=r"cannot write .*a\.mp4: File too large"):
         video.append(clip[:1])
     assert (video.mark, video.path.stat().st_size) == (mark, mark[1])
@@ -115,7 +115,7 @@ def test_a_video_is_cut_back(tmp_path: Path) -> None:
 
 
 def test_more_than_99999_pictures_stay_in_their_order(tmp_path: Path) -> None:
-    """Names with another digit once came first, and were taken for what a killed process had left."""
+    """Names with one more digit must not be sorted first, or be taken for leftovers of a killed process."""
     video = GrowingVideo(tmp_path / "a", fps=8, format="frames")
     video.append(torch.zeros(1, 3, 16, 16))
     last = tmp_path / "a" / "frame_99999.png"

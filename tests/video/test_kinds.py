@@ -1,4 +1,4 @@
-"""Videos of every kind come as a player shows them: pixel formats, transparency, shape, rotation, covers, range."""
+"""Videos are read as a player shows them: pixel formats, transparency, shape, rotation, covers, range."""
 
 import os
 import re
@@ -84,7 +84,7 @@ def test_video_is_turned_as_it_says(tmp_path, angle):
     ffmpeg("-display_rotation", angle, "-i", plain, "-c", "copy", tmp_path / "turned.mp4")
     turned, upright = read_video(tmp_path / "turned.mp4"), read_video(plain)
     assert (probe(tmp_path / "turned.mp4").height, probe(tmp_path / "turned.mp4").width) == turned.shape[2:]
-    # Counterclockwise, as the display matrix counts. Chroma is turned before it is made larger: equal to rounding.
+    # The display matrix counts counterclockwise. Chroma is rotated before it is upsampled, so values are rounded.
     assert (turned - torch.rot90(upright, angle // 90, (2, 3))).abs().mean() < 0.02
 
 
@@ -104,7 +104,7 @@ def test_cover_is_not_the_video(tmp_path):
 
 @pytest.mark.parametrize("curve", ["arib-std-b67", "smpte2084"])
 def test_high_dynamic_range_is_brought_down(tmp_path, curve):
-    # The code of diffuse white, 203 cd/m2 (ITU-R BT.2408): 75 % of HLG, 58 % of PQ. Code values alone look grey.
+    # Code of diffuse white, 203 cd/m2 (ITU-R BT.2408): 75 % of HLG, 58 % of PQ. Unconverted codes look grey.
     code = {"arib-std-b67": 0xBF, "smpte2084": 0x94}[curve]
     source = f"color=c=0x{code:02x}{code:02x}{code:02x}:s=32x16:r=10:d=0.2,format=gbrp,scale=out_color_matrix=bt2020"
     tags = f"log-level=none:transfer={curve}:colorprim=bt2020:colormatrix=bt2020nc"
@@ -118,7 +118,7 @@ def test_high_dynamic_range_is_brought_down(tmp_path, curve):
 def test_flat_colours_come_back_and_the_tenth_copy_is_the_first(tmp_path, kind):
     squares = [COLOUR, (255, 0, 0), (10, 200, 90), (250, 250, 3)]
     clips = [torch.tensor(value, dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 18, 34) for value in squares]
-    clips[1] = clips[1][..., :17, :33]  # an odd size has other chroma in mp4
+    clips[1] = clips[1][..., :17, :33]  # chroma of odd sizes is stored differently in mp4
     path = tmp_path / ("a" if kind == "frames" else f"a.{kind}")
     for clip in clips:
         copies = [clip.float() / 255]
@@ -130,7 +130,7 @@ def test_flat_colours_come_back_and_the_tenth_copy_is_the_first(tmp_path, kind):
 
 
 def test_ten_copies_keep_the_levels_of_a_picture(tmp_path):
-    clip = first = 0.2 + 0.6 * ramp(3, 32, 48)  # inside what BT.709 holds: its edges are clipped
+    clip = first = 0.2 + 0.6 * ramp(3, 32, 48)  # inside the range of BT.709, which clips values at its ends
     for number in range(10):
         write_video(tmp_path / "a.mp4", clip, fps=8)
         clip = read_video(tmp_path / "a.mp4")
@@ -179,7 +179,7 @@ def test_no_ffmpeg_is_one_line(tmp_path, monkeypatch):
 
 
 def without_ffmpeg(monkeypatch, program=None):
-    """Make imageio-ffmpeg find `program`, or nothing, as on a machine where neither it nor the system has one."""
+    """Make imageio-ffmpeg find `program`, or no ffmpeg, as on a machine without one."""
 
     def get_ffmpeg_exe():
         if program is None:

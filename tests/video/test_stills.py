@@ -1,4 +1,4 @@
-"""Pictures as people have them: turned, of 16 bits, transparent, with colours of their own."""
+"""Pictures of users: rotated, with 16 bits, transparent, with colour profiles."""
 
 import re
 import struct
@@ -16,7 +16,7 @@ RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def quarters():
-    """A picture 6 wide and 4 high whose quarters are red, blue / black, white."""
+    """Return a picture of width 6 and height 4 whose quarters are red, blue / black, white."""
     picture = Image.new("RGB", (6, 4), RED)
     picture.paste(BLUE, (3, 0, 6, 2))
     picture.paste((0, 0, 0), (0, 2, 3, 4))
@@ -24,7 +24,7 @@ def quarters():
     return picture
 
 
-# What each EXIF orientation says that must be done to what is stored.
+# EXIF orientation -> the operation on the stored picture that makes it upright.
 TURNS = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -83,7 +83,7 @@ def test_what_is_transparent_lies_on_white(mode):
     if mode in ("RGBA", "LA", "PA"):
         picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0)).convert(mode)
         picture.putalpha(Image.frombytes("L", (2, 1), bytes((0, 255))))
-    else:  # one value is declared transparent
+    else:  # declare one colour transparent
         picture = Image.new("RGB", (2, 1), "white").convert(mode)
         black = {"RGB": (0, 0, 0), "P": 5}.get(mode, 0)
         picture.putpalette(bytes(768)) if mode == "P" else None
@@ -114,7 +114,7 @@ def test_cmyk(tmp_path):
 
 
 def test_colours_of_an_embedded_profile_become_srgb(tmp_path):
-    # sRGB whose red and blue primaries have changed places: what it calls red is blue.
+    # A profile of sRGB with swapped red and blue primaries, in which stored red means blue.
     plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = plain[:128] + plain[128:].replace(b"rXYZ", b"xXYZ", 1).replace(b"bXYZ", b"rXYZ", 1).replace(
         b"xXYZ", b"bXYZ", 1

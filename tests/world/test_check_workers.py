@@ -1,4 +1,4 @@
-"""The judge in several processes: the same reports, errors that come back, and nothing left behind."""
+"""The judge in several processes: equal reports, errors reach the caller, and no process is left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from postgen.world.check.report import judge
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Five scenes with one to three bodies, and their clips; in the last clip half of the frames are another's."""
+    """Return five scenes with one to three bodies, and clips; the last clip ends with frames of another scene."""
     specs = [world.sample(k, num_frames=9, num_bodies=1 + k % 3, camera="static") for k in range(5)]
     clips = world.render(specs, num_frames=9, size=64, geometry=False).rgb_BF3HW.clone()
     clips[4, 5:] = clips[0, 5:]
@@ -49,7 +49,7 @@ def test_reports_are_the_same(scenes):
     here = check_batch(clips, specs)
     assert len({repr(report) for report in here}) == 5
     for count in (2, 2, 7):
-        # The text too: floats with all their digits.
+        # `repr` is compared too, so floats are equal in all digits.
         assert list(map(repr, check_batch(clips, specs, workers=count))) == list(map(repr, here))
 
 
@@ -128,7 +128,7 @@ def test_a_call_under_way_finishes_when_the_pools_are_closed(scenes, sight):
 
 
 def test_a_call_that_fails_leaves_the_others_their_processes(scenes, sight):
-    """As if the first had been interrupted while the second was judging in another thread."""
+    """An interrupted call must not end the processes of another call, as in another thread."""
     with workers.pool_of(2) as pool:
         with pytest.raises(KeyboardInterrupt), workers.pool_of(2):
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Scenes of any length: what a seed fixes, what comes back, and geometry under a camera that moves with the bodies."""
+"""Scenes of any length: seeds, bodies that return, and geometry with moving camera and bodies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOVES = ("pan left", "orbit right", "dolly in")
 
 @pytest.fixture(scope="module")
 def filmed():
-    """Bodies that move before a camera that moves, over a whole path there and back."""
+    """Return scenes with moving bodies and a moving camera, with their render over the whole camera path."""
     specs = [
         world.sample_long(seed, num_bodies=2, camera=camera) for seed, camera in zip((2, 3, 4), MOVES, strict=True)
     ]
@@ -59,7 +59,7 @@ def test_splits_hold_for_both_ways_of_a_body():
 
 
 def absences(visible):
-    """Frames of each time that a body, seen before, is not seen before it is seen again."""
+    """Return the length in frames of each absence of a body that is visible before and after it."""
     shown = [frame for frame, seen in enumerate(visible) if seen]
     return [b - a - 1 for a, b in itertools.pairwise(shown) if b > a + 1]
 
@@ -128,14 +128,14 @@ def test_points_are_those_that_the_camera_sees(filmed):
 
 
 def test_flow_is_exact_where_camera_and_bodies_move(filmed):
-    """The material point of a pixel, carried with its body and projected with the next camera, is at pixel + flow."""
+    """The surface point of a pixel, moved with its body and projected by the next camera, is at pixel + flow."""
     specs, out = filmed
     for row, spec in enumerate(specs):
         points, ids = out.points_BF3HW[row, :-1].double(), out.ids_BFHW[row, :-1]
         moved = points.clone()
         for k, body in enumerate(spec.bodies):
             if body.shape == "ball" and body.event != "stays":
-                ids = torch.where(ids == k + 1, 99, ids)  # it rolls: its surface turns
+                ids = torch.where(ids == k + 1, 99, ids)  # balls roll, so their surface rotates
             step = out.positions_BFK3[row, 1:, k] - out.positions_BFK3[row, :-1, k]
             moved += (ids == k + 1)[:, None] * step[:, :, None, None].double()
         world_to_camera = out.extrinsics_BF44[row, 1:].double()

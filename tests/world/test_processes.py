@@ -1,4 +1,4 @@
-"""Processes that draw scenes: started by any script, gone with it, and heard when they fail."""
+"""Processes that draw scenes: any script can start them, they end with it, and their errors reach it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print(spread(draw, [0, 1, 2], "draws scenes", workers=2) == [draw(seed) for seed
 
 
 def test_a_script_without_a_guard_starts_them(tmp_path: Path) -> None:
-    """`multiprocessing` ran the whole script again in each of them, where it failed."""
+    """A script without `if __name__ == "__main__"` must work; `multiprocessing` would run it again in each process."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, env=os.environ, timeout=300

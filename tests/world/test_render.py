@@ -1,4 +1,4 @@
-"""The renderer and the motion behind it, against closed forms."""
+"""The renderer and its motion, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_flow_leads_to_the_same_body_and_depth(scene):
     to = torch.stack((column, row), -1) + flow.round().long()
     inside = ((to >= 0) & (to < 96)).all(-1)
     frame, to = frame[inside], to[inside]
-    # A pixel whose material point turned out of sight at the outline lands next to the body.
+    # At the outline, some surface points rotate out of sight, and their pixels land next to the body.
     assert (ids[frame + 1, to[:, 1], to[:, 0]] == 1).float().mean() > 0.97
     assert depth[frame + 1, to[:, 1], to[:, 0]].isfinite().all()
 

@@ -1,4 +1,4 @@
-"""Scenes to train on: shares of bodies, and of scenes in which two bodies meet."""
+"""Training scenes: shares of numbers of bodies, and of scenes in which two bodies meet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_scenes_with_more_bodies_meet_as_often_as_asked():
     assert {body.event for scene in all_of_them for body in scene.spec.bodies if body.partner is not None} == set(
         PAIR_EVENTS
     )
-    # 0.5 of the scenes, and of the other half as many as in `few`; four standard deviations of 200 draws.
+    # Half of the scenes, and in the other half the share of `few`, within four standard deviations.
     expected = 0.5 + 0.5 * sum(few) / COUNT
     assert abs(sum(half) / COUNT - expected) < 4 * 0.5 / COUNT**0.5
 

@@ -1,4 +1,4 @@
-"""Scenes: what a seed fixes, which ones training never sees, and what is refused."""
+"""Scenes: what a seed determines, which scenes training never uses, and refusals."""
 
 from __future__ import annotations
 
@@ -157,12 +157,12 @@ def test_numbers_of_a_spec_are_checked():
 
 @pytest.mark.parametrize("event", ["falls", "bounces"])
 def test_the_planned_height_is_that_of_the_physics(event):
-    """A body that is planned to lie on the floor while it bounces would hide others unforeseen."""
+    """Planned heights must be those of the physics: a body that bounces higher than planned could hide others."""
     from postgen.world.physics import Simulation
     from postgen.world.plan import _path
 
     specs = [world.sample(seed, num_bodies=1, event=event, camera="static", num_frames=25) for seed in range(12)]
     heights = Simulation(specs).run(25).positions_BFK3[:, :, 0, 2]
     planned = [[_path(spec.bodies[0], k / spec.fps)[2] for k in range(25)] for spec in specs]
-    # The physics lands at the end of a substep, which costs it some height.
+    # The physics detects a landing at the end of a substep, which loses some height.
     assert (heights - torch.tensor(planned)).abs().max() < 0.12

@@ -1,4 +1,4 @@
-"""Words: every word of the world is in training captions and in the vocabulary; other words are told apart."""
+"""Words: training captions and the vocabulary have every word of the world; unknown words are detected."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def tokenizer():
 
 def test_the_vocabulary_has_every_word_of_the_world(tokenizer):
     phrases = list(COLOURS)
-    # What the judge knows of numbers, negations and other words of a prompt is no wording of a scene.
+    # The judge's numbers, negations and other known words of prompts are not wordings of scenes.
     names = {name for name in dir(tables) if name.isupper() and name[0] != "_"}
     for table in (getattr(tables, name) for name in sorted(names - {"NUMBERS", "NEGATIONS", "KNOWN_WORDS"})):
-        # Keys are names of the world, but for synonyms, which are said; names in braces are filled in.
+        # Values are wordings; keys are too, if the values are strings (synonyms). Names in braces are filled in.
         rows = [table] if isinstance(table, tuple) else [(k, v) if isinstance(v, str) else v for k, v in table.items()]
         phrases += [phrase for row in rows for phrase in row]
     wanted = set(re.findall("[a-z]+", re.sub(r"\{\w+\}", "", " ".join(phrases))))
@@ -51,7 +51,7 @@ def test_captions_are_tokens_that_the_tokenizer_knows(scenes, tokenizer):
     texts = [text for scene in scenes for text in scene.captions]
     ids = tokenize(tokenizer, texts, 48)
     assert not (ids == tokenizer.unk_token_id).any()
-    # None is cut: every text ends in a pad.
+    # No text is truncated: every text ends with padding.
     assert (ids[:, -1] == 0).all()
 
 
@@ -114,7 +114,7 @@ def test_unknown_words_of_a_prompt(tokenizer):
     assert unknown_words(tokenizer, "A Cat and a RED ball, with a cat on 3 sofas!") == ["cat", "3", "sofas"]
     assert unknown_words(tokenizer, "a medium-sized crimson box is rolling left; slowly.") == ["slowly"]
     assert unknown_words(tokenizer, "") == []
-    # Pieces spell every word.
+    # A tokenizer of pieces can spell every word.
     assert unknown_words(train_tokenizer(["a red ball"], 300), "a cat") == []
 
 

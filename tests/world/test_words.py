@@ -1,4 +1,4 @@
-"""Captions and prompts: many wordings, and the way back from each of them."""
+"""Captions and prompts: many wordings, and parsing each of them back to a scene."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network that knows the clean video: whatever the noise, one exact velocity."""
+"""Networks for tests of rollouts: `Oracle` predicts the exact velocity of a known video, `Mixer` mixes all inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from postgen.worldweaver.segments import Segments
 from postgen.worldweaver.state import RolloutState
 
 SHAPE = (4, 2, 3)
-"""Two modalities of two channels."""
+"""Latents of one frame (C, h, w): two modalities with two channels each."""
 
 
 def schedule(steps: int, shift: float = 5.0) -> Schedule:
@@ -31,7 +31,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 class Oracle:
-    """Predicts noise - clean; `state` says which frames are in flight. Keeps what it was called with."""
+    """Predicts noise - clean for the frames in flight of `state`, and records its calls."""
 
     def __init__(self, video: Tensor) -> None:
         self.video, self.state = video, None
@@ -40,14 +40,14 @@ class Oracle:
     def predict(self, z: Tensor, levels: FrameLevels, condition: dict[str, Tensor], guidance: float) -> Tensor:
         self.calls.append((z, levels))
         start, count = self.state.finished, int(levels.predicted.sum())
-        velocity = torch.full_like(z, torch.nan)  # nobody reads the memory's
+        velocity = torch.full_like(z, torch.nan)  # the velocity of memory frames is never used
         sigma = levels.rgb[:, None, levels.predicted, None, None]
         velocity[:, :, -count:] = (z[:, :, -count:] - self.video[:, :, start : start + count]) / sigma
         return velocity
 
 
 class Mixer:
-    """Mixes all that it is shown: memory, levels, roles, prompt, guidance. Plain arithmetic, exact by row."""
+    """Predicts a mixture of all inputs: memory, levels, roles, prompt, guidance. Batch rows are independent."""
 
     def __init__(self) -> None:
         self.told: list[float] = []

@@ -1,4 +1,4 @@
-"""An adapter brings a trained model back, bit by bit, on its own base model and on no other."""
+"""An adapter restores a trained model, bit by bit, on its own base model; other base models are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stock(**settings: Any) -> Any:
 def trained(
     *, lora: bool = True, aux: tuple[Any, ...] = ("depth",), placed: bool = False
 ) -> tuple[Any, LevelEmbedder]:
-    """A pipeline as training leaves it: both layers (RGB too), level embedder and LoRA."""
+    """Return a pipeline with changed weights, as after training: both layers (also RGB), level embedder, LoRA."""
     from peft import LoraConfig
 
     pipe = stock()
@@ -63,7 +63,7 @@ def prediction(pipe: Any, embedder: LevelEmbedder) -> Tensor:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """An adapter with LoRA and what its model predicts; read only."""
+    """Save an adapter with LoRA; return its folder and a prediction of its model. Tests must not change it."""
     pipe, embedder = trained()
     folder = tmp_path_factory.mktemp("adapter") / "out"
     save_adapter(pipe, folder, embedder, settings={"ar_step": 7})
@@ -79,14 +79,14 @@ def test_loaded_it_predicts_the_same_bits(written: tuple[Path, Tensor]) -> None:
     assert torch.equal(prediction(pipe, loaded.embedder), expected)
     assert "worldweaver: rgb + depth" in str(postgen.summary(pipe))
     assert sum(file.stat().st_size for file in folder.iterdir()) < 60_000
-    # What diffusers reads as a LoRA is one.
+    # diffusers can load the LoRA of the adapter.
     plain = stock()
     plain.load_lora_weights(folder)
     assert plain.transformer.peft_config
 
 
 def test_the_scale_of_latents_comes_back(written: tuple[Path, Tensor], tmp_path: Path) -> None:
-    """An adapter without one has a scale of 1, whatever the transformer had before; a damaged one is refused."""
+    """Loading sets the scale of the adapter, or 1 if the adapter has none. A damaged scale is refused."""
     pipe, embedder = trained(lora=False)
     WorldWeaverModel(denoiser_for(pipe), embedder, latent_scale=[1, 0.46])
     save_adapter(pipe, tmp_path / "out", embedder, settings={"ar_step": 7})
@@ -105,7 +105,7 @@ def test_the_scale_of_latents_comes_back(written: tuple[Path, Tensor], tmp_path:
 def test_without_lora_a_transformer_will_do(tmp_path: Path, aux: tuple[Any, ...], placed: bool) -> None:
     if aux or placed:
         pipe, embedder = trained(lora=False, aux=aux, placed=placed)
-    else:  # of RGB alone, only what tells levels is trained
+    else:  # with RGB only, an adapter trains just the level embedder
         from postgen.worldweaver.widen import widened
 
         pipe = stock()

@@ -1,4 +1,4 @@
-"""Arms of the experiment: their settings are those of the recipe, and a run that fails says so."""
+"""`benchmarks.worldweaver_arms`: the settings of arms, the order of jobs, time limits and failed runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_page_has_the_arms() -> None:
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreter that prints its arguments. It fails at the word `broken`, and waits for a signal at `long`."""
+    """A fake interpreter that prints its arguments. It fails for `broken` and waits for a signal for `long`."""
     script = tmp_path / "python"
     script.write_text(
         '#!/bin/sh\necho "$@"\ncase "$*" in *broken*) exit 2;; *max_steps\\ 1\\ *) exit 0;; esac\n'
@@ -38,7 +38,7 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("python")
 def test_clips_are_rendered_before_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By a run of one step of the arm that needs most of them; a run that is done is left alone."""
+    """One step of the arm that needs most inputs renders the clips first. Finished runs are not repeated."""
     words = ["--arms", "a", "e", "j", "--gpus", "--each", "2", "--out", str(tmp_path / "out")]
     assert main([*words, "--", "--max_steps", "7"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": done")]
@@ -52,12 +52,12 @@ def test_clips_are_rendered_before_the_runs(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "out" / "a.0.done").unlink()
     assert main([*words, "--", "--max_steps", "7"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("begins on the CPU") == 2  # the clips are there, and one run is done
+    assert printed.count("begins on the CPU") == 2  # the clips exist, and one of the runs is finished
 
 
 @pytest.mark.usefixtures("python")
 def test_a_call_ends_in_time_and_the_next_one_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that is told to stop may save its checkpoint, does not count as done, and is resumed."""
+    """A run that is stopped saves its checkpoint, does not count as finished, and is resumed."""
     words = ["--arms", "a", "e", "--gpus", "--each", "1", "--out", str(tmp_path / "out")]
     assert main([*words, "--seconds", "2", "--", "--long", "1"]) == 3
     assert capsys.readouterr().out.splitlines()[-2:] == ["a.0: stopped", "e.0: not begun"]
@@ -77,5 +77,5 @@ def test_a_run_that_fails_ends_the_others_and_is_named(tmp_path: Path, capsys: p
     assert f"e.0: failed, see {tmp_path / 'e.0.log'}" in capsys.readouterr().out
     assert "broken" in (tmp_path / "e.0.log").read_text(encoding="utf-8")
     assert main(["--arms", "a", "e", "--gpus", "--out", str(tmp_path / "two"), "--", "--broken", "1"]) == 1
-    assert f"the clips could not be rendered, see {tmp_path}/two/pool-run/e.0.log" in capsys.readouterr().out
+    assert f"the clips could not be rendered: see {tmp_path}/two/pool-run/e.0.log" in capsys.readouterr().out
     assert not (tmp_path / "two" / "a.0.log").exists()

@@ -1,4 +1,4 @@
-"""The benchmark's rollouts: they begin with what is given, and arms see the memory that they were trained for."""
+"""`benchmarks.worldweaver`: its rollouts begin with the given frames, and arms use the memory of their training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_clips_of_arms(tmp_path: Path) -> None:
 
 
 def test_a_model_is_told_what_its_oldest_group_shows() -> None:
-    """As in training; a rollout tells a prompt once its newest group begins at the prompt's frame."""
+    """As in training, a caption describes the scene from the oldest group on, but takes effect with the newest."""
     specs = [world.sample_long(seed, num_frames=161) for seed in (3, 4)]
     latents, given, size, groups = 41, 5, 2, 3
     told = schedule("along", specs, range(161), latents, given=given, size=size, groups=groups)
@@ -60,7 +60,7 @@ def test_a_model_is_told_what_its_oldest_group_shows() -> None:
     for start in range(given, latents, size):
         newest = start + (groups - 1) * size
         due = [texts for begin, texts in told if begin <= newest][-1]
-        # A latent frame begins with the pixel frame behind the end of the one before.
+        # Latent frame n > 0 begins with video frame 4 n - 3.
         assert due == [world.caption_at(spec, 4 * start - 3) for spec in specs]
     later = schedule("along", specs, range(100, 161), 16, given=given, size=size, groups=1)
     assert later[0][1] == [world.caption_at(spec, 117) for spec in specs]
@@ -69,7 +69,7 @@ def test_a_model_is_told_what_its_oldest_group_shows() -> None:
 
 
 def test_the_sliding_window_is_the_stock_model() -> None:
-    """Windows of nine latents, the known ones at level 0, and the prediction of the model as it is."""
+    """Its windows have nine latent frames, known frames at level 0, and predictions of the unchanged model."""
     specs = [world.sample_long(seed, num_frames=49) for seed in (1, 2)]
     truth = world.render(specs, num_frames=49, size=16)
     arm = stock_arm("sliding", torch.device("cpu"), MAKERS["Wan"](), steps=2)
@@ -97,7 +97,7 @@ def test_jobs_are_shared_through_the_folder(tmp_path: Path, capsys: pytest.Captu
     words += ["--device", "cpu", "--out", str(tmp_path)]
     parts = tmp_path / "parts"
     parts.mkdir()
-    with RunLock(parts, "ceiling.00001.lock"):  # another process is at the second world
+    with RunLock(parts, "ceiling.00001.lock"):  # another process measures the second scene
         assert main(words) == 0
     assert "1 of 2 parts" in capsys.readouterr().out
     assert not (tmp_path / "ceiling.json").exists()

@@ -1,4 +1,4 @@
-"""Depth and flow as pictures, and where depth comes from."""
+"""Depth and flow as pictures, and depth sources."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def test_disparity_is_seen_and_read_again():
     torch.testing.assert_close(torch.quantile(picture[1, :, 0], torch.tensor([0.02, 0.98])), torch.tensor(GREYS))
     a, b = (each.view(2, 1, 1, 1) for each in (limits.low, limits.high))
     torch.testing.assert_close(limits.disparity(picture), disparity.clamp(a, b), rtol=1e-5, atol=1e-6)
-    # Half of a step of noise in one channel is a third of it in the mean.
+    # The mean over channels reduces noise in one channel to a third.
     noisy = picture.clone()
     noisy[:, :, 1] += 0.3
     torch.testing.assert_close(limits.disparity(noisy), disparity.clamp(a, b) + 0.1 * (b - a), rtol=1e-4, atol=1e-5)
 
 
 def test_the_range_is_of_the_clip_and_stays():
-    """A later window that is nearer is whiter, not scaled to look the same."""
+    """The range of the first window is kept, so a later window that is nearer becomes brighter."""
     first = torch.linspace(0, 1, 100).view(1, 4, 5, 5)
     limits = DisparityRange.of(first)
     kept = DisparityRange.from_tensors(limits.tensors())
     assert torch.equal(kept.picture(first), limits.picture(first))
     assert DisparityRange.from_tensors({}) is None
     assert limits.picture(first + 0.25).mean() > limits.picture(first).mean() + 0.15
-    # The same disparity in two frames is the same grey, whatever else is in them.
+    # Equal disparities have equal grey values in all frames.
     picture = limits.picture(torch.stack([torch.full((5, 5), 0.4), torch.full((5, 5), 0.4)])[None])
     assert torch.equal(picture[0, 0], picture[0, 1])
     wall = torch.full((1, 2, 3, 3), 0.5)
@@ -85,7 +85,7 @@ def test_colours_of_flow():
     assert picture[:, 0, 1].tolist() == [0, 1, 1]  # left is cyan
     assert picture[:, 0, 2].tolist() == [1, 1, 1]  # still is white
     torch.testing.assert_close(picture[:, 1, 0], torch.tensor([0.0, 1.0, 0.0]), rtol=0, atol=1e-6)
-    # Too long: the direction is left.
+    # A vector beyond the limit is shortened and keeps its direction.
     assert torch.equal(flow_of_picture(flow_picture(flow))[0, 0, :, 0, 0], torch.tensor([0.15 * 5, 0.0]))
 
 
@@ -94,13 +94,13 @@ def test_depth_of_the_world_is_exact(scene):
     found = ExactDepth(spec)(frames.rgb_BF3HW[0].movedim(1, -1))
     assert found.shape == (5, 24, 24)
     assert torch.equal(found, disparity_of(frames.depth_BFHW[0]))
-    assert (found[:, 0] == 0).any()  # the backdrop
+    assert (found[:, 0] == 0).any()  # the background is infinitely far
     with pytest.raises(UserError, match="24 x 23, but frames of the world are square"):
         ExactDepth(spec)(torch.zeros(5, 24, 23, 3))
 
 
 def test_frames_are_aligned_by_what_stands_still(scene):
-    """Scale and shift of every frame are wrong in their own way; a body moves; the first frame's come out."""
+    """Every frame has another scale and shift, and a body moves: all frames get those of the first frame."""
     _, frames = scene
     truth = disparity_of(frames.depth_BFHW[0]).double()
     rgb = frames.rgb_BF3HW[0].movedim(1, -1)
@@ -152,7 +152,7 @@ def depth_anything(folder, kind="relative"):
         max_depth=20 if kind == "metric" else 1,
     )
     model = DepthAnythingForDepthEstimation(config)
-    # Random weights give next to nothing, and ReLU cuts half of that.
+    # With its usual random weights the model predicts almost 0, and ReLU removes half of that.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     torch.nn.init.constant_(model.head.conv3.bias, 2)
@@ -181,7 +181,7 @@ def test_an_estimator_of_transformers(tmp_path):
     assert not source.metric
     still = frames[:1].expand(3, -1, -1, -1)
     assert torch.equal(TransformersDepth(folder)(still), align_scales(source(still), still))
-    # Distances become disparity.
+    # Distances are converted to disparity.
     assert torch.allclose(TransformersDepth(folder, metric=True, align=False)(frames), 1 / found.clamp_min(1e-3))
 
 

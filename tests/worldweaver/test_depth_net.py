@@ -1,4 +1,4 @@
-"""`WorldDepthNet` and `WorldDepth`: no frame sees a later one, pieces are the whole, files."""
+"""`WorldDepthNet` and `WorldDepth`: causality in time, long clips in pieces, files."""
 
 import json
 
@@ -17,7 +17,7 @@ TINY = {"channels": (8, 8, 12), "blocks": (1, 1, 1)}
 def net():
     torch.manual_seed(0)
     net = WorldDepthNet(**TINY).eval()
-    with torch.no_grad():  # as trained: a new one mixes no frames
+    with torch.no_grad():  # random weights, because an untrained network does not mix frames
         for name, value in net.named_parameters():
             if ".out." in name or ".taps" in name:
                 value.copy_(0.3 * torch.randn(value.shape))

@@ -68,7 +68,7 @@ def test_a_room_like_a_scene_has_the_depth_of_the_scene():
     centres = torch.full((1, 3, *many[1:], 3), 1e3)
     centres[:, :, 0, 0] = torch.tensor(world.render([spec], size=8).positions_BFK3[0, :, 0].tolist())
     planes = torch.tensor([[0.0, 0, 1, 0]] + [[0.0, -1, 0, -1e5]] * 4)[None]
-    # Space and solids twice as large under a map of one half are the same.
+    # A scene of twice the size under a map that halves space equals the original scene.
     maps = torch.eye(3).expand(1, many[1], 3, 3).clone()
     maps[0, 0] *= 0.5
     room = depth_rooms._Room(
@@ -100,7 +100,7 @@ def test_textures_are_looked_up_where_they_are():
     u, v = place[None].expand(128, -1), place[:, None].expand(-1, 128)
     number, fine = torch.ones(128, 128, dtype=torch.long), torch.zeros(128, 128)
     assert torch.equal(textures.look_up(number, u, v, fine), picture[1])
-    # Beyond its end it runs back, and from afar it is its mean, as far as 32 pixels are.
+    # Beyond its edge a texture is mirrored. From far away it is its mean, up to the coarsest level of 32 pixels.
     assert torch.equal(textures.look_up(number, 4 - u, v, fine), picture[1])
     far = textures.look_up(number, u, v, fine + 9)
     torch.testing.assert_close(far.mean((1, 2)), picture[1].mean((1, 2)), atol=1e-3, rtol=0)
@@ -122,14 +122,14 @@ def test_views_keep_picture_and_disparity_together():
     disparity = ramp.expand(16, 2, 64, 64)
     pictures, maps = seen(ramp.expand(16, 2, 3, 64, 64), disparity, 32, seeded())
     zoom = (maps / pictures[:, :, 0])[..., 4:-4, 4:-4]
-    # One factor for a whole clip, of 1 or up to 1.8: what looks larger is nearer.
+    # Each clip has one zoom factor, 1 to 1.8, and disparity is multiplied by it: larger means nearer.
     factor = zoom.mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(zoom, factor.expand_as(zoom), atol=0.03, rtol=0)
     assert 4 <= (factor > 1.05).sum() <= 12
     assert factor.max() <= 1.82
     across = pictures[:, 0, 0, 4:-4, 4:-4].diff(dim=-1).mean((1, 2))
     assert 4 <= (across > 0).sum() <= 12
-    # Enlarged by the factor, the slope of the ramp is divided by it.
+    # Enlarging the ramp by the factor divides its slope by the factor.
     torch.testing.assert_close(across.abs() * factor.flatten(), across.abs().max().expand(16), atol=0, rtol=0.02)
 
 
@@ -141,7 +141,7 @@ def test_photographed_clips_change_in_part_and_as_a_whole():
     assert 10 <= same.sum() <= 30
     assert changed.min() >= 0
     assert changed.max() <= 1
-    # Frames of a clip differ by noise alone.
+    # All frames of a clip have the same change of colour, and differ only by noise.
     assert changed.diff(dim=1).mean((1, 2, 3, 4)).abs().max() < 0.01
 
 
@@ -149,7 +149,8 @@ def test_losses_know_scale_and_shift_only_where_they_are_known():
     true, other = torch.rand(2, 3, 5, 16, 16, generator=seeded()).unbind()
     assert affine_difference(3 * true + 7, true).abs().max() < 1e-4
     torch.testing.assert_close(affine_difference(5 * other - 2, true), affine_difference(other, true))
-    # In units of the truth's spread: scale and shift of both change nothing, of the estimate alone they do.
+    # Differences are in units of the spread of the truth: the same scale and shift of both clips changes nothing, and
+    # a shift of the estimate alone does.
     known = known_difference(other, true)
     torch.testing.assert_close(known_difference(5 * other - 2, 5 * true - 2), known)
     spread = (true - true.flatten(1).median(1).values.view(-1, 1, 1, 1)).abs().mean((1, 2, 3), keepdim=True)
@@ -161,11 +162,11 @@ def test_losses_know_scale_and_shift_only_where_they_are_known():
 def test_losses_of_a_difference_by_hand():
     ramp = torch.arange(16.0).expand(2, 3, 16, 16)
     value, outline, steady = difference_losses(ramp)
-    # A step of 1, 2, 4 and 8 between neighbours of the four scales.
+    # At the four scales neighbours differ by 1, 2, 4 and 8.
     assert (value, outline, steady) == (7.5, 15 / 4, 0)
     assert difference_losses(torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 16, 16))[1:] == (0, 1)
     assert difference_losses(ramp[:, :1])[2] == 0
-    # One scale a clip: one of its own for each frame is an error, and it is one of changes.
+    # A clip has one scale, so another scale in one frame is an error of the change between frames.
     flickers = ramp * torch.tensor([1, 1.2, 1]).view(3, 1, 1)
     assert difference_losses(affine_difference(flickers, ramp))[2] > 0.1
 

@@ -1,4 +1,4 @@
-"""Latents of depth at the size of those of RGB: scaled on the way in, back on the way out, kept with the model."""
+"""The latent scale: depth latents are scaled after encoding and before decoding, and the scale is saved."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def widened_model() -> WorldWeaverModel:
 
 
 def test_into_the_network_and_out_again() -> None:
-    """A scale of 1 is none, to the bit; a power of two scales every latent exactly and decodes to the same bits."""
+    """A scale of 1 changes no bit; a power of two scales latents exactly and decodes to the same bits."""
     model = widened_model()
     clips = torch.rand(1, 5, 3, 16, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_into_the_network_and_out_again() -> None:
         model.latent_scale = [1, 0.46]
         again = model.decode(model.encode(clips, "depth"), "depth")
     torch.testing.assert_close(again, decoded, rtol=0, atol=1e-5)
-    # It belongs to the network: another model of it has the same, and says so.
+    # The scale belongs to the transformer: another model of it has the same scale, and the summary shows it.
     assert WorldWeaverModel(model.denoiser, model.embedder).latent_scale == (1, 0.46)
     assert "rgb + depth x 0.46, 4 channels each" in str(postgen.summary(model.denoiser.pipe))
     for wrong in ([1.0], [0.5, 1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, "x"]):
@@ -67,11 +67,11 @@ def test_into_the_network_and_out_again() -> None:
 
 def test_it_is_measured_in_two_digits() -> None:
     rgb = torch.randn(70, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    # Where a channel of depth lies does not count, how far its values lie apart does.
+    # The mean of a channel has no effect; only the standard deviation counts.
     far = torch.tensor([3.0, -5.0, 0.0, 1.0]).view(1, 4, 1, 1, 1)
     latents: dict[Any, Tensor] = {"rgb": rgb.half(), "depth": (rgb * 2.2 + far).half(), "flow": rgb.flip(1) / 3}
     assert measured_scale(latents) == (1, 0.45, 3)
-    # Of two processes the other has no fewer clips, and depth of ten times the size about the same means.
+    # A second process has as many clips, and depth of ten times the size with the same means.
     other = measured_scale(latents | {"depth": far + 22 * rgb})
     assert other == (1, 0.045, 3)
     sums = {name: torch.cat([each, each]) for name, each in latents.items()}
@@ -81,7 +81,7 @@ def test_it_is_measured_in_two_digits() -> None:
 
 
 def test_a_pipeline_keeps_it_and_states_of_another_are_refused(tmp_path: Path) -> None:
-    """The same network with latents of depth at half the size is told the same and says the same of RGB."""
+    """With another scale the network receives the same inputs and RGB is equal, but depth decodes differently."""
     plain, pipe = tiny(), tiny()
     pipe.model.latent_scale = [1, 0.5]
     save_adapter(pipe, tmp_path / "adapter", pipe.level_embedder)
@@ -107,7 +107,7 @@ def test_a_pipeline_keeps_it_and_states_of_another_are_refused(tmp_path: Path) -
 
 
 def test_training_measures_it_and_the_adapter_says_it(tmp_path: Path) -> None:
-    """Kept clips serve any scale: what is read again is what the autoencoder gave, here made larger by hand."""
+    """`pool_dir` keeps unscaled latents for any scale. The test multiplies the kept depth latents by 3."""
     values: dict[str, Any] = {"pool_dir": str(tmp_path / "pool"), "max_steps": 1, "num_frames": 21, "pool_clips": 2}
     first = trained(tmp_path / "a", **values, latent_scale=[1, 0.5])
     model = first.unwrap("worldweaver").model
@@ -128,14 +128,14 @@ def test_training_measures_it_and_the_adapter_says_it(tmp_path: Path) -> None:
     pipe = MAKERS["Wan"]()
     loaded = load_adapter(pipe, tmp_path / "b" / "export")
     assert WorldWeaverModel(denoiser_for(pipe), loaded.embedder).latent_scale == scale
-    # A run that goes on keeps what it began with, also one from before there was a scale.
+    # A resumed run keeps its first scale; checkpoints without a scale have 1.
     assert first.state_dict() == {"micro": 1, "latent_scale": [1, 0.5], "skip": True}
     measured = run.unwrap("worldweaver").model
     run.load_state_dict({"micro": 1, "latent_scale": [1, 0.125]})
     assert measured.latent_scale == (1, 0.125)
     run.load_state_dict({"micro": 1})
     assert measured.latent_scale == (1, 1)
-    first.load_state_dict({"micro": 1})  # it was said
+    first.load_state_dict({"micro": 1})  # the setting takes precedence
     assert model.latent_scale == (1, 0.5)
     with pytest.raises(UserError, match=r"latent_scale is \[1.0\]: give 2 numbers"):
         settings(latent_scale=[1])

@@ -1,4 +1,4 @@
-"""The memory bank: which frames are shown, with which noise, and which are forgotten."""
+"""The memory bank: which frames it selects, their noise, and which frames it drops."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_eviction_keeps_the_ages_spaced_by_their_logarithm():
     assert index[:1].tolist() == [0]
     assert index[-3:].tolist() == [1997, 1998, 1999]
     ratios = (2000 - index[:-1]).log().diff().neg()
-    # 16 frames cover 2000, even spacing would be a factor of 1.66 each; below age 3 there is nothing between.
+    # 16 frames cover ages up to 2000; even spacing would be a factor of 1.66. There are no ages between 1, 2 and 3.
     assert ratios[:-3].exp().min() > 1.2
     assert ratios.exp().max() < 2.5
 
@@ -117,7 +117,7 @@ def test_views_do_not_keep_what_they_are_views_of():
 
 
 def test_depth_finds_the_place_again_whatever_the_colour():
-    """Each row has been at its place once; colour says something else."""
+    """Depth of each row equals that of one earlier frame, while RGB equals that of another."""
     bank, video = MemoryBank(long=2, short=1, policy="depth_sim"), clean(20, rows=2)
     video[0, 2:, 19], video[1, 2:, 19] = 3 * video[0, 2:, 6], 2 * video[1, 2:, 11]
     video[:, :2, 19] = video[:, :2, 3]
@@ -130,7 +130,7 @@ def test_depth_choices_stand_apart():
     frames = clean(1).expand(1, 4, 20, 2, 3).clone()
     bank = MemoryBank(long=4, short=1, policy=DepthSimilarity(apart=4))
     bank.add(frames, 0)
-    # All alike: the youngest first, then those at least four frames from it.
+    # All frames are equal: the newest is selected first, then frames at least four frames apart.
     assert bank.select().frame_index.tolist() == [[0, 10, 14, 18, 19]]
     bank = MemoryBank(long=4, short=1, policy=DepthSimilarity(apart=100))
     bank.add(frames, 0)
@@ -162,7 +162,7 @@ def test_hidden_modalities_are_noise_in_a_window_and_part_of_the_state():
 
 
 def turned(angles):
-    """Cameras at one place, turned about the vertical axis: (1, n, 3, 4)."""
+    """Return cameras at one position, rotated about the vertical axis, (1, n, 3, 4)."""
     angle = torch.tensor(angles)
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
     right = torch.stack([angle.cos(), angle.sin(), zero], -1)
@@ -176,12 +176,12 @@ def test_cameras_that_saw_what_will_be_seen():
     bank = MemoryBank(long=3, short=1, policy=CameraOverlap(age_weight=0.0))
     bank.add(clean(20), 0, poses=turned(angles))
     assert 5 in bank.select(Query(poses=turned([0.5]))).frame_index[0]
-    # Half way between two cameras far apart: what one saw does not count again, so the other side comes next.
+    # With two cameras far apart, a view that one frame saw does not count again, so the other view comes next.
     wide = bank.select(Query(poses=turned([0.2, 1.5]))).frame_index.tolist()
     assert wide == [[0, 2, 15, 19]]
     with pytest.raises(UserError, match="the policy camera needs the camera of every frame"):
         bank.select()
-    # The greatest overlap loses to a slightly smaller one that is much younger.
+    # A much newer frame with a slightly smaller overlap is preferred.
     aged = MemoryBank(long=2, short=1, policy=CameraOverlap(age_weight=0.9))
     aged.add(clean(20), 0, poses=turned([0.5 if frame == 2 else 0.55 if frame == 18 else 3.0 for frame in range(20)]))
     assert aged.select(Query(poses=turned([0.5]))).frame_index.tolist() == [[0, 18, 19]]

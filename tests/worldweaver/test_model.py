@@ -1,4 +1,4 @@
-"""Windows of joint latents: what each network is told, and that at first RGB is the stock model's."""
+"""`WorldWeaverModel`: the inputs of each network, and an untrained model whose RGB is that of the stock model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCALAR = ("CogVideoX", "HunyuanVideo")
 
 
 class Point:
-    """A pipeline before and after it was widened."""
+    """A pipeline with predictions before and after widening."""
 
     def __init__(self, name: str, *, placed: bool = False) -> None:
         self.name, self.mean_level = name, name in SCALAR
@@ -48,7 +48,7 @@ class Point:
         self.model = WorldWeaverModel(self.denoiser, embedder, mean_level=self.mean_level)
 
     def of_rgb(self, sigma: Tensor, guidance: float = 1.0) -> Tensor:
-        """What the stock model makes of RGB at levels (B, T), or (B,)."""
+        """Return the prediction of the stock model for RGB at levels (B, T) or (B,)."""
         if self.mean_level and sigma.dim() == 2:
             sigma = sigma[:, ROLES == Role.PREDICT].double().mean(dim=1).float()
         return self.turned(self.denoiser.predict(self.turned(self.z[:, :4]), sigma, self.condition, guidance))
@@ -91,8 +91,8 @@ def test_levels_and_roles_count_once_the_embedder_is_trained(point: Point) -> No
     torch.nn.init.normal_(outer.weight, std=0.3)
     trained = point.predict(point.sigma)
     depth, memory = point.sigma.clone(), point.sigma.clone()
-    depth[:, -1, 1] = 0.5 - depth[:, -1, 1] / 2  # of depth in the last frame
-    memory[:, 0, 0] = 0.9  # of RGB in memory, of which a scalar timestep says nothing
+    depth[:, -1, 1] = 0.5 - depth[:, -1, 1] / 2  # another level of depth in the last frame
+    memory[:, 0, 0] = 0.9  # another level of RGB in memory, which a single timestep does not contain
     others = [point.predict(depth), point.predict(memory)]
     torch.nn.init.zeros_(outer.weight)
     assert not torch.allclose(trained, first, atol=1e-4)
@@ -107,7 +107,7 @@ def test_placed_memory_is_an_input_of_the_last_frames(name: str) -> None:
     memory = torch.randn(2, 9, 2, 4, 6, generator=torch.Generator().manual_seed(5))
     point.condition = {**condition, "placed": memory}
     assert torch.equal(model.split(point.predict(point.sigma, 3.0))["rgb"], point.stock[3.0])
-    # Columns of its channels, and of no others, are those of what is known.
+    # Only the weight columns of the placed inputs get random values.
     wide = widened(point.pipe)
     first = model.transformer.get_submodule(wide.widths.first)
     columns = wide.widths.columns[-9:].flatten()
@@ -200,7 +200,7 @@ def test_a_stock_model_is_one_of_rgb_alone() -> None:
 
 @pytest.mark.parametrize("name", ["Wan", "CogVideoX 1.0", "CogVideoX 1.5", "LTX", "Mochi"])
 def test_a_frame_is_told_of_itself_alone(name: str) -> None:
-    """A vector goes to the tokens of its frame: of three-dimensional, two-dimensional and linear first layers."""
+    """A frame's vector is added to its own tokens only, for 3-D and 2-D convolutions and linear first layers."""
     tiny = tiny_model(name, batch=2)
     model: Any = tiny.transformer
     widened(model, ("rgb",))
@@ -236,7 +236,7 @@ def test_a_frame_is_told_of_itself_alone(name: str) -> None:
 
 
 def of_frame(tokens: Tensor, frame: int, frames: int) -> Tensor:
-    """Features (B, tokens, width) of a frame, of what a first layer gives."""
+    """Return the features of a frame, (B, tokens, width), from the output of a first layer."""
     if tokens.dim() == 5:
         return tokens[:, :, frame].flatten(2).mT
     if tokens.dim() == 4:
@@ -271,7 +271,7 @@ def run(pipe: Any, **call: Any) -> Tensor:
 def test_the_embedder_is_saved_and_trained_like_any_component(wan: Point, tmp_path: Path) -> None:
     embedder = LevelEmbedder.for_transformer(wan.pipe, frequencies=3, hidden=5)
     model = WorldWeaverModel(wan.denoiser, embedder)
-    # As a trainer wraps it: the call must go through what averages gradients.
+    # A trainer wraps the embedder, and the call must go through the wrapper that averages gradients.
     model.embedder_called = nn.Sequential(embedder)
     called: list[Any] = []
     model.embedder_called.register_forward_hook(lambda *each: called.append(each))

@@ -1,4 +1,4 @@
-"""The pipeline: stream is batch, resumed is uninterrupted, saved is the same, and where it must be it is stock."""
+"""The pipeline: streams equal whole calls, resuming and saving are exact, and special cases equal diffusers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def joined(chunks: list[Any], name: str = "frames") -> Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_stream_is_batch_and_a_state_goes_on_to_the_bit(pipe: Any, guidance: float, tmp_path: Path) -> None:
-    """41 frames are 11 latent ones: the last group of two is half. Depth too; the state keeps the decoders."""
+    """RGB and depth, with an incomplete last group: 41 frames are 11 latent frames in groups of two."""
     words = SMALL | {"guidance_scale": guidance, "return_depth": True, "num_frames": 41}
     whole = pipe(TEXT, generator=seeded(), **words)
     assert whole.frames.shape == (1, 41, 3, 32, 32)
@@ -59,7 +59,7 @@ def test_stream_is_batch_and_a_state_goes_on_to_the_bit(pipe: Any, guidance: flo
 
 
 def test_a_light_state_goes_on_to_the_bit(pipe: Any, tmp_path: Path) -> None:
-    """Of five latents all are decoded again, of 35 as many as the decoder looks back; depth too."""
+    """After 5 latent frames all are decoded again, after 35 only the decoder's receptive field; also for depth."""
     words = SMALL | {"return_depth": True, "num_frames": 145, "guidance_scale": 1.0, "causal_block_size": 5}
     reach, chunks = StreamingDecoder(pipe.vae).reach, []
     assert reach == 28
@@ -76,7 +76,7 @@ def test_a_light_state_goes_on_to_the_bit(pipe: Any, tmp_path: Path) -> None:
         assert light.decoder_bytes == 0
         assert light.extra["decoder.pieces"].tolist() == [5] * min(count, 6)
         whole = pipe.load_state(tmp_path / f"whole{count}")
-        # Without the names of the tensors that are left out, too.
+        # The light state lacks the caches and also the names of their tensors.
         assert 0 < whole.decoder_bytes < sizes[0] - sizes[1] < 1.3 * whole.decoder_bytes
         rest = list(pipe.stream(state=light, output_type="pt", return_depth=True))
         assert [chunk.start_frame for chunk in rest] == [chunk.start_frame for chunk in chunks[count:]]
@@ -93,7 +93,7 @@ def test_a_state_that_cannot_be_light_says_so(pipe: Any) -> None:
     for other in (
         replace(state, extra=state.extra | fewer),
         replace(state, extra={name: each for name, each in state.extra.items() if name != "decoder.reach"}),
-        # An autoencoder that decodes in pairs.
+        # The autoencoder of CogVideoX decodes latent frames in pairs.
         quiet(WorldWeaverPipeline.from_pipe(cogvideox(), mean_level=True))(
             TEXT, generator=seeded(), num_frames=17, guidance_scale=1.0, **SMALL
         ).state,
@@ -119,7 +119,7 @@ def test_a_saved_pipeline_is_the_same_and_takes_its_states(tmp_path: Path) -> No
 
 
 class FlowMatchLinspace(diffusers.FlowMatchEulerDiscreteScheduler):
-    """Noise levels in equal steps to 0, as rollouts have them: Wan's call has no argument for them."""
+    """A scheduler with the noise levels of rollouts, equal steps to 0; Wan's call has no argument for them."""
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **words: Any) -> None:
         assert num_inference_steps
@@ -128,7 +128,7 @@ class FlowMatchLinspace(diffusers.FlowMatchEulerDiscreteScheduler):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_one_chunk_without_memory_is_the_stock_pipeline(guidance: float) -> None:
-    """K = 1, M = 0, RGB alone: diffusers' own call with the same noise."""
+    """With K = 1, no memory and RGB only, the result equals diffusers' own call with the same noise."""
     base = diffusers.WanPipeline(**wan_components())
     base.scheduler = FlowMatchLinspace.from_config(base.scheduler.config, shift=3.0)
     words = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 6, "guidance_scale": guidance}
@@ -140,7 +140,7 @@ def test_one_chunk_without_memory_is_the_stock_pipeline(guidance: float) -> None
 
 
 def test_widened_without_training_rgb_is_stock_rgb(pipe: Any) -> None:
-    """Two pipelines, one with depth: what RGB does not depend on does not change it."""
+    """Untrained depth channels do not change RGB."""
     noise = torch.randn(1, 8, 3, 4, 4, generator=seeded())
     stock, wide = tiny(()), quiet(WorldWeaverPipeline.from_pipe(diffusers.WanPipeline(**wan_components())))
 
@@ -164,7 +164,7 @@ def test_rows_of_a_batch_are_the_videos_alone(pipe: Any) -> None:
     for row, seed in enumerate((5, 6)):
         alone = pipe(texts[row], generator=seeded(seed), **words).frames
         torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-5)
-    # One generator seeds one for each, so that a state can keep them apart.
+    # A single generator seeds one generator for each video, so that a state can save them separately.
     one = pipe(texts, generator=seeded(), **words)
     assert torch.equal(one.frames, pipe(texts, generator=seeded(), **words).frames)
     assert not torch.equal(one.frames[0], one.frames[1])
@@ -172,7 +172,7 @@ def test_rows_of_a_batch_are_the_videos_alone(pipe: Any) -> None:
 
 
 def test_memory_and_time_are_flat() -> None:
-    """100 groups, more than are stored: no more tensors alive, no larger state, as many calls for each group."""
+    """After more groups than the bank stores, live tensors, state size and calls per group stay constant."""
     pipe, sizes, calls = tiny(), [], []
     words = SMALL | {"height": 16, "width": 16, "causal_block_size": 1, "num_inference_steps": 2, "ar_step": 1}
     stream = pipe.stream(TEXT, generator=seeded(), guidance_scale=1.0, max_sequence_length=16, **words)
@@ -196,7 +196,7 @@ def test_a_picture_or_a_video_is_the_beginning(pipe: Any) -> None:
         encoded = pipe.model.encode(pixels)
     torch.testing.assert_close(first.latents[:, :4], encoded, rtol=0, atol=1e-5)
     assert joined([first, *rest]).shape[1] == 17
-    # A video of 9 frames is encoded once; its depth is known, so the state keeps its range.
+    # A given video is encoded once. Its depth is known, so the state has the range of disparity.
     clip = torch.rand(9, 3, 32, 32, generator=seeded())
     depth = torch.rand(9, 32, 32, generator=seeded()) + 1
     chunks = list(pipe.stream(TEXT, video=clip[None], depth=depth, num_frames=25, generator=seeded(), **words))
@@ -213,7 +213,7 @@ def test_prompts_of_a_schedule_hold_from_their_frame_on(pipe: Any) -> None:
     words = SMALL | {"num_frames": 41, "guidance_scale": 1.0, "ar_step": 0}
     alone = pipe(TEXT, generator=seeded(), **words).frames
     switched = pipe([(0, TEXT), (20, "a cube falls")], generator=seeded(), **words).frames
-    # Frame 20 is in latent frame 5, so the group of latent frames 6 and 7 is told, frames 21 on.
+    # Frame 20 is in latent frame 5, so the prompt takes effect with latent frames 6 and 7, from frame 21 on.
     assert torch.equal(switched[:, :21], alone[:, :21])
     assert not torch.equal(switched[:, 21:29], alone[:, 21:29])
     other = pipe(TEXT, "dark", generator=seeded(), **(words | {"guidance_scale": 3.0})).frames
@@ -265,11 +265,11 @@ def test_output_types_and_callbacks(pipe: Any) -> None:
     assert not latents.frames.any()
     assert groups == [0, 5, 13]
     assert seen[0] == (0, (2,), ["clean", "latents"])
-    assert len(seen) == 10  # N + (G - 1) N / K
+    assert len(seen) == 10  # N + (G - 1) N / K forward passes
 
 
 def test_an_interrupt_leaves_a_state_to_go_on_from(pipe: Any) -> None:
-    """In the middle of a shift, and while a group is decoded."""
+    """Interrupts in the middle of a shift and during decoding: the state continues to the same video."""
     words = SMALL | {"num_frames": 33, "guidance_scale": 1.0}
     expected = pipe(TEXT, generator=seeded(), **words).frames
 
@@ -306,7 +306,7 @@ def test_other_families(make: Any) -> None:
     assert made.frames.shape[:2] == made.depth.shape[:2] == (1, 17)
     latents = pipe(TEXT, generator=seeded(), **(words | {"output_type": "latent"})).frames
     with torch.no_grad():
-        # LTX looks ahead: it streams in windows, another clip than that of one decode.
+        # LTX's autoencoder looks ahead, so decoding in windows differs from a single decode.
         near = (pipe.model.decode(latents) - made.frames).abs().max()
     assert (near > 0.01) if make is ltx else (near < 1e-5)
 
@@ -343,7 +343,7 @@ def test_windows_in_frames_of_the_video(pipe: Any) -> None:
     words = {name: value for name, value in SMALL.items() if name != "history_sizes"}
     chunk = next(pipe.stream(TEXT, overlap_history=9, base_num_frames=45, guidance_scale=1.0, **words))
     bank = chunk.state.bank
-    # A window of 12 latent frames, 6 of them in flight behind 3 of short memory.
+    # The window has 12 latent frames: 6 in flight, 3 of short memory, and 3 left for long memory.
     assert (bank.long, bank.short, bank.sink, bank.mem_noise) == (3, 3, 1, 0.12)
     words |= {"keep_first_frame": False, "addnoise_condition": 20, "memory_policy": "recent", "guidance_scale": 1.0}
     bank = next(pipe.stream(TEXT, **words)).state.bank

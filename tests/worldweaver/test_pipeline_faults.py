@@ -1,4 +1,4 @@
-"""Misuse and bad luck: what a stream leaves behind where it is broken off, shared, or asked for what cannot be."""
+"""Misuse and interruptions of streams: interrupted or shared streams, and invalid requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def joined(chunks: list[Any]) -> Tensor:
 
 
 def test_pictures_of_any_mode_and_bytes_of_arrays_are_the_picture(pipe: Any) -> None:
-    """What uint8 arrays say is not white, and an alpha channel lies on white."""
+    """Values of uint8 arrays are divided by 255, and transparent pictures are placed on white."""
     red, half = Image.new("RGB", (32, 32), (200, 30, 30)), Image.new("RGBA", (32, 32), (145, 0, 0, 128))
     array = np.full((32, 32, 3), (200, 30, 30), np.uint8)
     grey, sixteen = Image.new("L", (32, 32), 90), Image.new("I;16", (32, 32), 90 * 257)
@@ -94,7 +94,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of"),
     ({"memory_policy": 3}, "give a policy, or one of"),
     ({"memory_policy": {"name": "recent", "far": 3}}, "far"),
-    # These came to light only after minutes, when there was more to remember than is shown.
+    # These must fail at once, and not only when the memory holds more frames than it selects.
     ({"memory_policy": "camera"}, "needs the camera of every frame"),
     ({"memory_policy": "depth_sim", "video": torch.rand(1, 9, 3, 32, 32)}, "compares depth latents"),
     ({"memory_policy": "depth_sim", "prompt": ["a"] * 40}, "cannot hold the selections of 40 rows"),
@@ -152,13 +152,13 @@ def test_models_that_cannot_be_driven_are_refused() -> None:
         quiet(WorldWeaverPipeline.from_pipe(cogvideox(), mean_level=True)).stream(
             prompt_embeds=torch.rand(1, 8, 5), num_frames=17, **PLAIN
         )
-    # A model of RGB has no depth to compare, whatever is given.
+    # A model with RGB only has no depth latents to compare.
     with pytest.raises(UserError, match="compares depth latents"):
         tiny(()).stream(TEXT, memory_policy="depth_sim", **PLAIN)
 
 
 def test_two_streams_of_one_state_are_refused(pipe: Any) -> None:
-    """Their decoders would remember other frames than those that the state goes on from."""
+    """Otherwise the decoder cache of a stream would not match the frames of the state."""
     stream = pipe.stream(TEXT, generator=seeded(), **PLAIN)
     first = next(stream)
     late = pipe.stream(state=first.state, output_type="pt")
@@ -181,7 +181,7 @@ def test_a_state_is_told_as_a_whole_or_not_at_all(pipe: Any) -> None:
 
 
 def test_ctrl_c_while_frames_are_handed_out_loses_no_chunk(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the group is decoded, before the caller has it: it comes again, from the decoder as it was."""
+    """An interrupt between decoding and output: the group is generated again with the earlier decoder cache."""
     words = PLAIN | {"num_frames": 33}
     expected = pipe(TEXT, generator=seeded(), **words).frames
     stream = pipe.stream(TEXT, generator=seeded(), **words)
@@ -200,7 +200,7 @@ def test_ctrl_c_while_frames_are_handed_out_loses_no_chunk(pipe: Any, monkeypatc
 
 @pytest.mark.parametrize("make", [cogvideox, ltx])
 def test_an_end_that_the_autoencoder_was_told_of_is_the_end(make: Any) -> None:
-    """It was refused only when the first further group was finished."""
+    """If the autoencoder depends on the length, a longer video is refused before any group is generated."""
     pipe = quiet(WorldWeaverPipeline.from_pipe(make(), mean_level=make is cogvideox))
     words = PLAIN | ({"flow_shift": 3.0} if make is ltx else {})
     state = pipe(TEXT, generator=seeded(), num_frames=17, **words).state
@@ -248,7 +248,7 @@ def test_a_model_with_inputs_for_placed_memory_is_saved_and_loaded(tmp_path: Pat
 
 
 def test_another_pipeline_of_a_transformer_has_its_level_embedder_and_settings(tmp_path: Path) -> None:
-    """It got a fresh one without a word, and the defaults of a model that nobody trained."""
+    """A new pipeline uses the trained embedder and its settings, and not a new embedder and the defaults."""
     trained = tiny()
     said = {"num_inference_steps": 6, "causal_block_size": 2, "history_sizes": [3, 2], "height": 32, "width": 32}
     save_adapter(trained, tmp_path / "adapter", trained.level_embedder, settings=said | {"guidance_scale": 1.0})
@@ -268,6 +268,6 @@ def test_another_pipeline_of_a_transformer_has_its_level_embedder_and_settings(t
     again = quiet(WorldWeaverPipeline.from_pipe(diffusers.WanPipeline(**parts)))
     assert again.level_embedder is read.level_embedder
     assert torch.equal(again(TEXT, generator=seeded(), num_frames=9, output_type="pt").frames, expected.frames)
-    # Narrowed it is stock again, and carries nothing.
+    # After narrowing, the transformer is the stock model and has no embedder.
     narrow_transformer(base)
     assert WorldWeaverPipeline.from_pipe(base).level_embedder.outer.weight.abs().max() == 0

@@ -1,4 +1,4 @@
-"""What the pipeline refuses, each in one line and before anything is made."""
+"""Inputs that the pipeline refuses with an error of one line, before it generates anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placed memory: exact identities of what a coming frame sees."""
+"""Placed memory: exact identities of the latents that a coming frame sees."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def split(seen):
 
 @cache
 def scene():
-    """A moving camera over a scene of the world: RGB as latents of 12 x 12 cells, exact depth and cameras."""
+    """Return a scene with a moving camera: RGB as latents of 12 x 12 cells, exact depth and cameras."""
     spec = world.sample(36, num_frames=17)
     assert spec.camera == "pan right"
     frames = world.render([spec], num_frames=17, size=96)
@@ -53,7 +53,7 @@ def scene():
 
 
 def test_the_same_pose_is_the_identity():
-    """To the bit, whatever the depth; a cell without depth is 0."""
+    """For an equal camera the latents are bitwise equal for any depth; cells without depth are 0."""
     z, depth, poses = scene()
     bank = PlacedMemory(Pinhole(), mem_noise=0.0, modalities=1)
     bank.add(z[:, :, :1], depth[:, :1], poses[:, :1], 0)
@@ -66,7 +66,7 @@ def test_the_same_pose_is_the_identity():
 
 @pytest.mark.parametrize(("x", "y"), [(1, 0), (0, 1), (-2, 1)])
 def test_a_pan_by_whole_cells_is_an_exact_shift(x, y):
-    z, step = latents(), 2 * 8.0 / FOCAL / CELLS  # width of a cell on a wall 8 away
+    z, step = latents(), 2 * 8.0 / FOCAL / CELLS  # width of a cell on a wall at distance 8
     bank = memory()
     bank.add(z, wall(), pose(), 0)
     found, mask = split(bank.read(pose(x * step, y * step), 1))
@@ -87,7 +87,7 @@ def test_half_a_cell_is_the_mean_of_two():
 
 
 def test_what_is_nearer_wins():
-    """A screen behind which another frame saw a wall, in either order; and the newer frame of one surface."""
+    """A near screen hides a wall of another frame, in either order; for one surface the newer frame is used."""
     far, near, again = (latents(1), pose(z=5.0), 3.0), (latents(2), pose(), 2.0), latents(3)
     for order in ((far, near), (near, far)):
         bank = memory()
@@ -102,14 +102,14 @@ def test_what_is_nearer_wins():
 
 
 def test_an_occluded_surface_is_not_shown_for_what_hides_it():
-    """A near post hides part of the wall; from aside the wall behind it was never seen, the rest was."""
+    """A near post hides part of the wall: for a camera at its side, that part is unknown and the rest is placed."""
     z, depth = latents(), wall(8.0)
     depth[..., 8:16] = 2.0  # the middle two columns of cells
     bank = memory()
     bank.add(z, depth, pose(), 0)
-    step = 2 * 2.0 / FOCAL / CELLS  # a cell of the post
+    step = 2 * 2.0 / FOCAL / CELLS  # width of a cell at the distance of the post
     found, mask = split(bank.read(pose(step), 1))
-    assert torch.equal(found[..., 1:3], z[:, :, 0, :, 2:4])  # the post moves by a cell, the wall by a quarter of one
+    assert torch.equal(found[..., 1:3], z[:, :, 0, :, 2:4])  # the post moves by one cell, the wall by a quarter
     assert mask[..., 1:3].all()
     assert not mask[..., 3].any()
     assert mask[..., 0].all()
@@ -128,12 +128,12 @@ def test_moving_the_world_changes_nothing():
         bank.add(z[:, :, [0, 8]], depth[:, [0, 8]], cameras[:, [0, 8]], 0)
         results.append(bank.read(cameras[:, [4, 16]], 9))
     same = results[0][:, -1] == results[1][:, -1]
-    assert same.float().mean() > 0.995  # a point on the border of two pixels
+    assert same.float().mean() > 0.995  # points on the border of two pixels may differ
     torch.testing.assert_close(*(each.movedim(1, -1)[same] for each in results), rtol=0, atol=1e-5)
 
 
 def test_it_is_nearer_to_the_truth_than_the_frame_itself():
-    """A camera that pans: latents moved to where they are seen, against the best frame as it is."""
+    """With a panning camera, placed latents have a tenth of the error of the nearest stored frame without warping."""
     z, depth, poses = scene()
     bank = PlacedMemory(Pinhole(), mem_noise=0.0, modalities=1)
     bank.add(z[:, :, :9], depth[:, :9], poses[:, :9], 0)
@@ -146,7 +146,7 @@ def test_it_is_nearer_to_the_truth_than_the_frame_itself():
 
 
 def test_a_body_that_moves_is_not_placed():
-    """A ball rolls under a fixed camera: where it was, the floor is placed that has been seen since."""
+    """A ball rolls under a fixed camera: at its earlier positions the floor that was seen later is placed."""
     spec = world.parse("a red ball rolls left")
     frames = world.render([spec], num_frames=13, size=96)
     z = torch.nn.functional.avg_pool2d(frames.rgb_BF3HW[0], 8).movedim(0, 1)[None]
@@ -169,7 +169,7 @@ def test_storage_is_bounded_by_what_is_seen():
     found, mask = split(bank.read(pose(), 50))
     assert torch.equal(found, latents(39)[:, :, 0])
     assert mask.all()
-    # Elsewhere the old ones stay, up to the capacity.
+    # Frames of other places are kept up to the capacity.
     bank = memory(newest=1, voxel=4.0, capacity=5)
     for number in range(12):
         bank.add(latents(number), wall(), pose(100.0 * number), number)
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_a_rollout_with_placed_memory_resumes_to_the_bit(tmp_path):
-    """The network is told what it will see; what is stored travels in the state."""
+    """The network receives placed memory, and the saved state contains the stored frames."""
     cameras = pose().expand(1, 40, -1, -1)
 
     class Seeing(Mixer):

@@ -1,4 +1,4 @@
-"""Placed memory in training is that of a rollout, begins as nothing, and comes back with the adapter."""
+"""Placed memory in training: equal to that of rollouts, no effect at first, and saved with the adapter."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ PLACED |= {"width": 32, "no_memory_share": 0.0, "first_frame_share": 0.0, "fill_
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> WorldWeaverTrainer:
-    """A run with placed memory; read only."""
+    """Return a run with placed memory. Tests must not change it."""
     return trained(tmp_path_factory.mktemp("run"), **PLACED)
 
 
 class Scenes:
-    """Two scenes as latents of a tiny model, with what their depth decodes to."""
+    """Latents of two scenes for a tiny model, with depth pictures and exact depth."""
 
     def __init__(self) -> None:
         pipe = MAKERS["Wan"]()
@@ -60,7 +60,7 @@ class Scenes:
         with torch.no_grad():
             rgb = self.model.encode(frames.rgb_BF3HW)
             depth = self.model.denoiser.encode_video(self.limits.picture(disparity))
-        # A picture of random weights is grey all over: this one has the world's distances.
+        # A model with random weights would predict grey depth pictures, so the video has the encoded true disparity.
         self.video = torch.cat([rgb, 0.5 * depth], 1)
         self.depth, self.exact = depth, frames.depth_BFHW[:, ::4]
 
@@ -72,7 +72,7 @@ def scenes() -> Scenes:
 
 @pytest.mark.parametrize("warp", [True, False])
 def test_training_is_told_what_a_rollout_is_told(scenes: Scenes, warp: bool) -> None:
-    """To the bit, in every shift of a rollout that makes a known video: frames before the window alone."""
+    """In every shift of a rollout of a known video, placed memory is bitwise that of the training window."""
     config = WindowConfig(
         causal_block_size=2, groups=3, num_inference_steps=6, history_sizes=[3, 2], placed_memory=True,
         placed_warp=warp, mem_noise=0.0,
@@ -93,7 +93,7 @@ def test_training_is_told_what_a_rollout_is_told(scenes: Scenes, warp: bool) -> 
     state = oracle.state = begun(made, rows=2, bank=config.bank(), num_latents=12, shape=tuple(video[0, :, 0].shape))
 
     def exact(step: Step) -> Tensor:
-        """The oracle but for rounding: what is clean now is the video to the bit."""
+        """Replace clean latents by the exact video, to remove the rounding of the oracle."""
         z, at = step.latents.clone(), step.start_frame
         done = step.index == 5
         z[:, :, done] = video[:, :, at : at + len(step.index)][:, :, done]
@@ -118,7 +118,7 @@ def test_training_is_told_what_a_rollout_is_told(scenes: Scenes, warp: bool) -> 
 
 
 def test_sights_are_those_of_the_memory(scenes: Scenes) -> None:
-    """Exact depth: rows of a batch do not know of each other, and latents are gathered as the memory reads them."""
+    """With exact depth, batch rows are independent, and gathered latents equal those that `read` returns."""
     video, depth, poses = scenes.video, scenes.exact, scenes.poses
     grid = tuple(video.shape[-2:])
     sights = sights_of(depth, poses, grid, 2)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def test_sights_are_those_of_the_memory(scenes: Scenes) -> None:
     assert 0.3 < seen[:, -1].mean() < 1
     assert (sights[:, 0, :, 0] == -1).all()
     assert sights[:, 7, :, 0].max() == 6
-    # Unwarped: one whole frame.
+    # Without warping, all cells come from one frame.
     whole = sights_of(depth, poses, grid, 2, warp=False)[:, 7]  # type: ignore[arg-type]
     for row in range(2):
         source = whole[row, 0, 0].unique()
@@ -142,7 +142,7 @@ def test_sights_are_those_of_the_memory(scenes: Scenes) -> None:
 
 
 def test_it_begins_as_nothing(tmp_path: Path, run: WorldWeaverTrainer) -> None:
-    """New inputs are zeros: the first step has the loss of the model without them, and trains them."""
+    """The new weight columns are zero, so the first loss equals that without placed memory; training changes them."""
     plain = trained(tmp_path / "plain", **PLACED | {"placed_memory": False})
     assert plain.pool.sights is None
     losses = [
@@ -166,7 +166,7 @@ def test_rows_and_blocks_are_left_out(run: WorldWeaverTrainer) -> None:
     assert torch.equal(mask[:, :1].expand_as(mask), mask)
     assert torch.equal(window.placed.clean[:, :-1], mask[:, None].expand(-1, 2, -1, -1, -1))
     share = mask[:, 0].mean((1, 2))
-    # .2 of them, and the .1 that have no depth.
+    # `placed_drop_share` .2, and the .1 of `drop_share` whose depth is unknown.
     assert float((share == 0).float().mean()) == pytest.approx(0.28, abs=0.03)
     assert float(share[share > 0].mean()) == pytest.approx(0.75, abs=0.03)
     assert float(window.placed.level.max()) == pytest.approx(0.3, abs=0.01)
@@ -182,7 +182,8 @@ def test_depth_is_disturbed_by_the_clip() -> None:
     assert torch.equal(disturbed(depth[7:8], 0.1, [7]), made[7:8])
     amount = error.flatten(1).std(1)
     assert amount.max() < 0.15
-    assert float(error.std()) == pytest.approx(0.1 / 3**0.5, rel=0.35)  # less between the values of the field
+    # Interpolation between the values of the field reduces the deviation.
+    assert float(error.std()) == pytest.approx(0.1 / 3**0.5, rel=0.35)
     assert torch.equal(disturbed(depth, 0.0, range(400)), depth)
     assert torch.equal(disturbed(depth / 0, 0.1, range(400)), depth / 0)
 
@@ -212,7 +213,7 @@ def test_the_adapter_brings_it_back_and_an_arm_uses_it(run: WorldWeaverTrainer) 
 
 
 def test_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """4 steps are 2 and 2, with the model's own memory, from kept sights."""
+    """Resuming is exact with the model's own memory and with sights from `pool_dir`."""
     values = PLACED | {"max_steps": 2, "save_steps": 1, "save_total_limit": None, "own_from": 0.0, "own_share": 1.0}
     values |= {"pool_dir": str(tmp_path / "pool")}
     whole = trained(tmp_path / "a", **values)
@@ -224,14 +225,14 @@ def test_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     }
     again = trained(tmp_path / "b", **values, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     assert same(state_of(whole), state_of(again))
-    # Other frames ahead are other sights.
+    # Sights for another number of coming frames have their own file.
     trained(tmp_path / "c", **values | {"groups": 1, "save_steps": 0, "max_steps": 1})
     assert len(list((tmp_path / "pool").glob("placed-*"))) == 2
     assert len(list((tmp_path / "pool").glob("*.safetensors"))) == 5
 
 
 def test_a_rollout_goes_on_to_the_bit(scenes: Scenes, tmp_path: Path) -> None:
-    """What is stored, and what the decoder remembers, travel in the state."""
+    """The saved state contains the stored frames and the decoder cache."""
 
     class Seeing(Mixer):
         def predict(self, z: Tensor, levels: FrameLevels, condition: dict[str, Tensor], guidance: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolutions that bring together what the transformer says of depth and flow and what their noisy latents hold."""
+"""The refiner: convolutions that correct the transformer's depth and flow outputs with the noisy latents."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give all weights values, also those that begin with zeros."""
+    """Set all weights to random values, also those that are initialised with zeros."""
     for parameter in module.parameters():
         parameter.data.normal_(0, 0.2, generator=seeded(seed))
     return module
 
 
 class Point:
-    """A widened pipeline with an embedder, and a call of it."""
+    """A widened pipeline with an embedder, and inputs of a call."""
 
     def __init__(self, kind: str = "Wan", aux: tuple[Modality, ...] = ("depth",), **own: Any) -> None:
         self.pipe: Any = MAKERS[kind]()
@@ -68,7 +68,7 @@ def test_it_begins_as_the_model_without_it(kind: str, aux: tuple[Modality, ...])
         torch.testing.assert_close(found, without, rtol=1e-5, atol=1e-5)
         if guidance == 1:
             assert torch.equal(found, without)
-    # Trained, it changes depth and flow, each of them, and never RGB.
+    # With changed weights, the refiner changes depth and flow, and never RGB.
     shaken(point.embedder.refiner or nn.Identity())
     changed = point.predict(guidance=3.0)
     assert torch.equal(changed[:, :channels], without[:, :channels])
@@ -110,10 +110,10 @@ def test_a_frame_sees_itself_and_the_one_before_it_in_time() -> None:
         for changed in (refiner(out, other, levels_of(sigma, *roles)), refiner(out, z, levels_of(level, *roles))):
             moved = (changed - whole).abs().amax((0, 1, 3, 4))
             assert [each for each in range(5) if moved[each] > 1e-3] == sees
-    # Rows and the length of the window do not matter.
+    # The result of a frame does not depend on other rows or on the length of the window.
     part = refiner(out[1:, :, 2:], z[1:, :, 2:], levels_of(sigma[1:, 2:], *roles[2:]))
     torch.testing.assert_close(part, whole[1:, :, 2:], rtol=1e-5, atol=1e-5)
-    # The level of each modality is told.
+    # The refiner receives the level of each modality.
     for modality in range(2):
         level = sigma.clone()
         level[..., modality] = 1 - level[..., modality]
@@ -121,7 +121,7 @@ def test_a_frame_sees_itself_and_the_one_before_it_in_time() -> None:
 
 
 def test_cells_are_compared_in_units_of_their_noise() -> None:
-    """Little noise is as loud as much: a flat frame is silent, one with noise of any level is about 1."""
+    """The contrast of a flat frame is 0, and that of a noisy frame is about 1 for every noise level."""
     noise = torch.randn(1, 4, 2, 32, 32, generator=seeded(0))
     for level in (0.05, 0.3, 1.0):
         sigma = torch.full((1, 4, 2, 1, 1), level)
@@ -132,7 +132,7 @@ def test_cells_are_compared_in_units_of_their_noise() -> None:
 
 
 def test_rgb_enters_without_its_noise_and_without_gradients() -> None:
-    """Of RGB the clean latents z - s v are seen, beside the noisy ones."""
+    """The refiner reads the predicted clean RGB latents z - s v, and passes no gradient to them."""
     refiner = shaken(Refiner(2, 4, 6))
     velocity, z, depth = (torch.randn(1, n, 2, 5, 5, generator=seeded(n)) for n in (4, 8, 4))
     roles = (Role.SHORT, Role.PREDICT)
@@ -144,7 +144,7 @@ def test_rgb_enters_without_its_noise_and_without_gradients() -> None:
 
     assert torch.equal(
         refined(velocity + 1, 0.0), refined(velocity, 0.0)
-    )  # without noise there is nothing to take off
+    )  # at level 0 the predicted clean latents do not depend on the velocity
     assert (refined(velocity + 1, 0.5) - refined(velocity, 0.5)).abs().mean() > 1e-3
     velocity.requires_grad_()
     depth.requires_grad_()

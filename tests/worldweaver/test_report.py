@@ -1,4 +1,4 @@
-"""The report: pairs of worlds, seeds, gates of what was measured and of what was not, tables of the page."""
+"""`benchmarks.worldweaver_report`: paired scenes, seeds, gates with and without values, tables of the page."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SETTINGS = {"frames": 25, "given": 5, "size": 48, "first": 0, "worlds": 3, "batc
 
 @cache
 def worlds() -> tuple[list[world.Spec], world.Frames]:
-    """Those of all arms, rendered once."""
+    """Return the scenes of all arms with their render, computed once."""
     specs = [world.sample_long(seed) for seed in range(3)]
     return specs, world.render(specs, num_frames=25, size=48)
 
 
 def rows(fade: float, slope: float) -> list[dict[str, Any]]:
-    """Measures of true clips that fade, and errors of their latents that rise."""
+    """Return rows of an arm whose clips are true clips that fade, with rising latent errors."""
     specs, truth = worlds()
     ends, found = latent_ends(25, 7), []
     for number, spec in enumerate(specs):
@@ -69,7 +69,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not gates["seconds_per_20s_cpu"]["ok"]
     assert found["arms"]["a"]["seeds"] == ["0", "1"]
     assert len(found["arms"]["a"]["numbers"]["score"]["by_seed"]) == 2
-    # Of e the errors rise by .1 and by .2 a latent in RGB, and half as fast in depth.
+    # The errors of arm e rise by .1 and .2 per latent frame in RGB (two seeds), and half as fast in depth.
     own = next(row for row in found["thesis"] if row["depth_of"] == row["rgb_of"] == "e")
     assert own["slope"]["rgb"]["value"] == pytest.approx(15)
     assert own["slope"]["depth"]["value"] == pytest.approx(7.5)
@@ -110,7 +110,7 @@ def test_slopes_are_what_noise_does_not_explain() -> None:
 
 
 def test_folders_that_cannot_be_compared(tmp_path: Path) -> None:
-    """A seed that was measured in part, no clips at all, half a file."""
+    """A seed with fewer clips, seeds without clips, and a truncated file are refused."""
     for counts, said in (((3, 2), r"have \[2, 3\] clips"), ((0, 0), r"have \[0\] clips")):
         for seed, count in enumerate(counts):
             (tmp_path / f"e.{seed}.json").write_text(json.dumps({"settings": SETTINGS, "rows": [{}] * count}))

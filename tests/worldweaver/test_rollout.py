@@ -1,4 +1,4 @@
-"""Rollouts with exact oracles: what is recovered, how often the network is called, what the state holds."""
+"""Rollouts with exact oracles: recovered latents, number of forward passes, content of the state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def video(made, state, **words):
 
 
 def test_an_oracle_recovers_the_clean_latents():
-    """7 groups, 30 steps, 3 segments: 90 calls."""
+    """7 groups with 30 steps and 3 segments take 90 forward passes, and the result is the clean video."""
     truth = clean(21, rows=2)
     oracle = Oracle(truth)
     made = rollout(oracle, steps=30, groups=3, frames=3)
@@ -71,7 +71,7 @@ def test_the_network_sees_the_levels_of_the_schedule_and_the_memory_in_front():
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_one_chunk_without_memory_is_the_stock_sampler(guidance):
-    """K = 1, M = 0: the bits of `Sampler.walk` with one level a row, guidance included."""
+    """With K = 1 and no memory, the result is bitwise that of `Sampler.walk`, also with guidance."""
     mixer = Mixer()
     made = rollout(mixer, groups=1, frames=5, guidance=guidance)
     state = begun(made, rows=2, bank=MemoryBank(0, 0, 0), num_latents=10)
@@ -101,12 +101,12 @@ def test_rows_do_not_depend_on_each_other():
 
 
 def test_guidance_and_memory_matter():
-    """The mixer hears both, so that the identities here say something."""
+    """The mixer depends on guidance and memory; otherwise the other tests of this file would show nothing."""
     plain, guided = rollout(Mixer()), rollout(Mixer(), guidance=3.0)
     first = video(plain, begun(plain, num_latents=12))
     assert not torch.allclose(first, video(guided, begun(guided, num_latents=12)))
     other = video(plain, begun(plain, bank=MemoryBank(3, 2, capacity=8, mem_noise=0.0), num_latents=12))
-    # A memory of 3 and 2: the first group that sees noise is the fourth in line.
+    # Short memory has 2 frames without noise, so the first group does not see noise on memory.
     assert torch.equal(first[:, :, :2], other[:, :, :2])
     assert not torch.allclose(first, other)
 
@@ -140,7 +140,7 @@ def test_a_prompt_switches_where_a_group_begins():
     made = rollout(mixer)
     schedule_of_prompts = [(0, prompt(1.0)), (3, prompt(2.0)), (8, prompt(3.0))]
     video(made, begun(made, prompts=schedule_of_prompts, num_latents=12))
-    # Shifts of 2 calls; groups join at frames 0, 2, 4, 6, 8, 10, then the window drains.
+    # A shift has 2 forward passes. Groups join at frames 0, 2, 4, 6, 8 and 10, then the window drains.
     assert mixer.told == [value for value in (1, 1, 2, 2, 3, 3, 3, 3) for _ in range(2)]
 
 
@@ -210,7 +210,7 @@ def test_a_group_that_a_callback_did_not_take_comes_again(groups):
 
 
 def test_memory_is_flat_over_200_groups():
-    """Endless: what lives, tensors and their bytes, is as much after 200 groups as after 20."""
+    """In a video without end, live tensors and their bytes are equal after 20, 100 and 200 groups."""
     made = rollout(Mixer(), steps=3)
     state = begun(made, bank=MemoryBank(long=4, short=2, capacity=16))
     widths, alive = set(), {}
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_video_model_of_diffusers(guidance):
-    """RGB alone through a denoiser: one chunk is the stock sampler to the bit; three groups with memory, two rows."""
+    """RGB through a denoiser: one group is bitwise the stock sampler; several groups use memory, with two rows."""
     pipe, size = tiny_pipeline("LTX")
     denoiser = denoiser_for(pipe)
     channels, frames, height, width = shape = denoiser.latent_shape(**size)

@@ -1,4 +1,4 @@
-"""The segmented schedule: who stands where in every call, and the levels that training draws."""
+"""The segmented schedule: steps of all groups in each forward pass, and the levels that training draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_group_walks_all_steps_once(steps, groups, count):
         assert list(calls[first]).count(group) == 1
     for call in calls:
         assert len(call) <= groups
-        # Groups one behind the other: a whole segment apart.
+        # Consecutive groups are one whole segment apart.
         indices = list(call.values())
         assert all(a - b == segments.length for a, b in pairwise(indices))
 
@@ -47,12 +47,12 @@ def test_steps_are_raised_and_told():
     with pytest.warns(UserWarning, match="30 steps cannot be divided into 5 equal segments: 35 steps are used"):
         assert Segments.staggered(30, 7) == Segments(steps=35, groups=5)
     assert Segments.staggered(30, 10) == Segments.of(30, 3)
-    # Synchronous: one group at a time.
+    # `ar_step=0` generates one group after the other.
     assert Segments.staggered(30, 0) == Segments.staggered(30, 30) == Segments(steps=30, groups=1)
 
 
 def test_levels_of_training_are_those_of_the_rollout():
-    """At the phases that a rollout visits, to the bit; and a rollout visits no window that training does not draw."""
+    """Levels are bitwise equal at the phases of a rollout, and training draws all windows of a rollout."""
     segments, levels = Segments(steps=12, groups=3), schedule(12)
     visited = {(tuple(shift.ages), step) for shift in segments.shifts(5) for step in range(segments.length)}
     drawn = set()
@@ -71,7 +71,7 @@ def test_phases_in_between_are_straight_lines_in_sigma():
     found = segments.levels(levels, (2, 1, 0), torch.tensor([[0.25, 0.75, 1.0]], dtype=torch.float64))
     s = levels.sigmas
     torch.testing.assert_close(found[0], torch.stack([(s[4] + s[5]) / 2, (s[3] + s[4]) / 2, s[2]]), rtol=1e-14, atol=0)
-    # Segments are equal in steps, not in sigma: with shift 5 the oldest group has the widest.
+    # Segments have equal numbers of steps: with shift 5 that of the oldest group covers the widest noise range.
     tops = segments.levels(levels, (2, 1, 0), torch.zeros(1, 3))[0]
     torch.testing.assert_close(tops, torch.tensor([5 / 7, 10 / 11, 1.0], dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""Depth begins with the best linear guess of its velocity."""
+"""The skip connection of depth: the best linear guess of its velocity."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from tests.families.tiny_pipelines import tiny_pipeline
 
 @pytest.mark.parametrize("s", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_of_gaussian_data_nothing_is_left_to_find_linearly(s):
-    """The residual of the guess is uncorrelated with z, and its deviation is the unit of the network's output."""
-    # Coefficients of x and e, which are independent and of variance 1: covariances are exact.
+    """The residual of the guess is uncorrelated with z, and its standard deviation scales the network's output."""
+    # Vectors hold the coefficients of x and e, which are independent with variance 1, so covariances are exact.
     z, v = torch.tensor([1 - s, s], dtype=torch.float64), torch.tensor([-1.0, 1.0], dtype=torch.float64)
 
     def guess(added):

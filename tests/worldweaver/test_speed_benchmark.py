@@ -1,4 +1,4 @@
-"""The benchmark of speed: what it counts, at tiny size, and what its gates say of rows."""
+"""`benchmarks.worldweaver_speed` with tiny models: its counts, and its gates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_rows_of_tiny_models() -> None:
     assert 0 < own["network_seconds_per_latent"] < own["seconds_per_latent"]
     assert own["settled_chunks"] == 11
     assert len(own["seconds"]) == 16
-    # A window of 15 latent frames of 16 tokens, that of SkyReels here is one of 5: and the rest is the text's.
+    # Our window has 15 latent frames of 16 tokens, that of SkyReels 5 here; text tokens account for the rest.
     more = 10 * 16 * 2 * (4 * 48**2 + 2 * 48**2 + 2 * 48 * 32) / 1e12
     assert own["teraflops_per_call"] - other["teraflops_per_call"] > more
     assert other["new_latents_per_window"] == 3

@@ -1,4 +1,4 @@
-"""A saved state goes on to the bit; a damaged one, or one of another model, is one line."""
+"""Saved states continue bit by bit; damaged states and states of other models are errors of one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def beginning(made, rows=1, policy="logspace"):
 @pytest.mark.parametrize("policy", ["logspace", "depth_sim"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_resume_is_the_uninterrupted_run(tmp_path, policy, guidance):
-    """From every chunk, through a file, to the bit: two rows, a new prompt, a bank that evicts, half precision."""
+    """Resuming from any saved chunk is exact, with two rows, a new prompt, a full bank and half precision."""
     made = rollout(Mixer(), guidance=guidance)
     whole = [group.latents for group in made.groups(beginning(made, 2, policy))]
     state = beginning(made, 2, policy)
@@ -56,7 +56,7 @@ def test_a_branch_goes_its_own_way():
     same, other, told = state.branch(), state.branch(generators(99)), state.branch()
     told.tell([(0, prompt(9.0))])
     futures = [[group.latents for group in made.groups(each)] for each in (same, other, told)]
-    rest = [group.latents for group in groups]  # the branches changed nothing
+    rest = [group.latents for group in groups]  # the branches did not change the first stream
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[3:], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(futures[0], whole[3:], strict=True))
     assert not torch.allclose(futures[1][-1], whole[-1])
@@ -66,7 +66,7 @@ def test_a_branch_goes_its_own_way():
 
 
 def test_a_video_is_made_longer():
-    """Before its end nothing shows; after it the window fills anew, with the old frames as memory."""
+    """An extension before the end changes no latents; after the end the window fills again behind the memory."""
     made = rollout(Mixer())
     whole = torch.cat([group.latents for group in made.groups(begun(made, num_latents=16))], 2)
     state = begun(made, num_latents=12)
@@ -116,7 +116,7 @@ def test_a_save_replaces_the_old_state_in_one_step(tmp_path, monkeypatch):
     found = RolloutState.load(tmp_path)
     assert found.finished == before
     assert torch.equal(found.extra["disparity.low"], torch.tensor([0.25]))
-    state.save(tmp_path)  # what the killed one has left goes
+    state.save(tmp_path)  # saving deletes the files of the killed process
     assert len(list(tmp_path.iterdir())) == 2
     assert RolloutState.load(tmp_path).finished == state.finished
 
@@ -168,7 +168,7 @@ def test_a_rollout_refuses_the_state_of_another():
 
 
 def test_whoever_saves_beside_another_leaves_its_files_alone(tmp_path, monkeypatch):
-    """What is young may be in use: only what the state named, and what is old, goes."""
+    """Saving deletes only the file of the previous state and old files, because new files may be in use."""
     made = rollout(Mixer())
     state = beginning(made)
     state.save(tmp_path)
@@ -181,7 +181,7 @@ def test_whoever_saves_beside_another_leaves_its_files_alone(tmp_path, monkeypat
     state.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     assert young.is_file()
-    # A disk that is full when state.json is written leaves the state that was there, and nothing more.
+    # If the disk is full when state.json is written, the folder keeps only the earlier state.
     before = sorted(tmp_path.iterdir())
     next(made.groups(state))
 
@@ -214,7 +214,7 @@ def test_a_state_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monke
 
 
 def test_an_interrupt_never_tears_a_shift():
-    """Ctrl-C at one line of the rollout after the other: what it leaves goes on to the same video."""
+    """After Ctrl-C at any line of the rollout, the state continues to the same video."""
     made = rollout(Mixer())
     whole = torch.cat([group.latents for group in made.groups(beginning(made))], 2)
     for line in range(1, 200, 3):

@@ -1,4 +1,4 @@
-"""Method `worldweaver`: what is trained, exact resume, the adapter that comes out, clips of the world and of users."""
+"""Method `worldweaver`: trained weights, exact resume, the exported adapter, clips of the world and of users."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 @pytest.fixture(scope="module")
 def flowing(tmp_path_factory: pytest.TempPathFactory) -> WorldWeaverTrainer:
-    """A run of all modalities whose memory goes by the camera; read only."""
+    """Return a run with all modalities and memory policy `camera`. Tests must not change it."""
     return trained(tmp_path_factory.mktemp("run"), aux=["depth", "flow"], memory_policy="camera", max_steps=1)
 
 
@@ -59,7 +59,7 @@ def model_of_rgb() -> WorldWeaverModel:
 
 
 def says(model: WorldWeaverModel, run: WorldWeaverTrainer) -> Tensor:
-    """What a model says of some window."""
+    """Return the prediction of a model for a fixed random window."""
     source = torch.Generator().manual_seed(1)
     z = torch.randn(1, 4 * len(model.modalities), 3, 4, 4, generator=source)
     sigma = torch.rand(1, 3, len(model.modalities), generator=source)
@@ -77,7 +77,7 @@ def test_gradients_reach_what_is_new_and_the_lora_only(tmp_path: Path) -> None:
         *(f"transformer.{layer}.{kind}" for layer in ("patch_embedding", "proj_out") for kind in ("weight", "bias")),
         *(f"level_embedder.{layer}.{kind}" for layer in ("inner", "outer") for kind in ("weight", "bias")),
     }
-    assert len(rest) == 2 * 2 * 4 * 2  # blocks, attentions, layers, sides
+    assert len(rest) == 2 * 2 * 4 * 2  # blocks x attentions x layers x LoRA matrices
     stock = MAKERS["Wan"]().transformer.state_dict()
     wide = run.unwrap("worldweaver").transformer.state_dict()
     kept = {name.replace(".base_layer.", "."): value for name, value in wide.items() if "lora_" not in name}
@@ -85,7 +85,7 @@ def test_gradients_reach_what_is_new_and_the_lora_only(tmp_path: Path) -> None:
         name for name, value in kept.items() if stock[name].shape != value.shape or (stock[name] != value).any()
     }
     assert changed == {f"{layer}.{kind}" for layer in ("patch_embedding", "proj_out") for kind in ("weight", "bias")}
-    # Columns of depth were 0, and its rows a copy of those of RGB.
+    # Initially the columns of depth are 0, and its rows are copies of the RGB rows.
     assert wide["patch_embedding.weight"][:, 4:].abs().min() > 0
     rows = wide["proj_out.weight"].unflatten(0, (4, 8))
     assert not torch.equal(rows[:, 4:], rows[:, :4])
@@ -96,7 +96,7 @@ def test_gradients_reach_what_is_new_and_the_lora_only(tmp_path: Path) -> None:
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    """With everything that is drawn, the model's own memory and the average: 4 steps are 2 and 2."""
+    """With random windows, the model's own memory and EMA: 4 steps equal 2 steps, a resume and 2 steps."""
     values = {"ema_decay": 0.9, "max_steps": 4, "save_steps": 2, "save_total_limit": None, "own_from": 0.2}
     values |= {"own_share": 1.0, "gradient_accumulation_steps": 2, "eval_clips": 2, "eval_steps": 2}
     run = trained(tmp_path / "a", **values)
@@ -112,7 +112,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Wan", "LTX"])
 def test_the_adapter_is_the_trained_model(name: str, tmp_path: Path) -> None:
-    """Loaded into its base it says what the trained one says, bit by bit."""
+    """With the adapter, the base model predicts bitwise what the trained model predicts."""
     clips = {"num_frames": 33, "height": 32, "width": 32, "flow_shift": 3.0} if name == "LTX" else {}
     window = {"groups": 2, "num_inference_steps": 4, "history_sizes": [1, 1]} if name == "LTX" else {}
     run = trained(tmp_path, name, **clips, **window, guidance_scale=1.5)
@@ -125,7 +125,7 @@ def test_the_adapter_is_the_trained_model(name: str, tmp_path: Path) -> None:
 
 
 def test_all_weights(tmp_path: Path) -> None:
-    """Without adapters the base is written beside the adapter, which is put into it."""
+    """With `use_peft: false` the export has a trained base model, into which the adapter is loaded."""
     run = trained(tmp_path, use_peft=False, max_steps=1, ema_decay=0.9)
     assert len(run.trained()) == len(list(run.unwrap("worldweaver").parameters()))
     pipe = MAKERS["Wan"]()
@@ -148,7 +148,7 @@ def test_a_model_of_one_timestep_without_depth(tmp_path: Path) -> None:
 
 
 def test_memory_of_the_models_own(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One shift before the window: an exact network gives the clip again, and only that group changes."""
+    """The model generates the group before the window in one shift; an exact network reproduces the clip."""
     run = flowing
     batch = run._batch(run.pool, Layout(ages=(2, 1, 0), start=4), torch.Generator().manual_seed(0), 2)
     before, wrong = batch.latents.clone(), batch.wrong.clone()
@@ -159,7 +159,7 @@ def test_memory_of_the_models_own(flowing: WorldWeaverTrainer, monkeypatch: pyte
         def __call__(self, z: Tensor, levels: FrameLevels, told: Any) -> tuple[Tensor, dict[str, Tensor]]:
             self.calls += 1
             memory = int((levels.role != Role.PREDICT).sum())
-            velocity = torch.full_like(z, 1e6)  # of memory, which stays as it is
+            velocity = torch.full_like(z, 1e6)  # the velocity of memory frames must not be used
             sigma = levels.rgb[:, None, memory:, None, None]
             velocity[:, :, memory:] = (z[:, :, memory:] - before[:, :, 3:6].float()) / sigma
             return velocity, {}
@@ -179,7 +179,7 @@ def test_memory_of_the_models_own(flowing: WorldWeaverTrainer, monkeypatch: pyte
 
 
 def test_scenes_are_encoded_once(tmp_path: Path) -> None:
-    """What is in `pool_dir` is read by the next run, and makes the same run."""
+    """The next run reads the clips in `pool_dir`, and trains the same weights."""
     values = {"pool_dir": str(tmp_path / "pool"), "max_steps": 1}
     first = trained(tmp_path / "a", **values)
     kept = sorted(tmp_path.joinpath("pool").glob("*.safetensors"))
@@ -199,7 +199,7 @@ def test_scenes_are_encoded_once(tmp_path: Path) -> None:
 def test_scenes_that_another_run_renders_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One renders; the other says what it waits for, and reads what was kept."""
+    """One run renders the clips; the other prints that it waits, and then reads the files."""
     values = {"pool_dir": str(tmp_path / "pool"), "max_steps": 1}
     first = trained(tmp_path / "a", **values)
     kept = sorted(tmp_path.joinpath("pool").glob("*.safetensors"))
@@ -234,7 +234,7 @@ def test_every_modality_and_the_camera(flowing: WorldWeaverTrainer) -> None:
 
 
 def test_videos_of_a_user(tmp_path: Path) -> None:
-    """Depth as tensors, as pictures, from an estimator; windows are of the right clips."""
+    """Depth comes from tensors, pictures or an estimator, and windows are cut from the right clips."""
     made = torch.rand(2, 29, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     depth = torch.rand(29, 16, 16, generator=torch.Generator().manual_seed(1))
     rows = []
@@ -246,7 +246,7 @@ def test_videos_of_a_user(tmp_path: Path) -> None:
     write_video(tmp_path / "depth", depth[:, None].expand(-1, 3, -1, -1), fps=8, format="frames")
     rows[1]["depth"] = str(tmp_path / "depth")
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # No estimator is loaded where no row needs one.
+    # Every row has depth, so the missing estimator is not loaded.
     values = {"train_dataset": str(tmp_path / "clips.jsonl"), "max_steps": 1, "depth_model": str(tmp_path / "absent")}
     run = trained(tmp_path / "run", **values)
     model = run.unwrap("worldweaver").model
@@ -306,7 +306,7 @@ def test_corruption() -> None:
 
 
 def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trained model as a depth source: clean RGB, one window after the other, any length."""
+    """`SelfDepth` reads clean RGB and samples depth window by window, for clips of any length."""
     model = flowing.unwrap("worldweaver").model
     frames = torch.rand(12, 16, 16, 3, generator=torch.Generator().manual_seed(0))
     source = SelfDepth(model, window=2, memory=1, steps=3)
@@ -365,7 +365,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="width 32 with height 16: scenes of the world are square"):
         run.train()
     run = WorldWeaverTrainer(settings(tmp_path, num_frames=5, train_dataset="absent.jsonl"), MAKERS["Wan"]())
-    with pytest.raises(UserError, match="latent frames are too short for"):  # before the videos are looked for
+    with pytest.raises(UserError, match="latent frames are too short for"):  # checked before the videos are opened
         run.train()
     pipe = MAKERS["Wan"]()
     pipe.transformer.to(torch.bfloat16)

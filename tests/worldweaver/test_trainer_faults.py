@@ -1,4 +1,4 @@
-"""Method `worldweaver`: settings, videos and folders that once went wrong."""
+"""Method `worldweaver`: regression tests for settings, videos and folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model_of(*modalities: Any) -> WorldWeaverModel:
 
 
 def test_shares_that_are_one_together() -> None:
-    """.1 is above 1 - .9 in floating point."""
+    """Shares whose sum is 1 are accepted, although .1 is above 1 - .9 in floating point."""
     settings(fill_share=0.9, drain_share=0.1)
     source = torch.Generator().manual_seed(0)
     drawn = {Segments(steps=6, groups=3).draw_ages(source, 0.9, 0.1) for _ in range(100)}
@@ -63,7 +63,7 @@ def test_it_is_said_before_clips_are_made(make: Any, changes: dict[str, Any], sa
 
 
 def test_a_term_is_a_mean_over_windows_in_which_it_counts(tmp_path: Path) -> None:
-    """Windows without depth were counted as windows with no error of it."""
+    """Windows in which depth does not count must not lower the mean of the depth loss."""
     values = {"evaluate_only": True, "pool_clips": 1, "eval_clips": 4, "per_device_train_batch_size": 1}
     trained(tmp_path / "half", drop_share=0.5, split_share=0.0, **values)
     row = log_of(tmp_path / "half")[-1]
@@ -77,7 +77,7 @@ def test_a_term_is_a_mean_over_windows_in_which_it_counts(tmp_path: Path) -> Non
 
 
 def test_kept_latents_are_of_one_precision_and_scale(tmp_path: Path) -> None:
-    """Encoded in bfloat16, or by an autoencoder with the same weights that shifts latents otherwise: another file."""
+    """Latents in bfloat16, or of an autoencoder with other latent statistics, have their own files."""
     model = model_of("rgb")
     texts = Texts(model.denoiser, torch.device("cpu"))
     args, pools = settings(pool_dir=str(tmp_path), pool_clips=1, num_frames=5), []
@@ -86,7 +86,7 @@ def test_kept_latents_are_of_one_precision_and_scale(tmp_path: Path) -> None:
         model.denoiser.pipe.vae.register_to_config(  # type: ignore[attr-defined]
             latents_mean=[each + shift for each in config["latents_mean"]]
         )
-        for _ in range(2):  # rendered, and read
+        for _ in range(2):  # the first call renders, the second reads
             pools.append(world_pool(args, model, texts, wrong=False, bf16=bf16).latents["rgb"])
     assert len([*tmp_path.glob("*.safetensors")]) == 3
     assert all(torch.equal(*pools[low : low + 2]) for low in (0, 2, 4))
@@ -95,7 +95,7 @@ def test_kept_latents_are_of_one_precision_and_scale(tmp_path: Path) -> None:
 
 
 def test_depth_that_is_none(tmp_path: Path) -> None:
-    """Each is refused with its row."""
+    """Invalid depth is refused with the number of its row."""
     write_video(tmp_path / "clip", torch.rand(5, 3, 16, 16), fps=8, format="frames")
     model, depth = model_of("rgb", "depth"), torch.rand(5, 16, 16)
     texts, args = Texts(model.denoiser, torch.device("cpu")), settings(num_frames=5, train_dataset="x")

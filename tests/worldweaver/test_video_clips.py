@@ -1,4 +1,4 @@
-"""A user's videos: encoded once by whoever comes first, kept for all, and never held whole in their own size."""
+"""A user's videos: one process encodes each clip, all others read it, and frames are resized while reading."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def same(one: ClipPool, other: ClipPool) -> bool:
 def test_processes_share_the_work_and_read_the_rest(
     model: WorldWeaverModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit by bit what each of them would have made; the second run opens no video."""
+    """Shared clips are bitwise equal to those of a single process, and a second run opens no video."""
     alone, folder = pool(model, rows, None), tmp_path / "pool"
     assert same(pool(model, rows[:1], folder), pool(model, rows[:1], None))
     (first,) = folder.glob("video-rgb-*")
     assert len([*folder.iterdir()]) == 3, "a file for each modality, and no lock is left"
     first.unlink()
-    # Another process is at the first clip again.
+    # Another process holds the lock of the first clip.
     lock, found = RunLock(folder, f".{first.stem}.lock", "pool_dir"), list[ClipPool]()
     with lock:
         other = threading.Thread(target=lambda: found.append(pool(model, rows, folder, part=1, parts=2)))
@@ -83,7 +83,7 @@ def test_processes_share_the_work_and_read_the_rest(
     with monkeypatch.context() as patch:
         patch.setattr(video_clips, "iter_video", None)
         assert same(pool(model, rows, folder, part=0, parts=2), alone)
-    # Another depth is another file of depth alone; rows in another order find theirs.
+    # Changed depth creates a new file of depth only, and rows in another order find their files.
     save_file({"disparity": torch.rand(9, 8, 8)}, rows[2]["depth"])
     changed = pool(model, rows[::-1], folder)
     assert torch.equal(changed.latents["rgb"], alone.latents["rgb"].flip(0))
@@ -115,7 +115,7 @@ def test_a_pool_that_cannot_be_is_one_line(model: WorldWeaverModel, rows: Any, t
 def test_a_large_video_is_sized_as_it_is_read(
     model: WorldWeaverModel, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces of a few frames come to the size of the clips at once; the clip is that of sizing it whole."""
+    """Resizing a video in pieces of a few frames equals resizing it as a whole."""
     whole, read = pool(model, rows, None), video_clips.iter_video
     monkeypatch.setattr(video_clips, "iter_video", lambda path, count: read(path, count=count, chunk=2))
     assert same(pool(model, rows, None), whole)

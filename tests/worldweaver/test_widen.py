@@ -1,4 +1,4 @@
-"""Channels for depth and flow: RGB stays, bit by bit, and the stock model comes back."""
+"""Widening: RGB outputs stay bitwise equal, and narrowing restores the stock model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXACT = ("Wan", "Wan image-to-video", "SkyReels-V2", "HunyuanVideo", "CogVideoX 
 EXACT += ("Wan 2.2 text-and-image-to-video", "WanVACE", "SkyReels-V2 block-causal", "ChronoEdit", "AnyFlow", "Cosmos")
 EXACT += ("Allegro", "Latte", "EasyAnimate", "Motif", "ConsisID", "SANA-Video")
 ROUNDED = ("LTX", "HunyuanVideo 1.5")
-"""Their first layer is a product of 5 features, which sums in another order than one of 15. LTX of 4: `test_model`."""
+"""Models whose first layer has 5 input features, summed in another order than 15. For LTX with 4: `test_model`."""
 
 
 def axis_of(tiny: TinyModel) -> int:
@@ -28,7 +28,7 @@ def axis_of(tiny: TinyModel) -> int:
 
 
 def with_aux(tiny: TinyModel, count: int) -> Tensor:
-    """The latents of a tiny model with random ones of further modalities."""
+    """Return the latents of a tiny model, with random latents of more modalities appended."""
     latents: Tensor = tiny.arguments["hidden_states"]
     axis = axis_of(tiny)
     shape = [5 * count if each == axis else size for each, size in enumerate(latents.shape)]
@@ -40,7 +40,7 @@ def call_of(tiny: TinyModel) -> dict[str, Any]:
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """What is saved: JSON knows no tuples."""
+    """Return the config as it is saved, with lists in place of tuples, which JSON does not have."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     return {name: [*value] if isinstance(value, tuple) else value for name, value in config.items()}
 
@@ -54,9 +54,9 @@ def test_rgb_is_the_stock_models_whatever_the_others_are(name: str, tmp_path: Pa
     latents = with_aux(tiny, 2)
     out = tiny(hidden_states=latents)
     tolerance = 1e-6 if name in ROUNDED else 0
-    for part in out.split(5, dim=axis):  # the new outputs begin as copies
+    for part in out.split(5, dim=axis):  # the new outputs are initialised as copies of RGB
         assert (part - stock).abs().max() <= tolerance
-    # A plain model of its class, which loads what it saves.
+    # The widened model is a plain model of its class, which can be saved and loaded.
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert config_of(loaded)["in_channels"] == config["in_channels"] + 10

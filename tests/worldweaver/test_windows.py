@@ -1,4 +1,4 @@
-"""Windows of training are those of a rollout: who is shown, at which levels, what counts, what a shift makes."""
+"""Training windows equal those of rollouts: frames, levels, counted losses, and the model's own memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def looking(video: Tensor) -> Tensor:
-    """Cameras that turn a little with every frame."""
+    """Return cameras that rotate a little with every frame."""
     poses = torch.zeros(len(video), video.shape[2], 3, 4)
     for frame in range(video.shape[2]):
         angle = torch.tensor(0.1 * frame)
@@ -48,7 +48,7 @@ def looking(video: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_training_sees_what_a_rollout_sees(policy: str) -> None:
-    """Every call of a rollout of a known video: memory, roles, levels and positions are those of a training window."""
+    """Every forward pass of a rollout has the memory, roles, levels and latents of a training window."""
     video = clean(20, rows=2)
     poses = looking(video) if policy == "camera" else None
     made = windows(memory_policy=policy, **ONE_LEVEL)
@@ -69,14 +69,14 @@ def test_training_sees_what_a_rollout_sees(policy: str) -> None:
             assert torch.equal(window.levels.sigma, levels.sigma)
             assert torch.equal(window.levels.role, levels.role)
             memory = int((levels.role != Role.PREDICT).sum())
-            # The rollout's past is what it made of the video.
+            # The memory of the rollout holds its own results, which equal the video up to rounding.
             assert torch.allclose(window.clean[:, :, :memory], z[:, :, :memory], atol=1e-5)
     assert next(calls, None) is None
     assert kinds == {1, 2, 3}
 
 
 def test_drawn_windows_are_those_of_rollouts() -> None:
-    """With one phase for all, a window that is drawn is that of its layout at this phase, between two calls."""
+    """With one phase for all groups, the levels of a drawn window lie between those of a shift's start and end."""
     video, made = clean(20, rows=4), windows(**ONE_LEVEL)
     for seed in range(30):
         layout = made.layout(seeded(seed))
@@ -99,7 +99,8 @@ def test_shares() -> None:
     assert count[3] / 2000 == pytest.approx(0.8, abs=0.03)
     full = [layout.start for layout in layouts if len(layout.ages) == 3]
     assert full.count(0) / len(full) == pytest.approx(0.1, abs=0.02)
-    assert full.count(1) / len(full) == pytest.approx(0.1 + 0.8 / 34, abs=0.02)  # it may be drawn otherwise too
+    # Start 1 is also one of the 34 starts of windows with memory.
+    assert full.count(1) / len(full) == pytest.approx(0.1 + 0.8 / 34, abs=0.02)
     assert max(full) == 34
     fill = [layout.start for layout in layouts if layout.ages in ((0,), (1, 0))]
     assert fill.count(0) / len(fill) == pytest.approx(0.5, abs=0.15)
@@ -113,7 +114,7 @@ def test_shares() -> None:
     assert float(still.float().mean()) == pytest.approx(0.05, abs=0.015)
     assert not counted[still][..., 0].any()
     assert counted[still][..., 1].all()
-    # The depth of a given video has one level.
+    # With clean RGB, depth has a single level for all frames.
     assert torch.equal(depth[still], depth[still][:, :1].expand(-1, 6))
     assert float((rgb == depth).all(1).float().mean()) == pytest.approx(0.8, abs=0.03)
     memory = window.levels.sigma[:, :5]
@@ -123,7 +124,7 @@ def test_shares() -> None:
 
 
 def test_arms() -> None:
-    """Switches of the experiment: what is off leaves no trace in a window."""
+    """Settings of the arms: a disabled part has no effect on a window."""
     video, layout = clean(20, rows=8), Layout(ages=(2, 1, 0), start=10)
     plain = windows(**{**ONE_LEVEL, "aux": []}).draw(layout, video[:, :2], seeded())
     assert plain.levels.sigma.shape == (8, 11, 1)
@@ -167,9 +168,9 @@ def test_an_oracle_has_no_loss_and_memory_carries_none() -> None:
     window, noise = drawn()
     z, target = window.noised(noise), window.target(noise)
     sigma = window.levels.sigma[:, -6:].movedim(2, 1).repeat_interleave(2, 1)[..., None, None]
-    velocity = torch.full_like(z, torch.nan)  # memory is poison
+    velocity = torch.full_like(z, torch.nan)  # NaN shows any use of the velocity of memory
     velocity[:, :, -6:] = (z - window.clean)[:, :, -6:] / sigma.clamp_min(1e-9)
-    velocity[:, :, -6:] = torch.where(sigma > 0, velocity[:, :, -6:], 1e9)  # nor does what has no noise
+    velocity[:, :, -6:] = torch.where(sigma > 0, velocity[:, :, -6:], 1e9)  # frames without noise have no loss either
     loss, terms = window_loss(velocity, target, window.counted, (1, 0.5, 0.25))
     assert float(loss) < 1e-9
     assert terms.keys() == {"rgb_loss", "depth_loss"}

@@ -1,4 +1,4 @@
-"""A tiny pipeline of WorldWeaver, and a small call of it."""
+"""A tiny WorldWeaver pipeline, and arguments of a small call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quiet(pipe: Any) -> Any:
 
 def tiny(aux: tuple[Any, ...] = ("depth",), **settings: Any) -> Any:
     pipe = quiet(WorldWeaverPipeline.from_pipe(diffusers.WanPipeline(**wan_components()), aux=aux, **settings))
-    if aux:  # the embedder says something, and depth is not RGB
+    if aux:  # change the weights, so that the embedder has an effect and depth differs from RGB
         source = torch.Generator().manual_seed(1)
         for parameter in (pipe.level_embedder.outer.weight, pipe.transformer.proj_out.weight):
             parameter.data.add_(torch.randn(parameter.shape, generator=source), alpha=0.05)
