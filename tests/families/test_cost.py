@@ -290,7 +290,7 @@ def test_latency_between_and_beyond() -> None:
     assert [table.seconds(tokens) for tokens in (100, 150, 200, 250, 300)] == [2.0, 3.0, 4.0, 4.5, 5.0]
     for outside in (99, 301):
         with pytest.raises(
-            UserError, match=f"{outside} tokens were not measured on D: the table goes from 100 to 300"
+            UserError, match=f"{outside} tokens are outside the latency table of D, which covers 100 to 300"
         ):
             table.seconds(outside)
     with pytest.raises(UserError, match="at least one measured size"):

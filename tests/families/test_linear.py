@@ -112,7 +112,7 @@ def test_two_owners(wan: TinyModel) -> None:
     before = wan()
     first = replace_linears(wan.transformer, inside, owner="fp8", roles=["attention"])
     for roles in (["attention"], ["feed_forward", "attention"]):
-        with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is replaced by fp8 already: .*before sparse"):
+        with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is already replaced by fp8: .*before sparse"):
             replace_linears(wan.transformer, inside, owner="sparse", roles=roles)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="fp8 has replaced"):
         replace_linears(wan.transformer, inside, owner="fp8", roles=["feed_forward"])
@@ -128,7 +128,7 @@ def test_one_owner_inside_another(wan: TinyModel) -> None:
     outer = replace_linears(wan.transformer, inside, owner="outer")
     ((name, _),) = outer.modules["blocks.0.attn1.to_q"].named_children()
     inner = replace_linears(wan.transformer, copied, owner="inner", pattern=rf".*to_q\.{name}")
-    with pytest.raises(UserError, match=r"inner replaced what is inside blocks.0.attn1.to_q: remove it before outer"):
+    with pytest.raises(UserError, match=r"inner replaced a layer inside blocks.0.attn1.to_q: remove it before outer"):
         outer.remove()
     inner.remove()
     outer.remove()
@@ -149,7 +149,7 @@ def test_handles_know_what_another_handle_did(wan: TinyModel) -> None:
 
 def test_wrong_words(wan: TinyModel) -> None:
     for call, message in (
-        (lambda: find_linears(wan.transformer, pattern="blocks.("), "is no regular expression"),
+        (lambda: find_linears(wan.transformer, pattern="blocks.("), "is not a regular expression"),
         (lambda: replace_linears(wan.transformer, double, owner="fp8", originals="gpu"), "'gpu'. Allowed: here, cpu"),  # type: ignore[arg-type]
         (lambda: find_linears(object()), "in a module, got object"),  # type: ignore[arg-type]
     ):
@@ -337,7 +337,7 @@ def test_offloading(wan: TinyModel) -> None:
     remove_hook_from_module(model, recurse=True)
     grouped: Any = tiny_model("Wan").transformer
     grouped.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
-    refused(grouped, "the diffusers hook (lazy_prefetch_)?group_offloading would lose it")
+    refused(grouped, "the diffusers hook (lazy_prefetch_)?group_offloading would lose the layer")
     cast: Any = tiny_model("Wan").transformer
     cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     refused(cast, "hooks? .*(layerwise_casting|peft)|hooks on it")
