@@ -29,7 +29,7 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """Divisors of height, width and frames - 1."""
+        """Numbers of which height, width and frames - 1 must be multiples."""
         side = math.lcm(16, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
         return side, side, self.pipe.vae_scale_factor_temporal
 
@@ -39,7 +39,7 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
         return self.model.config.in_channels, frames + 1, height // space, width // space
 
     def start_sigmas(self, num_steps: int) -> Tensor:
-        """Return the (num_steps,) noise levels before the scheduler shifts them, float64, from 1 downwards."""
+        """Return the (num_steps,) noise levels that the pipeline passes to the scheduler, float64, before shifting."""
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
@@ -50,7 +50,7 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
         return encoded
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Run one forward pass of the network and return its prediction."""
+        """Call the network; see `PipelineDenoiser.forward`."""
         guidance = torch.full((len(x),), self.embedded_guidance * 1000.0, dtype=x.dtype, device=x.device)
         output: Tensor = network(
             hidden_states=x,

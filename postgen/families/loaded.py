@@ -28,7 +28,7 @@ def defaults_of(pipe: Any) -> Defaults:
 
 
 def sizes_of_pipeline(pipe: Any) -> tuple[int, int, int] | None:
-    """Return the divisors of height, width and frames - 1 of a pipeline; None if they are not known."""
+    """Return the numbers of which height, width and frames - 1 must be multiples; None if they are not known."""
     vae = getattr(pipe, "vae", None)
     return sizes_of(_name(pipe), {"_class_name": type(vae).__name__, **_config(vae)}, _network(pipe))
 

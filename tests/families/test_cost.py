@@ -260,7 +260,7 @@ def test_calls_that_the_class_does_not_take() -> None:
     fixed = tiny_model("CogVideoX 1.0").transformer
     with pytest.raises(UserError, match=r"CogVideoXTransformer3DModel does not take this call: .*broadcast"):
         forward_cost(fixed, num_frames=1, height=256, width=128)
-    with pytest.raises(UserError, match=r"a shape is \(num_frames, height, width\), got \(9, 64\)"):
+    with pytest.raises(UserError, match=r"a shape must be \(num_frames, height, width\), got \(9, 64\)"):
         measure_latency(wan, [(9, 64)])  # type: ignore[list-item]
 
 
@@ -298,10 +298,10 @@ def test_latency_between_and_beyond() -> None:
 
 
 def test_latency_refusals(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no latency table"):
+    with pytest.raises(UserError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "nothing.json")
     (tmp_path / "other.json").write_text('{"rows": [{"tokens": 1}]}')
-    with pytest.raises(UserError, match="is no latency table"):
+    with pytest.raises(UserError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "other.json")
     with pytest.raises(UserError, match="repeats must be at least 1"):
         measure_latency(tiny_model("Wan").transformer, [(5, 32, 32)], repeats=0)

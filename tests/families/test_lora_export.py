@@ -244,19 +244,19 @@ def test_export_lora_says_what_is_wrong(tmp_path, cli):
 
     comfyui = ("--format", "comfyui")
     path, _ = lora_file(tmp_path / "a", "flux", rf"attn\.{ATTENTION}", note=False)
-    assert "fit hunyuan_video and flux: say which with --family" in told(path, *comfyui)
+    assert "fit hunyuan_video and flux: choose one with --family" in told(path, *comfyui)
     assert "unknown family 'flxu'. Known: wan, hunyuan_video" in told(path, *comfyui, "--family", "flxu")
     assert re.search(
-        r"as wan: \d+ of \d+ layers have no name there: \S+, \S+, \S+, \.\.\.", told(path, *comfyui, "--family", "wan")
+        r"as wan: \d+ of \d+ layers have no known name: \S+, \S+, \S+, \.\.\.", told(path, *comfyui, "--family", "wan")
     )
     assert "format is 'peft'. Allowed: comfyui, kohya" in told(path, "--format", "peft")
     assert "there is no LoRA file" in told(tmp_path / "nowhere", *comfyui)
     (path.parent / NOTE).write_text('{"pipeline": "MochiPipeline"}')
-    assert "nothing is known of the keys of MochiPipeline" in told(path, *comfyui)
+    assert "the LoRA keys of MochiPipeline in other formats are unknown" in told(path, *comfyui)
     cog, _ = lora_file(tmp_path / "b", "cogvideox", r"attn1\.to_q$")
     assert "kohya's tools have no keys for cogvideox" in told(cog, "--format", "kohya")
     save_file({"transformer.blocks.0.attn1.to_q.lora_magnitude_vector": torch.ones(2)}, tmp_path / "d.safetensors")
-    assert "has no pair of LoRA matrices, only lora_magnitude_vector" in told(tmp_path / "d.safetensors", *comfyui)
+    assert "no complete pair of LoRA matrices, only lora_magnitude" in told(tmp_path / "d.safetensors", *comfyui)
     save_file(
         {"transformer.other.lora_A.weight": torch.ones(2, 2), "transformer.other.lora_B.weight": torch.ones(2, 2)},
         tmp_path / "e.safetensors",
@@ -266,7 +266,7 @@ def test_export_lora_says_what_is_wrong(tmp_path, cli):
     assert "cannot read the LoRA" in told(tmp_path / "f.safetensors", *comfyui)
     (tmp_path / "g" / "transformer").mkdir(parents=True)
     (tmp_path / "g" / "transformer" / "config.json").write_text("{}")
-    assert "holds a whole model and no LoRA: give it as --model" in told(tmp_path / "g", *comfyui)
+    assert "holds a whole model, not a LoRA: give it as --model" in told(tmp_path / "g", *comfyui)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -275,5 +275,5 @@ def test_export_lora_with_a_layer_of_another_family():
         "blocks.0.attn1.to_q": Layer(torch.ones(1, 2), torch.ones(2, 1)),
         "blocks.0.odd": Layer(torch.ones(1, 2), torch.ones(2, 1)),
     }
-    with pytest.raises(UserError, match=r"x: 1 of 2 layers have no name there: blocks\.0\.odd$"):
+    with pytest.raises(UserError, match=r"x: 1 of 2 layers have no known name: blocks\.0\.odd$"):
         rename(layers, NAMES["wan"], "x")
