@@ -36,7 +36,7 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
     assert "NaN or infinity in 16 tensors: " in cli(*words, other).err
     assert "the scale of the LoRA a is nan" in cli(*words, "a:nan").err
     save_file({"transformer.blocks.0.attn1.to_q.weight": torch.ones(2)}, other)
-    assert "is no LoRA" in cli(*words, other).err
+    assert "is not a LoRA" in cli(*words, other).err
     other.write_text("nothing")
     assert "cannot read the LoRA" in cli(*words, other).err
     done = cli(*words, tmp_path / "absent.safetensors:0.5")

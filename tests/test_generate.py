@@ -198,7 +198,7 @@ def test_lora_needs_one_transformer(tiny_lora: Path) -> None:
 
     with pytest.raises(UserError, match="two transformers"):
         load_loras(Two(), [str(tiny_lora)])
-    with pytest.raises(UserError, match="object takes no LoRA"):
+    with pytest.raises(UserError, match="object supports no LoRA"):
         load_loras(object(), ["x"])
     load_loras(object(), [])
 

@@ -115,7 +115,7 @@ class PlugInHandle(Generic[C, A]):
             target: the pipeline (the setting applies to all its transformers) or transformer.
             setting: None keeps the present state, False or 0 switches the plug-in off, any other value goes to
                 `spelled_out`.
-            make: returns the plug-in object for a transformer that has no such plug-in yet.
+            make: checks the settings and returns the plug-in object for a transformer that has none yet.
 
         Raises:
             UserError: invalid settings, or a model that the plug-in does not support. Nothing changes.

@@ -263,7 +263,7 @@ def _key(owner: str) -> str:
 
 
 def _fill(model: nn.Module, record: _Replaced, make: Make, roles: Collection[Role], pattern: str | None) -> None:
-    """Replace layers and add them to the record. On an error, put this call's layers back and keep earlier ones."""
+    """Replace layers and add them to the record. On an error, the layers of this call are put back."""
     _check_claims(model, record.owner, roles, pattern)
     layers = find_linears(model, roles=roles, pattern=pattern)
     check_layers(model, layers)

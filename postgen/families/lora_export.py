@@ -200,7 +200,7 @@ def _layers(file: LoraFile, names: Names | None, family: str | None) -> dict[str
 
 def _unnamed(place: str, missed: list[str], total: int) -> str:
     some = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
-    return f"{place}: {len(missed)} of {total} layers have no known name: {some}"
+    return f"{place}: {len(missed)} of {total} layers are unknown: {some}"
 
 
 def _rows(parts: list[Layer | None], members: tuple[str, ...], outputs: Mapping[str, int]) -> list[int]:

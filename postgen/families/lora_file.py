@@ -29,7 +29,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 _PEFT_WEIGHTS, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PARTS = r"text_encoder(?:_[23])?|connectors|text_conditioner|transformer_ref"
-"""Components other than the network: text encoders, and components of single diffusers pipelines (LTX-2, ...)."""
+"""Components other than the network: text encoders, and components that only a few pipelines have (LTX-2, ...)."""
 PREFIX = re.compile(rf"^(base_model\.model\.|transformer\.|unet\.|(?:{_PARTS})\.)+")
 """Prefix of the layer name in keys of diffusers and peft."""
 _PART = re.compile(rf"({_PARTS})\.|lora_te([12]?)_")

@@ -45,7 +45,7 @@ def load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapt
     """
     file = open_lora(path)
     try:
-        # Our own names first; diffusers converts the keys that they do not cover.
+        # If the names of `lora_names` do not cover all keys, diffusers converts the file.
         found = _found(pipe, network, file)
         if rest := [key for part in found.values() for key in part.rest]:
             file = _converted(pipe, file, rest)
@@ -143,12 +143,12 @@ def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
-    """Return the file with the keys that diffusers' own conversion makes of its keys.
+    """Return the file with its keys converted by diffusers' own conversion.
 
     Args:
         pipe: the pipeline.
         file: the file.
-        rest: the keys that our names do not cover, for the error message.
+        rest: the keys that the names of `lora_names` do not cover, for the error message.
 
     Raises:
         UserError: the conversion fails, drops some of the tensors, or results in layers that the pipeline does not

@@ -149,7 +149,8 @@ def check_configs(folder: Path) -> None:
         folder: the folder of a pipeline, or its snapshot from the hub.
 
     Raises:
-        UserError: a class is not a network of diffusers, or the type of a value differs from that of its default.
+        UserError: a class is not a network of diffusers, or a value has another type than its default, or is out of
+            range.
     """
     import diffusers
 

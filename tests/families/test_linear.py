@@ -183,7 +183,7 @@ def test_where_the_old_layers_wait(wan: TinyModel) -> None:
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_parameters_that_were_taken_over_come_back_as_they_are_then(copies: bool, wan: TinyModel) -> None:
-    """Perhaps other objects by then; those of a new layer that has its own are not handed over."""
+    """Shared parameters go back to the old layer, also as new objects; a replacement's own parameters do not."""
     replace_linears(wan.transformer, sharing, owner="half", roles=["attention"])
     replace_linears(wan.transformer, copied, owner="own", roles=["feed_forward"])
     if copies:
@@ -209,7 +209,7 @@ def test_lora_before(wan: TinyModel) -> None:
     handle = replace_linears(wan.transformer, double, owner="fp8")
     assert "blocks.0.attn1.to_q" in handle.modules
     torch.testing.assert_close(wan(), before, atol=1e-5, rtol=1e-5)
-    # peft takes itself off around the new layers; the old ones still come back.
+    # peft removes its wrappers around the replacements; the old layers can still be put back.
     wan.transformer.delete_adapters("default")  # type: ignore[operator]
     handle.remove()
     fresh = tiny_model("Wan")
@@ -231,7 +231,7 @@ def test_lora_after(wan: TinyModel) -> None:
 
 @pytest.mark.parametrize("first", ["lora", "layers"])
 def test_lora_fused_into_a_new_layer(first: str, wan: TinyModel) -> None:
-    """The old layer never had it added, and unfusing would subtract it from there."""
+    """The removal is refused: the old layer's weight does not contain the LoRA that unfusing would subtract."""
     plain, model = wan(), wan.transformer
     torch.manual_seed(0)
     if first == "lora":
@@ -276,7 +276,7 @@ def test_compiled() -> None:
 
 
 class Shifted(Inside):
-    """Something that cannot be mistaken for the old layer."""
+    """A replacement with an output that differs from that of the old layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
@@ -310,7 +310,7 @@ def test_fused_projections(wan: TinyModel) -> None:
 
 
 def test_projections_fused_from_new_layers(wan: TinyModel) -> None:
-    """The fused projection holds their weights, and stands there until it is taken off itself."""
+    """The fused projection contains the weights of replacements, so the removal is refused until it is unfused."""
     before, model = wan(), wan.transformer
 
     def other(name: str, linear: nn.Linear) -> nn.Module:
@@ -367,7 +367,7 @@ def test_a_new_layer_that_was_taken_out(wan: TinyModel) -> None:
 
 
 def test_saving_while_replaced(wan: TinyModel, tmp_path: Any) -> None:
-    """What is written is what the new layers define; afterwards it is as before."""
+    """`save_pretrained` writes the parameters of the replacements; after the removal the model is as before."""
     model: Any = wan.transformer
     handle = replace_linears(model, copied, owner="fp8")
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""All that a LoRA file holds is applied, or an error names what is not."""
+"""Everything in a LoRA file is applied, or an error names the tensors that cannot be applied."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def written(tmp_path: Path) -> Any:
 
 
 def effect(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer gives now, and what it gave without adapters."""
+    """Return the output of a layer with and without its adapters."""
     with torch.no_grad():
         return layer(x), layer.base_layer(x)
 
@@ -100,7 +100,7 @@ def test_dora_goes_through_a_run_and_through_diffusers_keys_alone(pipe: Any, tmp
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_differences_of_layers_are_applied(pipe: Any, written: Any, scale: float) -> None:
-    """Of a weight, of its bias, of both beside a pair, and of the convolution that makes the patches."""
+    """Test differences of a weight, of a bias, of both in addition to a LoRA pair, and of the patch embedding."""
     whole, low, bias = drawn(32, WIDTH), drawn(WIDTH, 32), drawn(WIDTH)
     patch = drawn(WIDTH, 4, 1, 2, 2)
     ffn = "diffusion_model.blocks.1.ffn"
@@ -169,7 +169,7 @@ def test_alpha_beside_any_keys_counts(pipe: Any, written: Any, base: str) -> Non
 
 
 def test_ranks_and_alphas_of_every_layer_go_on(pipe: Any, written: Any, tmp_path: Path) -> None:
-    """Through training, its export, and diffusers' keys: read by us and by diffusers."""
+    """Every layer keeps its rank and alpha in training, in its export and in a conversion to diffusers' keys."""
     tensors: dict[str, Tensor] = {}
     expected = {}
     for number, part in enumerate("qkvo"):
@@ -292,7 +292,7 @@ def test_numbers_of_eight_bits_are_read(pipe: Any, written: Any) -> None:
 
 
 def test_folders_that_hold_one_lora(pipe: Any, tmp_path: Path) -> None:
-    """A run, its export, a folder of peft, a folder with one file of another name."""
+    """Test a run, its export, a folder that peft wrote, and a folder with one file of another name."""
     adapter = cases.trained(pipe)
     expected = cases.changes(pipe)
     cases.save(pipe, tmp_path / "run" / "export", adapter)
@@ -318,7 +318,7 @@ SGM = "unet_input_blocks_3_1_transformer_blocks_0"
 
 @pytest.mark.parametrize("family", ["Stable Diffusion", "Stable Diffusion XL"])
 def test_text_encoders_of_kohya_and_their_own_alphas(written: Any, family: str) -> None:
-    """XL's UNet has the author's names there, which diffusers converts: it mixes alphas up that are not all equal."""
+    """The keys of XL's UNet have the author's names. diffusers converts them, but mixes up alphas that differ."""
     pipe, _ = tiny_pipeline(family)
     unet, places = (UNET, ("te",)) if family == "Stable Diffusion" else (SGM, ("te1", "te2"))
     width = 8

@@ -1,4 +1,4 @@
-"""A LoRA of the trainer comes back exactly in every family and format, by postgen's loader and by diffusers' own."""
+"""In every family and format, postgen and diffusers read exactly the LoRA back that the trainer wrote."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_lora_comes_back_exactly(tmp_path: Path, family: str) -> None:
 
 
 def test_a_lora_that_does_not_come_back_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One number of one layer is another one in a single format."""
+    """The test changes one number of one layer in one format."""
     from postgen.families import lora_export
 
     def spoilt(layers: Any, style: Any, keyed: Any = lora_export.keyed) -> Any:
@@ -68,7 +68,7 @@ def test_a_lora_that_does_not_come_back_is_counted(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_lora_of_any_alpha(pipe: Any, tmp_path: Path, dtype: torch.dtype, format: Any, error: float) -> None:
-    """Alpha is three times the rank: no power of two."""
+    """Alpha is three times the rank, so the scale is not a power of two."""
     adapter = cases.trained(pipe, alpha=12)
     pipe.transformer.to(dtype)
     cases.save(pipe, tmp_path, adapter)
@@ -84,7 +84,7 @@ def test_lora_of_any_alpha(pipe: Any, tmp_path: Path, dtype: torch.dtype, format
 
 
 def test_lora_of_every_layer_that_has_a_name(tmp_path: Path) -> None:
-    """Layers of the MLPs and of the image's keys are there for one block of two, others for none."""
+    """The LoRA has layers of the MLP and of the image keys in one of two blocks, and many layers in no block."""
     from diffusers import WanTransformer3DModel
 
     pipe = cases.wan()
@@ -101,7 +101,7 @@ def test_lora_of_every_layer_that_has_a_name(tmp_path: Path) -> None:
     export_lora(tmp_path / WEIGHTS, file, "kohya")
     assert cases.same(cases.read_by_postgen(pipe, str(file)), expected)
     assert cases.same(cases.read_by_diffusers(pipe, {"transformer": file}), expected)
-    # What was added for diffusers is not trained on.
+    # The zero layers that were added for diffusers are not trained.
     adapter = add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(lora_path=str(file)))
     assert cases.same(cases.changes(pipe), expected)
     trained = [name for name, value in pipe.transformer.named_parameters() if value.requires_grad and "lora_" in name]
@@ -125,7 +125,7 @@ def test_kohya_of_wan_needs_the_width_of_the_mlps(pipe: Any, tmp_path: Path) -> 
 
 
 def test_an_exported_file_says_what_it_is_for(tmp_path: Path) -> None:
-    """So that a file of the second expert goes there, and one whose layers fit two families is not mistaken."""
+    """The metadata send a file of the second expert to that expert, and identify the family of ambiguous layers."""
     two = cases.two_experts()
     adapter = cases.trained(two)
     cases.save(two, tmp_path, adapter)
@@ -202,7 +202,7 @@ def test_training_refuses_what_it_would_not_write(pipe: Any, tmp_path: Path) -> 
 
 
 def test_names_are_one_to_one() -> None:
-    """No two layers of diffusers have one name there, and each is found back, with dots and with underscores."""
+    """Each diffusers layer has its own name of the author, and is found by this name, with dots and underscores."""
     import diffusers
 
     from postgen.families.lora_names import author_name, own_names

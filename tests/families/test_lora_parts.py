@@ -1,4 +1,4 @@
-"""LoRA files with parts that are easily lost: strengths of text encoders, names of adapters, unusual tensors."""
+"""LoRA files with parts that a loader easily drops: scales of text encoders, names of adapters, unusual tensors."""
 
 from __future__ import annotations
 
