@@ -129,7 +129,7 @@ LATE: dict[str, tuple[Content, str]] = {
     "one dimension": (written({A: torch.ones(WIDTH), B: torch.ones(WIDTH)}), "LoRA"),
     "no dimension": (written({A: torch.tensor(1.0), B: torch.tensor(1.0)}), "LoRA"),
     "rank 0 tensors": (written({A: torch.ones(0, WIDTH), B: torch.ones(WIDTH, 0)}), "LoRA"),
-    "another width": (written({A: torch.ones(2, 30), B: torch.ones(30, 2)}), "30 x 30 in it and 24 x 24"),
+    "another width": (written({A: torch.ones(2, 30), B: torch.ones(30, 2)}), "30 x 30 in the LoRA and 24 x 24"),
     "another block": (written(pair("transformer.blocks.9.attn1.to_q")), "match no layer"),
     "another model": (written(pair("transformer.transformer_blocks.0.attn1.to_q")), "match no layer|those of"),
     "mixed naming": (
