@@ -147,6 +147,7 @@ def measure_latency(
     for shape in shapes:
         if len(shape) != 3:
             raise UserError(f"a shape must be (num_frames, height, width), got {shape}")
+        # The same forward arguments as in a call of the pipeline, with tensors of this size.
         size = latent_size(kind, model.config, *shape, text_tokens=text_tokens, batch=batch, factors=factors, **place)
         told = size.text_tokens
         arguments = call_arguments(kind, model.config, size)

@@ -140,6 +140,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     network = optional(folder / "transformer" / "config.json") or optional(folder / "unet" / "config.json")
     own = {"fps": rate_of(pipeline, index, network), **own}
     transformer = class_of(index, "transformer", "transformer_2")
+    # The facts of Wan follow from its config files. Other pipelines need an import of diffusers, for the signature.
     if pipeline in _WAN_PIPELINES:
         if transformer is None:
             raise UserError(f"{folder / 'model_index.json'} names no transformer, which a {pipeline} needs")

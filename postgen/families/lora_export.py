@@ -55,6 +55,7 @@ def export_lora(source: str | Path, target: str | Path, format: Format, family: 
     target = Path(target)
     if target.suffix != ".safetensors":
         raise UserError(f"a LoRA is written as .safetensors, got {target}")
+    # The family decides the names of the layers.
     file = open_lora(find_lora(Path(source).expanduser()))
     family = (_noted_family(file) or _guess(file)) if family is None else family
     if family not in NAMES:
@@ -67,6 +68,7 @@ def export_lora(source: str | Path, target: str | Path, format: Format, family: 
     if format == "diffusers":
         _write(target, *_as_diffusers(layers, "unet" if family == "stable_diffusion" else "transformer"), note)
         return list(layers)
+    # Programs read DoRA and differences of biases from these formats in different ways, or not at all.
     for what, key in (("DoRA", "magnitude"), ("differences of biases", "bias")):
         if having := [name for name, layer in layers.items() if getattr(layer, key) is not None]:
             raise UserError(
@@ -152,6 +154,7 @@ def whole_blocks(layers: Mapping[str, Layer], names: Names, file: LoraFile) -> d
     Raises:
         UserError: a layer is outside the blocks, or the size of a missing layer is unknown.
     """
+    # diffusers looks for the layers of image keys only if the file has some of them.
     whole = dict.fromkeys(names.kohya_whole)
     if any("cross_attn.k_img" in name or "cross_attn.v_img" in name for name in layers):
         whole |= {"cross_attn.k_img": None, "cross_attn.v_img": None}

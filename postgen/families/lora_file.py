@@ -122,6 +122,7 @@ def open_lora(path: Path) -> LoraFile:
         raise UserError(f"the LoRA {path} is damaged: NaN or infinity in {len(bad)} tensors: {shortened(bad)}")
     if whole := [name for name, tensor in tensors.items() if _is_integer(tensor) and not name.endswith("alpha")]:
         raise UserError(f"the LoRA {path} is quantised: integers in {len(whole)} tensors: {shortened(whole)}")
+    # The settings of the network, and of every other component in the file.
     settings = _settings(path, metadata, said)
     for own in _each(settings):
         if CHANGES_MODEL.fullmatch(str(own.get("init_lora_weights"))):
