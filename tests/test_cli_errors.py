@@ -36,7 +36,7 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
     assert "NaN or infinity in 16 tensors: " in cli(*words, other).err
     assert "the scale of the LoRA a is nan" in cli(*words, "a:nan").err
     save_file({"transformer.blocks.0.attn1.to_q.weight": torch.ones(2)}, other)
-    assert "is no LoRA" in cli(*words, other).err
+    assert "is not a LoRA" in cli(*words, other).err
     other.write_text("nothing")
     assert "cannot read the LoRA" in cli(*words, other).err
     done = cli(*words, tmp_path / "absent.safetensors:0.5")
@@ -120,7 +120,7 @@ def test_models_that_are_none(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypa
         broken: "cannot load",
         image: "FluxPipeline, which makes no video",
         unknown: "NobodysPipeline, which the installed diffusers",
-        "nobody/nothing": "there is no model folder nobody/nothing, and the hub does not give it",
+        "nobody/nothing": "there is no model folder nobody/nothing, and it cannot be read from the hub",
     }.items():
         done = cli("generate", "a", "--model", model, "-o", tmp_path / "x.mp4", *SMALL)
         assert (done.code, message in done.err, done.err.count("\n")) == (2, True, 1), done.err
@@ -142,7 +142,7 @@ def test_missing_embedded_model(cli: Any, tmp_path: Path, monkeypatch: pytest.Mo
 def test_devices_that_are_absent(cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", *SMALL]
-    assert "cuda was asked for, but torch finds no CUDA GPU here" in cli(*words, "--device", "cuda").err
+    assert "the device is cuda, but torch finds no CUDA GPU on this machine" in cli(*words, "--device", "cuda").err
     assert "moves components to a GPU" in cli(*words, "--device", "cpu", "--offload", "model").err
     assert names(tmp_path) == []
 

@@ -81,7 +81,7 @@ def test_other_folders_take_no_first_frame(tiny_wan: Path, tmp_path: Path) -> No
 def test_another_pipeline_that_says_so_is_refused(tiny_wan_image: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_wan_image, tmp_path / "model")
     changed(folder, "postgen.json", image_to_video=True)
-    with pytest.raises(UserError, match="image_to_video holds for WanPipeline, and this is a WanImageToVideoPipeline"):
+    with pytest.raises(UserError, match="allowed for WanPipeline only, not for WanImageToVideoPipeline"):
         inspect_model(folder)
 
 

@@ -1,4 +1,4 @@
-"""The handle of a plug-in: one class for all of them, so that switching, changing and removing mean the same."""
+"""The handle of a plug-in: one base class, so that `enable`, `update` and `remove` mean the same for every plug-in."""
 
 from __future__ import annotations
 
@@ -20,44 +20,48 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 A = TypeVar("A", bound=AttachedPlugIn[Any])
 Parts = Mapping[str, tuple["nn.Module", A]]
-"""Component of a pipeline -> its transformer, and what stands on it."""
+"""Component name of a pipeline -> (transformer, the plug-in on this transformer)."""
 
 
 class PlugInHandle(Generic[C, A]):
-    """A plug-in as it stands on one or more transformers.
+    """A plug-in on one or more transformers, with methods to switch, change and remove it.
 
-    What was removed meanwhile, by this handle or another way, refuses everything but `stats`.
+    After the plug-in was removed, by this handle or in another way, every method except `stats` raises `UserError`.
     """
 
     name: ClassVar[str]
-    """Under which a transformer has it among its plug-ins."""
+    """Key of the plug-in in `Installed.plug_ins`."""
     config_class: ClassVar[type[Any]]
-    """Dataclass of its settings."""
+    """Dataclass of the settings."""
     removed: ClassVar[str]
-    """The message to those who use it afterwards."""
+    """Error message when the handle is used after the plug-in was removed."""
     doubled: ClassVar[str]
-    """The message to those who apply it twice; `{where}` stands for the transformer."""
+    """Error message when the plug-in is applied a second time; `{where}` stands for the transformer."""
 
     def __init__(self, parts: Parts[A]) -> None:
         self._parts = dict(parts)
 
     @classmethod
     def of(cls, target: Any) -> Self | None:
-        """Return a handle to what is on a pipeline or transformer (a deep copy has its own); None where nothing is."""
+        """Return a handle to the plug-in on a pipeline or transformer, or None where the plug-in is not applied.
+
+        A deep copy of a transformer carries its own copy of the plug-in.
+        """
         found = {part: (m, installed(m).plug_ins.get(cls.name)) for part, m in transformers_of(target).items()}
         on = {part: (m, plug_in) for part, (m, plug_in) in found.items() if plug_in is not None and plug_in.visible}
         return cls(on) if on else None
 
     @classmethod
     def attach(cls, target: Any, make: Callable[[nn.Module], A]) -> Self:
-        """Put the plug-in on every transformer of a pipeline, or on a transformer; where one is wrong, on none.
+        """Apply the plug-in to a transformer, or to every transformer of a pipeline: to all of them or to none.
 
         Args:
             target: the pipeline or transformer.
-            make: checks a transformer and returns what is installed on it.
+            make: checks a transformer and returns the plug-in object to install on it.
 
         Raises:
-            UserError: it is on one of them already, also for a call in another thread, or `make` refuses one.
+            UserError: the plug-in is already on one of the transformers, if only for a call in another thread, or
+                `make` refuses a transformer.
         """
         models = transformers_of(target)
         with CHANGING, ExitStack() as undo:
@@ -66,8 +70,8 @@ class PlugInHandle(Generic[C, A]):
                     where = component or "this transformer"
                     if standing.visible:
                         raise UserError(cls.doubled.format(where=where))
-                    raise UserError(f"a call in another thread has {cls.name} on {where}: apply it when that ended")
-            # Everything that can be wrong shows here, before anything is installed.
+                    raise UserError(f"a call in another thread uses {cls.name} on {where}: apply it after that call")
+            # `make` checks every transformer before the plug-in is installed on the first one.
             parts = {component: (model, make(model)) for component, model in models.items()}
             for model, part in parts.values():
                 part.install(model)
@@ -78,10 +82,10 @@ class PlugInHandle(Generic[C, A]):
 
     @classmethod
     def settings(cls, config: Any | None) -> C:
-        """Return settings as they were given; None is the default ones.
+        """Return the given settings, or the default settings for None.
 
         Raises:
-            UserError: they are not of this plug-in.
+            UserError: `config` is not an instance of `config_class`.
         """
         made: C = cls.config_class() if config is None else config
         if not isinstance(made, cls.config_class):
@@ -90,30 +94,31 @@ class PlugInHandle(Generic[C, A]):
 
     @classmethod
     def spelled_out(cls, setting: Any) -> C:
-        """Return the settings that a setting of one call stands for; True is the default ones.
+        """Return the config for the value of a per-call argument: True means the default settings.
 
-        A plug-in that also takes a number or a word says here what it means.
+        A plug-in whose argument may also be a number or a word overrides this method.
 
         Raises:
-            UserError: it stands for none.
+            UserError: `setting` is not a valid value.
         """
         return cls.settings(None if setting is True else setting)
 
     @classmethod
     @contextmanager
     def for_call(cls, target: Any, setting: Any, make: Callable[[nn.Module, C], A]) -> Iterator[None]:
-        """Set the plug-in on a pipeline or transformer for the calls in a block; afterwards it is as it was before.
+        """Set the plug-in for the calls inside a `with` block and restore the previous state afterwards.
 
-        It is set for the thread or task that opens the block, as context variables are: `asyncio.to_thread` takes it
-        along, a thread that is started otherwise runs `contextvars.copy_context().run` to have it.
+        Like a context variable, the setting holds for the thread or task that opens the block. `asyncio.to_thread`
+        passes the setting on; a thread started in another way must run `contextvars.copy_context().run` to have it.
 
         Args:
-            target: the pipeline (all its transformers are taken) or transformer.
-            setting: None leaves it as it is, False or 0 is off, anything else is what `spelled_out` takes.
-            make: what is installed where it is not on yet.
+            target: the pipeline (the setting applies to all its transformers) or transformer.
+            setting: None keeps the present state, False or 0 switches the plug-in off, any other value goes to
+                `spelled_out`.
+            make: checks the settings and returns the plug-in object for a transformer that has none yet.
 
         Raises:
-            UserError: settings that are wrong, or a model that it does not know; nothing changes.
+            UserError: invalid settings, or a model that the plug-in does not support. Nothing changes.
         """
         if setting is None:
             yield
@@ -126,18 +131,18 @@ class PlugInHandle(Generic[C, A]):
 
     @property
     def config(self) -> C:
-        """The settings."""
+        """The settings of the plug-in."""
         config: C = self._on[0][1].config
         return config
 
     @property
     def enabled(self) -> bool:
-        """Whether it acts."""
+        """Whether the plug-in is switched on."""
         return self._on[0][1].enabled
 
     @property
     def still_on(self) -> dict[str, tuple[nn.Module, A]]:
-        """The transformers that it is on, by component."""
+        """The transformers that still carry the plug-in: component name -> (transformer, plug-in)."""
         parts = self._parts.items()
         return {
             part: (model, plug_in)
@@ -153,10 +158,10 @@ class PlugInHandle(Generic[C, A]):
         return found
 
     def enable(self) -> None:
-        """Act again after `disable`.
+        """Switch the plug-in on again after `disable`.
 
         Raises:
-            UserError: it was removed, or the model changed meanwhile so that it cannot act; nothing changes.
+            UserError: the plug-in was removed, or does not fit the model any more. Nothing changes.
         """
         with CHANGING:
             off = [(model, part) for model, part in self._on if not part.enabled]
@@ -165,10 +170,10 @@ class PlugInHandle(Generic[C, A]):
             _each(off, _enable)
 
     def disable(self) -> None:
-        """Give the stock model back, bit by bit, until `enable`.
+        """Switch the plug-in off until `enable`: outputs are bitwise those of the stock model.
 
         Raises:
-            UserError: it was removed, or cannot be taken off one of the transformers; nothing changes.
+            UserError: the plug-in was removed, or cannot be switched off on one of the transformers. Nothing changes.
         """
         with CHANGING:
             _each(self._on, lambda model, part: part.disable(model))
@@ -177,11 +182,12 @@ class PlugInHandle(Generic[C, A]):
         """Change the settings.
 
         Args:
-            config: all of them; None keeps the present ones.
-            changes: fields of the settings to change.
+            config: the new settings; None starts from the present settings.
+            changes: fields to change in these settings.
 
         Raises:
-            UserError: it was removed, settings that are wrong or another plug-in's, an unknown field; nothing changes.
+            UserError: the plug-in was removed, the settings are invalid or belong to another plug-in, or a field is
+                unknown. Nothing changes.
         """
         known = self.config_class.__dataclass_fields__
         if unknown := sorted(changes.keys() - known.keys()):
@@ -195,14 +201,15 @@ class PlugInHandle(Generic[C, A]):
             _each(on, lambda model, part: part.configure(model, new))
 
     def completed(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Return the changes with those that follow from them: fields that exclude each other, say."""
+        """Return the changes plus the changes that they imply, for instance where two fields exclude each other."""
         return changes
 
     def remove(self) -> None:
-        """Take it off: the model is as before, bit by bit.
+        """Remove the plug-in: outputs are bitwise those of the model without it.
 
         Raises:
-            UserError: it was removed already, or cannot be taken off one of the transformers; nothing changes then.
+            UserError: the plug-in was already removed, or cannot be removed from one of the transformers. Nothing
+                changes.
         """
         with CHANGING:
             _each(self._on, lambda model, part: part.remove(model))
@@ -210,7 +217,7 @@ class PlugInHandle(Generic[C, A]):
 
 
 def _each(parts: Sequence[tuple[nn.Module, A]], change: Callable[[nn.Module, A], None]) -> None:
-    """Change what stands on every transformer of a pipeline; where one refuses, on none."""
+    """Change the plug-in on every given transformer; if one change fails, undo the others."""
     with ExitStack() as undo:
         for model, part in parts:
             bring_back = part.snapshot()
@@ -220,12 +227,12 @@ def _each(parts: Sequence[tuple[nn.Module, A]], change: Callable[[nn.Module, A],
 
 
 def _enable(model: nn.Module, part: AttachedPlugIn[Any]) -> None:
-    part.configure(model, part.config)  # layers may have come or gone since
+    part.configure(model, part.config)  # layers may have been added or removed since `disable`
     part.enable(model)
 
 
 def is_off(setting: Any) -> bool:
-    """Whether a setting of one call switches a plug-in off: False or 0. None, which leaves it as it is, does not."""
+    """Whether the value of a per-call argument switches a plug-in off: True for False and 0, but not for None."""
     return isinstance(setting, Number) and not setting
 
 
@@ -233,18 +240,18 @@ def is_off(setting: Any) -> bool:
 def set_for_call(
     model: nn.Module, name: str, config: Any | None, make: Callable[[nn.Module, Any], AttachedPlugIn[Any]]
 ) -> Iterator[None]:
-    """Set a plug-in on a transformer for the calls in a block; afterwards it is as it was before.
+    """Set a plug-in on a transformer for the calls inside a `with` block and restore the previous state afterwards.
 
-    What is removed within the block stays removed.
+    A plug-in that is removed inside the block stays removed.
 
     Args:
         model: the transformer.
-        name: of the plug-in.
-        config: settings; None is off.
-        make: checks the settings, and returns what is installed where it is not on yet.
+        name: name of the plug-in.
+        config: the settings; None switches the plug-in off.
+        make: checks the settings and returns the plug-in object for a transformer that has none yet.
 
     Raises:
-        UserError: settings that are wrong, or a model that it does not know; nothing changes.
+        UserError: invalid settings, or a model that the plug-in does not support. Nothing changes.
     """
     with CHANGING:
         found: AttachedPlugIn[Any] | None = installed(model).plug_ins.get(name)

@@ -1,4 +1,4 @@
-"""HunyuanVideo: text-to-video, with a distilled guidance that the network is told."""
+"""The denoiser of HunyuanVideo: text-to-video; the network receives its distilled guidance scale as an input."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
 
     Args:
         pipe: the pipeline.
-        max_sequence_length: tokens of a prompt, the template left out.
-        embedded_guidance: strength of the distilled guidance; the `guidance` of `predict` is true guidance on top.
+        max_sequence_length: number of tokens of a prompt, without the tokens of the prompt template.
+        embedded_guidance: scale of the distilled guidance, an input of the network. The `guidance` of `predict` is
+            classifier-free guidance in addition.
     """
 
     per_row = ("pooled", "mask")
@@ -28,28 +29,28 @@ class HunyuanVideoDenoiser(PipelineDenoiser):
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """What height, width and frames - 1 must divide by."""
+        """Numbers of which height, width and frames - 1 must be multiples."""
         side = math.lcm(16, self.pipe.vae_scale_factor_spatial * self.model.config.patch_size)
         return side, side, self.pipe.vae_scale_factor_temporal
 
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
+        """Return the shape (C, T, H, W) of the latents of one sample."""
         space, frames = self.pipe.vae_scale_factor_spatial, (num_frames - 1) // self.pipe.vae_scale_factor_temporal
         return self.model.config.in_channels, frames + 1, height // space, width // space
 
     def start_sigmas(self, num_steps: int) -> Tensor:
-        """Return the levels that the scheduler shifts."""
+        """Return the (num_steps,) noise levels that the pipeline passes to the scheduler, float64, before shifting."""
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Encode texts: the encoding, the pooled one of CLIP, and the mask of the tokens."""
+        """Encode prompts: returns token embeddings, the pooled CLIP embedding, and the mask of the tokens."""
         encoded: tuple[Tensor, ...] = self.pipe.encode_prompt(
             prompt=prompts, max_sequence_length=self.max_sequence_length, device=self.model.device
         )
         return encoded
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call the network."""
+        """Call the network; see `PipelineDenoiser.forward`."""
         guidance = torch.full((len(x),), self.embedded_guidance * 1000.0, dtype=x.dtype, device=x.device)
         output: Tensor = network(
             hidden_states=x,

@@ -1,4 +1,8 @@
-"""What postgen has put on a model, kept on the model itself: a deep copy carries its own, and nothing is saved."""
+"""The record of what postgen has installed on a model.
+
+The record is an attribute of the model itself: a deep copy of the model carries its own record, and `save_pretrained`
+does not save it.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +23,27 @@ _ATTRIBUTE = "_postgen_installed"
 
 
 class PlugIn(Protocol):
-    """What a method leaves on a transformer."""
+    """What every method's object on a transformer must provide."""
 
     def describe(self) -> str:
-        """Say in one line what is on and how it is set."""
+        """Return one line for `postgen.summary`: whether the plug-in is on, and its settings."""
 
 
 @dataclass(slots=True)
 class Installed:
-    """Everything of ours on one transformer."""
+    """Everything that postgen has installed on one transformer."""
 
     stack: ProcessorStack | None = None
-    """Who computes its attention, and what is wrapped around it."""
+    """The methods that compute or wrap its attention; None before the first one."""
     plug_ins: dict[str, Any] = field(default_factory=dict)
-    """`PlugIn` objects by the name of their method, in the order they were applied."""
+    """`PlugIn` objects by the name of their method, in the order in which they were applied."""
 
 
 def installed(transformer: nn.Module) -> Installed:
-    """Return the record of a transformer (DDP, peft, compile wrappers are looked through), an empty one at first."""
+    """Return the record of a transformer; the first call makes an empty record.
+
+    The record of a model that is wrapped by DDP, peft or `torch.compile` is that of the model inside.
+    """
     model = unwrap(transformer)
     found: Installed | None = model.__dict__.get(_ATTRIBUTE)
     if found is None:
@@ -46,17 +53,22 @@ def installed(transformer: nn.Module) -> Installed:
 
 
 def moved_by(module: nn.Module) -> str | None:
-    """Name the hook of accelerate that brings a module to another device for each call (offloading); None: none."""
+    """Return the name of the accelerate hook that moves a module to another device for each call (offloading).
+
+    Returns:
+        None where the module has no such hook.
+    """
     hook = module_hooks(module, itself=True)
     return hook if hook is not None and hook.startswith("accelerate") else None
 
 
 def computes_on(model: nn.Module, inputs: Iterable[Any] = ()) -> torch.device:
-    """Return the device that a model computes on, which offloading keeps its weights away from between calls.
+    """Return the device that a model computes on; the weights of an offloaded model are elsewhere between calls.
 
     Args:
-        model: with parameters.
-        inputs: arguments of the call under way, if there is one: of offloaded groups of layers nothing else tells it.
+        model: the model; it has parameters.
+        inputs: arguments of the present call, if there is one. Under group offloading, only the devices of these
+            arguments show where the model computes.
     """
     import torch
 
@@ -68,7 +80,10 @@ def computes_on(model: nn.Module, inputs: Iterable[Any] = ()) -> torch.device:
 
 
 def processor_stack(transformer: nn.Module) -> ProcessorStack:
-    """Return the stack of a transformer (DDP, peft, compile wrappers are looked through), an empty one at first."""
+    """Return the processor stack of a transformer; the first call makes an empty stack.
+
+    The stack of a model that is wrapped by DDP, peft or `torch.compile` is that of the model inside.
+    """
     found = installed(transformer)
     if found.stack is None:
         found.stack = ProcessorStack(unwrap(transformer))
@@ -76,9 +91,10 @@ def processor_stack(transformer: nn.Module) -> ProcessorStack:
 
 
 def living(hooks: Iterable[RemovableHandle]) -> list[RemovableHandle]:
-    """Return the handles of hooks on modules that are still there: torch can neither copy nor pickle the others.
+    """Return the handles of hooks whose modules still exist: torch can neither copy nor pickle the other handles.
 
-    A block that is copied without its transformer takes along what is on it, and that has handles of the transformer.
+    Dead handles appear when a block is copied without its transformer: the plug-in objects on the block are copied
+    with it, and they hold handles of hooks on the transformer.
     """
     return [hook for hook in hooks if hook.hooks_dict_ref() is not None]
 
@@ -86,10 +102,10 @@ def living(hooks: Iterable[RemovableHandle]) -> list[RemovableHandle]:
 def transformers_of(target: Any) -> dict[str, nn.Module]:
     """Return the transformers of a pipeline by component name, or a bare transformer under the name "".
 
-    One that stands in a pipeline twice comes once, under its first name.
+    A transformer that is two components of the pipeline is returned once, under its first name.
 
     Raises:
-        UserError: neither a pipeline with a transformer nor a module.
+        UserError: `target` is neither a pipeline with a transformer nor a module.
     """
     from torch import nn
 
@@ -98,7 +114,7 @@ def transformers_of(target: Any) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     components = getattr(target, "components", {})
     if isinstance(target, type) or not isinstance(components, Mapping):
-        raise UserError("a class was given: give a diffusers video pipeline that is loaded, or its transformer")
+        raise UserError("got a class: give a loaded diffusers video pipeline, or its transformer")
     for name, module in components.items():
         if name.startswith("transformer") and isinstance(module, nn.Module):
             inner = unwrap(module)

@@ -1,4 +1,4 @@
-"""Measured time of a transformer's forward by size, kept as a table per device.
+"""Measured time of a transformer's forward pass by video size: one table per device.
 
 table = measure_latency(pipe.transformer, [(33, 480, 832), (81, 480, 832)])
 table.save(Path("h100.json"))
@@ -31,7 +31,7 @@ from postgen.files import replacing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """One measured size."""
+    """The measurement of one video size: frames, height and width in pixels."""
 
     num_frames: int
     height: int
@@ -39,24 +39,28 @@ class Latency:
     tokens: int
     """Video tokens of one clip."""
     seconds: float
-    """Median of one forward of the whole batch."""
+    """Median time of one forward pass of the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """What was measured, of what and where."""
+    """The times of forward passes at several video sizes, with the model, device and settings of the measurement."""
 
     transformer: str
-    """Class name."""
+    """Class name of the transformer."""
     device: str
+    """Name of the GPU, or the machine type and number of threads of the CPU."""
     dtype: str
     torch: str
-    """Version."""
+    """Version of torch."""
     batch: int
+    """Clips in a forward pass."""
     text_tokens: int
+    """Text tokens of each clip."""
     repeats: int
+    """Timed forward passes at each size."""
     rows: tuple[Latency, ...]
-    """By tokens, ascending."""
+    """Sorted by tokens, ascending."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: row.tokens)))
@@ -64,18 +68,18 @@ class LatencyTable:
             raise UserError("a latency table needs at least one measured size")
 
     def seconds(self, tokens: int) -> float:
-        """Return the time of a forward, on the straight line between the two sizes next to it.
+        """Return the time of a forward pass, interpolated linearly between the two nearest measured sizes.
 
-        Sizes with equally many tokens count as one, their mean.
+        Sizes with the same number of tokens count as one size, whose time is their mean.
 
         Raises:
-            UserError: fewer or more tokens than were measured.
+            UserError: `tokens` is below the smallest or above the largest measured number.
         """
         places = sorted({row.tokens for row in self.rows})
         if not places[0] <= tokens <= places[-1]:
             raise UserError(
-                f"{tokens} tokens were not measured on {self.device}: the table goes from {places[0]} to {places[-1]};"
-                " measure a size beyond"
+                f"{tokens} tokens are outside the latency table of {self.device}, which covers {places[0]} to"
+                f" {places[-1]}: measure a size beyond these"
             )
         above = bisect.bisect_left(places, tokens)
         if places[above] == tokens:
@@ -88,24 +92,24 @@ class LatencyTable:
         return statistics.fmean(row.seconds for row in self.rows if row.tokens == tokens)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; an old file goes only when the new one is complete."""
+        """Write the table as JSON. An existing file is replaced only when the new file is complete."""
         text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
         with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
-        """Read what `save` wrote.
+        """Read a table that `save` wrote.
 
         Raises:
-            UserError: no such file, or it is no latency table.
+            UserError: the file does not exist, or is not a latency table.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             rows = tuple(Latency(**row) for row in content.pop("rows"))
             return cls(rows=rows, **content)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no latency table ({error}): write one with LatencyTable.save") from error
+            raise UserError(f"{path} is not a latency table ({error}): write one with LatencyTable.save") from error
 
 
 def measure_latency(
@@ -118,19 +122,20 @@ def measure_latency(
     repeats: int = 5,
     factors: tuple[int, int] | None = None,
 ) -> LatencyTable:
-    """Time the forward as the transformer stands: its device, its dtype, with everything that is installed on it.
+    """Time the forward pass of a transformer in its present state: device, dtype and all installed plug-ins.
 
     Args:
-        transformer: of a registered class, on the device to measure; it may be wrapped or compiled.
-        shapes: (num_frames, height, width) of clips in pixels.
-        text_tokens: of the prompt; None is what the pipeline pads to.
-        batch: clips in a forward.
-        warm_up: forwards before the timed ones, at each size.
-        repeats: timed forwards, whose median counts.
+        transformer: an instance of a registered class, on the device to measure. It may be wrapped or compiled.
+        shapes: (num_frames, height, width) of the clips, in pixels.
+        text_tokens: tokens of the prompt; None is the number that the pipeline pads to.
+        batch: clips in a forward pass.
+        warm_up: untimed forward passes before the timed ones, at each size; at least 0.
+        repeats: timed forward passes at each size, at least 1; the table holds their median.
         factors: as in `forward_cost`.
 
     Raises:
-        UserError: an unknown class, a size that it does not take, no shapes, or no repeats.
+        UserError: the class is unknown, it does not support one of the sizes, `shapes` is empty, or `repeats` or
+            `warm_up` is too small.
     """
     if repeats < 1 or warm_up < 0:
         raise UserError(f"repeats must be at least 1 and warm_up at least 0, got {repeats} and {warm_up}")
@@ -141,13 +146,14 @@ def measure_latency(
     rows, told = [], 0
     for shape in shapes:
         if len(shape) != 3:
-            raise UserError(f"a shape is (num_frames, height, width), got {shape}")
+            raise UserError(f"a shape must be (num_frames, height, width), got {shape}")
+        # The same forward arguments as in a call of the pipeline, with tensors of this size.
         size = latent_size(kind, model.config, *shape, text_tokens=text_tokens, batch=batch, factors=factors, **place)
         told = size.text_tokens
         arguments = call_arguments(kind, model.config, size)
         grid = grid_of_call(model, arguments)
         if grid is None:
-            raise UserError(f"{kind} does not tell its tokens at {shape}")
+            raise UserError(f"the number of video tokens of {kind} at {shape} is unknown: it cannot be timed by size")
         seconds = _median_seconds(partial(transformer, **arguments), weight.device, warm_up, repeats)
         frames, height, width = shape
         rows.append(Latency(num_frames=frames, height=height, width=width, tokens=grid.tokens, seconds=seconds))

@@ -1,7 +1,8 @@
-"""Colours of latents without decoding them: a linear map that is fitted to the autoencoder, for previews.
+"""Previews of latents without decoding: a linear map from latents to RGB colours, fitted to the autoencoder.
 
-One matrix product a frame, where a decode takes as long as several denoising steps. Shapes and colours are right,
-details are not there: one pixel for each latent, 8 x 8 pixels of the video in most models.
+A preview costs one matrix product per frame, while decoding takes as long as several denoising steps. Shapes and
+colours are right, but details are missing: a preview has one pixel per latent pixel, which is 8 x 8 pixels of the
+video in most models.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from postgen.families.streaming import denormalised
 from postgen.families.streams import DECODERS
 
 _SIDE, _FRAMES = 12, 3
-"""Rows and columns, and frames, of the random latents that are decoded for the first fit."""
+"""Height and width, and number of frames, of the random latents that are decoded for the first fit."""
 _CONTRAST = 0.12
-"""Standard deviation of the colours of an ordinary clip. Those of random latents are nearly grey."""
+"""Standard deviation of the colours of an ordinary clip. Decoded random latents are nearly grey."""
 _FIRST_WEIGHT = 0.05
-"""Of that fit beside what is learnt of a real clip: random latents look like no video."""
+"""Weight of the first fit relative to a real clip. It is small because random latents do not look like a video."""
 _FADE = 0.5
-"""What is left of older clips when another one is learnt of."""
+"""Factor on the weight of older clips whenever a new clip is added to the fit."""
 
 
 class LatentColours:
-    """Latents of one autoencoder -> colours.
+    """The linear map from the latents of one autoencoder to colours.
 
     Args:
-        vae: an autoencoder of `DECODERS`.
-        device: where it computes.
+        vae: an autoencoder whose class is in `DECODERS`.
+        device: the device on which the autoencoder computes; None is the device of its weights.
     """
 
     def __init__(self, vae: Any, device: torch.device | str | None = None) -> None:
@@ -43,15 +44,19 @@ class LatentColours:
         self._targets = torch.zeros(channels + 1, 3, dtype=torch.float64)
         self._map = torch.zeros(channels + 1, 3)
         self.learnt = False
-        """Whether a finished clip was learnt of: before, light and dark are right, and colours are not."""
+        """Whether the map was fitted to a finished clip; before that, brightness is right and colours are wrong."""
         self._begin(vae, vae.device if device is None else torch.device(device))
 
     def fits(self, latents: Tensor) -> bool:
-        """Whether latents have the shape of this autoencoder's: (1, C, t, h, w), or (1, t, C, h, w) for CogVideoX."""
+        """Whether latents have the shape of this autoencoder: (1, C, t, h, w), or (1, t, C, h, w) for CogVideoX."""
         return latents.ndim == 5 and latents.shape[2 if self.time_first else 1] == self.channels
 
     def clip(self, latents: Tensor) -> Tensor:
-        """Return a small clip (t, 3, h, w) in [0, 1], float32 on the CPU, of latents that fit; grey before `learn`."""
+        """Return the preview of latents: a clip (t, 3, h, w) in [0, 1], float32 on the CPU; grey before `learn`.
+
+        Args:
+            latents: latents for which `fits` returns True.
+        """
         rows = self._rows(latents)
         colours = rows.float().cpu() @ self._map
         frames, height, width = self._sizes(latents)
@@ -60,11 +65,13 @@ class LatentColours:
         return colours.view(frames, height, width, 3).permute(0, 3, 1, 2).clamp(0, 1)
 
     def learn(self, latents: Tensor, clip: Tensor) -> None:
-        """Fit the map to a finished clip too; later clips count more.
+        """Add a finished clip to the fit. Later clips have more weight.
+
+        Nothing changes if the clip has one latent frame, or if its frames do not match the latent frames.
 
         Args:
-            latents: that fit, of the clip.
-            clip: (F, 3, H, W) in [0, 1].
+            latents: latents of the clip, for which `fits` returns True.
+            clip: the decoded clip, (F, 3, H, W) in [0, 1].
         """
         frames, height, width = self._sizes(latents)
         if frames < 2 or (len(clip) - 1) % (frames - 1):
@@ -76,7 +83,7 @@ class LatentColours:
         self.learnt = True
 
     def _begin(self, vae: Any, device: torch.device) -> None:
-        """Fit the map to what the autoencoder makes of random latents."""
+        """Fit the map to decoded random latents, with the contrast of an ordinary clip."""
         generator = torch.Generator().manual_seed(0)
         latents = torch.randn(1, self.channels, _FRAMES, _SIDE, _SIDE, generator=generator).to(device, vae.dtype)
         with torch.no_grad():
@@ -87,7 +94,7 @@ class LatentColours:
         self.learnt = False
         shown = self._rows(latents).cpu() @ self._map
         gain = _CONTRAST / float((shown - shown.mean(0)).std().clamp(min=1e-4))
-        # The targets of the fit, further from their mean, which the row of the constant holds.
+        # Raise the contrast: move the targets away from their mean, which is in the row of the constant input.
         mean = self._targets[-1:] / self._products[-1:, -1:]
         constant = self._products[:, -1:] * mean
         self._targets = constant + gain * (self._targets - constant)
@@ -102,12 +109,12 @@ class LatentColours:
         self._fit()
 
     def _fit(self) -> None:
-        # A little towards zero: a clip of few colours leaves directions without a word.
+        # Ridge regression: a clip with few colours does not determine all directions of the map.
         ridge = 1e-3 * self._products.diagonal().mean() * torch.eye(len(self._products), dtype=torch.float64)
         self._map = torch.linalg.solve(self._products + ridge, self._targets).float()
 
     def _rows(self, latents: Tensor) -> Tensor:
-        """Return (t h w, C + 1): latents, and a one."""
+        """Return the inputs of the map, (t h w, C + 1) float32: the channels of each latent pixel and a constant 1."""
         last = latents[0].movedim(1 if self.time_first else 0, -1).reshape(-1, self.channels)
         return functional.pad(last.float(), (0, 1), value=1.0)
 
@@ -120,9 +127,9 @@ _known: WeakKeyDictionary[Any, LatentColours] = WeakKeyDictionary()
 
 
 def latent_colours(pipe: Any) -> LatentColours | None:
-    """Return the map of a pipeline's autoencoder, made once for each; None for an autoencoder that is not known here.
+    """Return the map for a pipeline's autoencoder, or None if the class of the autoencoder is not in `DECODERS`.
 
-    Making it decodes a few small frames.
+    The first call for an autoencoder makes the map, for which it decodes a few small frames.
     """
     vae = getattr(pipe, "vae", None)
     if type(vae).__name__ not in DECODERS:

@@ -1,4 +1,4 @@
-"""What a method must know of a transformer class: one frozen row per class, of parts that not every class has."""
+"""What a method must know about a transformer class: one frozen `Layout` per class, with some optional parts."""
 
 from __future__ import annotations
 
@@ -18,59 +18,62 @@ if TYPE_CHECKING:
     from postgen.families.denoiser import Denoiser
 
 TimestepShape = Literal["B", "BT", "B1T11", "BL"]
-"""One timestep per sample (B,), per latent frame (B, T) or (B, 1, T, 1, 1), or per token (B, T*H*W)."""
+"""Shape of `timestep`: one per sample (B,), per latent frame (B, T) or (B, 1, T, 1, 1), or per token (B, T*H*W)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """How a transformer class is called: latents, timestep, the encoding of a text, and the rest."""
+    """The forward arguments of a transformer class: latents, timestep, text embeddings, and the extra arguments."""
 
     extras: str | Extras = "nothing"
-    """`extras(config, size)` gives the rest by name; or the name of a function of `families.call_extras`."""
+    """Function `extras(config, size)` that returns the extra arguments by name, or the name of such a function in
+    `families.call_extras`."""
     text_tokens: int = 512
-    """Tokens of a prompt that the pipeline pads to by default."""
+    """Number of text tokens that the pipeline pads to by default."""
     text_width: str | None = "text_dim"
-    """Field of the config that tells the width of the text; None: it takes no text."""
+    """Field of the transformer's config with the width of the text embeddings; None: the class takes no text."""
     time: int = 4
-    """Frames that its autoencoder puts into a latent frame; 1 for pictures."""
+    """Frames per latent frame in the autoencoder; 1 for pictures."""
     space: int = 8
-    """Pixels a side that its autoencoder puts into a latent pixel."""
+    """Pixels per latent pixel in the autoencoder, along one side."""
     more_frames: int = 0
-    """Latent frames of references that stand beside those of the clip."""
+    """Latent frames of reference pictures, in addition to those of the clip."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """One row. Every class has blocks; what else methods need is a part of its own, missing where a class has none.
+    """The description of one transformer class. Every class has blocks; the other parts are None where it has none.
 
-    What needs torch is named as `module:NAME` and imported when it is asked for, so that the rows are light.
+    Objects that need torch are given as text, `module:NAME`, and imported on first use, so that importing the layouts
+    stays fast.
     """
 
     transformer: str
-    """Class name in diffusers (or of the third party that registers the row); UNets count."""
+    """Class name of the transformer or UNet, in diffusers or in the package that registers the layout."""
     blocks: Blocks
     """The repeated blocks, in the order in which they run."""
     timestep_shapes: tuple[TimestepShape, ...] = ("B",)
-    """Shapes of `timestep` that forward accepts."""
+    """Shapes of `timestep` that the forward method accepts."""
     video: VideoTokens | None = None
-    """Where the tokens of a video are inside self-attention; None: no softmax over its frames.
-    Ask `postgen.families.video_tokens_of`, which says why."""
+    """Positions of the video tokens in self-attention; None: no softmax attention runs over the frames.
+    Call `postgen.families.video_tokens_of` to get them, or an error that gives the reason."""
     image: VideoTokens | None = None
-    """Where the tokens of a picture are, of a class that makes pictures; None: it has not been described, or there is
-    no softmax over them. Ask `postgen.families.tokens_of`, which also gives those of a video."""
+    """Positions of the tokens of a picture, for a class that makes pictures; None: there is no description of them, or
+    no softmax attention over them. Call `postgen.families.tokens_of`, which returns video tokens as well."""
     call: Call | None = None
-    """How it is called, for counting and timing a forward; every row with tokens of a video or picture says it."""
+    """The forward arguments, to count and time a forward pass. Every layout with `video` or `image` has them."""
     attention: str | AttentionAnatomy | None = None
-    """How its self-attention is computed, or where that is. Ask `postgen.families.attention.attention_of`."""
+    """The computation of self-attention, or its place as `module:NAME`. Call
+    `postgen.families.attention.attention_of`."""
     denoisers: Mapping[str, str | Callable[[Any], Denoiser]] = field(default_factory=dict)
-    """What makes the denoiser of a pipeline, or where that is, by the name of the pipeline's class.
-    Ask `postgen.families.denoiser_for`."""
+    """Pipeline class name -> the function that makes its denoiser, or the function's place as `module:NAME`.
+    Call `postgen.families.denoiser_for`."""
 
     def block_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
-        """Return the repeated blocks by name, in the order in which they run.
+        """Return the repeated blocks by module name, in the order in which they run.
 
         Raises:
-            UserError: none matches; the model's structure is not what the row says.
+            UserError: no module matches, because the structure of the model differs from this layout.
         """
         return {block.name: block.module for block in self.blocks.find(transformer)}
 
@@ -86,7 +89,13 @@ def video_row(
     denoisers: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> Layout:
-    """Return the row of a video transformer whose tokens are as usual but for some changes."""
+    """Return the layout of a video transformer.
+
+    Args:
+        usual: video tokens of a similar class.
+        transformer, blocks, call, timestep_shapes, attention, denoisers: fields of `Layout`.
+        changes: fields of `VideoTokens` in which this class differs from `usual`.
+    """
     return Layout(
         transformer=transformer,
         blocks=blocks,
@@ -99,7 +108,7 @@ def video_row(
 
 
 def found(place: Any) -> Any:
-    """Return what a row names as `module:NAME`, importing the module; what is no text is returned as it is."""
+    """Import and return the object at `module:NAME`; return any other object than a text unchanged."""
     if not isinstance(place, str):
         return place
     module, name = place.split(":")

@@ -1,8 +1,9 @@
-"""Denoisers of networks that may predict the variance of a reverse step too: DiT, PixArt.
+"""Base of the denoisers of networks that may also predict the variance of a reverse step: DiT, PixArt.
 
-Their last layer then has twice the channels: noise, then v. Between timestep t and the one before, log variance is
-f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (arXiv:2102.09672, eq. 15). Samplers here and the pipelines of
-diffusers leave v out; it is what distillation of such a network has to match as well.
+The last layer of such a network has twice as many channels: the noise, then v. The log variance of the step from
+timestep t to the previous timestep is f log beta_t + (1 - f) log beta~_t with f = (v + 1) / 2 (arXiv:2102.09672,
+eq. 15). The samplers of postgen and the pipelines of diffusers ignore v. Distillation of such a network has to match v
+as well.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from postgen.families.denoiser import Condition
 
 
 class LearnedVarianceDenoiser(AlphaBarDenoiser):
-    """Base of the denoisers of such networks, a `VarianceDenoiser`. `forward` returns all channels."""
+    """Base class of these denoisers, a `VarianceDenoiser`. Its `forward` returns all channels, v included."""
 
     @property
     def predicts_variance(self) -> bool:
-        """Whether this network has channels of v."""
+        """Whether the output of this network has channels for v."""
         config = self.model.config
         return bool(config.out_channels == 2 * config.in_channels)
 
     def guided(self, name: str, x: Tensor, timestep: Tensor, condition: Condition, guidance: float) -> Tensor:
-        """Call the network, with guidance twice, and leave v out."""
+        """Return the prediction without v; with guidance above 1 the network runs two forward passes."""
         return super().guided(name, x, timestep, condition, guidance)[:, : x.shape[1]]
 
     def predict_with_variance(
         self, x: Tensor, sigma: Tensor, condition: Condition, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Return the prediction of `predict` and v beside it. See `VarianceDenoiser`.
+        """Return the prediction of `predict`, and v of the pass with the prompt. See `VarianceDenoiser`.
 
         Raises:
-            UserError: as `predict`, or `predicts_variance` is False.
+            UserError: as in `predict`, or `predicts_variance` is False.
         """
         if not self.predicts_variance:
             raise UserError(

@@ -1,10 +1,11 @@
-"""The one place where linear layers of a model are replaced: low precision, quantised and sparse layers come in here.
+"""Replacement of the linear layers of a model, for instance by low-precision, quantised or sparse layers.
 
     handle = replace_linears(pipe.transformer, lambda name, linear: Float8Linear(linear), owner="fp8")
-    handle.remove()  # the very same layers as before
+    handle.remove()  # the model has its old layer objects again
 
-A replaced layer stands in the module tree where the old one stood, so `state_dict` and `save_pretrained` see what the
-replacement defines. What cannot be replaced without going wrong silently is refused, with the layer and the reason.
+A replacement takes the place of the old layer in the module tree, so `state_dict` and `save_pretrained` contain the
+parameters of the replacement. If replacing a layer would silently give wrong results, an error names the layer and the
+reason.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from postgen.families.installed import installed
 from postgen.families.linear_checks import check_layers, check_wrappers
 
 Role = Literal["attention", "feed_forward", "modulation", "other"]
-"""What a layer serves: projections of an attention, a feed-forward, scales and shifts, or anything else."""
+"""Purpose of a layer: attention projection, feed-forward network, scale and shift, or anything else."""
 
 Make = Callable[[str, nn.Linear], nn.Module | None]
-"""(name, layer) -> what takes its place, on the same device; None leaves it."""
+"""(name, layer) -> the replacement, on the same device, or None to keep the layer."""
 
 Originals = Literal["here", "cpu", "dropped"]
-"""Where the replaced layers wait: as they are, in main memory, or nowhere (then nothing can be taken off)."""
+"""What happens to the old layers: they stay on their device, move to the CPU, or are dropped. Dropped layers cannot be
+put back."""
 
 _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ("modulation", re.compile(r".*(norm|modulation|adaln|ada_ln|scale_shift|_gate).*")),
@@ -40,12 +42,12 @@ _IN_SINGLE_BLOCKS = re.compile(r"single_transformer_blocks\.\d+\.proj_(mlp|out)"
 
 
 def role_of(name: str) -> Role:
-    """Tell the role of a layer from its name; the outermost part of it that says something decides.
+    """Return the role of a layer by its name: the first part of the dotted name that matches a role decides.
 
     >>> role_of("blocks.0.attn1.to_out.0"), role_of("transformer_blocks.3.norm1.linear"), role_of("patch_embedding")
     ('attention', 'modulation', 'other')
     """
-    # Single-stream blocks put feed-forward and output of the attention into one layer.
+    # In single-stream blocks, one layer holds the feed-forward network and the output projection of attention.
     if _IN_SINGLE_BLOCKS.fullmatch(name):
         return "feed_forward"
     for part in name.split("."):
@@ -58,17 +60,20 @@ def role_of(name: str) -> Role:
 def find_linears(
     model: nn.Module, *, roles: Collection[Role] = ("attention", "feed_forward"), pattern: str | None = None
 ) -> dict[str, nn.Linear]:
-    """Return linear layers of a model by name. Where peft wrapped one, it is the layer inside, under the outer name.
+    """Return linear layers of a model by name.
+
+    For a layer that peft has wrapped, the result has the base layer, under the name of the wrapper.
 
     Args:
         model: a transformer, which may be wrapped (peft, compiled).
         roles: which layers of the repeated blocks: one or several of "attention" (its projections),
-            "feed_forward", "modulation" and "other".
-        pattern: instead of that, the layers anywhere whose name this matches in full: for any class of model.
+            "feed_forward", "modulation" and "other". Needs a class with a layout.
+        pattern: a regular expression, used instead of `roles`: the result has all layers of the model whose full name
+            matches. Works with any class.
 
     Raises:
-        UserError: a class without a layout and no pattern, an unknown role, no module, a wrong pattern, or
-            nothing is found.
+        UserError: `model` is not a module, its class has no layout and there is no pattern, a role is unknown, the
+            pattern is invalid, or no layer is found.
     """
     inner = _module(model)
     wanted = _selection(inner, roles, pattern)
@@ -85,16 +90,16 @@ def find_linears(
 
 @dataclass
 class _Replaced:
-    """What is left on the model: it is copied and pickled with it."""
+    """The record of one owner's replacements, kept on the model: it is copied and pickled with the model."""
 
     owner: str
     originals: dict[str, nn.Linear]
     replacements: dict[str, nn.Module]
     kept: Originals
     shared: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Parameters that a replacement took over from its layer, by the layer's name: they are one object in both."""
+    """Layer name -> names of the parameters that the old layer and its replacement share as the same objects."""
     visible: bool = True
-    """Whether `postgen.summary` shows it; a plug-in that says more about its layers does so itself."""
+    """Whether `postgen.summary` shows this record. A plug-in that prints its own line about its layers hides it."""
 
     def describe(self) -> str:
         kinds = sorted({type(module).__name__ for module in self.replacements.values()})
@@ -102,7 +107,7 @@ class _Replaced:
 
 
 class LinearsHandle:
-    """Replaced layers as they stand in a model. Get it from `replace_linears` or `replaced_linears`."""
+    """The replaced layers of one owner in a model. Get a handle from `replace_linears` or `replaced_linears`."""
 
     def __init__(self, model: nn.Module, record: _Replaced) -> None:
         self._model = model
@@ -110,44 +115,44 @@ class LinearsHandle:
 
     @property
     def owner(self) -> str:
-        """Who replaced them."""
+        """Name of the owner that replaced the layers."""
         return self._known().owner
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What stands in the model now, by the name of the layer."""
+        """The replacements by layer name."""
         return dict(self._known().replacements)
 
     def remove(self) -> None:
-        """Put the old layers back: the same objects with the same parameters and hooks, on the device of the new ones.
+        """Put the old layers back: the same objects with the same parameters and hooks, on the replacements' device.
 
-        LoRA that was put around a replaced layer meanwhile is put around the old one.
+        A LoRA layer that was put around a replacement afterwards wraps the old layer after the removal.
 
         Raises:
-            UserError: removed already, the old layers were dropped, somebody took a new layer out of the model, or
-                changed what is inside one (another owner, LoRA fused into it) or fused it with others. Nothing
-                changes then.
+            UserError: the layers were already put back or were dropped, a replacement is not in the model any more,
+                another owner replaced a layer inside a replacement, LoRA is fused into a replacement, or a replacement
+                is fused with other projections. Nothing changes.
         """
         self.remove_some(self._known().replacements)
 
     def remove_some(self, names: Collection[str]) -> None:
-        """Put some of the old layers back, as `remove` does; with the last of them it is removed.
+        """Put some of the old layers back, as `remove` does. The record ends when no replacement is left.
 
         Args:
-            names: of layers that it replaced.
+            names: names of replaced layers.
 
         Raises:
-            UserError: as `remove`; nothing changes then.
+            UserError: as in `remove`. Nothing changes.
         """
         record = self._known()
         if record.kept == "dropped":
-            raise UserError(f"{record.owner} dropped the layers it replaced: load the model again")
+            raise UserError(f"{record.owner} dropped the old layers, so they cannot be put back: load the model again")
         going = {name: record.replacements[name] for name in names}
         places = _places(self._model, going)
         if lost := [name for name in going if name not in places]:
             raise UserError(
-                f"{len(lost)} layers of {record.owner} are no longer in the model, the first is {lost[0]}: undo what"
-                " replaced them before"
+                f"{len(lost)} layers of {record.owner} are no longer in the model, the first is {lost[0]}: first put"
+                " them back where they were replaced"
             )
         _check_removal(self._model, record, places)
         for name, new in going.items():
@@ -158,20 +163,20 @@ class LinearsHandle:
             self._record = None
 
     def replace_more(self, make: Make, *, pattern: str) -> None:
-        """Replace further layers; those that are replaced stay as they are.
+        """Replace more layers of the model and keep the present replacements.
 
         Args:
             make: as in `replace_linears`.
             pattern: as in `find_linears`.
 
         Raises:
-            UserError: as `replace_linears`; nothing changes then.
+            UserError: as in `replace_linears`. Nothing changes.
         """
         record = self._known()
         _fill(self._model, record, make, (), pattern)
 
     def _known(self) -> _Replaced:
-        # Another handle may have put them back.
+        # Another handle of the same owner may have put the layers back.
         record = self._record
         if record is None or all(each is not record for each in installed(self._model).plug_ins.values()):
             raise UserError("these layers were put back: replace them again")
@@ -188,30 +193,30 @@ def replace_linears(
     originals: Originals = "here",
     shown: bool = True,
 ) -> LinearsHandle:
-    """Put other modules in the place of linear layers.
+    """Replace linear layers of a model by other modules.
 
-    Everything is checked before `make` is called for the first time; if `make` fails, the layers made so far are put
-    back, unless they are to be dropped.
+    All layers are checked before the first call of `make`. If `make` raises, the layers replaced so far are put back,
+    unless `originals` is "dropped".
 
     Args:
         model: a transformer, which may be wrapped (peft, compiled).
-        make: makes one replacement.
-        owner: who asks, a word for messages and `postgen.summary`.
+        make: returns the replacement of one layer.
+        owner: name of the method that replaces the layers, for messages and `postgen.summary`.
         roles: as in `find_linears`.
         pattern: as in `find_linears`.
-        originals: where the old layers wait.
-        shown: whether `postgen.summary` has a line about them.
+        originals: what happens to the old layers, see `Originals`.
+        shown: whether `postgen.summary` prints a line about these layers.
 
     Raises:
-        UserError: a layer that cannot be replaced safely, named with the reason; nothing to replace; `make` gave
-            something that is no new module.
+        UserError: a layer cannot be replaced safely (the message names the layer and the reason), the owner has
+            already replaced layers, there is nothing to replace, or `make` did not return a new module or None.
     """
     inner = _module(model)
     if originals not in get_args(Originals):
         raise UserError(f"originals is {originals!r}. Allowed: {', '.join(get_args(Originals))}")
     plug_ins = installed(inner).plug_ins
     if _key(owner) in plug_ins:
-        raise UserError(f"{owner} has replaced linear layers of this model already: remove them first")
+        raise UserError(f"{owner} has replaced linear layers of this model already: remove its layers first")
     check_wrappers(model)
     record = _Replaced(owner, {}, {}, originals, visible=shown)
     plug_ins[_key(owner)] = record
@@ -225,7 +230,7 @@ def replace_linears(
 
 
 def replaced_linears(model: nn.Module) -> dict[str, LinearsHandle]:
-    """Return a handle for every owner that replaced layers of a model; a deep copy of a model has its own."""
+    """Return a handle for every owner that replaced layers of a model. A deep copy of a model has its own records."""
     inner = _module(model)
     records = [found for found in installed(inner).plug_ins.values() if isinstance(found, _Replaced)]
     return {record.owner: LinearsHandle(inner, record) for record in records}
@@ -234,7 +239,8 @@ def replaced_linears(model: nn.Module) -> dict[str, LinearsHandle]:
 def _module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"linear layers are replaced in a module, got {type(model).__name__}: give pipe.transformer, say"
+            f"linear layers can be replaced in a torch module only, got {type(model).__name__}: give for instance"
+            " pipe.transformer"
         )
     return unwrap(model)
 
@@ -242,7 +248,7 @@ def _module(model: Any) -> nn.Module:
 def _selection(model: nn.Module, roles: Collection[Role], pattern: str | None) -> Callable[[str], bool]:
     if pattern is not None:
         if reason := why_no_pattern(pattern):
-            raise UserError(f"pattern {shown(pattern)} is no regular expression: {reason}")
+            raise UserError(f"pattern {shown(pattern)} is not a regular expression: {reason}")
         full = re.compile(pattern)
         return lambda name: full.fullmatch(name) is not None
     wanted = {roles} if isinstance(roles, str) else set(roles)
@@ -257,7 +263,7 @@ def _key(owner: str) -> str:
 
 
 def _fill(model: nn.Module, record: _Replaced, make: Make, roles: Collection[Role], pattern: str | None) -> None:
-    """Replace layers and write them down; what fails leaves those that stood before."""
+    """Replace layers and add them to the record. On an error, the layers of this call are put back."""
     _check_claims(model, record.owner, roles, pattern)
     layers = find_linears(model, roles=roles, pattern=pattern)
     check_layers(model, layers)
@@ -268,7 +274,7 @@ def _fill(model: nn.Module, record: _Replaced, make: Make, roles: Collection[Rol
             new = make(name, linear)
             if new is not None and id(new) in known:
                 raise UserError(
-                    f"{record.owner} made a module for {name} that the model has already: make one for each layer"
+                    f"{record.owner} made a module for {name} that the model already has: make one for each layer"
                 )
             _replace(places[name], record, name, linear, new)
             known.add(id(new))
@@ -285,7 +291,7 @@ def _replace(place: tuple[nn.Module, str], record: _Replaced, name: str, linear:
     if new is None:
         return
     if not isinstance(new, nn.Module) or new is linear:
-        raise UserError(f"{record.owner} made {type(new).__name__} for {name}: a new torch module is needed, or None")
+        raise UserError(f"{record.owner} made {type(new).__name__} for {name}: make a new torch module, or None")
     new.train(linear.training)
     setattr(*place, new)
     record.replacements[name] = new
@@ -294,13 +300,13 @@ def _replace(place: tuple[nn.Module, str], record: _Replaced, name: str, linear:
     record.originals[name] = linear
     taken = dict(new.named_parameters(recurse=False))
     record.shared[name] = tuple(key for key, each in linear.named_parameters() if taken.get(key) is each)
-    # A wrapper may go on using the layer itself.
+    # A replacement that wraps the old layer still needs its weight on the device.
     if record.kept == "cpu" and not any(part is linear.weight for part in new.parameters()):
         linear.to("cpu")
 
 
 def _put_back(place: tuple[nn.Module, str], original: nn.Linear, new: nn.Module, shared: tuple[str, ...]) -> None:
-    for key in shared:  # perhaps other objects by now: load_state_dict(assign=True)
+    for key in shared:  # load_state_dict(assign=True) may have exchanged the parameter objects since
         setattr(original, key, getattr(new, key))
     device = next((tensor.device for tensor in (*new.parameters(), *new.buffers())), original.weight.device)
     if original.weight.device != device:
@@ -310,7 +316,7 @@ def _put_back(place: tuple[nn.Module, str], original: nn.Linear, new: nn.Module,
 
 
 def _places(model: nn.Module, wanted: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """Find modules wherever they are by now: (parent, name of the child) by the key of `wanted`."""
+    """Return the present places of modules in the model: key of `wanted` -> (parent module, name of the child)."""
     keys = {id(module): key for key, module in wanted.items()}
     return {
         keys[id(child)]: (parent, name)
@@ -321,31 +327,31 @@ def _places(model: nn.Module, wanted: Mapping[str, nn.Module]) -> dict[str, tupl
 
 
 def _check_removal(model: nn.Module, record: _Replaced, places: Mapping[str, tuple[nn.Module, str]]) -> None:
-    """Refuse to lose what others did to the new layers since."""
+    """Refuse a removal that would lose changes which others have made to the replacements."""
     fused = [module for module in model.modules() if getattr(module, "fused_projections", False)]
     copied = {id(inside) for module in fused for inside in module.modules()}
     for name in places:
         new = record.replacements[name]
-        # Merged, LoRA is in the weight of the new layer, and would later be subtracted from the old one: unless both
-        # have one weight.
+        # A merged LoRA is part of the replacement's weight. Unmerging would later subtract it from the old layer,
+        # which is right only if both layers share one weight.
         merged = getattr(places[name][0], "merged", False) and places[name][1] == "base_layer"
         if merged and "weight" not in record.shared[name]:
-            raise UserError(f"LoRA is fused into {name} of {record.owner}: unfuse or unload it before taking that off")
+            raise UserError(f"LoRA is fused into {name} of {record.owner}: unfuse or unload it before the removal")
         if id(new) in copied:
             raise UserError(
-                f"the projections are fused from {name} of {record.owner}, and would go on computing with it:"
+                f"{name} of {record.owner} is part of fused projections, which would still compute with it: call"
                 " unfuse_qkv_projections() first"
             )
         if hooks := module_hooks(new, itself=True):
-            raise UserError(f"{hooks} is on {name} of {record.owner}: switch offloading off before taking that off")
+            raise UserError(f"{hooks} is on {name} of {record.owner}: switch offloading off before the removal")
         inside = {id(module) for module in new.modules()}
         for other in replaced_linears(model).values():
             if other.owner != record.owner and any(id(module) in inside for module in other.modules.values()):
-                raise UserError(f"{other.owner} replaced what is inside {name}: remove it before {record.owner}")
+                raise UserError(f"{other.owner} replaced a layer inside {name}: remove it before {record.owner}")
 
 
 def _is_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a layer belongs to peft: something inside a wrapped layer that is not the layer itself."""
+    """Whether a layer belongs to peft: it is inside a peft wrapper, but is not the wrapper's base layer."""
     parents = name.split(".")
     return any(
         hasattr(model.get_submodule(".".join(parents[:count])), "base_layer") and parents[count] != "base_layer"
@@ -354,9 +360,9 @@ def _is_adapter(model: nn.Module, name: str) -> bool:
 
 
 def _check_claims(model: nn.Module, owner: str, roles: Collection[Role], pattern: str | None) -> None:
-    """Refuse what another owner holds, also where what stands there now is no linear layer."""
+    """Refuse layers that another owner has replaced, also if the replacement is not an `nn.Linear`."""
     wanted = _selection(model, roles, pattern)
     for found in replaced_linears(model).values():
         for name in found.modules:
             if wanted(name):
-                raise UserError(f"{name} is replaced by {found.owner} already: remove that before {owner}")
+                raise UserError(f"{name} is already replaced by {found.owner}: remove its layers before {owner}")

@@ -1,4 +1,4 @@
-"""Which linear layers of a model cannot be replaced, and why: what would go wrong silently is refused."""
+"""Checks of the linear layers to replace: a layer whose replacement would silently give wrong results is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from postgen.errors import UserError
 
 
 def check_wrappers(model: nn.Module) -> None:
-    """Refuse a model that is wrapped for several processes.
+    """Refuse a model that is wrapped for several processes (DDP, FSDP).
 
     Raises:
-        UserError: it names the wrapper.
+        UserError: the model is wrapped; the message names the wrapper.
     """
     from torch import distributed
 
@@ -31,10 +31,14 @@ def check_wrappers(model: nn.Module) -> None:
 
 
 def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    """Refuse layers that something else than the layer itself computes with, or that compute something else.
+    """Refuse layers whose weights are also used elsewhere, and layers that do not compute exactly as `nn.Linear` does.
+
+    Args:
+        model: the model with the layers.
+        layers: layer name -> layer.
 
     Raises:
-        UserError: it names the layer and the reason.
+        UserError: a layer cannot be replaced; the message names the layer and the reason.
     """
     users: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -49,9 +53,9 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
 
 def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, list[str]]) -> Iterator[str]:
     if type(linear) is not nn.Linear:
-        yield f"it is a {type(linear).__name__}, which may compute something else or be read by others"
+        yield f"it is a {type(linear).__name__}, not an nn.Linear: it may compute differently, or others may read it"
     elif type(linear.weight) is not nn.Parameter or type(linear.weight.data) is not Tensor:
-        yield f"its weight is a {type(linear.weight.data).__name__}: sharded or quantised already"
+        yield f"its weight is a {type(linear.weight.data).__name__}: it is already sharded or quantised"
     elif linear.weight.is_meta or linear.weight.shape != (linear.out_features, linear.in_features):
         yield "its weight is not in memory: load the model and switch offloading off first"
     for parameter in linear.parameters():
@@ -61,7 +65,7 @@ def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, l
         yield f"it is the same layer as {same[1]}"
     hooks = [*linear._forward_hooks, *linear._forward_pre_hooks, *linear._backward_hooks]
     if hooks:
-        yield f"{len(hooks)} hooks on it would not run any more: remove them first"
+        yield f"{len(hooks)} hooks on it would not run after the replacement: remove them first"
 
 
 def _problems_around(model: nn.Module, name: str) -> Iterator[str]:
@@ -69,8 +73,8 @@ def _problems_around(model: nn.Module, name: str) -> Iterator[str]:
     around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
     for module in around:
         if hooks := module_hooks(module, itself=module is around[-1]):
-            yield f"{hooks} would lose it: replace linear layers before switching that on"
+            yield f"{hooks} would lose the layer: replace linear layers before switching that on"
     if problem := lora_base_problem(around[-2]):
         yield problem
     if any(getattr(module, "fused_projections", False) for module in around[:-1]):
-        yield "the projections are fused, so some are not called: unfuse_qkv_projections() first"
+        yield "the projections are fused, so some are not called: call unfuse_qkv_projections() first"

@@ -1,4 +1,4 @@
-"""What is known of a pipeline that somebody has loaded, as `inspect_model` knows it of a folder."""
+"""Defaults and allowed sizes of a pipeline in memory, as `inspect_model` returns them for a model folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from postgen.families.video_calls import ROWS, rate_of, sizes_of
 
 
 def defaults_of(pipe: Any) -> Defaults:
-    """Return the playback rate of a pipeline's family, or what `postgen.json` of the folder it came from says.
+    """Return the defaults from the `postgen.json` of the folder that a pipeline was loaded from.
+
+    Without such an entry, the playback rate is that of the pipeline's family, and the other fields keep the defaults
+    of `Defaults`.
 
     Args:
-        pipe: a pipeline; sizes are left to the user, but where that file names some.
+        pipe: a loaded pipeline.
 
     Raises:
         UserError: the file is damaged.
@@ -25,13 +28,13 @@ def defaults_of(pipe: Any) -> Defaults:
 
 
 def sizes_of_pipeline(pipe: Any) -> tuple[int, int, int] | None:
-    """Return what height, width and frames - 1 must divide by; None where that is not known."""
+    """Return the numbers of which height, width and frames - 1 must be multiples; None if they are not known."""
     vae = getattr(pipe, "vae", None)
     return sizes_of(_name(pipe), {"_class_name": type(vae).__name__, **_config(vae)}, _network(pipe))
 
 
 def _name(pipe: Any) -> str:
-    """The first of a pipeline's classes that has a row: there are subclasses of users' own."""
+    """Return the name of the first class in the pipeline's MRO that has a row: users may define subclasses."""
     names = [kind.__name__ for kind in type(pipe).__mro__]
     return next((name for name in names if name in ROWS), names[0])
 

@@ -1,4 +1,4 @@
-"""Know a model from its small files before it is loaded, then load it."""
+"""Read the facts of a model from its small files without loading weights (`inspect_model`), and load the model."""
 
 from __future__ import annotations
 
@@ -32,66 +32,67 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-# Copied by hand from the pipelines' signatures: reading them there would cost seconds of import.
+# Copied from the signatures of the pipelines: to read them from diffusers would cost seconds of import.
 _WAN_ARGUMENTS = frozenset(
     {"prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps", "guidance_scale"}
 ) | {"callback_on_step_end"}
 RATES = ("frame_rate", "fps")
-"""Names under which a call takes the rate at which its clip is going to play."""
+"""Names of the call argument with the playback rate of the clip, in frames per second."""
 _ARGUMENTS = _WAN_ARGUMENTS | {"true_cfg_scale", *RATES}
 
 
 _WAN_DEFAULTS = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
-# Pipelines whose rules we know from their configuration alone.
+# Pipelines whose facts follow from their configuration files, without an import of diffusers. Value: takes an image.
 _WAN_PIPELINES = {"WanPipeline": False, "WanImageToVideoPipeline": True}
-# Where the first latent frame may be given, with a timestep of its own, one set of weights serves both pipelines.
+# Text-to-video pipeline -> image-to-video pipeline for the same weights. It needs a network that accepts the first
+# latent frame with a timestep of its own.
 _CONTINUES = {"WanPipeline": "WanImageToVideoPipeline"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What is known of a model before its weights are read."""
+    """What the small files of a model tell about it before its weights are read."""
 
     source: str
-    """What `from_pretrained` is given: a folder or a hub id."""
+    """Folder or hub id, the argument of `from_pretrained`."""
     pipeline: str
     """Class name of the pipeline."""
     takes_image: bool
-    """Whether a first frame is an input."""
+    """Whether the pipeline accepts a first frame."""
     arguments: frozenset[str]
-    """Names of the settings that its call accepts and its network gets."""
+    """Names of the settings that the pipeline's call accepts and the network uses."""
     defaults: Defaults
-    """What holds where the user says nothing."""
+    """Values of settings that the user does not give."""
     multiples: tuple[int, int, int] | None
-    """What height, width and frames - 1 must divide by; None where only the pipeline knows."""
+    """Numbers of which height, width and frames - 1 must be multiples; None if only the pipeline knows them."""
     least_steps: int = 1
-    """Fewest denoising steps that it can make."""
+    """Smallest number of denoising steps that the scheduler supports."""
     call_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of its call, by name of a setting."""
+    """Name of a setting -> its default value in the signature of the call."""
     needs_image: bool = False
-    """Whether it makes nothing without a first frame."""
+    """Whether the pipeline requires a first frame."""
     needs_others: tuple[str, ...] = ()
-    """Further inputs that its call must have."""
+    """Other required arguments of the call, besides the prompt and the image."""
     transformer: str | None = None
-    """Class name of the transformer; None where the pipeline has none."""
+    """Class name of the transformer; None if the pipeline has none."""
     experts: bool = False
-    """Whether two networks share the noise levels (Wan2.2-A14B)."""
+    """Whether two networks share the noise levels, as in Wan2.2-A14B."""
     full_precision: tuple[str, ...] = ()
-    """Components that stay in float32, whatever the dtype."""
+    """Components that stay in float32 with every `dtype`."""
     closed_vocabulary: tuple[str, ...] = ()
-    """Example prompts of a model whose tokenizer knows some words and no other, as `postgen.json` says; else empty."""
+    """Example prompts from `postgen.json`, for a model whose tokenizer knows a fixed list of words; else empty."""
     image_pipeline: str | None = None
-    """Class of the pipeline in which the same weights continue a first frame; None where there is none.
+    """Class name of the pipeline that continues a first frame with the same weights; None if there is no such class.
 
-    A text-to-video folder has one if its `model_index.json` says `expand_timesteps` (Wan2.2-TI2V-5B), or its
-    `postgen.json` says `image_to_video`."""
+    A text-to-video folder has one if `expand_timesteps` is true in its `model_index.json` (Wan2.2-TI2V-5B), or
+    `image_to_video` is true in its `postgen.json`."""
     expands_timesteps: bool = False
-    """Whether `pipeline` is that class."""
+    """Whether `pipeline` is such an image pipeline for a text-to-video folder."""
     parts: tuple[tuple[str, str], ...] = ()
-    """Components that come from elsewhere, an export, and what their `from_pretrained` is given."""
+    """(component, folder or hub id to load it from) for the networks of an export; see `families.exports`."""
 
     def with_image(self) -> ModelFacts:
-        """The facts of the pipeline that takes a first frame: these, or those of `image_pipeline`."""
+        """Return the facts of the pipeline that takes a first frame: these facts, or those of `image_pipeline`."""
         if self.takes_image or self.image_pipeline is None:
             return self
         return replace(
@@ -104,29 +105,29 @@ class ModelFacts:
         )
 
     def default(self, name: str) -> Any:
-        """Return what a setting is where the user says nothing: the folder's word, else the call's; None: neither."""
+        """Return the default of a setting: from `defaults`, else from the call; None if neither has it."""
         value = getattr(self.defaults, name, None)
         return self.call_defaults.get(name) if value is None else value
 
     def check_size(self, num_frames: int | None, height: int | None, width: int | None) -> None:
-        """Refuse sizes that the model cannot make.
+        """Refuse video sizes that the model cannot make.
 
         Raises:
-            UserError: names the nearest allowed ones.
+            UserError: a size is not allowed; the message names the nearest allowed sizes.
         """
         if self.multiples is not None:
             check_size(num_frames, height, width, *self.multiples)
 
 
 def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
-    """Read the small files of a model, a local diffusers folder or a hub id; no weights are touched.
+    """Read the small files of a model and return its facts, without reading weights.
 
     Args:
-        model: the folder or id; also an export of trained networks (`postgen.families.exports`).
-        images: whether a pipeline that makes pictures will do.
+        model: a local diffusers folder, a hub id, or an export of trained networks (`postgen.families.exports`).
+        images: whether pipelines that make pictures are allowed as well.
 
     Raises:
-        UserError: no such model, no pipeline in the folder, not a video pipeline, a damaged file.
+        UserError: the model does not exist, is not a pipeline, makes no videos, or one of its files is damaged.
     """
     folder, source = small_files(str(model))
     if not (folder / "model_index.json").is_file():
@@ -135,10 +136,11 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     own, examples, continues = own_words(folder / "postgen.json")
     if continues and pipeline not in _CONTINUES:
         known = ", ".join(_CONTINUES)
-        raise UserError(f"{folder / 'postgen.json'}: image_to_video holds for {known}, and this is a {pipeline}")
+        raise UserError(f"{folder / 'postgen.json'}: image_to_video is allowed for {known} only, not for {pipeline}")
     network = optional(folder / "transformer" / "config.json") or optional(folder / "unet" / "config.json")
     own = {"fps": rate_of(pipeline, index, network), **own}
     transformer = class_of(index, "transformer", "transformer_2")
+    # The facts of Wan follow from its config files. Other pipelines need an import of diffusers, for the signature.
     if pipeline in _WAN_PIPELINES:
         if transformer is None:
             raise UserError(f"{folder / 'model_index.json'} names no transformer, which a {pipeline} needs")
@@ -150,7 +152,7 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
             arguments=_WAN_ARGUMENTS,
             defaults=Defaults(**{**_WAN_DEFAULTS, **own}),
             multiples=wan_multiples(folder),
-            full_precision=("vae",),  # its decoder loses detail in half precision
+            full_precision=("vae",),  # the decoder loses detail in half precision
             image_pipeline=_CONTINUES.get(pipeline) if continues or index.get("expand_timesteps") is True else None,
         )
     else:
@@ -165,14 +167,14 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
 
 
 def _inspect_export(folder: Path, source: str, model: str, images: bool) -> ModelFacts:
-    """Return the facts of the model to which the networks of an export belong."""
+    """Return the facts of an export: those of its base model, with the exported networks as `parts`."""
     export = read_note(folder)
     if export is None:
         raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json{hint(folder, model)}")
     try:
         inner = small_files(export.base)[0]
         if (inner / NOTE).is_file() and not (inner / "model_index.json").is_file():
-            raise UserError("that is an export itself, name the whole model there")
+            raise UserError("that model is itself an export, name the whole model there")
         facts = inspect_model(export.base, images=images)
     except UserError as error:
         raise UserError(f"{model} is an export of {export.base}, which {folder / NOTE} names: {error}") from error
@@ -182,11 +184,11 @@ def _inspect_export(folder: Path, source: str, model: str, images: bool) -> Mode
 def _facts_of_call(
     folder: Path, source: str, pipeline: str, network: Mapping[str, Any], defaults: Defaults, images: bool
 ) -> ModelFacts:
-    """Return what the signature of a pipeline's call and its row say."""
+    """Return the facts that follow from the signature of a pipeline's call and from the pipeline's row."""
     call = _call(pipeline, source, images)
     arguments = _ARGUMENTS & call.keys()
     if "true_cfg_scale" in call and network.get("guidance_embeds") is False:
-        arguments -= {"guidance_scale"}  # the pipeline takes it, the network does not
+        arguments -= {"guidance_scale"}  # the pipeline accepts it, but the network has no input for it
     required = [name for name, value in call.items() if value is inspect.Parameter.empty]
     return ModelFacts(
         source=source,
@@ -202,20 +204,20 @@ def _facts_of_call(
 
 
 def check_device_name(device: str) -> None:
-    """Hold the name of a device to `DEVICES` and cuda:N, whatever there is here.
+    """Refuse a device name that is neither in `DEVICES` nor cuda:N. The device need not exist on this machine.
 
     Raises:
-        UserError: another name.
+        UserError: the name is unknown.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", device):
         raise UserError(f"unknown device {shown(device)}. Known: {', '.join(DEVICES)}, cuda:N")
 
 
 def check_device(device: str) -> str:
-    """Return the device that `device` (one of `DEVICES`, or cuda:N) stands for on this machine.
+    """Return the torch device name for `device`, one of `DEVICES` or cuda:N, on this machine.
 
     Raises:
-        UserError: it is not there.
+        UserError: the name is unknown, or the machine has no such device.
     """
     import torch
 
@@ -225,11 +227,11 @@ def check_device(device: str) -> str:
     check_device_name(device)
     kind, _, index = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch finds no CUDA GPU here: use --device cpu or auto")
+        raise UserError("the device is cuda, but torch finds no CUDA GPU on this machine: use --device cpu or auto")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"there is no {device}: torch finds {torch.cuda.device_count()} CUDA GPU(s)")
+        raise UserError(f"there is no device {device}: torch finds {torch.cuda.device_count()} CUDA GPU(s)")
     if kind == "mps" and not mps:
-        raise UserError("device mps was asked for, but torch finds none here: use --device cpu or auto")
+        raise UserError("the device is mps, but torch finds none on this machine: use --device cpu or auto")
     return device
 
 
@@ -244,15 +246,18 @@ def load_pipeline(
     """Load the pipeline of a model onto a device.
 
     Args:
-        facts: from `inspect_model`.
-        dtype: one of `DTYPES`; `auto` is what the model's `postgen.json` says, else bfloat16 on CUDA and float32
-            elsewhere.
+        facts: the result of `inspect_model`.
+        dtype: one of `DTYPES`; `auto` is the dtype in the model's `postgen.json`, or else bfloat16 on CUDA and
+            float32 on other devices.
         device: one of `DEVICES`, or cuda:N.
-        offload: one of `OFFLOADS`, as of `place_weights`.
-        before_placing: called with the pipeline while its weights are on the CPU: for what changes its structure.
+        offload: one of `OFFLOADS`, as in `place_weights`.
+        before_placing: called with the pipeline while its weights are on the CPU, to change the pipeline's structure.
+
+    Returns:
+        The diffusers pipeline.
 
     Raises:
-        UserError: no such device, offload without a GPU, files that cannot be loaded.
+        UserError: the device does not exist, `offload` needs a GPU, or the files cannot be loaded.
     """
     import diffusers
 
@@ -264,19 +269,21 @@ def load_pipeline(
         loader: Any = diffusers.DiffusionPipeline
         options: dict[str, Any] = {}
         if facts.expands_timesteps:
-            # The folder names the class that takes text alone.
+            # The folder names the text-to-video class, so the image-to-video class must be called by its name.
             loader, options = getattr(diffusers, facts.pipeline), {"expand_timesteps": True}
         dtypes = _dtypes(facts, dtype, place)
+        # Networks that diffusers cannot load from the folder: those of an export, and those with a note of postgen.
         parts = {name: load_part(source, name, dtypes.get(name, dtypes["default"])) for name, source in facts.parts}
         parts |= noted_networks(Path(facts.source), lambda name: dtypes.get(name, dtypes["default"]), parts)
         if parts:
-            # DiffusionPipeline itself ignores a part that the class calls optional, as Wan's its transformer.
+            # DiffusionPipeline.from_pretrained ignores given components that the class lists as optional, such as the
+            # transformer of Wan, so the pipeline class itself loads.
             loader, options = getattr(diffusers, facts.pipeline), options | parts
         with foreign_weights_refused(facts.source), random_weights_told(facts.source):
             pipe = loader.from_pretrained(facts.source, dtype=dtypes, **options)
     except UserError:
         raise
-    except Exception as error:  # diffusers, transformers and safetensors raise all kinds
+    except Exception as error:  # diffusers, transformers and safetensors raise many types of errors
         raise UserError(f"cannot load {facts.source} as {facts.pipeline}: {_reason(error)}") from error
     check_whole(pipe, ", ".join(dict.fromkeys([facts.source, *(source for _, source in facts.parts)])))
     if before_placing is not None:
@@ -286,15 +293,15 @@ def load_pipeline(
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error of a library means here: Python's own say nothing of the folder."""
+    """Return the reason for a message about an error of a library; Python's own error types need an explanation."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, TypeError | AttributeError | ArithmeticError | LookupError | AssertionError):
-        return f"its files do not belong together, or say what no such model has ({type(error).__name__}: {text})"
+        return f"its files do not fit together or contain invalid values ({type(error).__name__}: {text})"
     return text or type(error).__name__
 
 
 def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]:
-    """Name the dtype of every component: left to itself, diffusers loads text encoders in the dtype of their file."""
+    """Return the dtype of every component; without it, diffusers loads text encoders in the dtype of their files."""
     import torch
 
     if dtype == "auto":
@@ -306,14 +313,14 @@ def _dtypes(facts: ModelFacts, dtype: str, place: str) -> dict[str, torch.dtype]
 
 
 def _call(pipeline: str, source: str, images: bool) -> dict[str, Any]:
-    """Return the parameters of a pipeline's call with their defaults; those without are `inspect.Parameter.empty`."""
+    """Return the parameters of a pipeline's call with their defaults; `inspect.Parameter.empty` means no default."""
     import diffusers
 
     kind = getattr(diffusers, pipeline, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise UserError(
-            f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} lacks: "
-            "name the model that it was made from, or load it in Python by its own class"
+            f"{source} holds a {pipeline}, which the installed diffusers {diffusers.__version__} does not have: "
+            "give the model that it was made from, or load it in Python with its own class"
         )
     parameters = inspect.signature(kind.__call__).parameters.values()
     call = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}

@@ -1,4 +1,4 @@
-"""Load LoRA files into a pipeline and refuse those that would not do what they say; write them."""
+"""Load LoRA files into a pipeline, and write them. A file that cannot be applied completely is refused."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 _NETWORK = re.compile(r"(transformer|transformer_2)=(.*)", re.DOTALL)
 LARGEST = 1000.0
-"""Scale of a LoRA, either sign: beyond it nothing is left of the model, and soon no finite number."""
+"""Largest absolute scale of a LoRA. A larger scale destroys the model, and values soon become infinite."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraChoice:
-    """A LoRA as it is asked for."""
+    """One LoRA that the user chose: its place, its scale, and the network that it is for."""
 
     path: str
     """File, folder or hub id."""
     scale: float = 1.0
+    """Factor on the change of the weights, from -1000 to 1000."""
     network: str | None = None
-    """The one of two networks that it is for."""
+    """`transformer` or `transformer_2`, in a pipeline with two networks; None: not given."""
 
     def __str__(self) -> str:
         short = f"{self.scale:g}"
@@ -37,10 +38,12 @@ class LoraChoice:
 
 
 def parse_lora(text: str) -> LoraChoice:
-    """Split `[NETWORK=]PATH[:scale]`; the scale is 1 where none is given, NETWORK transformer or transformer_2.
+    """Parse the text `[NETWORK=]PATH[:SCALE]` of `--lora`.
+
+    NETWORK is transformer or transformer_2. SCALE is from -1000 to 1000 and defaults to 1.
 
     Raises:
-        UserError: a scale that is not finite or too large.
+        UserError: PATH is empty or not a valid name, or SCALE is not finite or too large.
 
     >>> parse_lora("transformer_2=style.safetensors:0.5")
     LoraChoice(path='style.safetensors', scale=0.5, network='transformer_2')
@@ -51,7 +54,7 @@ def parse_lora(text: str) -> LoraChoice:
     try:
         scale = float(number) if colon else 1.0
     except ValueError:
-        path, colon, scale = "", "", 1.0  # the colon belongs to the path
+        path, colon, scale = "", "", 1.0  # the text after the colon is not a number, so the colon is part of the path
     check_name(path if colon else rest, f"the LoRA {shown(text)}")
     if not math.isfinite(scale) or abs(scale) > LARGEST:
         raise UserError(f"the scale of the LoRA {path} is {cut(number)}, it must be from -{LARGEST:g} to {LARGEST:g}")
@@ -59,10 +62,13 @@ def parse_lora(text: str) -> LoraChoice:
 
 
 def check_lora(text: str) -> None:
-    """Look into a LoRA file without loading a model. A hub id (owner/name) is left to the load.
+    """Check a LoRA file without loading a model. A hub id (owner/name) is not checked before the model is loaded.
+
+    Args:
+        text: as in `parse_lora`.
 
     Raises:
-        UserError: no such file, not safetensors, nothing of LoRA in it, values that are not finite.
+        UserError: the file does not exist, is not safetensors, contains no LoRA, or contains NaN or infinity.
     """
     from .lora_file import find_loras, open_lora
 
@@ -74,23 +80,23 @@ def check_lora(text: str) -> None:
 
 
 def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) -> None:
-    """Load LoRA files, each `[NETWORK=]PATH[:scale]`, and switch all of them on together, as `lora0`, `lora1`, ...
+    """Load LoRA files as adapters `lora0`, `lora1`, ... and activate all of them together.
 
-    All that a file holds is applied. Differences of norms and tables, which no adapter can hold, are added to the
-    weights for good.
+    Everything in a file is applied. Differences of norms and tables, which an adapter cannot hold, are added to the
+    weights of the pipeline permanently.
 
     Args:
         pipe: the pipeline.
-        loras: the files.
-        adapters_only: whether to refuse such differences.
+        loras: texts as in `parse_lora`, `[NETWORK=]PATH[:SCALE]`.
+        adapters_only: whether to refuse files with such differences.
 
     Raises:
-        UserError: the pipeline takes none, a file is for another model, or some of its tensors cannot be applied.
+        UserError: the pipeline supports no LoRA, a file is for another model, or some tensors cannot be applied.
     """
     if not loras:
         return
     if not hasattr(pipe, "load_lora_weights"):
-        raise UserError(f"{type(pipe).__name__} takes no LoRA: leave --lora out")
+        raise UserError(f"{type(pipe).__name__} supports no LoRA: leave --lora out")
     from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 
     from .lora_load import load_one
@@ -100,14 +106,14 @@ def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) 
         scales[f"lora{number}"] = choice.scale
         for network, path in _files(pipe, choice).items():
             load_one(pipe, network, path, f"lora{number}", choice.scale, adapters_only)
-    # Every component: a pipeline's own `set_adapters` passes over most text encoders.
+    # Set the scales in every component: the `set_adapters` of a pipeline skips most text encoders.
     for part in pipe.components.values():
         if names := [name for name in scales if name in (getattr(part, "peft_config", None) or {})]:
             set_weights_and_activate_adapters(part, names, [scales[name] for name in names])
 
 
 def networks_of(pipe: Any) -> list[str]:
-    """Return the components that LoRA files are for: one, or the two experts."""
+    """Return the names of the networks that LoRA changes: the transformer, both experts of Wan 2.2, or the UNet."""
     from .lora_file import EXPERTS
 
     if getattr(pipe, "transformer_2", None) is not None:
@@ -116,16 +122,18 @@ def networks_of(pipe: Any) -> list[str]:
 
 
 def _files(pipe: Any, choice: LoraChoice) -> dict[str, Path]:
-    """Return the files of a LoRA by the network that each is for.
+    """Return network name -> LoRA file.
 
     Raises:
-        UserError: it is not said for which, or the pipeline has no such network.
+        UserError: the pipeline has two networks and the network of the file is unknown, or the pipeline has no such
+            network.
     """
     from .lora_file import find_loras, open_lora
 
     path = Path(choice.path).expanduser()
     found = find_loras(_downloaded(choice.path) if not path.exists() and _is_hub_id(choice.path) else path)
     networks = networks_of(pipe)
+    # The user's choice comes first, then the only network, then the note of the file, then the names of the folders.
     if choice.network is not None and len(found) == 1:
         found = dict.fromkeys([choice.network], next(iter(found.values())))
     elif choice.network is not None:
@@ -136,20 +144,22 @@ def _files(pipe: Any, choice: LoraChoice) -> dict[str, Path]:
         network = open_lora(found[None]).note.get("network")
         if network not in networks:
             raise UserError(
-                f"{type(pipe).__name__} here has two transformers, and the LoRA {choice.path} does not say which it is"
-                f" for: give it as {networks[0]}={choice.path} (noisy steps) or {networks[1]}={choice.path}"
+                f"this {type(pipe).__name__} has two transformers, and the LoRA {choice.path} does not name its one:"
+                f" give it as {networks[0]}={choice.path} (high noise) or {networks[1]}={choice.path}"
             )
         return {network: found[None]}
     if missing := [str(network) for network in found if network not in networks]:
-        raise UserError(f"the LoRA {choice.path} is for {', '.join(missing)}, this {type(pipe).__name__} has none")
+        raise UserError(
+            f"the LoRA {choice.path} is for {', '.join(missing)}, which this {type(pipe).__name__} does not have"
+        )
     return {str(network): file for network, file in found.items()}
 
 
 def _downloaded(name: str) -> Path:
-    """Return the file of a LoRA on the hub.
+    """Download a LoRA from the hub and return the local file.
 
     Raises:
-        UserError: it cannot be had, or the repository has several.
+        UserError: the download fails, or the repository has several LoRA files.
     """
     from huggingface_hub import hf_hub_download, list_repo_files
 
@@ -160,25 +170,28 @@ def _downloaded(name: str) -> Path:
         if WEIGHTS not in files and len(files) != 1:
             raise UserError(
                 f"the LoRA {name} has {len(files)} .safetensors files on the hub ({', '.join(files[:3])}): download"
-                " the one that you want and give its path"
+                " one of them and give its path"
             )
         return Path(hf_hub_download(name, WEIGHTS if WEIGHTS in files else files[0]))
     except UserError:
         raise
-    except Exception as error:  # the hub raises all kinds
+    except Exception as error:  # the hub's library raises many types of errors
         raise UserError(f"cannot load the LoRA {name}: {first_line(error)}") from error
 
 
 def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
-    """Write the LoRA of one component as its pipeline does, with rank and alpha in the file, and a note beside it.
+    """Write the LoRA of one component with the pipeline's `save_lora_weights`, and the note `lora.json` beside it.
+
+    The metadata of the file contain rank and alpha.
 
     Args:
         pipe: the pipeline.
-        folder: where to; the file is `pytorch_lora_weights.safetensors`.
-        name: of the component; a second expert is written under the name of the first, as diffusers loads it.
+        folder: the output folder; the file is `pytorch_lora_weights.safetensors`.
+        name: name of the component. The keys of a second expert have the prefix of the first, as diffusers loads them.
         module: the component.
-        adapter: name of its adapter.
-        state: its complete adapter weights by parameter name, where the module holds only shards.
+        adapter: name of the adapter in the component.
+        state: the complete adapter weights by parameter name, if the module holds shards only; None takes the weights
+            of the module.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -193,10 +206,10 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     pipe.save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
     )
-    # For `postgen export-lora`: layers of different families have the same names.
+    # `postgen export-lora` needs the note, because layers of different families have the same names.
     kind = type(pipe).__name__
     note = {"pipeline": kind, "outputs": outputs_of(network_shapes(module), names_of(module))}
-    if len(networks_of(pipe)) > 1:  # one network's alone may go to either of two
+    if len(networks_of(pipe)) > 1:  # the layers do not show which of the two networks they belong to
         note["network"] = name
     (Path(folder) / NOTE).write_text(json.dumps(note) + "\n")
 

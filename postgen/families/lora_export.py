@@ -1,13 +1,13 @@
-"""Write a LoRA under the keys of ComfyUI, of kohya's tools or of diffusers; the changed weights stay the same.
+"""Convert a LoRA file to the keys of ComfyUI, of kohya's tools or of diffusers, without changing its effect.
 
-    diffusers  transformer.<diffusers' name>.lora_A.weight, .lora_B.weight, alpha in the metadata  (unet. of a UNet)
+    diffusers  transformer.<diffusers' name>.lora_A.weight, .lora_B.weight, alpha in the metadata  (UNet: unet.)
     comfyui    diffusion_model.<author's name>.lora_A.weight, .lora_B.weight        (Wan, HunyuanVideo, LTX)
                diffusion_model.<author's name>.lora_down.weight, .lora_up.weight, .alpha                 (FLUX)
     kohya      lora_unet_<author's name, dots as underscores>.lora_down.weight, .lora_up.weight, .alpha
 
-What the layers are called is in `postgen.families.lora_names`. Where the author's layer holds several of diffusers'
-(q, k and v in one), theirs become one LoRA of the sum of their ranks: A is stacked, B is block-diagonal, which changes
-the fused weight by exactly what the parts change theirs.
+"Author" means the authors of the model. `postgen.families.lora_names` has the names of the layers. Where one layer of
+the author is several layers of diffusers (for instance q, k and v), their LoRAs become one LoRA whose rank is the sum
+of their ranks: A is stacked and B is block-diagonal. The fused weight then changes by exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ Format = Literal["comfyui", "kohya", "diffusers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _WAN_MLPS = {1536: 8960, 3072: 14336, 5120: 13824}
-"""Width of Wan -> outputs of the first layer of its MLPs, of the models that are published."""
+"""Width of a published Wan model -> outputs of the first layer of its MLPs."""
 
 
 def export_lora(source: str | Path, target: str | Path, format: Format, family: str | None = None) -> list[str]:
-    """Write a LoRA under other keys and return the names of the layers written.
+    """Write a LoRA with the keys of another format and return the names of the written layers.
 
     Args:
-        source: a LoRA file under any of the keys, a folder with one (an export of a run, or the run's folder), or a
-            folder that peft has written.
-        target: the file to write; it ends in .safetensors.
+        source: a LoRA file in any of the formats, a folder with one such file (a run or its export), or a folder that
+            peft wrote.
+        target: the output file; the name must end in .safetensors.
         format: comfyui, kohya or diffusers.
-        family: a key of `NAMES`; none finds it from the note beside the LoRA, or from the names of its layers.
+        family: a key of `NAMES`; None takes the family from the note beside the LoRA or from the names of its layers.
 
     Raises:
-        UserError: nothing to read, an unknown format or family, layers that the family does not have or whose names
-            fit several families, what the format has no place for (DoRA, differences of biases).
+        UserError: the source cannot be read, the format or family is unknown, the family does not have some of the
+            layers, the layers fit several families, or the format cannot hold the file's DoRA magnitudes or
+            differences of biases.
     """
     if format not in FORMATS:
         raise UserError(f"format is {format!r}. Allowed: {', '.join(FORMATS)}")
     target = Path(target)
     if target.suffix != ".safetensors":
         raise UserError(f"a LoRA is written as .safetensors, got {target}")
+    # The family decides the names of the layers.
     file = open_lora(find_lora(Path(source).expanduser()))
     family = (_noted_family(file) or _guess(file)) if family is None else family
     if family not in NAMES:
@@ -66,10 +68,11 @@ def export_lora(source: str | Path, target: str | Path, format: Format, family: 
     if format == "diffusers":
         _write(target, *_as_diffusers(layers, "unet" if family == "stable_diffusion" else "transformer"), note)
         return list(layers)
+    # Programs read DoRA and differences of biases from these formats in different ways, or not at all.
     for what, key in (("DoRA", "magnitude"), ("differences of biases", "bias")):
         if having := [name for name, layer in layers.items() if getattr(layer, key) is not None]:
             raise UserError(
-                f"{file.path} has {what}, for which {format} has no place that is read alike everywhere:"
+                f"{file.path} has {what}, which programs read in different ways from {format} files:"
                 f" {shortened(having)}. Use --format diffusers"
             )
     renamed = rename(layers, names, f"{file.path} as {family}", file.note.get("outputs"))
@@ -80,28 +83,28 @@ def export_lora(source: str | Path, target: str | Path, format: Format, family: 
 
 
 def find_lora(path: Path) -> Path:
-    """Return the LoRA file that a path means.
+    """Return the one LoRA file at a path, a file or a folder.
 
     Raises:
-        UserError: there is none, or there are two.
+        UserError: there is no LoRA file, or the folder has one for each of two networks.
     """
     found = find_loras(path)
     if len(found) > 1:
         both = " or ".join(str(file.parent) for file in found.values())
-        raise UserError(f"{path} holds a LoRA of each of two networks: give {both}")
+        raise UserError(f"{path} holds a LoRA for each of two networks: give {both}")
     return next(iter(found.values()))
 
 
 def read_lora(path: Path, names: Names | None = None, family: str | None = None) -> dict[str, Layer]:
-    """Return the layers of a LoRA by diffusers' names, without the name of the network.
+    """Return the layers of a LoRA file by diffusers' layer names, without the prefix of the network.
 
     Args:
-        path: of the file.
-        names: of its family; none reads diffusers' own keys.
-        family: what the family is called in errors.
+        path: the file.
+        names: layer names of its family; None reads diffusers' keys only.
+        family: name of the family in error messages.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or some tensors belong to no known layer.
     """
     return _layers(open_lora(path), names, family)
 
@@ -109,16 +112,16 @@ def read_lora(path: Path, names: Names | None = None, family: str | None = None)
 def rename(
     layers: Mapping[str, Layer], names: Names, place: str, outputs: Mapping[str, int] | None = None
 ) -> dict[str, Layer]:
-    """Return the layers by the author's names.
+    """Return the layers by the author's names, with fused layers where the author has one layer for several.
 
     Args:
-        layers: by diffusers' names.
-        names: of the family.
-        place: what errors begin with.
-        outputs: of layers, by diffusers' names with `{}` for the numbers, where they are known.
+        layers: the layers by diffusers' names.
+        names: layer names of the family.
+        place: beginning of error messages.
+        outputs: known numbers of outputs, by diffusers' layer names with `{}` in place of block numbers.
 
     Raises:
-        UserError: some match none of the family's.
+        UserError: the family has no name for some of the layers.
     """
     renamed: dict[str, Layer] = {}
     fused: dict[str, list[Layer | None]] = {}
@@ -141,23 +144,24 @@ def rename(
 
 
 def whole_blocks(layers: Mapping[str, Layer], names: Names, file: LoraFile) -> dict[str, Layer]:
-    """Add layers that change nothing, so that diffusers finds all of the blocks' layers that it looks for.
+    """Add zero layers for the missing layers of every block, because diffusers reads all layers of a block or none.
 
     Args:
-        layers: by the author's names.
-        names: of the family.
-        file: where they are from.
+        layers: the layers by the author's names.
+        names: layer names of the family.
+        file: the file that the layers come from.
 
     Raises:
-        UserError: a layer that is in no block, or the size of a missing layer is not known.
+        UserError: a layer is outside the blocks, or the size of a missing layer is unknown.
     """
+    # diffusers looks for the layers of image keys only if the file has some of them.
     whole = dict.fromkeys(names.kohya_whole)
     if any("cross_attn.k_img" in name or "cross_attn.v_img" in name for name in layers):
         whole |= {"cross_attn.k_img": None, "cross_attn.v_img": None}
     inside = {name: name.split(".", 2) for name in layers if name.startswith("blocks.")}
     if outside := [name for name in layers if name not in inside or inside[name][2] not in whole]:
         raise UserError(
-            f"{file.path}: kohya's tools know layers of the blocks alone, not {shortened(outside)}: use --format"
+            f"{file.path}: kohya's tools only know layers inside the blocks, not {shortened(outside)}: use --format"
             " comfyui"
         )
     count = 1 + max(int(number) for _, number, _ in inside.values())
@@ -171,13 +175,13 @@ def whole_blocks(layers: Mapping[str, Layer], names: Names, file: LoraFile) -> d
 
 
 def keyed(layers: Mapping[str, Layer], style: Literal["peft", "alpha", "kohya", "diffusers"]) -> dict[str, Tensor]:
-    """Return the tensors of a file; the styles are those of `Names.comfyui`."""
+    """Return the tensors of a LoRA file by key, in one of the styles of `Names.comfyui`."""
     tensors: dict[str, Tensor] = {}
     prefix = {"diffusers": "transformer.", "kohya": "lora_unet_"}.get(style, "diffusion_model.")
     for name, layer in layers.items():
         key = prefix + (name.replace(".", "_") if style == "kohya" else name)
         if style in ("peft", "diffusers"):
-            # Nothing says that these are scaled.
+            # These keys have no alpha, so the scale is multiplied into the matrices.
             down, up = folded(layer)
             tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
         else:
@@ -193,26 +197,29 @@ def _layers(file: LoraFile, names: Names | None, family: str | None) -> dict[str
         bases = base_layers(file, found.rest)
         raise UserError(_unnamed(place, bases, len(base_layers(file))))
     if not found.layers:
-        raise UserError(f"{file.path} changes no layer: there is nothing to write")
+        raise UserError(f"{file.path} changes no layer: there is nothing to convert")
     return found.layers
 
 
 def _unnamed(place: str, missed: list[str], total: int) -> str:
     some = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
-    return f"{place}: {len(missed)} of {total} layers have no name there: {some}"
+    return f"{place}: {len(missed)} of {total} layers are unknown: {some}"
 
 
 def _rows(parts: list[Layer | None], members: tuple[str, ...], outputs: Mapping[str, int]) -> list[int]:
-    """Return the outputs of each part of a fused layer; of parts that are not there as said, or as usual."""
+    """Return the number of outputs of each part of a fused layer.
+
+    For a missing part the number comes from `outputs`, or else from the usual ratios to the width of the model.
+    """
     known = next(part for part in parts if part is not None)
-    width = known.down.shape[1]  # what q, k and v, which read the hidden states, give as well
+    width = known.down.shape[1]  # q, k and v have as many outputs as inputs: the width of the hidden states
     usual = [width, width, width, 4 * width]
     rows = zip(parts, members, usual, strict=False)
     return [len(part.up) if part is not None else outputs.get(mine, otherwise) for part, mine, otherwise in rows]
 
 
 def _wan_shape(part: str, layers: Mapping[str, Layer], file: LoraFile) -> tuple[int, int]:
-    """Return outputs and inputs of a layer of Wan's blocks, from those that are there."""
+    """Return (outputs, inputs) of a layer of Wan's blocks, derived from the layers in the file."""
     for name, layer in layers.items():
         if name.endswith(f".{part}"):
             return len(layer.up), layer.down.shape[1]
@@ -225,14 +232,14 @@ def _wan_shape(part: str, layers: Mapping[str, Layer], file: LoraFile) -> tuple[
     inner = max((*others[0].down.shape[1:2], len(others[0].up))) if others else said
     if inner is None:
         raise UserError(
-            f"{file.path}: diffusers reads kohya's keys of Wan only where the MLPs have some too, and how wide they"
-            f" are is not known for a width of {width}: convert the folder of the run, whose lora.json says so"
+            f"{file.path}: diffusers reads kohya's keys of Wan only if the MLPs have keys too, and their width is"
+            f" unknown for a model of width {width}: convert the folder of the run, whose lora.json contains it"
         )
     return (inner, width) if part == "ffn.0" else (width, inner)
 
 
 def _as_diffusers(layers: Mapping[str, Layer], part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file as diffusers writes it."""
+    """Return the tensors and the metadata of a file, in the form that diffusers writes."""
     tensors = {f"{part}.{key}": value for key, value in adapter_state(layers).items()}
     settings = {f"{part}.{key}": value for key, value in adapter_settings(layers).items()}
     return tensors, {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
@@ -245,7 +252,7 @@ def _noted_family(file: LoraFile) -> str | None:
         if pipeline in names.pipelines:
             return family
     known = ", ".join(pipeline for names in NAMES.values() for pipeline in names.pipelines)
-    raise UserError(f"nothing is known of the keys of {pipeline} outside diffusers. Known: {known}")
+    raise UserError(f"the LoRA keys of {pipeline} in other formats are unknown. Known: {known}")
 
 
 def _guess(file: LoraFile) -> str:
@@ -253,11 +260,11 @@ def _guess(file: LoraFile) -> str:
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise UserError(f"the layers of {file.path} fit {' and '.join(fits)}: say which with --family")
+        raise UserError(f"the layers of {file.path} fit {' and '.join(fits)}: choose one with --family")
     first = next(iter(base_layers(file)), next(iter(file.tensors)))
     raise UserError(
         f"the layers of {file.path} fit no family, the first is {PREFIX.sub('', first)}. Known: {', '.join(NAMES)};"
-        " --family says which of its layers have no name there"
+        " with --family, the error lists the layers that the family does not have"
     )
 
 
@@ -269,5 +276,5 @@ def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
     try:
         with replacing(target) as part:
             save_file(whole, part, metadata={"format": "pt", **metadata, **said})
-    except Exception as error:  # a full disk is the writer's own error
+    except Exception as error:  # on a full disk safetensors raises its own error type, not OSError
         raise UserError(f"cannot write {target}: {getattr(error, 'strerror', None) or first_line(error)}") from error

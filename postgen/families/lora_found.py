@@ -1,7 +1,7 @@
-"""Find the layers in a LoRA file, under the keys of diffusers, peft, ComfyUI or kohya's tools.
+"""Find the layers in a LoRA file with the keys of diffusers, peft, ComfyUI or kohya's tools.
 
-Every tensor of a file ends as part of a layer, as an offset of a parameter, or in `Found.rest`: none is dropped but
-differences (`.diff`, `.diff_b`) that are zero.
+Every tensor of a file becomes part of a layer or an offset of a parameter, or its key or layer is listed in
+`Found.rest` or `Found.strange`. Only differences (`.diff`, `.diff_b`) that are zero are dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .lora_names import NAMES, Names, author_name, own_names
 _KEY = re.compile(
     r"(?P<base>.+?)(?:"
     r"(?P<old>_)?(?:(?<=_)|\.)(?P<half>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.[\w-]+)?"
-    r"\.(?P<end>weight|bias)"  # before it peft's name of the adapter, where a whole model was saved
+    r"\.(?P<end>weight|bias)"  # peft's adapter name precedes it in a file with the state dict of a whole model
     r"|\.(?P<kind>lora_magnitude_vector)(?:\.[\w-]+)?(?:\.weight)?"
     r"|\.(?P<own>alpha|dora_scale|diff_b|diff)(?:\.default)?(?:\.weight)?)"
 )
@@ -34,33 +34,35 @@ _DOWN = ("lora_A", "lora_down", "lora.down")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file changes, by diffusers' names."""
+    """The changes in a LoRA file, by diffusers' layer names."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
+    """Layer name -> low-rank change of its weight."""
     offsets: dict[str, Tensor] = field(default_factory=dict)
-    """Parameter -> what is added to it, where no low-rank layer can be: norms and tables."""
+    """Parameter name -> tensor to add to it, for parameters that cannot have a low-rank layer: norms and tables."""
     rest: list[str] = field(default_factory=list)
-    """Keys that nobody knows."""
+    """Keys that belong to no known layer."""
     strange: list[str] = field(default_factory=list)
-    """Layers that the family has and this model has not."""
+    """Layers that exist in the family, but not in this model."""
 
 
 def find_layers(
     file: LoraFile, names: Names | None, shapes: Mapping[str, tuple[int, ...]] | None = None, parameters: Any = ()
 ) -> Found:
-    """Return what a file changes.
+    """Return the changes in a LoRA file by diffusers' layer names.
 
     Args:
         file: the file.
-        names: of the family; none reads diffusers' own keys only.
-        shapes: layer -> shape of its weight, of the network that the file is for; None where that is not known.
+        names: layer names of the family; None reads diffusers' keys only.
+        shapes: layer name -> shape of its weight in the network that the file is for; None if the network is unknown.
         parameters: names of all parameters of that network.
 
     Raises:
-        UserError: a pair of matrices is not whole or of unequal rank, shapes are not those of the network, a layer
-            stands there twice, magnitudes that are of inputs.
+        UserError: a pair of matrices is incomplete or has unequal ranks, shapes differ from those of the network, a
+            layer appears twice, or DoRA magnitudes belong to inputs instead of outputs.
     """
     groups, found = _grouped(file, names, shapes, parameters)
+    # A group is one layer of the file; `members` are the diffusers layers that it consists of.
     for members, parts in groups.items():
         parts = {kind: tensor for kind, tensor in parts.items() if kind not in ("diff", "diff_b") or tensor.any()}
         if not parts:
@@ -73,22 +75,22 @@ def find_layers(
         try:
             pieces = [layer] if len(members) == 1 else split(layer, rows)
         except ValueError as error:
-            raise UserError(f"the LoRA {file.path} does not fit: at {', '.join(members)}, {error}") from None
+            raise UserError(f"the LoRA {file.path} does not fit the model: {', '.join(members)}: {error}") from None
         for name, piece in zip(members, pieces, strict=True):
             if name in found.layers:
-                raise UserError(f"the LoRA {file.path} holds {name} twice, under different keys")
+                raise UserError(f"the LoRA {file.path} contains {name} twice, under different keys")
             if piece is not None and _changes(piece):
                 found.layers[name] = piece if shapes is None else _shaped(file, name, piece, shapes[name])
     return found
 
 
 def network_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return layer -> shape of its weight of the layers that LoRA can change, adapters that are there left out."""
+    """Return layer name -> shape of its weight for all layers that LoRA can change, without layers of adapters."""
     found: dict[str, tuple[int, ...]] = {}
     for name, module in network.named_modules():
         if ".lora_" in name:
             continue
-        if isinstance(module, nn.Linear):  # a quantised one may store its weight otherwise
+        if isinstance(module, nn.Linear):  # a quantised layer may store its weight in another shape
             found[name.removesuffix(".base_layer")] = (module.out_features, module.in_features)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             found[name.removesuffix(".base_layer")] = tuple(module.weight.shape)
@@ -96,7 +98,7 @@ def network_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def families_like(file: LoraFile) -> list[str]:
-    """Return the families that have all the layers of a file."""
+    """Return the families that have names for all layers of a file."""
     fits = []
     for family, names in NAMES.items():
         found = _grouped(file, names, None, ())[1]
@@ -106,7 +108,7 @@ def families_like(file: LoraFile) -> list[str]:
 
 
 def base_layers(file: LoraFile, keys: Iterable[str] | None = None) -> list[str]:
-    """Return the layers that a file, or some of its keys, speak of, by diffusers' or the file's own names."""
+    """Return the layer names in all or some keys of a file, spelled as in the file, without prefixes."""
     matches = ((key, _KEY.fullmatch(key)) for key in (file.tensors if keys is None else keys))
     return list(dict.fromkeys(PREFIX.sub("", match["base"]) if match else key for key, match in matches))
 
@@ -114,7 +116,12 @@ def base_layers(file: LoraFile, keys: Iterable[str] | None = None) -> list[str]:
 def _grouped(
     file: LoraFile, names: Names | None, shapes: Mapping[str, tuple[int, ...]] | None, parameters: Any
 ) -> tuple[dict[tuple[str, ...], dict[str, Tensor]], Found]:
-    """Return layer, or the layers that are one there -> kind -> tensor."""
+    """Group the tensors of a file by layer.
+
+    Returns:
+        diffusers' names of the layer (several names for a fused layer) -> kind of tensor -> tensor; and a `Found` with
+        `rest` and `strange` filled in.
+    """
     groups: dict[tuple[str, ...], dict[str, Tensor]] = {}
     found = Found()
     own = None if shapes is None else {*shapes, *parameters, *(name.rpartition(".")[0] for name in parameters)}
@@ -130,14 +137,14 @@ def _grouped(
         elif own is not None and not own.issuperset(members):
             found.strange.extend(name for name in members if name not in own and name not in found.strange)
         elif kind in groups.setdefault(members, {}):
-            raise UserError(f"the LoRA {file.path} holds {members[0]} twice, under different keys")
+            raise UserError(f"the LoRA {file.path} contains {members[0]} twice, under different keys")
         else:
             groups[members][kind] = tensor
     return groups, found
 
 
 def _changes(layer: Layer) -> bool:
-    """Whether a layer changes anything, or can be trained to: one of two zero matrices cannot."""
+    """Whether a layer changes anything or can be trained: a pair of two zero matrices has zero gradients."""
     parts = (layer.down, layer.up, *(x for x in (layer.bias, layer.magnitude) if x is not None))
     return any(bool(part.any()) for part in parts)
 
@@ -152,11 +159,11 @@ def _kind(match: re.Match[str]) -> str:
 def _members(
     match: re.Match[str], names: Names | None, own: set[str] | None, flat: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Return diffusers' names of a key's layer; none where nobody knows it."""
+    """Return diffusers' names of the layer in a key, several for a fused layer; empty if the layer is unknown."""
     base = match["base"]
     if (match_flat := _FLAT.match(base)) is not None:
         rest = base[match_flat.end() :]
-        # Newer text encoders of transformers lack the level `text_model`.
+        # Newer text encoders of the package transformers do not have the submodule `text_model`.
         if found := flat.get(rest, flat.get(rest.removeprefix("text_model_"))):
             return (found,)
         return () if names is None else own_names(rest, names, underscored=True)
@@ -171,31 +178,31 @@ def _members(
 
 
 def _layer(file: LoraFile, name: str, parts: dict[str, Tensor], shape: tuple[int, ...] | None) -> Layer:
-    """Return one layer of a file, or those that are one there."""
+    """Return one layer of a file, from its tensors by kind. A fused layer stays fused."""
     where = f"the LoRA {file.path}"
     layer: Layer | None = None
     if {"down", "up"} <= parts.keys():
         layer = _pair(file, name, parts)
     elif not {"diff", "diff_b"} & parts.keys() or {"down", "up"} & parts.keys():
-        raise UserError(f"{where}: {name} has no pair of LoRA matrices, only {', '.join(parts)}")
+        raise UserError(f"{where}: {name} has no complete pair of LoRA matrices, only {', '.join(parts)}")
     magnitude = _magnitude(where, name, parts, shape)
     if (change := parts.get("diff")) is not None:
         if change.ndim < 2:
             raise UserError(
-                f"{where}: the difference of {name} is no change of a layer, it has shape {tuple(change.shape)}"
+                f"{where}: the difference of {name} has shape {tuple(change.shape)}, which no weight of a layer has"
             )
         whole = full_rank(floating(change))
         layer = whole if layer is None else added(layer, whole)
     if (shift := parts.get("diff_b")) is not None:
         if layer is None:
             if shape is None:
-                raise UserError(f"{where}: {name} has a difference of its bias alone, which cannot be converted")
+                raise UserError(f"{where}: {name} has only a difference of its bias, which cannot be converted")
             layer = Layer(torch.zeros(1, *shape[1:]), torch.zeros(len(shift), 1, *(1,) * (len(shape) - 2)))
         shift = floating(shift)
         layer = replace(layer, bias=shift if layer.bias is None else layer.bias + shift)
     assert layer is not None
     if magnitude is not None and ("diff" in parts or layer.bias is not None):
-        raise UserError(f"{where}: {name} has DoRA and a difference beside it, which cannot be applied together")
+        raise UserError(f"{where}: {name} has both DoRA and a difference, which cannot be applied together")
     return replace(layer, magnitude=magnitude)
 
 
@@ -203,7 +210,7 @@ def _pair(file: LoraFile, name: str, parts: Mapping[str, Tensor]) -> Layer:
     down, up = floating(parts["down"]), floating(parts["up"])
     if down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
         raise UserError(
-            f"the LoRA {file.path}: the ranks of {name} differ: its matrices are {tuple(down.shape)} and"
+            f"the LoRA {file.path}: the ranks of {name} differ: its matrices have the shapes {tuple(down.shape)} and"
             f" {tuple(up.shape)}"
         )
     scale = _scale(file, name, len(down), parts.get("alpha"))
@@ -223,7 +230,7 @@ def _scale(file: LoraFile, name: str, rank: int, alpha: Tensor | None) -> float:
     settings = file.settings
     said = _of(settings, "rank_pattern", name, settings.get("r", rank))
     if "r" in settings and said != rank:
-        raise UserError(f"the LoRA {file.path}: {name} has rank {rank}, its settings say {said:g}")
+        raise UserError(f"the LoRA {file.path}: {name} has rank {rank}, but its settings have rank {said:g}")
     if "lora_alpha" not in settings:
         return 1.0
     value = float(_of(settings, "alpha_pattern", name, settings["lora_alpha"]))
@@ -240,13 +247,13 @@ def _bounded(file: LoraFile, name: str, scale: float) -> float:
 
 
 def _of(settings: Mapping[str, Any], patterns: str, name: str, otherwise: Any) -> Any:
-    # As peft looks them up: the end of a layer's name.
+    # As in peft, a pattern matches the end of a layer's name.
     own = (v for pattern, v in (settings.get(patterns) or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
     return next(own, otherwise)
 
 
 def _magnitude(where: str, name: str, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None) -> Tensor | None:
-    """Return DoRA's lengths of rows, of peft or of LyCORIS, whose formulas are the same then."""
+    """Return the DoRA magnitudes (out,) of a layer, or None; for magnitudes of outputs, peft and LyCORIS agree."""
     kinds = [kind for kind in ("lora_magnitude_vector", "dora_scale") if kind in parts]
     if not kinds:
         return None
@@ -261,7 +268,10 @@ def _magnitude(where: str, name: str, parts: Mapping[str, Tensor], shape: tuple[
 
 
 def _rows(layer: Layer, members: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]] | None) -> list[int]:
-    """Return how many outputs each part of a fused layer has; q, k and v as many as inputs where nothing tells."""
+    """Return the number of outputs of each part of a fused layer.
+
+    Without the shapes of a network: three equal parts, or q, k and v with as many outputs as inputs, and an MLP.
+    """
     if shapes is not None:
         return [shapes[name][0] for name in members]
     outs, width = len(layer.up), layer.down.shape[1]
@@ -269,7 +279,7 @@ def _rows(layer: Layer, members: tuple[str, ...], shapes: Mapping[str, tuple[int
 
 
 def _shaped(file: LoraFile, name: str, layer: Layer, shape: tuple[int, ...]) -> Layer:
-    """Return a layer with the dimensions of a weight: one of 1 x 1 pixels may be written without them, or with."""
+    """Return a layer whose matrices have the dimensions of a weight: files may omit or add kernel sizes of 1 x 1."""
     down, up = layer.down, layer.up
     if down.ndim != len(shape) and down[0, 0].numel() == 1:
         down = down.reshape(*down.shape[:2], *(1,) * (len(shape) - 2))
@@ -279,8 +289,8 @@ def _shaped(file: LoraFile, name: str, layer: Layer, shape: tuple[int, ...]) -> 
     wrong = [len(x) for x in (layer.bias, layer.magnitude) if x is not None and len(x) != shape[0]]
     if found != shape or wrong:
         raise UserError(
-            f"the LoRA {file.path} does not fit: {name} is {' x '.join(map(str, found))} in it and"
-            f" {' x '.join(map(str, shape))} in the model: it was made for a model of another size"
+            f"the LoRA {file.path} does not fit the model: {name} is {' x '.join(map(str, found))} in the LoRA and"
+            f" {' x '.join(map(str, shape))} in the model: the LoRA was made for a model of another size"
         )
     return replace(layer, down=down, up=up)
 

@@ -1,4 +1,4 @@
-"""Low-rank changes of weights: what a LoRA file says of one layer, layers fused and split, and peft's settings."""
+"""Low-rank changes of weights: the LoRA of one layer, fusing and splitting of layers, and the settings of peft."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ class Layer:
     """(out, r, ...)"""
     scale: float = 1.0
     bias: Tensor | None = None
-    """(out,), what the layer's bias is changed by; not scaled."""
+    """(out,), the change of the layer's bias; `scale` does not apply to it."""
     magnitude: Tensor | None = None
-    """(out,), of DoRA: the lengths of the changed weight's rows, as peft computes with them."""
+    """(out,), DoRA: the norms of the rows of the changed weight, as peft defines them."""
 
     @property
     def rank(self) -> int:
-        """Rows of `down`."""
+        """The rank r, the number of rows of `down`."""
         return len(self.down)
 
 
 def fuse(parts: Sequence[Layer | None], shares: Sequence[int]) -> Layer:
-    """Return one layer whose outputs are those of the parts one after another; a part that is None changes nothing.
+    """Return one layer whose outputs are the concatenated outputs of the parts.
 
     Args:
-        parts: at least one is there; no biases, no magnitudes.
-        shares: outputs of each, relative to one another.
+        parts: the parts, without biases and magnitudes, at least one of which is not None. A part that is None changes
+            nothing.
+        shares: number of outputs of each part, relative to the other parts.
     """
     known = [(part, share) for part, share in zip(parts, shares, strict=True) if part is not None]
     unit = len(known[0][0].up) // known[0][1]
-    # One scale for all stays one, and is not rounded into the weights.
+    # A common scale stays the scale of the layer: multiplying it into the weights would round them.
     scale = known[0][0].scale if len({part.scale for part, _ in known}) == 1 else 1.0
     up = known[0][0].up.new_zeros(unit * sum(shares), sum(part.rank for part, _ in known))
     row = column = 0
@@ -56,17 +57,20 @@ def fuse(parts: Sequence[Layer | None], shares: Sequence[int]) -> Layer:
 
 
 def split(layer: Layer, rows: Sequence[int]) -> list[Layer | None]:
-    """Return the parts of a layer that `fuse` made, or that was trained as one; None for a part that changes nothing.
+    """Split a fused layer into its parts, whether `fuse` made the layer or it was trained as one layer.
 
     Args:
-        layer: whose outputs are those of the parts one after another.
-        rows: outputs of each part.
+        layer: the layer, whose outputs are the concatenated outputs of the parts.
+        rows: number of outputs of each part.
+
+    Returns:
+        The parts; None for a part that changes nothing.
 
     Raises:
-        ValueError: it has another number of outputs.
+        ValueError: the layer has another number of outputs.
     """
     if sum(rows) != len(layer.up):
-        raise ValueError(f"{len(layer.up)} outputs are not {' + '.join(map(str, rows))}")
+        raise ValueError(f"the LoRA has {len(layer.up)} outputs and not {' + '.join(map(str, rows))}")
     parts: list[Layer | None] = []
     start = 0
     for count in rows:
@@ -78,7 +82,7 @@ def split(layer: Layer, rows: Sequence[int]) -> list[Layer | None]:
             bias = None
         if bias is not None or magnitude is not None:
             used[0] |= not used.any()
-        # The columns of other parts are zeros here: without them this is the part as it was.
+        # In a layer that `fuse` made, the columns of the other parts are zero in these rows. They are removed.
         whole = replace(layer, down=layer.down[used], up=up[:, used], bias=bias, magnitude=magnitude)
         parts.append(whole if used.any() else None)
         start = end
@@ -86,7 +90,7 @@ def split(layer: Layer, rows: Sequence[int]) -> list[Layer | None]:
 
 
 def full_rank(change: Tensor) -> Layer:
-    """Return the change of a whole weight, (out, in, ...), as a layer: one of its two matrices is the identity."""
+    """Return the change of a whole weight, (out, in, ...), as a layer in which one matrix is the identity."""
     outs, ins = change.shape[:2]
     if change.ndim == 2 and ins < outs:
         return Layer(torch.eye(ins, dtype=change.dtype), change)
@@ -94,7 +98,7 @@ def full_rank(change: Tensor) -> Layer:
 
 
 def added(one: Layer, other: Layer) -> Layer:
-    """Return the sum of two changes of a weight; no magnitudes."""
+    """Return the sum of two changes of a weight, both without magnitudes."""
     pairs = [(each, 1.0 if one.scale == other.scale else each.scale) for each in (one, other)]
     scale = one.scale if one.scale == other.scale else 1.0
     biases = [each.bias for each in (one, other) if each.bias is not None]
@@ -104,10 +108,10 @@ def added(one: Layer, other: Layer) -> Layer:
 
 
 def folded(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Return down and up with the scale in the latter.
+    """Return down and up with the scale multiplied into up.
 
-    A power of two is exact in any number type. Other scales of half precision are kept in float32, where that is
-    exact or nearly so; of float32 they round.
+    If the scale is a power of two, the result is exact in every dtype. With other scales, matrices in half precision
+    become float32, which is exact or nearly so, and matrices in float32 are rounded.
     """
     if layer.scale == 1.0:
         return layer.down, layer.up
@@ -120,7 +124,7 @@ def folded(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def adapter_state(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """Return layers as the tensors of a peft adapter."""
+    """Return the state dict of a peft adapter with these layers."""
     state: dict[str, Tensor] = {}
     biases = any(layer.bias is not None for layer in layers.values())
     for name, layer in layers.items():
@@ -130,17 +134,19 @@ def adapter_state(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
             whole = layer.magnitude if dims == 2 else layer.magnitude.reshape(1, -1, *(1,) * (dims - 2))
             state[f"{name}.lora_magnitude_vector"] = whole
         if biases:
-            # peft scales the bias as well, and wants one in every layer or in none.
+            # peft scales the bias too, and requires a bias in every layer or in none.
             bias = layer.up.new_zeros(len(layer.up)) if layer.bias is None else layer.bias / layer.scale
             state[f"{name}.lora_B.bias"] = bias
     return state
 
 
 def adapter_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """Return the arguments of `peft.LoraConfig` for layers; exceptions to the usual rank and alpha by name.
+    """Return the arguments of `peft.LoraConfig` for these layers.
+
+    `r` and `lora_alpha` are the most common values; `rank_pattern` and `alpha_pattern` list the other layers.
 
     Raises:
-        UserError: some have magnitudes and some have none.
+        UserError: some layers have DoRA magnitudes and some have none.
     """
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: _whole(layer.scale * layer.rank) for name, layer in layers.items()}
@@ -148,7 +154,8 @@ def adapter_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
     plain = [name for name, layer in layers.items() if layer.magnitude is None]
     if 0 < len(plain) < len(layers):
         raise UserError(
-            f"{len(plain)} of its {len(layers)} layers have no magnitude of DoRA, the others have: {shortened(plain)}"
+            f"{len(plain)} of its {len(layers)} layers have no DoRA magnitude, while the others have one:"
+            f" {shortened(plain)}"
         )
     return {
         "r": rank,
@@ -162,7 +169,7 @@ def adapter_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def shortened(names: Sequence[str], few: int = 3) -> str:
-    """Return the first names and how many more there are.
+    """Join the first names and the number of the others, for messages.
 
     >>> shortened(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

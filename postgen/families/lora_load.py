@@ -1,4 +1,4 @@
-"""Put what stands in a LoRA file into the components of a pipeline: all of it, or nothing."""
+"""Apply a LoRA file to the components of a pipeline: either everything in the file, or nothing."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_pr
 
 
 def load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapters_only: bool) -> None:
-    """Load a LoRA file into a network of a pipeline, and into its text encoders where the file changes them.
+    """Load a LoRA file into a network of a pipeline, and into its text encoders if the file changes them.
 
     Args:
         pipe: the pipeline.
-        network: name of the component.
+        network: component name of the network.
         path: the file.
-        name: of the adapter.
-        scale: of it; adapters are set to it elsewhere, differences that no adapter can hold are added here.
-        adapters_only: whether to refuse such differences.
+        name: name of the new adapter.
+        scale: scale of the LoRA. This function uses it for differences that an adapter cannot hold: it adds them to
+            the weights. The caller sets the scale of the adapter.
+        adapters_only: whether to refuse a file with such differences.
 
     Raises:
         UserError: the file is for another model, or some of its tensors cannot be applied.
     """
     file = open_lora(path)
     try:
+        # If the names of `lora_names` do not cover all keys, diffusers converts the file.
         found = _found(pipe, network, file)
         if rest := [key for part in found.values() for key in part.rest]:
             file = _converted(pipe, file, rest)
@@ -52,26 +54,27 @@ def load_one(pipe: Any, network: str, path: Path, name: str, scale: float, adapt
             total = len(strange) + sum(len(part.layers) for part in found.values())
             raise _misfit(pipe, file, strange, total)
         if rest := [key for part in found.values() for key in part.rest]:
-            # diffusers' loader would leave an adapter of such keys as it was made: zeros, or whatever memory held.
+            # diffusers' loader would leave the layers of such keys uninitialised: zeros, or any content of memory.
             raise _unknown(pipe, file, rest, len(file.tensors))
         offsets = [parameter for part in found.values() for parameter in part.offsets]
         if offsets and adapters_only:
             raise UserError(
-                f"the LoRA {path} holds differences of norms or tables, which cannot be trained on and written:"
+                f"the LoRA {path} contains differences of norms or tables, which cannot be trained further and saved:"
                 f" {shortened(offsets)}"
             )
+        # Check every component before the first one changes.
         settings = {part: _settings(pipe, part, file, own, scale) for part, own in found.items()}
         for part, own in found.items():
             _apply(pipe, part, own, settings[part], name, scale)
     except UserError:
         raise
-    except Exception as error:  # diffusers, peft and the hub raise all kinds
+    except Exception as error:  # diffusers, peft and the hub's library raise many types of errors
         text = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot load the LoRA {path}: {text}{_made_for(pipe, file)}") from error
 
 
 def _found(pipe: Any, network: str, file: LoraFile) -> dict[str, Found]:
-    """Return what a file changes in each component."""
+    """Return component name -> the changes of the file in this component."""
     found = {}
     for name, part in file.parts(network).items():
         if (module := getattr(pipe, name, None)) is None:
@@ -83,22 +86,22 @@ def _found(pipe: Any, network: str, file: LoraFile) -> dict[str, Found]:
 
 
 def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) -> dict[str, Any] | None:
-    """Return the settings of the adapter of a component; None where it needs none.
+    """Check the changes of a component and return the `peft.LoraConfig` arguments of its adapter; None: no adapter.
 
     Raises:
-        UserError: the changes cannot be made.
+        UserError: the changes cannot be applied.
     """
     layers, module = found.layers, getattr(pipe, part)
     if scale != 1 and any(layer.magnitude is not None for layer in layers.values()):
         raise UserError(
-            f"the LoRA {file.path} is DoRA, whose magnitudes are not scaled: its scale must be 1, got {scale:g}"
+            f"the LoRA {file.path} is DoRA, whose magnitudes cannot be scaled: its scale must be 1, got {scale:g}"
         )
     own = _parameters(module)
     for name, offset in found.offsets.items():
         if own[name].shape != offset.shape:
             raise UserError(
-                f"the LoRA {file.path} does not fit: {name} is {tuple(offset.shape)} in it and"
-                f" {tuple(own[name].shape)} in the model"
+                f"the LoRA {file.path} does not fit the model: {name} has the shape {tuple(offset.shape)} in the LoRA"
+                f" and {tuple(own[name].shape)} in the model"
             )
         if own[name].is_meta:
             raise UserError(
@@ -111,19 +114,19 @@ def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) 
     except UserError as error:
         raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
     said = file.settings if part in networks_of(pipe) else file.settings.get(part, {})
-    kept = {"lora_dropout": float | int, "target_modules": list}  # names such as "all-linear" hold elsewhere
+    kept = {"lora_dropout": float | int, "target_modules": list}  # a text such as "all-linear" would match more layers
     return settings | {key: said[key] for key, kind in kept.items() if isinstance(said.get(key), kind)}
 
 
 def _apply(pipe: Any, part: str, found: Found, settings: dict[str, Any] | None, name: str, scale: float) -> None:
-    """Put an adapter into a component, and add differences to parameters that no adapter can change."""
+    """Add an adapter to a component, and add differences to the parameters that an adapter cannot change."""
     module = getattr(pipe, part)
     if settings is not None:
         with warnings.catch_warnings():
-            # Differences of a bias that the model lacks are added all the same; only merging them is impossible.
+            # peft also applies a bias difference to a layer without a bias; it only cannot merge such an adapter.
             warnings.filterwarnings("ignore", message=".*lora_bias=True")
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            # The layers are those of the file, whatever others have these endings.
+            # The adapter has exactly the layers of the file, even if other layers have the same last part of the name.
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
             put_lora(pipe, module, adapter_state(found.layers), name, settings)
     own = _parameters(module)
@@ -133,31 +136,32 @@ def _apply(pipe: Any, part: str, found: Found, settings: dict[str, Any] | None, 
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by the names that they have without adapters."""
+    """Return the parameters of a module by their names in the model without adapters."""
     return {
         name.replace(".base_layer", ""): value for name, value in module.named_parameters() if ".lora_" not in name
     }
 
 
 def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
-    """Return a file with the keys that diffusers makes of those that we have no names for.
+    """Return the file with its keys converted by diffusers' own conversion.
 
     Args:
         pipe: the pipeline.
         file: the file.
-        rest: the keys that we have no names for.
+        rest: the keys that the names of `lora_names` do not cover, for the error message.
 
     Raises:
-        UserError: not all of it comes through.
+        UserError: the conversion fails, drops some of the tensors, or results in layers that the pipeline does not
+            have.
     """
     kind = type(pipe)
-    # What the loader of Stable Diffusion XL gives its conversion as well.
+    # The loader of Stable Diffusion XL passes this extra argument to its conversion.
     more = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
     convert = functools.partial(kind.lora_state_dict, **more)
     try:
         out = convert(dict(file.tensors))
         lost = left_out(convert, file.tensors)
-    except Exception as error:  # a conversion raises all kinds
+    except Exception as error:  # conversions raise many types of errors
         raise _unknown(pipe, file, rest, len(file.tensors), _made_for(pipe, file)) from error
     state, alphas = out if isinstance(out, tuple) else (out, None)
     _check_layers(pipe, file, state)
@@ -167,7 +171,7 @@ def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
 
 
 def _plain(state: dict[str, Any], alphas: dict[str, Any]) -> dict[str, Any]:
-    """Return what diffusers converts to under the newest of its keys, alphas beside the layers."""
+    """Return a converted state dict with the newest keys of diffusers, and with the alphas as tensors."""
     tensors = {}
     for key, tensor in state.items():
         half = {"down": "lora_A", "up": "lora_B"}.get(match[1]) if (match := _HALF.search(key)) else None
@@ -180,11 +184,11 @@ def _plain(state: dict[str, Any], alphas: dict[str, Any]) -> dict[str, Any]:
 def _check_layers(pipe: Any, file: LoraFile, state: dict[str, Any]) -> None:
     wanted = {_layer_of(key) for key in state if not key.endswith(".alpha")}
     layers = {
-        # Newer text encoders of transformers lack the level `text_model`, which diffusers leaves out then.
+        # Newer text encoders of the package transformers have no submodule `text_model`; diffusers then drops it too.
         f"{part}.{name}".replace(".text_model.", ".")
         for part, module in pipe.components.items()
         if hasattr(module, "named_modules")
-        # A layer that already carries an adapter hides its own name one level down.
+        # A layer with an adapter is named `<layer>.base_layer` in the module tree.
         for name in (layer.replace(".base_layer", "") for layer, _ in module.named_modules())
     }
     if missing := sorted(name for name in wanted if name.replace(".text_model.", ".") not in layers):
@@ -192,7 +196,7 @@ def _check_layers(pipe: Any, file: LoraFile, state: dict[str, Any]) -> None:
 
 
 def _layer_of(key: str) -> str:
-    """Return the layer of one of diffusers' keys, older ones too."""
+    """Return the layer name in a key of diffusers, including older forms of keys."""
     if _OLD.search(key):
         layer, _, part = _OLD.sub("", key).replace(".processor", "").rpartition(".")
         own = f"{part}.0" if part == "to_out" else part
@@ -216,7 +220,7 @@ def _unknown(pipe: Any, file: LoraFile, keys: list[str], total: int, hint: str =
 
 
 def _made_for(pipe: Any, file: LoraFile) -> str:
-    """Say what a file is for, where that can be told and is something else."""
+    """Return a sentence for an error message about the model that the file was made for; "" if it is not known."""
     here = type(pipe).__name__
     if (said := file.note.get("pipeline")) not in (None, here):
         return f". It was made for {said}"

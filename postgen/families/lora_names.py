@@ -1,10 +1,10 @@
-"""How the layers that a LoRA may change are called by diffusers and by the models' authors, family by family.
+"""Names of the layers that a LoRA may change, in diffusers and in the networks of the models' authors, by family.
 
-`{}` is the number of a block. ComfyUI runs the authors' networks and knows the keys of a LoRA by the layers of the
-network that it has loaded (comfy/lora.py, `model_lora_keys_unet`): `diffusion_model.<author's name>`, or `lora_unet_`
-and that name with underscores, which is what kohya's sd-scripts and musubi-tuner write (networks/lora_flux.py;
-musubi_tuner/convert_lora.py). The renamings are those that diffusers itself makes when it reads the authors' weights
-(`diffusers.loaders.single_file_utils`), backwards.
+`{}` stands for the number of a block. ComfyUI runs the authors' networks and derives the keys of a LoRA from the
+layers of the loaded network (comfy/lora.py, `model_lora_keys_unet`): `diffusion_model.<author's name>`, or
+`lora_unet_` and the author's name with underscores instead of dots. kohya's sd-scripts and musubi-tuner write the
+latter (networks/lora_flux.py; musubi_tuner/convert_lora.py). The tables are the inverse of the renamings with which
+diffusers reads the authors' weights (`diffusers.loaders.single_file_utils`).
 """
 
 from __future__ import annotations
@@ -18,30 +18,34 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Names:
-    """Names of one family."""
+    """The layer names of one family."""
 
     pipelines: tuple[str, ...]
-    """Pipeline classes of diffusers."""
+    """Pipeline classes of diffusers in this family."""
     networks: tuple[str, ...]
-    """Classes of the networks that LoRA changes there and in other pipelines."""
+    """Classes of the networks that a LoRA of this family changes, in these and in other pipelines."""
     plain: Mapping[str, str] = field(default_factory=dict)
-    """diffusers' name -> the author's."""
+    """diffusers' name -> the author's name."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The author's name -> those of diffusers whose outputs it has one after another: q, k, v, or these and an MLP."""
+    """The author's name of a fused layer -> diffusers' names of its parts, in the order of the outputs: q, k, v, or q,
+    k, v and an MLP."""
     unchanged: tuple[str, ...] = ()
-    """Names that both share."""
+    """Names that are the same in diffusers and in the author's network."""
     read: Mapping[str, str] = field(default_factory=dict)
-    """diffusers' name -> the author's, of what is read but not written: the patch embedding, norms, tables."""
+    """diffusers' name -> the author's name, for layers that are read but never written: patch embedding, norms,
+    tables."""
     comfyui: Literal["peft", "alpha", "kohya", "diffusers"] = "peft"
-    """Keys for ComfyUI: `diffusion_model.` with lora_A and lora_B, or with lora_down, lora_up and alpha (both are read
-    by ComfyUI; this is the one that diffusers reads for the family too); as kohya's; or diffusers' own."""
+    """Keys for ComfyUI. "peft": `diffusion_model.` with lora_A and lora_B. "alpha": `diffusion_model.` with lora_down,
+    lora_up and alpha. ComfyUI reads both; the family has the one that diffusers reads as well. "kohya": kohya's keys.
+    "diffusers": the keys of diffusers."""
     kohya: bool = True
-    """Whether kohya's tools, or ComfyUI in their format, have such keys."""
+    """Whether keys in kohya's format exist for the family, in kohya's tools or in ComfyUI."""
     kohya_whole: tuple[str, ...] = ()
-    """The author's layers of a block of which diffusers reads kohya's keys for all or for none, and the only ones."""
+    """The author's names of the layers in a block for which diffusers reads kohya's keys. diffusers reads all of these
+    layers or none, and no others; empty: no such restriction."""
 
     def rows(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield the author's name and diffusers' names of every layer that is written."""
+        """Yield (the author's name, diffusers' names) of every layer that can be written."""
         yield from ((name, (name,)) for name in self.unchanged)
         yield from ((theirs, (mine,)) for mine, theirs in self.plain.items())
         yield from self.fused.items()
@@ -49,20 +53,20 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a layer of diffusers stands in the author's network."""
+    """The place of a diffusers layer in the author's network."""
 
     theirs: str
-    """The author's layer."""
+    """The author's name of the layer."""
     pattern: str
-    """The same with `{}` for the numbers."""
+    """The author's name with `{}` instead of block numbers."""
     part: int
-    """Which part of that layer it is."""
+    """Index of the diffusers layer among the parts of the author's layer; 0 if the layer is not fused."""
     mine: str
-    """diffusers' name with `{}` for the numbers."""
+    """diffusers' name with `{}` instead of block numbers."""
 
 
 def author_name(name: str, names: Names) -> Place | None:
-    """Return where a layer by diffusers' name stands; None where it has no name there."""
+    """Return the place of a diffusers layer in the author's network; None if the family has no such layer."""
     for theirs, members in names.rows():
         for part, mine in enumerate(members):
             if (match := _pattern(mine).fullmatch(name)) is not None:
@@ -71,12 +75,15 @@ def author_name(name: str, names: Names) -> Place | None:
 
 
 def own_names(theirs: str, names: Names, *, underscored: bool = False) -> tuple[str, ...]:
-    """Return diffusers' names of an author's layer, several where that one holds several; none where it is unknown.
+    """Return diffusers' names of a layer of the author.
 
     Args:
-        theirs: the author's name.
-        names: of the family.
-        underscored: whether its dots are written as underscores.
+        theirs: the author's name of the layer.
+        names: layer names of the family.
+        underscored: whether `theirs` has underscores instead of dots.
+
+    Returns:
+        One name, several for a fused layer, or an empty tuple for an unknown layer.
     """
     others = ((other, (mine,)) for mine, other in names.read.items())
     for pattern, members in (*names.rows(), *others):
@@ -86,13 +93,21 @@ def own_names(theirs: str, names: Names, *, underscored: bool = False) -> tuple[
 
 
 def names_of(network: object) -> Names | None:
-    """Return the names for a network; None where none are known."""
+    """Return the layer names of the family of a network; None for an unknown class."""
     kind = type(network).__name__
     return next((names for names in NAMES.values() if kind in names.networks), None)
 
 
 def outputs_of(shapes: Mapping[str, tuple[int, ...]], names: Names | None) -> dict[str, int]:
-    """Return how many outputs the layers of a family have, by diffusers' names with `{}` for the numbers."""
+    """Return the numbers of outputs of a network's layers, for layers that the author calls by another name.
+
+    Args:
+        shapes: diffusers' layer name -> shape of its weight.
+        names: layer names of the family; None returns an empty dict.
+
+    Returns:
+        diffusers' layer name with `{}` instead of block numbers -> number of outputs.
+    """
     if names is None:
         return {}
     places = ((author_name(name, names), shape) for name, shape in shapes.items())
@@ -138,7 +153,13 @@ _SINGLE_PARTS = (*_parts(f"{_SINGLE}.attn", _QKV), f"{_SINGLE}.proj_mlp")
 
 
 def _double(attention: str, first: str, second: str, modulation: str) -> dict[str, str]:
-    """Layers of the blocks with two streams: FLUX and HunyuanVideo differ in their endings alone."""
+    """Return the plain names of FLUX and HunyuanVideo, whose authors' names differ in their endings only.
+
+    Args:
+        attention: separator between the stream and the projection in the author's attention layers.
+        first, second: the author's names of the two layers of an MLP.
+        modulation: the author's name of the linear layer in a modulation.
+    """
     block = {
         "attn.to_out.0": f"img_attn{attention}proj",
         "attn.to_add_out": f"txt_attn{attention}proj",
@@ -226,7 +247,7 @@ NAMES: dict[str, Names] = {
             *_parts("caption_projection", ("linear_1", "linear_2")),
         ),
     ),
-    # ComfyUI has nodes of others for it, which run diffusers' network; kohya's tools do not know it.
+    # ComfyUI runs CogVideoX with third-party nodes, which use diffusers' network. kohya's tools do not support it.
     "cogvideox": Names(
         pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
         networks=("CogVideoXTransformer3DModel",),
@@ -245,7 +266,7 @@ NAMES: dict[str, Names] = {
         fused=_double_fused("."),
         comfyui="alpha",
     ),
-    # comfy/utils.py, `mmdit_to_diffusers`, finds diffusers' names in the author's fused layers.
+    # ComfyUI maps diffusers' names to parts of the author's fused layers (comfy/utils.py, `mmdit_to_diffusers`).
     "stable_diffusion_3": Names(
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
         networks=("SD3Transformer2DModel",),
@@ -259,7 +280,7 @@ NAMES: dict[str, Names] = {
         comfyui="diffusers",
         kohya=False,
     ),
-    # ComfyUI and kohya's tools both read diffusers' names of the UNet, with underscores.
+    # ComfyUI and kohya's tools both read diffusers' names of the UNet's layers, with underscores instead of dots.
     "stable_diffusion": Names(
         pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         networks=("UNet2DConditionModel",),
@@ -276,4 +297,4 @@ NAMES: dict[str, Names] = {
         comfyui="kohya",
     ),
 }
-"""Family -> its names."""
+"""Family name -> its layer names."""

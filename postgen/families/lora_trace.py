@@ -1,8 +1,9 @@
-"""Which tensors of a LoRA file would diffusers' own conversion leave out?
+"""Find the tensors of a LoRA file that diffusers' own conversion would drop.
 
-The conversions of `lora_state_dict` drop what they do not know with a notice at most. Here one is run on stand-ins:
-every layer's tensors of one kind hold a number of their own and all others ones, so that what comes out tells what
-has gone in. No conversion multiplies two of them but by alpha.
+The conversions in `lora_state_dict` drop unknown keys with at most a log message. `left_out` runs a conversion on
+stand-in tensors, once for each kind of tensor (down, up, alpha, ...): every tensor of this kind is filled with a
+different number, all other tensors with ones. A number that is missing in the output belongs to a dropped tensor. This
+works because a conversion multiplies tensors by alpha at most, and not by each other.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ _UP = re.compile(r"(lora_B|lora_up|lora\.up|lora\d\.up)(\.default)?\.weight$")
 
 
 def left_out(convert: Callable[[dict[str, Tensor]], Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the keys of which nothing comes out of a conversion.
+    """Return the keys of the tensors that a conversion drops.
 
     Args:
-        convert: takes the tensors of a file, which it may change; returns a dict, or a tuple with dicts in it.
-        tensors: of the file.
+        convert: the conversion. It receives the tensors of a file by key, may change this dict, and returns a dict or
+            a tuple that contains dicts.
+        tensors: the tensors of the file by key.
     """
     kinds = {key: _kind(key) for key in tensors}
     lost = []
@@ -46,14 +48,14 @@ def _kind(key: str) -> str:
 
 
 def _rank(key: str, tensors: Mapping[str, Tensor]) -> int:
-    """Return the rank of the layer that an alpha belongs to."""
+    """Return the rank of the layer that an alpha belongs to; 1 if the layer has no down matrix."""
     base = key.removesuffix(".alpha")
     return next((len(x) for other, x in tensors.items() if other.startswith(f"{base}.") and _DOWN.search(other)), 1)
 
 
 def _stand_in(key: str, tensor: Tensor, mark: int | None, tensors: Mapping[str, Tensor]) -> Tensor:
     value = 1 if mark is None else mark
-    # An alpha of the rank scales by 1.
+    # An alpha of `value` times the rank means a scale of `value`, which is 1 if the alphas are not tracked.
     value = value * _rank(key, tensors) if key.endswith(".alpha") else value
     return torch.full(tensor.shape, float(value))
 
@@ -62,7 +64,7 @@ def _values(out: Any) -> Iterator[float]:
     for each in out if isinstance(out, tuple) else (out,):
         for value in each.values() if isinstance(each, dict) else ():
             if isinstance(value, Tensor):
-                # A matrix that a conversion made up has zeros.
+                # A matrix that a conversion assembles, such as a block-diagonal one, also contains zeros.
                 yield from (float(x) for x in (value.amax(), value.flatten()[0])) if value.numel() else ()
             elif isinstance(value, int | float):
                 yield float(value)

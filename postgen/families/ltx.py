@@ -1,4 +1,4 @@
-"""LTX-Video: text-to-video."""
+"""The denoiser of LTX-Video: text-to-video."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class LTXDenoiser(PipelineDenoiser):
 
     Args:
         pipe: the pipeline.
-        max_sequence_length: tokens of a prompt.
-        frame_rate: frames per second that the positions in time are told in.
+        max_sequence_length: number of tokens of a prompt.
+        frame_rate: frames per second of the video; the network's positions in time are in seconds.
     """
 
     default_length = 128
@@ -31,20 +31,20 @@ class LTXDenoiser(PipelineDenoiser):
 
     @property
     def multiples(self) -> tuple[int, int, int]:
-        """What height, width and frames - 1 must divide by."""
+        """Numbers of which height, width and frames - 1 must be multiples."""
         return 32, 32, self.pipe.vae_temporal_compression_ratio
 
     def shape_of(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one sample's latents."""
+        """Return the shape (C, T, H, W) of the latents of one sample."""
         space, time = self.pipe.vae_spatial_compression_ratio, self.pipe.vae_temporal_compression_ratio
         return self.model.config.in_channels, (num_frames - 1) // time + 1, height // space, width // space
 
     def start_sigmas(self, num_steps: int) -> Tensor:
-        """Return the levels that the scheduler shifts."""
+        """Return the (num_steps,) noise levels that the pipeline passes to the scheduler, float64, before shifting."""
         return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, ...]:
-        """Encode texts: the encoding and the mask of the tokens."""
+        """Encode prompts: returns token embeddings and the mask of the tokens."""
         embeds, mask, _, _ = self.pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
@@ -54,7 +54,7 @@ class LTXDenoiser(PipelineDenoiser):
         return embeds, mask
 
     def forward(self, network: nn.Module, x: Tensor, timestep: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """Call the network, which takes tokens."""
+        """Call the network, which takes packed tokens; see `PipelineDenoiser.forward`."""
         patches = self.pipe.transformer_spatial_patch_size, self.pipe.transformer_temporal_patch_size
         space, time = self.pipe.vae_spatial_compression_ratio, self.pipe.vae_temporal_compression_ratio
         _, _, frames, height, width = x.shape
@@ -74,19 +74,19 @@ class LTXDenoiser(PipelineDenoiser):
         return unpack_latents(self.pipe, output, frames, height, width, *patches)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents into clips, without the noise that the pipeline can add before."""
+        """Decode latents into clips, without the noise that the pipeline can add to latents before decoding."""
         vae = self.pipe.vae
         raw = self.denormalise(latents.to(vae.device)).to(vae.dtype)
         clean = raw.new_zeros(len(raw)) if vae.config.timestep_conditioning else None
         return self.to_clips(vae.decode(raw, clean, return_dict=False)[0])
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Turn what the autoencoder gave into what the network sees."""
+        """Convert latents from the autoencoder to the normalised latents of the network."""
         scale, mean, std = self._statistics(raw)
         return (raw - mean) * scale / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """Undo `normalise`."""
+        """Convert normalised latents to those that the autoencoder decodes: the inverse of `normalise`."""
         scale, mean, std = self._statistics(latents)
         return latents * std / scale + mean
 

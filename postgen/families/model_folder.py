@@ -1,4 +1,4 @@
-"""The small files of a model folder, read and checked: what they cannot mean is said before any weights are read."""
+"""Read and check the small files of a model folder, so that errors in them are found before weights are read."""
 
 from __future__ import annotations
 
@@ -20,52 +20,55 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _NETWORKS = ("transformer", "transformer_2", "unet", "vae")
 _WHOLE = ("width", "height", "num_frames", "num_inference_steps")
 _LARGEST_SCALE = 1024
-"""Of an autoencoder or a patch, in one direction."""
+"""Largest accepted scale factor of an autoencoder, or patch size, along one axis."""
 _LARGEST = 2**31
-"""Of any number of a configuration."""
+"""Largest accepted number in a config file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What a call uses where the user says nothing. None leaves it to the pipeline.
+    """Values of the settings that the user does not give. None: the pipeline's own default.
 
-    A model folder may carry its own in `postgen.json`, under these names.
+    The `postgen.json` of a model folder may contain its own values under these names.
     """
 
     width: int | None = None
-    """Pixels."""
+    """Width in pixels."""
     height: int | None = None
-    """Pixels."""
+    """Height in pixels."""
     num_frames: int | None = None
-    """Frames of the clip."""
+    """Number of frames of the clip."""
     num_inference_steps: int | None = None
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance."""
     fps: float = 8.0
-    """Frames per second of the written video, of which a network is told that is conditioned on them."""
+    """Frames per second of the written video. A network that is conditioned on the frame rate receives it too."""
     dtype: str | None = None
-    """Number type that `auto` stands for, whatever the device."""
+    """The dtype that `--dtype auto` means, on every device."""
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Whether a model is not on this machine and may be on the hub, where names have the form owner/name."""
+    """Whether a model name has the form of a hub id (owner/name) and is not a path on this machine."""
     name = str(model)
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def small_files(model: str) -> tuple[Path, str]:
-    """Return a folder with the model's JSON files, and what to load it by.
+    """Find the JSON files of a model; those of a model on the hub are downloaded.
+
+    Returns:
+        A local folder with the JSON files, and the folder or hub id to load the model from.
 
     Raises:
-        UserError: no such folder, and the hub gives none.
+        UserError: there is no such folder, and the download from the hub fails.
     """
     check_name(model, f"the model {shown(model)}")
     local = Path(model).expanduser()
     if local.is_dir():
         return local, str(local.resolve())
     if local.exists():
-        raise UserError(f"{model} is a file: a model is a folder with a model_index.json, or a hub id")
+        raise UserError(f"{model} is a file: give a model folder with a model_index.json, or a hub id")
     if not is_hub_id(model):
         raise UserError(f"there is no model folder {model} (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
@@ -73,16 +76,16 @@ def small_files(model: str) -> tuple[Path, str]:
     try:
         patterns = ["model_index.json", "postgen.json", NOTE, "*/config.json", "scheduler/scheduler_config.json"]
         return Path(snapshot_download(model, allow_patterns=patterns)), model
-    except Exception as error:  # every kind of network and hub trouble means the same here
+    except Exception as error:  # any error of the network or the hub means that the model cannot be read
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"there is no model folder {model}, and the hub does not give it: {reason}") from error
+        raise UserError(f"there is no model folder {model}, and it cannot be read from the hub: {reason}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file.
 
     Raises:
-        UserError: it cannot be read, or is no object.
+        UserError: the file cannot be read, or its content is not an object.
     """
     content = read_json(path, f"cannot read {path}")
     if not isinstance(content, dict):
@@ -91,15 +94,15 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def optional(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; nothing where there is none."""
+    """Return the content of a JSON file; an empty dict if the file does not exist."""
     return read_object(path) if path.exists() else {}
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the content of a `model_index.json`, and the class of the pipeline that it names.
+    """Return the content of a `model_index.json`, and the name of the pipeline class in it.
 
     Raises:
-        UserError: it cannot be read, names no class, or an entry of a network is none.
+        UserError: the file cannot be read, names no pipeline class, or the entry of a network is invalid.
     """
     path = folder / "model_index.json"
     index = read_object(path)
@@ -114,33 +117,40 @@ def read_index(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> None:
-    """An entry is such as `["diffusers", "WanTransformer3DModel"]`; an absent one is [null, null]."""
+    """Refuse an entry that is neither like `["diffusers", "WanTransformer3DModel"]` nor [null, null] for none."""
     if isinstance(entry, list) and entry == [None, None]:
         return
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "diffusers" and isinstance(entry[1], str)):
         raise UserError(
-            f'{path}: {name} is {shown(entry)}, it must be ["diffusers", CLASS], or [null, null] where there is none'
+            f'{path}: {name} is {shown(entry)}, it must be ["diffusers", CLASS], or [null, null] for no network'
         )
 
 
 def _check_class(folder: Path, name: str, kind: str | None) -> None:
-    """Another class than the configuration is of would read what it knows of it, and leave the rest as it likes."""
+    """Refuse a class that differs from the class in the network's own config.
+
+    diffusers would load such a network silently: the class ignores unknown entries and uses defaults for missing ones.
+    """
     path = folder / name / "config.json"
     said = optional(path).get("_class_name", kind) if kind is not None else None
     if name.startswith("transformer") and said != kind:
-        raise UserError(f"{path} is of a {shown(said)}, model_index.json beside it says {kind}: one of them is wrong")
+        raise UserError(
+            f"{path} is the config of a {shown(said)}, but model_index.json names a {kind}: correct one of them"
+        )
 
 
 def check_configs(folder: Path) -> None:
-    """Look at what the configurations of the networks of a folder say, before their classes are made of it.
+    """Check the values in the configs of a pipeline's networks before diffusers builds the networks.
 
-    A number that its class cannot have ends deep in there, if at all: the first call finds a word for an epsilon.
+    Without this check, an invalid value fails deep inside a library, or only in the first forward pass: for instance a
+    text in place of an epsilon.
 
     Args:
-        folder: a pipeline's; a hub's snapshot as well.
+        folder: the folder of a pipeline, or its snapshot from the hub.
 
     Raises:
-        UserError: a class that diffusers lacks, or a value of another kind than its default has.
+        UserError: a class is not a network of diffusers, or a value has another type than its default, or is out of
+            range.
     """
     import diffusers
 
@@ -151,15 +161,16 @@ def check_configs(folder: Path) -> None:
         if not config or kind is None:
             continue
         if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-            raise UserError(f"{path}: _class_name is {shown(config['_class_name'])}, which is no network of diffusers")
+            raise UserError(f"{path}: _class_name is {shown(config['_class_name'])}, which is not a diffusers network")
         for field in inspect.signature(kind.__init__).parameters.values():
-            # Others take lists, or nothing, as well; classes are written with and without postponed annotations.
+            # Only plain numbers are checked: other annotations also allow lists or None. An annotation is a text in
+            # modules with postponed annotations.
             if config.get(field.name) is not None and field.annotation in (int, float, "int", "float"):
                 _check_value(path, field.name, config[field.name], field.default)
 
 
 def _check_value(path: Path, name: str, value: Any, default: Any) -> None:
-    """Hold a number to the kind that its default has, and a count to at least 1."""
+    """Refuse a value that is not a number of the same type as its default, and a count below 1."""
     if not is_number(default):
         return
     count = name.startswith("num_") or name.endswith(("dim", "channels"))
@@ -171,32 +182,38 @@ def _check_value(path: Path, name: str, value: Any, default: Any) -> None:
 
 
 def class_of(index: Mapping[str, Any], *names: str) -> str | None:
-    """Return the class of the first of some networks that a `model_index.json` has; None where it has none."""
+    """Return the class name of the first of the named networks that is in a `model_index.json`; None if none is."""
     return next((index[name][1] for name in names if name in index and index[name][1] is not None), None)
 
 
 def own_defaults(path: Path) -> dict[str, Any]:
-    """Return what a `postgen.json` says of the fields of `Defaults`; nothing where there is none.
+    """Return the fields of `Defaults` in a `postgen.json`; see `own_words`.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     return own_words(path)[0]
 
 
 def own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
-    """What a folder says of itself: defaults of a call, example prompts of a closed vocabulary, image-to-video too.
+    """Return the content of the `postgen.json` of a model folder.
 
     Args:
-        path: its `postgen.json`. Where there is none, as in a folder that `pipe.save_pretrained` wrote, what networks
-            of ours know of the one that they were loaded from.
+        path: the file. If it does not exist, as in a folder that `pipe.save_pretrained` wrote, the content comes from
+            the notes in the configs of postgen's own networks, about the folder from which they were loaded.
+
+    Returns:
+        The fields of `Defaults`; example prompts of a tokenizer with a fixed list of words (`closed_vocabulary`); and
+        whether the model also continues a first frame (`image_to_video`).
 
     Raises:
-        UserError: it cannot be read, or an entry is none.
+        UserError: the file cannot be read, or an entry is invalid.
     """
     own = optional(path) if path.exists() else noted_words(path.parent)
     if not isinstance(own, dict):
-        raise UserError(f"{path.parent}: a network there says {shown(own)} for {path.name}, it must be an object")
+        raise UserError(
+            f"{path.parent}: the config of a network in it has {shown(own)} as {path.name}, it must be an object"
+        )
     own = dict(own)
     examples = own.pop("closed_vocabulary", [])
     if not isinstance(examples, list) or not all(isinstance(text, str) for text in examples):
@@ -207,7 +224,7 @@ def own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     known = Defaults.__dataclass_fields__
     for name, value in own.items():
         if name not in known or not _fits(name, value):
-            raise UserError(f"{path}: bad entry {name}={shown(value)}. Known: {', '.join(known)}")
+            raise UserError(f"{path}: invalid entry {name}={shown(value)}. Known: {', '.join(known)}")
     return own, tuple(examples), continues
 
 
@@ -219,10 +236,10 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def wan_multiples(folder: Path) -> tuple[int, int, int]:
-    """Return what height, width and frames - 1 of a Wan pipeline must divide by.
+    """Return the numbers of which height, width and frames - 1 of a Wan pipeline must be multiples.
 
     Raises:
-        UserError: a configuration is missing, or says what no such model has.
+        UserError: a config is missing or invalid.
     """
     vae_path = folder / "vae" / "config.json"
     vae = read_object(vae_path)

@@ -83,8 +83,8 @@ EARLY: dict[str, tuple[Content, str]] = {
         header(f'{{"a.lora_A.weight": {{"dtype": "F32", "shape": [{2**62}, 8], "data_offsets": [0, 0]}}}}'),
         "cannot read",
     ),
-    "no tensors": (written({}), "is no LoRA"),
-    "other tensors": (written({"blocks.0.weight": torch.ones(2)}), "is no LoRA"),
+    "no tensors": (written({}), "is not a LoRA"),
+    "other tensors": (written({"blocks.0.weight": torch.ones(2)}), "is not a LoRA"),
     "NaN": (written({**pair(), A: torch.full((2, WIDTH), torch.nan)}), "NaN or infinity"),
     "infinity": (written({**pair(), B: torch.full((WIDTH, 2), -torch.inf)}), "NaN or infinity"),
     "integers": (written({**pair(), A: torch.ones(2, WIDTH, dtype=torch.int8)}), "quantised"),
@@ -123,13 +123,13 @@ EARLY: dict[str, tuple[Content, str]] = {
 """Found by looking at the file."""
 
 LATE: dict[str, tuple[Content, str]] = {
-    "rank larger than said": (written(pair(rank=2), said(r=64, lora_alpha=64)), "rank 2, its settings say 64"),
-    "a half": (written({A: pair()[A]}), "no pair"),
+    "rank larger than said": (written(pair(rank=2), said(r=64, lora_alpha=64)), "its settings have rank 64"),
+    "a half": (written({A: pair()[A]}), "no complete pair"),
     "two ranks": (written({**pair(), A: torch.ones(3, WIDTH)}), "ranks of .* differ"),
     "one dimension": (written({A: torch.ones(WIDTH), B: torch.ones(WIDTH)}), "LoRA"),
     "no dimension": (written({A: torch.tensor(1.0), B: torch.tensor(1.0)}), "LoRA"),
     "rank 0 tensors": (written({A: torch.ones(0, WIDTH), B: torch.ones(WIDTH, 0)}), "LoRA"),
-    "another width": (written({A: torch.ones(2, 30), B: torch.ones(30, 2)}), "30 x 30 in it and 24 x 24"),
+    "another width": (written({A: torch.ones(2, 30), B: torch.ones(30, 2)}), "30 x 30 in the LoRA and 24 x 24"),
     "another block": (written(pair("transformer.blocks.9.attn1.to_q")), "match no layer"),
     "another model": (written(pair("transformer.transformer_blocks.0.attn1.to_q")), "match no layer|those of"),
     "mixed naming": (

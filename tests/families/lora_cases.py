@@ -1,4 +1,4 @@
-"""A LoRA of each family as the trainer makes it, and what LoRA files do to a model: the change of every weight."""
+"""Tiny pipelines with a LoRA from the trainer, one per family, and the change of every weight by a LoRA file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.families.tiny_pipelines import NO_LORA, PIPELINES
 from tests.tiny_wan import LATENT_CHANNELS, wan_components
 
 Changes = dict[str, dict[str, Tensor]]
-"""Network -> layer -> change of its weight in float64; layers that are not changed are left out."""
+"""Network -> layer -> change of its weight in float64, without layers that do not change."""
 
 
 def wan(**config: Any) -> Any:
@@ -50,11 +50,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Wan, two experts": two_experts,
     **{name: make for name, (make, _) in PIPELINES.items() if name not in NO_LORA},
 }
-"""Name -> its tiny pipeline."""
+"""Name of a family -> function that makes its tiny pipeline."""
 
 
 def trained(pipe: Any, rank: int = 4, alpha: int = 8, **config: Any) -> str:
-    """Put adapters of the trainer into a pipeline, as if trained; returns their name."""
+    """Add the trainer's adapters to a pipeline, fill them with random weights, and return their name."""
     adapter = add_adapters(pipe, denoiser_for(pipe), AdapterConfig(lora_r=rank, lora_alpha=alpha), **config)
     assert adapter is not None
     source = torch.Generator().manual_seed(4)
@@ -67,7 +67,7 @@ def trained(pipe: Any, rank: int = 4, alpha: int = 8, **config: Any) -> str:
 
 
 def save(pipe: Any, folder: Path, adapter: str) -> None:
-    """Write a run's export."""
+    """Write the adapters in the form of a run's export."""
     networks = networks_of(pipe)
     for name in networks:
         place = folder if len(networks) == 1 else folder / name
@@ -76,7 +76,7 @@ def save(pipe: Any, folder: Path, adapter: str) -> None:
 
 
 def changes(pipe: Any) -> Changes:
-    """Return what the adapters of a pipeline change, all together and each as strongly as it is set."""
+    """Return the change of every weight by the active adapters of a pipeline, at their present scales."""
     from peft.tuners.lora import LoraLayer
 
     found: Changes = {}
@@ -97,7 +97,7 @@ def _change(module: Any, adapter: str) -> Tensor:
 
 
 def read_by_postgen(pipe: Any, *loras: str) -> Changes:
-    """Return what files change when postgen loads them."""
+    """Return the change of every weight by files that postgen loads."""
     load_loras(pipe, loras)
     found = changes(pipe)
     pipe.unload_lora_weights()
@@ -105,7 +105,7 @@ def read_by_postgen(pipe: Any, *loras: str) -> Changes:
 
 
 def read_by_diffusers(pipe: Any, files: dict[str, Path]) -> Changes:
-    """Return what files, by network, change when diffusers loads them."""
+    """Return the change of every weight by files that diffusers loads; `files` is network name -> file."""
     for network, file in files.items():
         more = {"load_into_transformer_2": True} if network == "transformer_2" else {}
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="theirs", **more)
@@ -115,7 +115,7 @@ def read_by_diffusers(pipe: Any, files: dict[str, Path]) -> Changes:
 
 
 def same(one: Changes, other: Changes) -> bool:
-    """Whether the same layers are changed by exactly the same."""
+    """Whether both change the same layers by exactly the same numbers."""
     return one.keys() == other.keys() and all(
         one[part].keys() == other[part].keys() and all(torch.equal(one[part][k], other[part][k]) for k in one[part])
         for part in one
@@ -123,10 +123,10 @@ def same(one: Changes, other: Changes) -> bool:
 
 
 def converted_by_diffusers(family: str, format: Any, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what diffusers' conversion of an exported file changes, and what the file was written from.
+    """Return the changes in diffusers' conversion of an exported file, and the changes that the file was written from.
 
-    The file has the width of the published models, for which the conversion is written. What is compared is what a
-    change does to a few vectors; all numbers are small and whole, so that sums are exact in any order.
+    The file has the width of the published models, because the conversion supports no other width. A change is
+    represented by its products with a few vectors. All numbers are small integers, so sums are exact in any order.
     """
     import diffusers
 

@@ -203,7 +203,7 @@ def test_what_another_thread_calls_with_is_not_here(calls: Calls, row: PlugIn) -
     with calls.within(calls.model, calls.settings[0]):
         assert in_threads(lambda: handles.of(calls.model)) == [None]
         assert not in_threads(lambda: postgen.summary(calls.model).transformers[0].plug_ins)[0]
-        with pytest.raises(postgen.UserError, match=f"a call in another thread has {row.name} on this transformer"):
+        with pytest.raises(postgen.UserError, match=f"a call in another thread uses {row.name} on this transformer"):
             in_threads(lambda: resolve(row.apply)(calls.model, calls.settings[0]))
         # Another thread has the settings of this thread if it runs in a copy of this context.
         context = contextvars.copy_context()

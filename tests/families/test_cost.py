@@ -260,7 +260,7 @@ def test_calls_that_the_class_does_not_take() -> None:
     fixed = tiny_model("CogVideoX 1.0").transformer
     with pytest.raises(UserError, match=r"CogVideoXTransformer3DModel does not take this call: .*broadcast"):
         forward_cost(fixed, num_frames=1, height=256, width=128)
-    with pytest.raises(UserError, match=r"a shape is \(num_frames, height, width\), got \(9, 64\)"):
+    with pytest.raises(UserError, match=r"a shape must be \(num_frames, height, width\), got \(9, 64\)"):
         measure_latency(wan, [(9, 64)])  # type: ignore[list-item]
 
 
@@ -290,7 +290,7 @@ def test_latency_between_and_beyond() -> None:
     assert [table.seconds(tokens) for tokens in (100, 150, 200, 250, 300)] == [2.0, 3.0, 4.0, 4.5, 5.0]
     for outside in (99, 301):
         with pytest.raises(
-            UserError, match=f"{outside} tokens were not measured on D: the table goes from 100 to 300"
+            UserError, match=f"{outside} tokens are outside the latency table of D, which covers 100 to 300"
         ):
             table.seconds(outside)
     with pytest.raises(UserError, match="at least one measured size"):
@@ -298,10 +298,10 @@ def test_latency_between_and_beyond() -> None:
 
 
 def test_latency_refusals(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no latency table"):
+    with pytest.raises(UserError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "nothing.json")
     (tmp_path / "other.json").write_text('{"rows": [{"tokens": 1}]}')
-    with pytest.raises(UserError, match="is no latency table"):
+    with pytest.raises(UserError, match="is not a latency table"):
         LatencyTable.load(tmp_path / "other.json")
     with pytest.raises(UserError, match="repeats must be at least 1"):
         measure_latency(tiny_model("Wan").transformer, [(5, 32, 32)], repeats=0)

@@ -1,4 +1,4 @@
-"""One handle for all plug-ins: after removal it refuses everything, and what fails changes nothing."""
+"""The handle of every plug-in: after `remove` every method raises, and a call that fails changes nothing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHANGES: dict[str, tuple[Callable[[Any], None], dict[str, Any], dict[str, Any]]]
     "fp8_attention": (remove_fp8_attention, {"preparation": "plain"}, {"exact_layers": ("nothing",)}),
     "fused_ops": (postgen.remove_fused_ops, {"adaln": False}, {"attention": "nothing"}),
 }
-"""Plug-in -> how it is taken off, a change of its settings, and a wrong one: a row for each row of the table."""
+"""Plug-in -> function that removes it, a valid change of its settings, an invalid change. One row per plug-in."""
 
 USUAL = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)}
-"""Settings of those whose usual ones need a GPU."""
+"""Settings for plug-ins whose default settings need a GPU."""
 
 
 def applying(row: PlugIn) -> Callable[..., Any]:
-    """Return what applies a plug-in, with settings that any machine has where none are given."""
+    """Return the apply function of a plug-in; its default settings run on every machine."""
     apply, usual = resolve(row.apply), USUAL.get(row.name)
     return lambda target, config=usual: apply(target, config)
 

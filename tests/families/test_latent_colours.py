@@ -1,4 +1,4 @@
-"""Colours of latents: a linear map that is fitted to the autoencoder, grey before a clip was seen."""
+"""Previews of latents: a linear map that is fitted to the autoencoder, grey before it learns from a clip."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def vae():
 
 
 def linear_pair(seed, bias):
-    """Latents, and a clip in which every pixel is a linear function of its latent."""
+    """Return latents, their colours, and a clip in which every pixel is a linear function of its latent pixel."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, LATENT_CHANNELS, 3, 6, 8, generator=generator)
     weights = torch.randn(LATENT_CHANNELS, 3, generator=torch.Generator().manual_seed(9)) * 0.05

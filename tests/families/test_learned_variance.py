@@ -1,4 +1,4 @@
-"""What the denoisers of DiT and PixArt-Sigma have beside those of the other families."""
+"""Denoisers of DiT and PixArt-Sigma: the learned variance, class conditions and sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def noise_source() -> torch.Generator:
 @pytest.mark.parametrize("name", WITH_VARIANCE)
 @torch.no_grad()
 def test_the_variance_is_kept(name: str) -> None:
-    """Beside the prediction that callers have always had: the network's other channels, as it gives them."""
+    """The second result is the other half of the network's channels; the first is the result of `predict`."""
     pipe, size = tiny_pipeline(name)
     denoiser: Any = denoiser_for(pipe)
     assert isinstance(denoiser, VarianceDenoiser)
@@ -81,13 +81,13 @@ def test_dit_makes_squares() -> None:
     denoiser = denoiser_for(tiny_pipeline("DiT")[0])
     with pytest.raises(UserError, match="makes squares: height and width are 16 and 32"):
         denoiser.latent_shape(1, 16, 32)
-    wide = denoiser.initial_latents(1, num_frames=1, height=32, width=32)  # positions are interpolated
+    wide = denoiser.initial_latents(1, num_frames=1, height=32, width=32)  # the position table is interpolated
     assert denoiser.predict(wide, torch.tensor([0.5]), denoiser.encode_prompt(["a"])).shape == wide.shape
 
 
 @torch.no_grad()
 def test_dit_forgets_no_class_in_train_mode() -> None:
-    """Each block of diffusers would draw by itself which class it forgets."""
+    """The denoiser switches class dropout off, because each block of diffusers would drop it for other samples."""
     pipe, size = tiny_pipeline("DiT")
     assert pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.dropout_prob > 0
     denoiser = denoiser_for(pipe)

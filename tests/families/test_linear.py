@@ -102,7 +102,7 @@ def test_a_failing_make_leaves_no_trace(wan: TinyModel) -> None:
         replace_linears(wan.transformer, lambda n, x: 3, owner="fp8")  # type: ignore[arg-type, return-value]
     one = Double(nn.Linear(1, 1))
     for make in (lambda n, x: one, lambda n, x: modules["blocks.0.ffn"]):
-        with pytest.raises(UserError, match=r"fp8 made a module for .* that the model has already"):
+        with pytest.raises(UserError, match=r"fp8 made a module for .* that the model already has"):
             replace_linears(wan.transformer, make, owner="fp8")
     assert dict(wan.transformer.named_modules()) == modules
     assert not installed(wan.transformer).plug_ins
@@ -112,7 +112,7 @@ def test_two_owners(wan: TinyModel) -> None:
     before = wan()
     first = replace_linears(wan.transformer, inside, owner="fp8", roles=["attention"])
     for roles in (["attention"], ["feed_forward", "attention"]):
-        with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is replaced by fp8 already: .*before sparse"):
+        with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is already replaced by fp8: .*before sparse"):
             replace_linears(wan.transformer, inside, owner="sparse", roles=roles)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="fp8 has replaced"):
         replace_linears(wan.transformer, inside, owner="fp8", roles=["feed_forward"])
@@ -128,7 +128,7 @@ def test_one_owner_inside_another(wan: TinyModel) -> None:
     outer = replace_linears(wan.transformer, inside, owner="outer")
     ((name, _),) = outer.modules["blocks.0.attn1.to_q"].named_children()
     inner = replace_linears(wan.transformer, copied, owner="inner", pattern=rf".*to_q\.{name}")
-    with pytest.raises(UserError, match=r"inner replaced what is inside blocks.0.attn1.to_q: remove it before outer"):
+    with pytest.raises(UserError, match=r"inner replaced a layer inside blocks.0.attn1.to_q: remove it before outer"):
         outer.remove()
     inner.remove()
     outer.remove()
@@ -149,9 +149,9 @@ def test_handles_know_what_another_handle_did(wan: TinyModel) -> None:
 
 def test_wrong_words(wan: TinyModel) -> None:
     for call, message in (
-        (lambda: find_linears(wan.transformer, pattern="blocks.("), "is no regular expression"),
+        (lambda: find_linears(wan.transformer, pattern="blocks.("), "is not a regular expression"),
         (lambda: replace_linears(wan.transformer, double, owner="fp8", originals="gpu"), "'gpu'. Allowed: here, cpu"),  # type: ignore[arg-type]
-        (lambda: find_linears(object()), "in a module, got object"),  # type: ignore[arg-type]
+        (lambda: find_linears(object()), "in a torch module only, got object"),  # type: ignore[arg-type]
     ):
         with pytest.raises(UserError, match=message):
             call()  # type: ignore[no-untyped-call]
@@ -183,7 +183,7 @@ def test_where_the_old_layers_wait(wan: TinyModel) -> None:
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_parameters_that_were_taken_over_come_back_as_they_are_then(copies: bool, wan: TinyModel) -> None:
-    """Perhaps other objects by then; those of a new layer that has its own are not handed over."""
+    """Shared parameters go back to the old layer, also as new objects; a replacement's own parameters do not."""
     replace_linears(wan.transformer, sharing, owner="half", roles=["attention"])
     replace_linears(wan.transformer, copied, owner="own", roles=["feed_forward"])
     if copies:
@@ -209,7 +209,7 @@ def test_lora_before(wan: TinyModel) -> None:
     handle = replace_linears(wan.transformer, double, owner="fp8")
     assert "blocks.0.attn1.to_q" in handle.modules
     torch.testing.assert_close(wan(), before, atol=1e-5, rtol=1e-5)
-    # peft takes itself off around the new layers; the old ones still come back.
+    # peft removes its wrappers around the replacements; the old layers can still be put back.
     wan.transformer.delete_adapters("default")  # type: ignore[operator]
     handle.remove()
     fresh = tiny_model("Wan")
@@ -231,7 +231,7 @@ def test_lora_after(wan: TinyModel) -> None:
 
 @pytest.mark.parametrize("first", ["lora", "layers"])
 def test_lora_fused_into_a_new_layer(first: str, wan: TinyModel) -> None:
-    """The old layer never had it added, and unfusing would subtract it from there."""
+    """The removal is refused: the old layer's weight does not contain the LoRA that unfusing would subtract."""
     plain, model = wan(), wan.transformer
     torch.manual_seed(0)
     if first == "lora":
@@ -276,7 +276,7 @@ def test_compiled() -> None:
 
 
 class Shifted(Inside):
-    """Something that cannot be mistaken for the old layer."""
+    """A replacement with an output that differs from that of the old layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
@@ -310,7 +310,7 @@ def test_fused_projections(wan: TinyModel) -> None:
 
 
 def test_projections_fused_from_new_layers(wan: TinyModel) -> None:
-    """The fused projection holds their weights, and stands there until it is taken off itself."""
+    """The fused projection contains the weights of replacements, so the removal is refused until it is unfused."""
     before, model = wan(), wan.transformer
 
     def other(name: str, linear: nn.Linear) -> nn.Module:
@@ -320,7 +320,7 @@ def test_projections_fused_from_new_layers(wan: TinyModel) -> None:
 
     handle = replace_linears(model, other, owner="fp8")
     model.fuse_qkv_projections()  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"fused from blocks.0.attn1.to_q of fp8.*unfuse_qkv_projections\(\) first"):
+    with pytest.raises(UserError, match=r"attn1.to_q of fp8 is part of fused .*unfuse_qkv_projections\(\) first"):
         handle.remove()
     model.unfuse_qkv_projections()  # type: ignore[operator]
     handle.remove()
@@ -337,7 +337,7 @@ def test_offloading(wan: TinyModel) -> None:
     remove_hook_from_module(model, recurse=True)
     grouped: Any = tiny_model("Wan").transformer
     grouped.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
-    refused(grouped, "the diffusers hook (lazy_prefetch_)?group_offloading would lose it")
+    refused(grouped, "the diffusers hook (lazy_prefetch_)?group_offloading would lose the layer")
     cast: Any = tiny_model("Wan").transformer
     cast.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     refused(cast, "hooks? .*(layerwise_casting|peft)|hooks on it")
@@ -367,7 +367,7 @@ def test_a_new_layer_that_was_taken_out(wan: TinyModel) -> None:
 
 
 def test_saving_while_replaced(wan: TinyModel, tmp_path: Any) -> None:
-    """What is written is what the new layers define; afterwards it is as before."""
+    """`save_pretrained` writes the parameters of the replacements; after the removal the model is as before."""
     model: Any = wan.transformer
     handle = replace_linears(model, copied, owner="fp8")
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""LoRA files under other programs' keys: read back by diffusers' own converters they change every weight as before."""
+"""LoRA files with the keys of other programs: diffusers' own converters read the same change of every weight back."""
 
 import json
 import re
@@ -42,7 +42,7 @@ PIPELINES = {
 
 
 def linear_layers(model):
-    """Names and shapes of a model that takes no memory."""
+    """Return the names and shapes of a model's linear layers; the model is on the meta device."""
     name, config = MODELS[model]
     with torch.device("meta"):
         network = getattr(diffusers, name)(**config)
@@ -50,7 +50,7 @@ def linear_layers(model):
 
 
 def change(down, up, scale):
-    """What a change of a weight does to three random vectors: equal for equal changes only."""
+    """Return the product of a change of a weight with three random vectors, which differs for different changes."""
     probe = torch.randn(down.shape[1], 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return scale * up.double() @ (down.double() @ probe)
 
@@ -61,7 +61,7 @@ def close(found, expected):
 
 
 def lora_file(folder, model, pattern, *, rank=4, alpha=12, note=True):
-    """A file as diffusers writes it, with alpha in its metadata; returns it and the change of each weight."""
+    """Write a file in diffusers' form, with alpha in the metadata; return the file and the change of each weight."""
     part = "unet" if model == "stable_diffusion" else "transformer"
     source, tensors, changes = torch.Generator().manual_seed(0), {}, {}
     for name, (outs, ins) in linear_layers(model).items():
@@ -79,13 +79,13 @@ def lora_file(folder, model, pattern, *, rank=4, alpha=12, note=True):
 
 
 def read_by_diffusers(model, path):
-    """What diffusers makes of a foreign file: the change of each weight."""
+    """Return the change of each weight in diffusers' conversion of a file."""
     state, alphas = getattr(diffusers, PIPELINES[model]).lora_state_dict(path), {}
     if isinstance(state, tuple):
         state, alphas = state
     found = {}
     for key, down in state.items():
-        # UNets are read into diffusers' older keys.
+        # For UNets, the conversion returns an older form of diffusers' keys.
         match = re.fullmatch(r"(?:transformer|unet)\.(.+?)(\.lora_A|_lora\.down|\.lora\.down)\.weight", key)
         if match is None:
             continue
@@ -120,7 +120,7 @@ def test_export_lora_is_read_back_by_diffusers(tmp_path, case):
     target = tmp_path / "out.safetensors"
     export_lora(tmp_path, target, format)
     found = read_by_diffusers(model, target)
-    # A part of a fused layer that was not trained is read as a change of nothing.
+    # diffusers reads the untrained parts of a fused layer as zeros.
     found = {name: change for name, change in found.items() if name in changes or change.any()}
     assert len(changes) > 1
     assert found.keys() == changes.keys()
@@ -137,7 +137,7 @@ def test_export_lora_is_read_back_by_diffusers(tmp_path, case):
     ],
 )
 def test_export_lora_names_are_those_of_the_authors_weights(family, convert):
-    """diffusers reads the authors' weights under exactly these names."""
+    """diffusers' single-file conversion maps exactly these names of the authors to diffusers' names."""
     for mine, theirs in NAMES[family].plain.items():
         assert list(convert({f"{theirs.format(1)}.weight": torch.zeros(4, 2)})) == [f"{mine.format(1)}.weight"]
     for theirs, members in NAMES[family].fused.items():
@@ -157,7 +157,7 @@ def test_export_lora_fuses_by_blocks():
 
 
 def test_export_lora_of_hunyuans_token_refiner(tmp_path):
-    """diffusers' own converter cannot read these back: it cuts the rank in three as well."""
+    """Compare with the weights directly: diffusers' converter divides the rank by three and cannot read these."""
     _, changes = lora_file(tmp_path, "hunyuan_video", r"refiner_blocks\.0\.attn\.to_[qkv]$")
     export_lora(tmp_path, tmp_path / "out.safetensors", "comfyui")
     key = "diffusion_model.txt_in.individual_token_refiner.blocks.0.self_attn_qkv"
@@ -185,7 +185,7 @@ def test_export_lora_for_kohya_has_the_names_of_comfyui(tmp_path, model):
         expected = change(kohya[f"{theirs}.lora_down.weight"], kohya[f"{theirs}.lora_up.weight"], scale)
         mine = comfyui.get(f"{name}.alpha", torch.tensor(float(len(down)))).item() / len(down)
         close(change(down, up, mine), expected)
-    # diffusers reads kohya's keys of Wan only where a block has all: the others are there, and change nothing.
+    # diffusers reads kohya's keys of Wan only if a block has all layers, so the missing layers are written as zeros.
     more = {key.split(".")[0] for key in kohya} - {
         name.replace("diffusion_model.", "lora_unet_").replace(".", "_") for name in names
     }
@@ -244,19 +244,19 @@ def test_export_lora_says_what_is_wrong(tmp_path, cli):
 
     comfyui = ("--format", "comfyui")
     path, _ = lora_file(tmp_path / "a", "flux", rf"attn\.{ATTENTION}", note=False)
-    assert "fit hunyuan_video and flux: say which with --family" in told(path, *comfyui)
+    assert "fit hunyuan_video and flux: choose one with --family" in told(path, *comfyui)
     assert "unknown family 'flxu'. Known: wan, hunyuan_video" in told(path, *comfyui, "--family", "flxu")
     assert re.search(
-        r"as wan: \d+ of \d+ layers have no name there: \S+, \S+, \S+, \.\.\.", told(path, *comfyui, "--family", "wan")
+        r"as wan: \d+ of \d+ layers are unknown: \S+, \S+, \S+, \.\.\.", told(path, *comfyui, "--family", "wan")
     )
     assert "format is 'peft'. Allowed: comfyui, kohya" in told(path, "--format", "peft")
     assert "there is no LoRA file" in told(tmp_path / "nowhere", *comfyui)
     (path.parent / NOTE).write_text('{"pipeline": "MochiPipeline"}')
-    assert "nothing is known of the keys of MochiPipeline" in told(path, *comfyui)
+    assert "the LoRA keys of MochiPipeline in other formats are unknown" in told(path, *comfyui)
     cog, _ = lora_file(tmp_path / "b", "cogvideox", r"attn1\.to_q$")
     assert "kohya's tools have no keys for cogvideox" in told(cog, "--format", "kohya")
     save_file({"transformer.blocks.0.attn1.to_q.lora_magnitude_vector": torch.ones(2)}, tmp_path / "d.safetensors")
-    assert "has no pair of LoRA matrices, only lora_magnitude_vector" in told(tmp_path / "d.safetensors", *comfyui)
+    assert "no complete pair of LoRA matrices, only lora_magnitude" in told(tmp_path / "d.safetensors", *comfyui)
     save_file(
         {"transformer.other.lora_A.weight": torch.ones(2, 2), "transformer.other.lora_B.weight": torch.ones(2, 2)},
         tmp_path / "e.safetensors",
@@ -266,7 +266,7 @@ def test_export_lora_says_what_is_wrong(tmp_path, cli):
     assert "cannot read the LoRA" in told(tmp_path / "f.safetensors", *comfyui)
     (tmp_path / "g" / "transformer").mkdir(parents=True)
     (tmp_path / "g" / "transformer" / "config.json").write_text("{}")
-    assert "holds a whole model and no LoRA: give it as --model" in told(tmp_path / "g", *comfyui)
+    assert "holds a whole model, not a LoRA: give it as --model" in told(tmp_path / "g", *comfyui)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -275,5 +275,5 @@ def test_export_lora_with_a_layer_of_another_family():
         "blocks.0.attn1.to_q": Layer(torch.ones(1, 2), torch.ones(2, 1)),
         "blocks.0.odd": Layer(torch.ones(1, 2), torch.ones(2, 1)),
     }
-    with pytest.raises(UserError, match=r"x: 1 of 2 layers have no name there: blocks\.0\.odd$"):
+    with pytest.raises(UserError, match=r"x: 1 of 2 layers are unknown: blocks\.0\.odd$"):
         rename(layers, NAMES["wan"], "x")

@@ -1,4 +1,4 @@
-"""All that a LoRA file holds is applied, or an error names what is not."""
+"""Everything in a LoRA file is applied, or an error names the tensors that cannot be applied."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def written(tmp_path: Path) -> Any:
 
 
 def effect(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer gives now, and what it gave without adapters."""
+    """Return the output of a layer with and without its adapters."""
     with torch.no_grad():
         return layer(x), layer.base_layer(x)
 
@@ -92,15 +92,15 @@ def test_dora_goes_through_a_run_and_through_diffusers_keys_alone(pipe: Any, tmp
     assert torch.equal(effect(pipe.transformer.blocks[1].attn2.to_v, x)[0], after)
     pipe.unload_lora_weights()
     for format in ("comfyui", "kohya"):
-        with pytest.raises(UserError, match=rf"has DoRA, for which {format} has no place .*Use --format diffusers"):
+        with pytest.raises(UserError, match=rf"has DoRA, .* from {format} files: .*Use --format diffusers"):
             export_lora(tmp_path, tmp_path / "x.safetensors", format)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"is DoRA, whose magnitudes are not scaled: its scale must be 1, got 0\.5"):
+    with pytest.raises(UserError, match=r"is DoRA, whose magnitudes cannot be scaled: its scale must be 1, got 0\.5"):
         load_loras(pipe, [f"{tmp_path}:0.5"])
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_differences_of_layers_are_applied(pipe: Any, written: Any, scale: float) -> None:
-    """Of a weight, of its bias, of both beside a pair, and of the convolution that makes the patches."""
+    """Test differences of a weight, of a bias, of both in addition to a LoRA pair, and of the patch embedding."""
     whole, low, bias = drawn(32, WIDTH), drawn(WIDTH, 32), drawn(WIDTH)
     patch = drawn(WIDTH, 4, 1, 2, 2)
     ffn = "diffusion_model.blocks.1.ffn"
@@ -142,14 +142,14 @@ def test_differences_of_norms_and_tables_are_added(pipe: Any, written: Any, tmp_
     before = {name: own[name].detach().clone() for name in parameters.values()}
     file = written({f"diffusion_model.{key}": value for key, value in differences.items()} | pair())
     with pytest.raises(
-        UserError, match=r"holds differences of norms or tables, .*blocks\.0\.attn1\.norm_q\.weight, bl"
+        UserError, match=r"contains differences of norms or tables, .*blocks\.0\.attn1\.norm_q\.weight, bl"
     ):
         add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(lora_path=file))
     load_loras(pipe, [f"{file}:0.5"])
     for key, name in parameters.items():
         expected = (before[name].double() + 0.5 * differences[key].double()).float()
         torch.testing.assert_close(pipe.transformer.get_parameter(name), expected, rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match=r"the difference of blocks\.\d\.\S+ is no change of a layer, it has shape"):
+    with pytest.raises(UserError, match=r"difference of blocks\.\d\.\S+ has shape .*, which no weight of a layer"):
         export_lora(file, tmp_path / "x.safetensors", "comfyui")
 
 
@@ -169,7 +169,7 @@ def test_alpha_beside_any_keys_counts(pipe: Any, written: Any, base: str) -> Non
 
 
 def test_ranks_and_alphas_of_every_layer_go_on(pipe: Any, written: Any, tmp_path: Path) -> None:
-    """Through training, its export, and diffusers' keys: read by us and by diffusers."""
+    """Every layer keeps its rank and alpha in training, in its export and in a conversion to diffusers' keys."""
     tensors: dict[str, Tensor] = {}
     expected = {}
     for number, part in enumerate("qkvo"):
@@ -215,14 +215,14 @@ BAD = {
     "rank said": (
         pair(OWN),
         peft_metadata(r=4, lora_alpha=4),
-        r"blocks\.0\.attn1\.to_q has rank 2, its settings say 4$",
+        r"blocks\.0\.attn1\.to_q has rank 2, but its settings have rank 4$",
     ),
     "ranks": ({**pair(), f"{Q}.lora_up.weight": drawn(WIDTH, 3)}, {}, r"the ranks of blocks\.0\.attn1\.to_q differ"),
-    "half": ({f"{Q}.lora_up.weight": drawn(WIDTH, 3)}, {}, r"attn1\.to_q has no pair of LoRA matrices, only up$"),
-    "twice": (pair() | pair(OWN), {}, r"holds blocks\.0\.attn1\.to_q twice, under different keys$"),
-    "nothing": ({}, {"format": "pt"}, "is no LoRA: none of its 0 tensors has 'lora' in its name"),
+    "half": ({f"{Q}.lora_up.weight": drawn(WIDTH, 3)}, {}, r"to_q has no complete pair of LoRA matrices, only up$"),
+    "twice": (pair() | pair(OWN), {}, r"contains blocks\.0\.attn1\.to_q twice, under different keys$"),
+    "nothing": ({}, {"format": "pt"}, "is not a LoRA: none of its 0 tensors has 'lora' in its name"),
     "alphas": ({f"{Q}.alpha": torch.ones(2), **pair()}, {}, r"alpha of blocks\.0\.attn1\.to_q has shape \(2,\)"),
-    "size": (pair(outs=30), {}, r"attn1\.to_q is 30 x 24 in it and 24 x 24 in the model: it was made for a model of"),
+    "size": (pair(outs=30), {}, r"attn1\.to_q is 30 x 24 in the LoRA and 24 x 24 in the model: the LoRA was"),
     "inputs": (
         {**pair(), f"{Q}.dora_scale": drawn(1, WIDTH)},
         {},
@@ -231,7 +231,7 @@ BAD = {
     "some DoRA": (
         {**pair(), **pair("diffusion_model.blocks.0.self_attn.k"), f"{Q}.dora_scale": drawn(WIDTH, 1)},
         {},
-        r"1 of its 2 layers have no magnitude of DoRA, the others have: blocks\.0\.attn1\.to_k$",
+        r"1 of its 2 layers have no DoRA magnitude, .*: blocks\.0\.attn1\.to_k$",
     ),
     "unknown difference": (
         {**pair(), **{f"diffusion_model.blocks.{n}.odd.diff": drawn(2) for n in range(5)}},
@@ -292,7 +292,7 @@ def test_numbers_of_eight_bits_are_read(pipe: Any, written: Any) -> None:
 
 
 def test_folders_that_hold_one_lora(pipe: Any, tmp_path: Path) -> None:
-    """A run, its export, a folder of peft, a folder with one file of another name."""
+    """Test a run, its export, a folder that peft wrote, and a folder with one file of another name."""
     adapter = cases.trained(pipe)
     expected = cases.changes(pipe)
     cases.save(pipe, tmp_path / "run" / "export", adapter)
@@ -318,7 +318,7 @@ SGM = "unet_input_blocks_3_1_transformer_blocks_0"
 
 @pytest.mark.parametrize("family", ["Stable Diffusion", "Stable Diffusion XL"])
 def test_text_encoders_of_kohya_and_their_own_alphas(written: Any, family: str) -> None:
-    """XL's UNet has the author's names there, which diffusers converts: it mixes alphas up that are not all equal."""
+    """The keys of XL's UNet have the author's names. diffusers converts them, but mixes up alphas that differ."""
     pipe, _ = tiny_pipeline(family)
     unet, places = (UNET, ("te",)) if family == "Stable Diffusion" else (SGM, ("te1", "te2"))
     width = 8

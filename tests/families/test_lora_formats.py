@@ -68,7 +68,7 @@ def test_a_lora_that_does_not_come_back_is_counted(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_lora_of_any_alpha(pipe: Any, tmp_path: Path, dtype: torch.dtype, format: Any, error: float) -> None:
-    """Alpha is three times the rank: no power of two."""
+    """Alpha is three times the rank, so the scale is not a power of two."""
     adapter = cases.trained(pipe, alpha=12)
     pipe.transformer.to(dtype)
     cases.save(pipe, tmp_path, adapter)
@@ -84,7 +84,7 @@ def test_lora_of_any_alpha(pipe: Any, tmp_path: Path, dtype: torch.dtype, format
 
 
 def test_lora_of_every_layer_that_has_a_name(tmp_path: Path) -> None:
-    """Layers of the MLPs and of the image's keys are there for one block of two, others for none."""
+    """The LoRA has layers of the MLP and of the image keys in one of two blocks, and many layers in no block."""
     from diffusers import WanTransformer3DModel
 
     pipe = cases.wan()
@@ -101,7 +101,7 @@ def test_lora_of_every_layer_that_has_a_name(tmp_path: Path) -> None:
     export_lora(tmp_path / WEIGHTS, file, "kohya")
     assert cases.same(cases.read_by_postgen(pipe, str(file)), expected)
     assert cases.same(cases.read_by_diffusers(pipe, {"transformer": file}), expected)
-    # What was added for diffusers is not trained on.
+    # The zero layers that were added for diffusers are not trained.
     adapter = add_adapters(pipe, cases.denoiser_for(pipe), AdapterConfig(lora_path=str(file)))
     assert cases.same(cases.changes(pipe), expected)
     trained = [name for name, value in pipe.transformer.named_parameters() if value.requires_grad and "lora_" in name]
@@ -111,7 +111,7 @@ def test_lora_of_every_layer_that_has_a_name(tmp_path: Path) -> None:
 def test_kohya_of_wan_needs_the_width_of_the_mlps(pipe: Any, tmp_path: Path) -> None:
     cases.save(pipe, tmp_path, cases.trained(pipe))
     (tmp_path / NOTE).unlink()
-    with pytest.raises(UserError, match="how wide they are is not known for a width of 24: convert the folder of the"):
+    with pytest.raises(UserError, match="their width is unknown for a model of width 24: convert the folder of the"):
         export_lora(tmp_path, tmp_path / "out.safetensors", "kohya")
     (tmp_path / NOTE).write_text(json.dumps({"pipeline": "WanPipeline", "outputs": {"blocks.{}.ffn.net.0.proj": 32}}))
     export_lora(tmp_path, tmp_path / "out.safetensors", "kohya")
@@ -119,13 +119,13 @@ def test_kohya_of_wan_needs_the_width_of_the_mlps(pipe: Any, tmp_path: Path) -> 
     adapter = cases.trained(pipe, peft_config=LoraConfig(r=2, target_modules=["to_q", "condition_embedder.time_proj"]))
     cases.save(pipe, tmp_path / "b", adapter)
     with pytest.raises(
-        UserError, match=r"know layers of the blocks alone, not time_projection\.1: use --format comfyui"
+        UserError, match=r"only know layers inside the blocks, not time_projection\.1: use --format comfyui"
     ):
         export_lora(tmp_path / "b", tmp_path / "out.safetensors", "kohya")
 
 
 def test_an_exported_file_says_what_it_is_for(tmp_path: Path) -> None:
-    """So that a file of the second expert goes there, and one whose layers fit two families is not mistaken."""
+    """The metadata send a file of the second expert to that expert, and identify the family of ambiguous layers."""
     two = cases.two_experts()
     adapter = cases.trained(two)
     cases.save(two, tmp_path, adapter)
@@ -140,7 +140,7 @@ def test_an_exported_file_says_what_it_is_for(tmp_path: Path) -> None:
     assert found["transformer"] == {}
     assert cases.same({"transformer_2": found["transformer_2"]}, {"transformer_2": expected["transformer_2"]})
     with pytest.raises(
-        UserError, match=r"holds a LoRA of each of two networks: give .*transformer or .*transformer_2$"
+        UserError, match=r"holds a LoRA for each of two networks: give .*transformer or .*transformer_2$"
     ):
         export_lora(tmp_path, second, "kohya")
 
@@ -154,9 +154,7 @@ def test_two_experts_are_told_apart(tmp_path: Path) -> None:
     first = cases.changes(one)["transformer"]
     one.unload_lora_weights()
     single = str(tmp_path / "one")
-    with pytest.raises(
-        UserError, match=r"does not say which it is for: give it as transformer=\S+ \(noisy steps\) or tr"
-    ):
+    with pytest.raises(UserError, match=r"does not name its one: give it as transformer=\S+ \(high noise\) or tr"):
         load_loras(two, [single])
     found = cases.read_by_postgen(two, f"transformer_2={single}:0.5", str(tmp_path / "two"))
     assert cases.same({"": found["transformer"]}, {"": expected["transformer"]})
@@ -164,9 +162,9 @@ def test_two_experts_are_told_apart(tmp_path: Path) -> None:
         assert torch.equal(found["transformer_2"][name], change + 0.5 * first[name])
     alone = cases.read_by_postgen(two, f"transformer={tmp_path / 'two'}")
     assert (alone["transformer"].keys(), alone["transformer_2"]) == (first.keys(), {})
-    with pytest.raises(UserError, match="is for transformer_2, this WanPipeline has none"):
+    with pytest.raises(UserError, match="is for transformer_2, which this WanPipeline does not have"):
         load_loras(one, [str(tmp_path / "two")])
-    with pytest.raises(UserError, match="is for transformer_2, this WanPipeline has none"):
+    with pytest.raises(UserError, match="is for transformer_2, which this WanPipeline does not have"):
         load_loras(one, [f"transformer_2={single}"])
 
 
@@ -204,7 +202,7 @@ def test_training_refuses_what_it_would_not_write(pipe: Any, tmp_path: Path) -> 
 
 
 def test_names_are_one_to_one() -> None:
-    """No two layers of diffusers have one name there, and each is found back, with dots and with underscores."""
+    """Each diffusers layer has its own name of the author, and is found by this name, with dots and underscores."""
     import diffusers
 
     from postgen.families.lora_names import author_name, own_names

@@ -1,4 +1,4 @@
-"""LoRA files with parts that are easily lost: strengths of text encoders, names of adapters, unusual tensors."""
+"""LoRA files with parts that a loader easily drops: scales of text encoders, names of adapters, unusual tensors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ LOST: dict[str, tuple[dict[str, Tensor], dict[str, str] | None, str]] = {
     "two adapters": (
         {f"{OWN}.lora_A.{name}.weight": drawn(2, WIDTH) for name in ("one", "two")},
         None,
-        "holds blocks.0.attn1.to_q twice",
+        "contains blocks.0.attn1.to_q twice",
     ),
     "no weight": (
         {f"{OWN}.lora_A": drawn(2, 24), f"{OWN}.lora_B": drawn(24, 2)},
@@ -75,7 +75,7 @@ LOST: dict[str, tuple[dict[str, Tensor], dict[str, str] | None, str]] = {
         r"2 of its 2 tensors cannot be applied to WanPipeline: \S+lokr_w1",
     ),
     "integers": ({**pair(OWN), f"{OWN}.lora_down.weight": WHOLE}, None, r"is quantised: integers in 1 tensors: trans"),
-    "PiSSA": (pair(OWN), PISSA, "began as pissa_niter_4, which changes the model as well"),
+    "PiSSA": (pair(OWN), PISSA, "was initialised with pissa_niter_4, which also changes the weights"),
     "alpha": ({**pair(), f"{Q}.alpha": torch.tensor(1e30)}, None, r"alpha of blocks\.0\.attn1\.to_q is 5e\+29 times"),
 }
 
@@ -102,7 +102,7 @@ def test_a_part_of_a_sharded_lora_is_refused(tmp_path: Path) -> None:
     for shard, base in zip(shards, (OWN, OWN[:-1] + "k"), strict=True):
         save_file(pair(base), shard)
     for path in (shards[0], tmp_path):
-        with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is one of 2 files of a LoRA"):
+        with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is one of 2 shards of a LoRA"):
             check_lora(str(path))
     shards[0].rename(tmp_path / "model-00001-of-00001.safetensors")
     check_lora(str(tmp_path / "model-00001-of-00001.safetensors"))

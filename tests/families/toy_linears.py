@@ -1,4 +1,4 @@
-"""Layers that take the place of linear ones in tests, and what makes them."""
+"""Replacements of linear layers for tests, and functions that make them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Inside(nn.Module):
-    """Calls the layer it took the place of."""
+    """A replacement that calls the old layer."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Inside(nn.Module):
 
 
 class Double(nn.Module):
-    """The same in float64, with its own weights under other names."""
+    """A replacement that computes in float64, with its own weights under other names."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class Double(nn.Module):
 
 
 class Copied(nn.Linear):
-    """A linear layer that peft can adapt, like that of most quantisation libraries."""
+    """A subclass of `nn.Linear` that peft can adapt, like the layers of most quantisation libraries."""
 
 
 class Sharing(nn.Linear):
-    """Half of a linear layer's output, with the parameters of that layer themselves."""
+    """A replacement that returns half of the old layer's output and shares the old layer's parameter objects."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")

@@ -166,7 +166,7 @@ def test_offloading_stands_in_the_way_of_removal(wan: TinyModel) -> None:
         handle.remove()
     assert "fp8_linears" in replaced_linears(wan.transformer)
     remove_hook_from_module(wan.transformer, recurse=True)
-    with pytest.raises(postgen.UserError, match="group_offloading would lose it: replace linear layers before"):
+    with pytest.raises(postgen.UserError, match="group_offloading would lose the layer: replace linear layers before"):
         postgen.apply_fp8_linears(tiny_offloaded(), QUIET)
 
 

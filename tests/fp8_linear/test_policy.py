@@ -141,7 +141,7 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
     handle.remove()
     other.remove()
     handle = postgen.apply_fp8_linears(model)
-    with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is replaced by fp8_linears already"):
+    with pytest.raises(UserError, match=r"blocks.0.attn1.to_q is already replaced by fp8_linears"):
         replace_linears(model, double, owner="sparse")
     handle.remove()
 

@@ -86,7 +86,7 @@ def test_folders_that_are_no_model_say_what_to_do(trained, tiny_wan, tmp_path, c
         ('{"base": "/nowhere", "parts": ["transformer_2"]}', "transformer_2/config.json is missing"),
         ('{"base": "/nowhere", "parts": []}', "must have a base .* and a list of parts, got '/nowhere', .."),
         ('{"base": "/nowhere", "parts": "transformer"}', "and a list of parts"),
-        ('{"base": "EXPORT", "parts": ["transformer"]}', "that is an export itself, name the whole model there"),
+        ('{"base": "EXPORT", "parts": ["transformer"]}', "that model is itself an export, name the whole model there"),
     ],
 )
 def test_a_wrong_note_is_told(trained, tmp_path, note, message):

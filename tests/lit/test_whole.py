@@ -92,7 +92,7 @@ def test_a_saved_pipeline_knows_what_its_model_said(whole: Path, tmp_path: Path)
     config = json.loads((tmp_path / "again" / "transformer" / "config.json").read_text())
     config["quantization_config"]["postgen.json"] = [1]
     (tmp_path / "again" / "transformer" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"a network there says .* for postgen\.json, it must be an object"):
+    with pytest.raises(UserError, match=r"config of a network in it has .* as postgen\.json, it must be an object"):
         inspect_model(tmp_path / "again")
 
 
