@@ -1,4 +1,4 @@
-"""The kernel of norm and rotation on a GPU, at the sizes of real models."""
+"""The Triton kernel of norm and rotation, on a GPU with the sizes of real models."""
 
 from __future__ import annotations
 
