@@ -1,4 +1,4 @@
-"""The benchmark of kernels compares things that compute the same."""
+"""The benchmark of kernels compares functions with equal results."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_floors_of_joined_rows_are_of_the_best_rates_of_their_device(tmp_path: P
         {**STAMP, "device": device, "copy_tb_per_s": copy, "rows": rows}
         for device, copy, rows in [("H200", 4.0, []), ("H200", 4.2, []), ("H100", 5.0, [])]
     )
-    # 8.4 GB that are read and written: at 4.2 TB/s they need 2 ms. 8.6 GB that are read need as long.
+    # Reading and writing 8.4 GB takes 2 ms at 4.2 TB/s. Only reading 8.6 GB takes equally long.
     row = {"op": "adaln x", "ours_ms": 2.05, "over_floor": 0.98, "vs_compiled": 2.0, "relative_error": 1e-5}
     slow["rows"] = [
         {**row, "shape": "copy", "moved_bytes": 84 * 10**8, "written_bytes": 42 * 10**8},

@@ -74,7 +74,7 @@ def test_repeats_records_and_compiles() -> None:
     assert_repeats(lambda: temporal_self_share(query, key))
     assert_records(lambda: temporal_self_share(query, key))
     assert_compiles_whole(lambda q, k: temporal_self_share(q, k) * 2, query, key)
-    # A sample does not depend on its neighbours.
+    # The result of a sample does not depend on the other samples of the batch.
     assert torch.equal(temporal_self_share(query, key)[1:], temporal_self_share(query[1:], key[1:]))
 
 
