@@ -198,7 +198,7 @@ def relative_error(out: Tensor, call: Call) -> float:
 
 
 def attention_gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates: the worst shape counts. The gates against diffusers' default use the rows with all backends."""
+    """Return the gates: the worst shape counts. Gates against diffusers' default take the rows with all backends."""
     whole = [row for row in rows if row["op"] == "attention"]
 
     def slowest(*models: str) -> float | None:

@@ -319,7 +319,7 @@ def _results(path: str) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result of benchmarks.kernels: {error!r}") from error
     if len(devices := {run["device"] for run in (*others, last)}) > 1:
-        raise ValueError(f"{path} has runs of several devices, {', '.join(sorted(devices))}: join their own files")
+        raise ValueError(f"{path} joins runs of several devices, {', '.join(sorted(devices))}: give one file per run")
     return [*({**run, "rows": []} for run in others), {**last, "rows": result["rows"]}]
 
 
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if payload is None and not torch.cuda.is_available():
-        print("benchmarks.kernels needs a GPU, but torch finds none", file=sys.stderr)
+        print("benchmarks.kernels needs a GPU: torch sees none", file=sys.stderr)
         return 2
     payload = payload or measured(quick=options.quick, rest=options.rest, only=options.only)
     print(write_result(options.output, payload))

@@ -88,7 +88,7 @@ def test_a_trace_is_read_call_by_call() -> None:
     assert row["us"] == 8
     assert row["pause_before_us"] == 1
     assert (row["programs"], row["warps"], row["spilled"], row["programs_a_processor"]) == (6, 8, 8, 2)
-    for calls, message in ((4, "6 kernels are none of 4 equal calls"), (6, "calls differ")):
+    for calls, message in ((4, "6 kernel events cannot be 4 equal calls"), (6, "calls differ")):
         with pytest.raises(ValueError, match=message):
             by_place(found, calls)
 
