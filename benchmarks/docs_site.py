@@ -23,7 +23,7 @@ _DOCTEST = re.compile(r'^( +)>>> .*\n(?:\1(?!""")\S.*\n)*', re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".txt": "text"}
 _FOLDER = "repository"
 _WIDE = ("paper_index.md",)
-"""Pages with a wide table. The table of contents is hidden there, so that the table gets its space."""
+"""Pages with wide tables. They have no table of contents, and on telephones the cells of a row are stacked."""
 _HIDDEN = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n"
 _parsed: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -90,6 +90,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if place.startswith(f"{_FOLDER}/") and not place.endswith(".py.md"):
         return _relinked(markdown, place, ROOT / PurePosixPath(place).relative_to(_FOLDER).parent)
     return _relinked(markdown, place, ROOT / "docs" / PurePosixPath(place).parent)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Mark the tables of wide pages for the style sheet."""
+    if page.file.src_uri not in _WIDE:
+        return html
+    return html.replace("<table>", '<div class="stacked"><table>').replace("</table>", "</table></div>")
 
 
 def on_post_build(**_: Any) -> None:
