@@ -1,7 +1,7 @@
-"""Runs the code blocks of a page in their order: Python in one namespace, shell commands in this process.
+"""Run the code blocks of a page in their order: Python in one namespace, shell commands in this process.
 
-The blocks run as printed, apart from the changes of `tests.doc_swaps`. These replace the names of a user's own files
-and of models of the Hub, and append options with small sizes to commands, so that a command takes seconds.
+A block runs as it is printed, except for the changes of the tables in `tests.doc_swaps`: they replace names of the
+user's files and of models on the Hub, and append options with smaller sizes, so that a command takes seconds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.apps.served import serving
 from tests.doc_swaps import BEFORE, SERVERS, SWAPS, smaller
 
 TAGGED_PROGRAMS = ("make", "pip", "python3", "bash", "torchrun")
-"""Programs that the tests do not run; a block with such a line needs a `no-run` tag."""
+"""Commands that are never run here. A block with such a command needs a `no-run` tag."""
 
 
 class Page:
-    """A page whose blocks run in the current folder, which gets the embedded model as `postgen/assets/tiny-wan`."""
+    """A page that runs in the current folder, which contains the embedded model as `postgen/assets/tiny-wan`."""
 
     def __init__(self, page: Path) -> None:
         self.page = page
@@ -37,10 +37,10 @@ class Page:
         self._urls: dict[str, str] = {}
 
     def run(self, languages: tuple[str, ...] = ("python", "bash")) -> str:
-        """Run the blocks of these languages; return their output.
+        """Run the blocks of these languages, and return their output.
 
         Raises:
-            AssertionError: the exit code of a command is not 0, or the page does not contain the text of a swap.
+            AssertionError: the exit code of a command is not 0, or a row of the table of swaps matches no text.
         """
         Path("postgen").symlink_to(ROOT / "postgen")
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ class Page:
                     self._run(block)
         if languages == ("python", "bash"):
             unused = {old for old, _ in SWAPS.get(self.page.name, ())} - self.swapped
-            assert not unused, f"tests/doc_swaps.py: {self.page.name} does not contain {unused}"
+            assert not unused, f"tests/doc_swaps.py: {self.page.name} has no {unused}"
         return printed.getvalue()
 
     def _run(self, block: Block) -> None:
@@ -87,7 +87,7 @@ class Page:
             subprocess.run(["sh", "-c", rest], input=said, text=True, check=True)
 
     def _serve(self, words: list[str]) -> None:
-        """Start a server at a free port; it runs until the end of the page."""
+        """Start a server on a free port; it runs until the page ends."""
         port = words[words.index("--port") + 1] if "--port" in words else SERVERS[words[0]]
         Path("server").mkdir()
         given = ["-m", "postgen", *words, "--port", "0"]
@@ -96,7 +96,7 @@ class Page:
 
 
 def run_command(words: list[str], said_as: str) -> str:
-    """Run the command line in this process; return its output.
+    """Run the command line in this process, and return its output.
 
     Raises:
         AssertionError: the exit code is not 0.

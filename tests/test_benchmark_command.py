@@ -1,4 +1,4 @@
-"""Exit codes and messages of long benchmarks."""
+"""The end of a long benchmark."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from postgen.errors import UserError
 
 
 def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong input and a signal print one line, also if a library turns the signal into an error.
-
-    Another exception keeps its traceback.
-    """
+    """Wrong input, a signal, and an error that a signal caused print one line; a bug keeps its traceback."""
 
     def wrong() -> int:
         raise UserError("no such thing")

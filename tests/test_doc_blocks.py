@@ -82,7 +82,7 @@ def test_at_most_a_fifth_is_not_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_worked_examples_are_all_python_of_that_page() -> None:
-    """Other tests run the Python blocks of CONTRIBUTING.md: tests/test_worked_*.py."""
+    """Other tests run these blocks: tests/test_worked_*.py."""
     python = [block for block in blocks_of_page(ROOT / "CONTRIBUTING.md") if block.language == "python"]
     worked = [code for heading in ("## A model", "## An inference method", "## A reward") for code in blocks(heading)]
     assert [block.code for block in python if block.code not in worked] == []
@@ -114,7 +114,7 @@ def test_a_block_that_fails(text: str, said: str, tmp_path: Path, monkeypatch: p
 def test_a_swap_that_fits_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SWAPS, "page.md", (("FOLDER", "here"),))
-    with pytest.raises(AssertionError, match=r"page\.md does not contain \{'FOLDER'\}"):
+    with pytest.raises(AssertionError, match=r"page\.md has no \{'FOLDER'\}"):
         Page(page(tmp_path, "```python\nnumber = 1\n```\n")).run()
 
 
