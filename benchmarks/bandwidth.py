@@ -1,9 +1,9 @@
-"""How fast a GPU's memory is, and how long a call takes on it: what the floors of the kernel benchmarks stand on.
+"""The memory bandwidth of a GPU and the time of a call, from which the kernel benchmarks compute their floors.
 
-A floor is the time that the bytes of an operation need at the best rates that kernels of this machine reach. Memory
-reads faster than it copies, so what is written is counted as copied and the rest of what is read as read. A `copy_`
-that a CUDA graph records is no kernel but a memcpy node, which is slower: 2.6 TB/s on an H200, where a kernel copies
-at 4.22 and one that only reads reaches 4.39.
+A floor is the time that the bytes of an operation need at the best rates that kernels reach on this GPU. Reading is
+faster than copying, so written bytes count as copied together with as many read bytes, and the remaining read bytes
+count as read. A `copy_` in a CUDA graph is not a kernel but a memcpy node, which is slower: 2.6 TB/s on an H200, where
+a kernel copies at 4.22 TB/s and a kernel that only reads reaches 4.39 TB/s.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 REPLAYS = 50
-#: Bytes of a tensor whose traffic is timed: twenty times the caches of an H200.
+#: The size in bytes of the tensors for the rates: twenty times the caches of an H200.
 MEASURED_BYTES = 2**30
 READERS = ((4, 4096, 8), (8, 2048, 4), (8, 4096, 8), (16, 2048, 4), (16, 4096, 8))
-"""Kernels that only read, as `largest` takes them; the fastest counts."""
+"""Arguments of `largest`, the kernel that only reads; the fastest one counts."""
 
 
 def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
-    """Return the median time of one call on the GPU."""
+    """Return the median milliseconds of one call, replayed in a CUDA graph over all input sets."""
     for inputs in sets[:2]:
         function(*inputs)
     torch.cuda.synchronize()
@@ -48,10 +48,10 @@ def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> f
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes a millisecond, each the best of a few kernels."""
+    """Rates in bytes per millisecond, each the best of several kernels."""
 
     copy: float
-    """Read and written together."""
+    """Bytes read plus bytes written."""
     read: float
     write: float
 
@@ -61,19 +61,19 @@ class Bandwidth:
         return 2 * copied / self.copy + (moved - written - copied) / self.read + (written - copied) / self.write
 
     def told(self) -> dict[str, float]:
-        """The rates as they stand in a result file, in TB/s."""
+        """Return the rates in TB/s with the keys of a result file."""
         rates = {"copy": self.copy, "read": self.read, "write": self.write}
         return {f"{name}_tb_per_s": rate / 1e9 for name, rate in rates.items()}
 
 
 def measured_bandwidth() -> Bandwidth:
-    """Measure it on the current GPU, copies and writes in float32 and in bfloat16."""
+    """Measure the rates of the current GPU; copies and writes are tried in float32 and bfloat16."""
     copies, writes = [], []
     for dtype in (torch.float32, torch.bfloat16):
         source = torch.zeros(MEASURED_BYTES // dtype.itemsize, dtype=dtype, device="cuda")
         target = torch.empty_like(source)
         copies += [
-            # Work on the values makes these kernels: without it, a graph records a memcpy.
+            # The arithmetic makes these calls kernels; without it, a graph would record a memcpy.
             milliseconds(lambda a=source, b=target: torch.add(a, 1, out=b), [()]),
             milliseconds(lambda a=source, b=target: torch.neg(a, out=b), [()]),
         ]
@@ -94,15 +94,15 @@ def _largest(source, target, count, programs, BLOCK: tl.constexpr):  # type: ign
 
 
 def largest(source: Tensor, per_processor: int, block: int, warps: int) -> Tensor:
-    """Return the largest value of each share of a float32 tensor: a kernel that only reads.
+    """Return the largest value that each program finds in a float32 tensor, with a kernel that only reads.
 
     torch's own reductions reach 3.6 TB/s on an H200, less than its copies.
 
     Args:
         source: any shape, contiguous.
-        per_processor: programs a multiprocessor.
-        block: values that a program takes at once, a power of two.
-        warps: of a program.
+        per_processor: programs per multiprocessor.
+        block: values that a program loads at once, a power of two.
+        warps: warps of a program.
     """
     programs = per_processor * torch.cuda.get_device_properties(source.device).multi_processor_count
     found = torch.empty(programs, device=source.device)
@@ -111,13 +111,14 @@ def largest(source: Tensor, per_processor: int, block: int, warps: int) -> Tenso
 
 
 def with_best_floors(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of several results, floors at the best rates that any result of the same device has measured.
+    """Return the rows of several results, with floors at the best rates that any result of the same device has.
 
-    Each run measures its own rates, 0.2 to 1 % apart on one GPU: a row must not beat its floor because its run
-    measured a slower copy. Floors only become faster by this. Rows that do not tell their bytes stay as they are.
+    Each run measures its own rates, which differ by 0.2 to 1 % on one GPU. With the best rates a row cannot beat its
+    floor only because its run measured a slow copy. Floors can only get lower. Rows without `moved_bytes` do not
+    change.
 
     Args:
-        results: as `benchmarks.kernels` writes them: `device`, rates in TB/s, `rows`.
+        results: results of `benchmarks.kernels` with `device`, the rates in TB/s and `rows`.
     """
     best: dict[str, Bandwidth] = {}
     for result in results:
@@ -137,13 +138,13 @@ def with_best_floors(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def check_floors(rows: list[dict[str, Any]]) -> None:
-    """Refuse rows that are faster than their floors: then the floors, or the counted bytes, are wrong.
+    """Check that no row is faster than its floor; otherwise the floor or the counted bytes are wrong.
 
     Raises:
-        ValueError: it names these rows.
+        ValueError: some rows are faster; the message names them.
     """
     faster = [
         f"{row['op']} at {row['shape']} ({row['over_floor']:.3f})" for row in rows if row.get("over_floor", 1) < 1
     ]
     if faster:
-        raise ValueError(f"faster than the floor, so the floor is wrong: {', '.join(faster)}")
+        raise ValueError(f"these rows are faster than their floors, so the floors are wrong: {', '.join(faster)}")

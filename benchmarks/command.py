@@ -1,4 +1,4 @@
-"""How a benchmark that runs for long ends: after wrong input, after a signal."""
+"""Exit codes and messages of long benchmarks after wrong input and after a signal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from postgen.errors import UserError
 from postgen.interrupts import stoppable
 
 
-def ended(name: str, work: Callable[[], int], stopped: str = "the same command goes on") -> int:
-    """Do the work of a command, and return its exit code.
+def ended(name: str, work: Callable[[], int], stopped: str = "run the same command again to continue") -> int:
+    """Run the work of a command and return the exit code of the command.
 
-    It is 2 after wrong input, and 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, which are raised as
-    KeyboardInterrupt where the work is: each of them is one line on standard error.
+    The exit code is 2 after a UserError, 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP; each prints one
+    line to standard error. A signal raises KeyboardInterrupt in the work.
 
     Args:
-        name: of the command, for messages.
-        work: returns its exit code.
-        stopped: what is said after a signal.
+        name: the name of the command for messages.
+        work: a function that does the work and returns the exit code.
+        stopped: the hint that is printed after a signal.
     """
     with stoppable() as stop:
         try:
@@ -29,6 +29,6 @@ def ended(name: str, work: Callable[[], int], stopped: str = "the same command g
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, Exception) and not stop.number:
                 raise
-            stop.end()  # a signal, or what became of one inside a library
+            stop.end()  # a signal, or an error that a library raised because of one
             print(f"{name}: stopped; {stopped}", file=sys.stderr)
             return stop.code

@@ -1,10 +1,10 @@
-"""What linear attention with a convolution spends its time on: the pass with parts left out, and its machine code.
+"""Profile of linear attention with a convolution: times of the pass without some of its parts, and its machine code.
 
-`python -m benchmarks.convolution_profile` needs a GPU and writes `results/convolution_profile.json`. It times the
-second pass of `postgen.kernels.linear_attention` at two shapes of Wan with both convolutions, with smaller ones,
-without queries and without convolution, and the gradient of the weights, beside the bytes that each must move. Of the
-whole pass and of that gradient it counts what a thread executes for a row of its columns, and from that how long
-processors have instructions to issue; the rest is waiting.
+`python -m benchmarks.convolution_profile` needs a GPU and writes `results/convolution_profile.json`. At two shapes of
+Wan it times the second pass of `postgen.kernels.linear_attention` with both convolutions, with smaller convolutions,
+without queries and without convolution, and the gradient of the weights, and computes the floor of the bytes that each
+must move. For the whole pass and for that gradient it counts the instructions that a thread executes for one row of
+its columns. This gives the time in which the multiprocessors issue instructions; in the rest of the time they wait.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from benchmarks.linear_launches import drawn, passes
 from postgen.kernels.linear_attention.naive import Terms
 
 SHAPES = {"Wan 1.3B 480p 81f": ((21, 30, 52), 12), "Wan 14B 720p 81f": ((21, 45, 80), 40)}
-"""Name -> grid and heads."""
+"""Name -> token grid and number of heads."""
 CHANNELS = 128
 CLOCK_GHZ = 1.755
-"""Of an H100 SXM under load: the base of what counted instructions take."""
+"""The clock of an H100 SXM under load, which converts counted instructions to time."""
 SCHEDULERS = 4
-"""Of a processor; each issues one instruction of one warp a cycle."""
+"""Schedulers per multiprocessor; each issues one instruction of one warp per cycle."""
 FILTERS = {"5x5 + 3": (5, 3), "3x3 + 3": (3, 3), "1x1": (1, 0)}
-"""Taps along a side in space and in time."""
+"""Name -> side length of the weights in space, and their length in time."""
 WHOLE = "5x5 + 3"
 SUMMED, OF_WEIGHTS = "keys and values summed", f"gradient of the weights {WHOLE}"
 
@@ -41,7 +41,7 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
 def loops(sass: str) -> list[Counter[str]]:
-    """Return what the loops of a kernel execute once around, by kind, as if no branch within them skipped code."""
+    """Count the instructions of one iteration of each loop of a kernel by kind, as if no branch skipped code."""
     lines = [line.strip() for line in sass.splitlines() if line.strip()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.?\w+:", line)}
     found = []
@@ -54,13 +54,13 @@ def loops(sass: str) -> list[Counter[str]]:
 
 
 def kind(line: str) -> str | None:
-    """Return the name of an instruction of Triton's disassembly, without what follows a dot; None of a label."""
+    """Return the name of an instruction in Triton's disassembly without its suffixes, or None for a label."""
     instruction = re.search(r"\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", line)
     return instruction[1] if instruction else None
 
 
 def terms_of(grid: tuple[int, int, int], heads: int, space: int, time: int) -> Terms:
-    """Return convolutions of so many taps along a side; 0 is none."""
+    """Return terms with convolutions of the given side length in space and length in time; 0 is no convolution."""
     width = heads * CHANNELS
     return Terms(
         grid=grid,
@@ -70,7 +70,7 @@ def terms_of(grid: tuple[int, int, int], heads: int, space: int, time: int) -> T
 
 
 def part_calls(grid: tuple[int, int, int], heads: int) -> dict[str, tuple[Call, int]]:
-    """Return every part as a call of queries, keys, values and sums, and the tensors that it must move."""
+    """Return every part as a function of queries, keys, values and sums, and how many tensors it must move."""
     from postgen.kernels.linear_attention import triton
 
     def alone(terms: Terms) -> Call:
@@ -79,7 +79,7 @@ def part_calls(grid: tuple[int, int, int], heads: int) -> dict[str, tuple[Call, 
         )
 
     plain = passes(Terms())
-    # Keys and values are two tensors that are read, queries one that is read and the results another.
+    # The sums read two tensors, keys and values; the pass over queries reads the queries and writes the results.
     found = {SUMMED: (plain["keys"], 2), "queries": (plain["queries"], 2)}
     for name, taps in FILTERS.items():
         terms = terms_of(grid, heads, *taps)
@@ -90,7 +90,7 @@ def part_calls(grid: tuple[int, int, int], heads: int) -> dict[str, tuple[Call, 
 
 
 def code(name: str, kernel: Any, grid: tuple[int, int, int], heads: int, given: tuple[Any, ...]) -> dict[str, Any]:
-    """Return registers, memory and instructions of a pass that walks down rows, launched on one set of inputs."""
+    """Launch a pass that walks down rows on one input set; return its registers, memory and instructions."""
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES
 
     how = LAUNCHES[name, CHANNELS]
@@ -116,7 +116,7 @@ def code(name: str, kernel: Any, grid: tuple[int, int, int], heads: int, given: 
 
 
 def profile() -> dict[str, Any]:
-    """Time the parts at both shapes."""
+    """Time the parts and count the instructions at both shapes."""
     from postgen.kernels.linear_attention.triton_convolution import convolve_rows
     from postgen.kernels.linear_attention.triton_filters import sum_filters
 
@@ -127,7 +127,7 @@ def profile() -> dict[str, Any]:
         size = 2 * math.prod(grid) * heads * CHANNELS
         rows = []
         for name, (call, tensors) in part_calls(grid, heads).items():
-            # Sums write next to nothing, every other part one tensor.
+            # The sums write almost nothing; every other part writes one tensor.
             floor = bandwidth.floor(size * tensors, 0 if name in (SUMMED, OF_WEIGHTS) else size)
             rows.append({"part": name, "ms": milliseconds(call, sets), "floor_ms": floor})
             print(shape, rows[-1], flush=True)

@@ -1,13 +1,14 @@
-"""What a forward of published transformers costs, and what fewer tokens or weights could save of it at most.
+"""The FLOPs and bytes of a forward pass of published transformers, and upper bounds for saving tokens or weights.
 
     python -m benchmarks.cost
 
-Counts on the real classes with their published configs (the config.json of the named hub repositories), without their
-memory; no device is measured. Writes benchmarks/results/cost.json and prints the tables of docs/cost.md.
+The costs are counted on the real classes with their published configurations (the config.json of the named Hub
+repositories) without allocating their weights; no device is timed. Writes benchmarks/results/cost.json and prints the
+tables of docs/cost.md.
 
-The formula beside the counts is that of Wan's block (arXiv:2503.20314) for N video tokens, width d,
-feed-forward f and 512 text tokens: self-attention 4 N N d, its projections 8 N d d, cross-attention 4 * 512 N d, its
-query and output 4 N d d, its key and value 4 * 512 d d, feed-forward 4 N d f.
+The counts are compared to a formula for Wan's block (arXiv:2503.20314) with N video tokens, width d, feed-forward
+width f and 512 text tokens. Its FLOPs are: self-attention 4 N N d, its projections 8 N d d, cross-attention
+4 * 512 N d, its query and output projections 4 N d d, its key and value projections 4 * 512 d d, feed-forward 4 N d f.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ ROUNDED: dict[tuple[str, str], dict[str, float]] = {
         "half the keys": 1.56, "half the steps at N/4": 1.79,
     },
 }  # fmt: skip
-"""What every row must round to: TFLOP and per cent to whole numbers, ratios to two places."""
+"""The expected values of every row: TFLOP and per cent rounded to whole numbers, ratios to two decimal places."""
 
 
 def formula(config: dict[str, Any], tokens: int) -> dict[str, int]:
-    """Return FLOPs of Wan's blocks by what grows how, without what does not depend on the video."""
+    """Return the FLOPs of Wan's blocks by the formula, without the key and value projections of the text."""
     width, layers, ffn = config["num_attention_heads"] * 128, config["num_layers"], config["ffn_dim"]
     return {
         "attention": layers * 4 * tokens * tokens * width,
@@ -103,7 +104,7 @@ def formula(config: dict[str, Any], tokens: int) -> dict[str, int]:
 
 
 def ceilings(work: dict[str, int]) -> dict[str, float]:
-    """Return how many times as fast a forward could be at most, by method, where FLOPs were all that counts."""
+    """Return the largest possible speed-up of a forward pass for each method if only FLOPs took time."""
     total, attention = sum(work.values()), work["attention"]
     products = total - attention - work["cross attention"]
     rest, projections = total - attention, work["projections"]
@@ -123,7 +124,7 @@ def ceilings(work: dict[str, int]) -> dict[str, float]:
 
 
 def numbers(name: str, size: Size, cost: Cost) -> dict[str, Any]:
-    """Return the row of one model in the result file."""
+    """Return the row of one model for the result file."""
     assert cost.grid is not None
     return {
         "model": name,
@@ -138,7 +139,7 @@ def numbers(name: str, size: Size, cost: Cost) -> dict[str, Any]:
 
 
 def wan() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Count the four Wan rows: what they cost, their ceilings, their gates."""
+    """Return the costs, the largest speed-ups and the gates of the four Wan rows."""
     rows, limits, gates = [], [], []
     for name, config in WAN.items():
         model = name.split("-")[3]
@@ -159,7 +160,7 @@ def wan() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, An
 
 
 def main() -> None:
-    """Count everything, write the result, print the tables."""
+    """Count all costs, write the result and print the tables."""
     before = peak_resident_mib()
     rows, limits, gates = wan()
     for name, (config, size) in MODELS.items():
@@ -173,7 +174,7 @@ def main() -> None:
 
 
 def short(number: float) -> str:
-    """Return a number with two digits at least."""
+    """Format a number with at least two digits."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.1f}" if number >= 1 else f"{number:.2f}"
 
 

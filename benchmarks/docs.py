@@ -1,6 +1,6 @@
-"""The gates of the documentation: broken links, public names with a docstring, papers of the index, blocks that run.
+"""The gates of the documentation: broken links, docstrings of public names, indexed papers, tested code blocks.
 
-python -m benchmarks.docs  # a minute on a CPU; builds the site in a folder of its own and writes docs.json
+python -m benchmarks.docs  # a minute on a CPU; builds the site in a temporary folder and writes docs.json
 
 `code_blocks_run` is the share of code blocks that the tests run (`benchmarks.docs_blocks`).
 """
@@ -21,12 +21,12 @@ from benchmarks.docs_names import ROOT, public_names
 from benchmarks.gates import gate, write_result
 
 PAPERS = tuple(line.split()[0] for line in (Path(__file__).parent / "data" / "papers.txt").read_text().splitlines())
-"""arXiv numbers of the papers that the project is about."""
+"""The arXiv ids of the papers that the paper index must have."""
 _ROW = re.compile(r"^\| \[(\d{4}\.\d{5})\]", re.MULTILINE)
 
 
 def main() -> None:
-    """Measure, and write the result."""
+    """Measure and write the result."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         warnings = build(Path(folder))
@@ -55,10 +55,10 @@ def build(folder: Path) -> list[str]:
     """Build the site and return the warnings.
 
     Args:
-        folder: where to.
+        folder: the folder for the site.
 
     Raises:
-        RuntimeError: it cannot be built.
+        RuntimeError: the build fails.
     """
     command = [sys.executable, "-m", "mkdocs", "build", "--no-strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

@@ -1,9 +1,9 @@
-"""Code blocks of README.md, CONTRIBUTING.md and docs: which there are, and what share of them the tests run.
+"""Finds the code blocks of README.md, CONTRIBUTING.md and docs/ and computes the share that the tests run.
 
     python -m benchmarks.docs_blocks
 
-Nothing is run here. Every Python and shell block is run by tests/test_docs.py, or by a test of its own, unless the
-line above it is `<!-- no-run: reason -->`.
+This module runs no block. tests/test_docs.py or another test runs every Python and shell block, unless the line above
+the block is `<!-- no-run: reason -->`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = {"python": "python", "bash": "bash", "sh": "bash"}
-"""Word behind the fence -> how the block is run; blocks of other words are text."""
+"""The word after the fence -> the language of the block. Blocks with other words are not code."""
 _FENCE = re.compile(r"^ *```(\w*)")
 _TAG = re.compile(r"^ *<!-- no-run: (\S.*) -->$")
 
@@ -25,32 +25,32 @@ class Block:
     """One code block."""
 
     page: Path
-    """The file that it stands in."""
+    """The file of the block."""
     line: int
-    """Of its fence, counted from 1."""
+    """The line of its fence, counted from 1."""
     language: str
     """python or bash."""
     code: str
-    """Its lines."""
+    """The lines between the fences."""
     no_run: str | None
-    """Why it is not run; None where it is."""
+    """The reason why tests do not run the block; None if they run it."""
 
     @property
     def place(self) -> str:
-        """Page and line, as editors open them."""
+        """The page and line as `page:line`, a form that editors can open."""
         return f"{self.page.name}:{self.line}"
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """Return the pages whose blocks are run."""
+    """Return the pages whose blocks the tests run."""
     return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def blocks_of_page(page: Path) -> list[Block]:
-    """Return the Python and shell blocks of a page, in their order.
+    """Return the Python and shell blocks of a page in their order.
 
     Raises:
-        ValueError: a block that does not end, or a `no-run` tag that stands above no such block.
+        ValueError: a block has no end, or a `no-run` tag is not directly above a block.
     """
     found: list[Block] = []
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -63,7 +63,7 @@ def blocks_of_page(page: Path) -> list[Block]:
             continue
         end = next((n for n in range(number + 1, len(lines)) if lines[n].strip() == "```"), None)
         if end is None:
-            raise ValueError(f"{page.name}:{number + 1}: this block has no end")
+            raise ValueError(f"{page.name}:{number + 1}: this code block has no end, add a line with ```")
         tag = _TAG.match(lines[number - 1]) if number else None
         if fence[1] in LANGUAGES:
             used.add(number - 1)
@@ -78,7 +78,7 @@ def blocks_of_page(page: Path) -> list[Block]:
             )
         number = end + 1
     if tags - used:
-        raise ValueError(f"{page.name}:{min(tags - used) + 1}: a no-run tag stands directly above a code block")
+        raise ValueError(f"{page.name}:{min(tags - used) + 1}: a no-run tag must be directly above a code block")
     return found
 
 
@@ -88,13 +88,13 @@ def all_blocks(root: Path = ROOT) -> list[Block]:
 
 
 def code_blocks_run(root: Path = ROOT) -> float:
-    """Return the share of blocks that tests run, from 0 to 1."""
+    """Return the share of blocks that the tests run, from 0 to 1."""
     blocks = all_blocks(root)
     return sum(block.no_run is None for block in blocks) / len(blocks)
 
 
 def main() -> int:
-    """Print the blocks that are not run and the share of those that are."""
+    """Print the blocks that the tests do not run, and the share of those that they run."""
     blocks = all_blocks()
     for block in blocks:
         if block.no_run is not None:

@@ -1,4 +1,4 @@
-"""Links that lead nowhere: on the built site, and between the Markdown files of the repository as on GitHub."""
+"""Finds broken links on the built site and between the Markdown files of the repository."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 
 
 class _Page(HTMLParser):
-    """What a page links to, and the anchors that it has."""
+    """The links and anchors of an HTML page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take links and anchors."""
+        """Collect the links and anchors of a tag."""
         for name, value in attrs:
             if name in ("href", "src") and value:
                 self.links.append(value)
@@ -37,10 +37,10 @@ class _Page(HTMLParser):
 
 
 def broken_on_site(folder: Path) -> list[str]:
-    """Return the links of a built site that lead to no file or to no anchor of it, as `page: link`.
+    """Return the links of a built site whose file or anchor does not exist, as `page: link`.
 
     Args:
-        folder: of the site. Its page for what is not found, whose links are absolute, is left out.
+        folder: the folder of the site. 404.html is skipped, because its links are absolute.
     """
     pages = {path: _Page(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
     found = []
@@ -58,7 +58,7 @@ def broken_on_site(folder: Path) -> list[str]:
 
 
 def broken_in_repository() -> list[str]:
-    """Return the links of tracked Markdown files that lead to no file or to no heading, as `file: link`."""
+    """Return the links of tracked Markdown files whose file or heading does not exist, as `file: link`."""
     listing = subprocess.run(["git", "ls-files", "-z", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
     found = []
     for path in (ROOT / name for name in listing.stdout.split("\0") if name):
@@ -79,7 +79,7 @@ def _links(path: Path) -> Iterator[str]:
 
 @cache
 def headings(path: Path) -> frozenset[str]:
-    """Return the anchors of the headings of a Markdown file, as GitHub makes them."""
+    """Return the anchors that GitHub generates for the headings of a Markdown file."""
     found: dict[str, int] = {}
     for text in _HEADING.findall(_FENCE.sub("", path.read_text(encoding="utf-8"))):
         plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)

@@ -1,7 +1,8 @@
-"""The public names of postgen, read off the sources without importing them.
+"""The public names of postgen, found in the sources without importing them.
 
-Public is what a package lists in `__all__`, the trainers of `postgen.training.METHODS` with their configurations, and
-what README.md, CONTRIBUTING.md and the pages of docs/ name: `from postgen.x import y`, or `postgen.x.y` in a sentence.
+A name is public if a package lists it in `__all__`, if it is a trainer of `postgen.training.METHODS` or the
+configuration of one, or if README.md, CONTRIBUTING.md or a page of docs/ names it: in `from postgen.x import y`, or as
+`postgen.x.y` in a sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _IMPORT = re.compile(r"^ *from (postgen[\w.]*) import (\([^)]*\)|[^\n(]*)", re.MULTILINE)
 _DOTTED = re.compile(r"(?<![\w./])postgen(?:\.[A-Za-z_]\w*)+")
 _GENERATED = ("configuration.md",)
-"""Pages that name what this module finds."""
+"""Pages that are generated from the public names, so they must not add names."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
@@ -27,17 +28,17 @@ class Public:
     """A public name."""
 
     package: str
-    """The package that it is listed under: "postgen.lit"."""
+    """The package on whose page the name is listed, for example "postgen.lit"."""
     name: str
-    """How it is imported: "postgen.lit.convert"."""
+    """The dotted name to import, for example "postgen.lit.convert"."""
     home: str
-    """Where it is defined: "postgen.lit.convert.convert"."""
+    """The dotted name of the definition, for example "postgen.lit.convert.convert"."""
     documented: bool
-    """Whether it has a docstring."""
+    """Whether the definition has a docstring."""
 
 
 def public_names() -> list[Public]:
-    """Return all public names, by package; first those that a package exports itself, then those of its modules."""
+    """Return all public names sorted by package: first the exports of a package, then the names of its modules."""
     found: dict[str, Public] = {}
     for package in packages():
         for name in exported(package):
@@ -48,25 +49,25 @@ def public_names() -> list[Public]:
 
 
 def packages() -> list[str]:
-    """Return the packages of postgen that are one level deep, itself first."""
+    """Return "postgen" and its direct subpackages."""
     folders = sorted(path.parent.name for path in (ROOT / "postgen").glob("*/__init__.py"))
     return ["postgen", *(f"postgen.{name}" for name in sorted([*folders, "kernels"]))]
 
 
 def docstring_of(module: str) -> str:
-    """Return the docstring of a module; empty without one."""
+    """Return the docstring of a module, or an empty string."""
     path = _file(module)
     return (ast.get_docstring(_tree(path)) or "") if path else ""
 
 
 def _add(found: dict[str, Public], name: str) -> None:
-    """Add a name under the place where it is defined, once; the shortest way to import it stays."""
+    """Add a name under its definition; of several names of one definition the shortest import is kept."""
     home = _home(name)
     if home is None or (name.rpartition(".")[2].startswith("_") and not name.endswith("__version__")):
         return
     if home in found and (len(found[home].name), found[home].name) <= (len(name), name):
         return
-    owner = name if name.count(".") > 1 else home  # what postgen itself exports stands with the rest of its package
+    owner = name if name.count(".") > 1 else home  # an export of postgen itself is listed under its package
     package = ".".join(owner.split(".")[:2])
     if package not in packages():
         package = "postgen"
@@ -77,7 +78,7 @@ def _add(found: dict[str, Public], name: str) -> None:
 
 
 def _home(name: str) -> str | None:
-    """Return where a dotted name is defined; None when it is a module, or nothing of ours."""
+    """Return the dotted name of the definition of a name; None for a module and for a name outside postgen."""
     for _ in range(8):
         module, _, last = name.rpartition(".")
         if not module or _file(module) is None:
@@ -105,7 +106,7 @@ def _tree(path: Path) -> ast.Module:
 
 @cache
 def _definitions(module: str) -> dict[str, tuple[Definition, bool]]:
-    """Return what a module defines, each with whether a string stands below it."""
+    """Return name -> (definition, whether a docstring follows an assignment) for a module."""
     path = _file(module)
     found: dict[str, tuple[Definition, bool]] = {}
     body = _tree(path).body if path else []
@@ -122,7 +123,7 @@ def _definitions(module: str) -> dict[str, tuple[Definition, bool]]:
 
 @cache
 def _imports(module: str) -> dict[str, str]:
-    """Return what a module imports of postgen, for type checkers too: name -> dotted name."""
+    """Return name -> dotted name for the imports of a module from postgen, including those for type checkers."""
     path = _file(module)
     found: dict[str, str] = {}
     for node in ast.walk(_tree(path)) if path else ():
@@ -136,7 +137,7 @@ def _imports(module: str) -> dict[str, str]:
 
 
 def exported(package: str) -> list[str]:
-    """Return the names of `__all__`. Where that is made of a table, its names are imported for type checkers."""
+    """Return the names of `__all__`; if it is computed from a table, also the names imported for type checkers."""
     place = _definitions(package).get("__all__") if _file(package) else None
     if (
         place is None
@@ -149,14 +150,14 @@ def exported(package: str) -> list[str]:
 
 
 def trainers() -> dict[str, str]:
-    """Return where the trainer of each method is defined -> the method, of `postgen.training.METHODS`."""
+    """Return the dotted name of each trainer of `postgen.training.METHODS` -> its method."""
     methods = _definitions("postgen.training.recipe")["METHODS"][0]
     assert isinstance(methods, ast.Assign)
     return {place.replace(":", "."): method for method, place in ast.literal_eval(methods.value).items()}
 
 
 def configurations() -> dict[str, str]:
-    """Return where the configuration of each method is defined -> the method."""
+    """Return the dotted name of the configuration class of each method -> the method."""
     found = {}
     for place, method in trainers().items():
         module, _, name = place.rpartition(".")

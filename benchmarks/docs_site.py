@@ -1,7 +1,7 @@
-"""What `mkdocs build` adds to the pages of docs/: the API reference, and files of the repository that pages link to.
+"""The hook of mkdocs.yml that adds the API reference and linked files of the repository to the site.
 
-A hook of mkdocs.yml. On GitHub the links work as they stand; on the site, files outside docs/ become pages (sources,
-recipes) or copies (results, pictures), and a folder of a package becomes its page of the API reference.
+The links of the pages work on GitHub. For the site, linked files outside docs/ become pages (sources, recipes) or
+copies (results, pictures), and a link to the folder of a package leads to its page of the API reference.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _DOCTEST = re.compile(r'^( +)>>> .*\n(?:\1(?!""")\S.*\n)*', re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".txt": "text"}
 _FOLDER = "repository"
 _WIDE = ("paper_index.md",)
-"""Pages of one wide table, which gets the place of the table of contents."""
+"""Pages with wide tables. They have no table of contents, and on telephones the cells of a row are stacked."""
 _HIDDEN = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n"
 _parsed: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @event_priority(100)
 def on_config(config: Any) -> Any:
-    """Show mkdocstrings a tree in which every folder is a package, and put the API reference into the navigation."""
+    """Give mkdocstrings a copy in which every folder is a package, and add the API reference to the navigation."""
     folder = tempfile.TemporaryDirectory()
     _parsed.append(folder)
     _packages_of(ROOT / "postgen", Path(folder.name) / "postgen")
@@ -49,9 +49,9 @@ def _title(page: str) -> str:
 
 
 def _packages_of(source: Path, target: Path) -> None:
-    """Copy the Python files of a folder, with fences around the examples of docstrings, which Markdown needs.
+    """Copy the Python files of a folder and add `__init__.py`, without which mkdocstrings would skip `kernels`.
 
-    `kernels` has no `__init__.py`, and would be left out otherwise.
+    Examples in docstrings get fences, because Markdown needs them.
     """
     target.mkdir(parents=True)
     (target / "__init__.py").touch()
@@ -68,7 +68,7 @@ def _fenced(match: re.Match[str]) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that are made here."""
+    """Add the generated pages and the linked files of the repository."""
     for uri, text in reference():
         files.append(File.generated(config, uri, content=text))
     pages = [file.src_uri for file in files.documentation_pages() if file.generated_by is None]
@@ -77,13 +77,13 @@ def on_files(files: Files, config: Any) -> Files:
         place = waiting.pop(0)
         if files.get_file_from_path(uri := site_uri(place)) is None:
             files.append(_file(uri, place, config))
-            # A Markdown file outside docs/, such as examples/README.md, has links of its own.
+            # A Markdown file outside docs/, such as examples/README.md, may link to other files.
             waiting += outside(place) if place.endswith(".md") else ()
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links to files outside docs/ into links to what stands for them on the site."""
+    """Change links to files outside docs/ to links to their pages or copies on the site."""
     place = page.file.src_uri
     if place in _WIDE:
         page.meta["hide"] = ["toc"]
@@ -92,14 +92,21 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _relinked(markdown, place, ROOT / "docs" / PurePosixPath(place).parent)
 
 
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Mark the tables of wide pages for the style sheet."""
+    if page.file.src_uri not in _WIDE:
+        return html
+    return html.replace("<table>", '<div class="stacked"><table>').replace("</table>", "</table></div>")
+
+
 def on_post_build(**_: Any) -> None:
-    """Remove the tree that mkdocstrings read."""
+    """Remove the copy of the sources for mkdocstrings."""
     while _parsed:
         _parsed.pop().cleanup()
 
 
 def reference() -> Iterator[tuple[str, str]]:
-    """Yield the pages of the API reference: where, and their text."""
+    """Yield the path and text of each page of the API reference."""
     names = public_names()
     yield "api/index.md", _index(names)
     for package in packages():
@@ -109,12 +116,12 @@ def reference() -> Iterator[tuple[str, str]]:
 
 
 def api_uri(package: str) -> str:
-    """Return the page of a package."""
+    """Return the path of the API page of a package."""
     return f"api/{package.replace('.', '_')}.md"
 
 
 def outside(page: str) -> Iterator[str]:
-    """Yield the files outside docs/ that a Markdown file links to; both are paths from the root of the repository."""
+    """Yield the files outside docs/ that a Markdown file links to; all paths are relative to the repository."""
     base = ROOT / PurePosixPath(page).parent
     for _, target, _ in _LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         place = _place(target, base)
@@ -123,7 +130,7 @@ def outside(page: str) -> Iterator[str]:
 
 
 def site_uri(place: str) -> str:
-    """Return the page or the copy of a file outside docs/, the page of a package for its folder."""
+    """Return the site path of a file or folder of the repository: a page, a copy, or the API page of a package."""
     if place.startswith("docs/"):
         return place.removeprefix("docs/")
     if (ROOT / place).is_dir():
@@ -133,7 +140,7 @@ def site_uri(place: str) -> str:
 
 
 def _place(target: str, base: Path) -> str | None:
-    """Return a link's file or folder from the root on; None for an address, and for what is not there."""
+    """Return the target of a link relative to the repository; None for a URL and for a missing file."""
     if ":" in target or target.startswith("/"):
         return None
     path = Path(os.path.normpath(base / target))
@@ -175,13 +182,13 @@ def _index(names: list[Public]) -> str:
 
 
 _INTRODUCTION = (
-    "Made of the docstrings when the site is built. It has the names that a package exports, the trainers with their "
-    "settings, and whatever else a page of this documentation names. All else may change without notice."
+    "This reference is generated from the docstrings. It contains the names that packages export, the trainers with "
+    "their settings, and all other names that this documentation uses. Other names may change without notice."
 )
 
 
-_NO_DOCSTRING = {"postgen.kernels": "Operations of the GPU, each in a folder with its plain version, `naive.py`."}
-"""What stands for the docstring of a folder that is no package."""
+_NO_DOCSTRING = {"postgen.kernels": "GPU operations, each in a folder with its reference in plain torch, `naive.py`."}
+"""Texts for folders without `__init__.py`, which have no docstring."""
 
 
 def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
@@ -189,7 +196,7 @@ def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
     methods = configurations()
     if known := [method for home, method in methods.items() if any(each.home == home for each in here)]:
         links = ", ".join(f"[`{method}`](../configuration.md#method-{method})" for method in known)
-        lines += [f"All settings of recipes, those of shared parts too: {links}.", ""]
+        lines += [f"All settings of recipes, including those of shared parts: {links}.", ""]
     if package == "postgen":
         pages = {each.name: each for each in names}
         lines += ["| Import | Described in |", "|---|---|"]
@@ -199,8 +206,8 @@ def _package_page(package: str, here: list[Public], names: list[Public]) -> str:
     for each in here:
         lines += ["", f"::: {each.home}", "    options:", f"      heading: {each.name}"]
         lines.append(f"      toc_label: {each.name.rpartition('.')[2]}")
-        if each.name.rpartition(".")[2].isupper():  # a table, often of pages
+        if each.name.rpartition(".")[2].isupper():  # constants are often long tables
             lines.append("      show_attribute_values: false")
-        if each.home in methods:  # a hundred fields, most of them of its parts
+        if each.home in methods:  # the signature would have about a hundred fields, most of them of shared parts
             lines.append("      show_signature: false")
     return "\n".join(lines) + "\n"

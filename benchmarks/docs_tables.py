@@ -1,4 +1,4 @@
-"""Tables of pages, made of results: a table stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+"""Tables of pages that are generated from results, between `<!-- table: NAME -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from postgen.errors import UserError
 from postgen.files import replacing
 
 Makers = Mapping[str, Callable[[Mapping[str, Any]], Iterable[str]]]
-"""What makes the lines of a table of a result, by the name of the table."""
+"""Name of a table -> the function that returns the lines of the table for a result."""
 NOTHING = "Not measured yet."
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def of_result(result: Mapping[str, Any] | None, makers: Makers) -> dict[str, list[str]]:
-    """Return the lines of all tables; None says that nothing was measured."""
+    """Return the lines of all tables; without a result (None) each table is the line `NOTHING`."""
     return {name: [NOTHING] if result is None else list(make(result)) for name, make in makers.items()}
 
 
 def filled(text: str, tables: Mapping[str, Iterable[str]]) -> str:
-    """Return a page with its tables written anew.
+    """Return the text of a page with its tables replaced.
 
     Args:
-        text: the page.
-        tables: lines by the name of the table.
+        text: the text of the page.
+        tables: name of a table -> its lines.
 
     Raises:
-        UserError: the page lacks a table or has another one.
+        UserError: the page does not have exactly these tables.
     """
     names = [match[2] for match in _PLACE.finditer(text)]
     if sorted(names) != sorted(tables):
-        raise UserError(f"the page has the tables {', '.join(names)}, and should have {', '.join(tables)}, each once")
+        raise UserError(f"the page has the tables {', '.join(names)}, but must have {', '.join(tables)}, each once")
 
     def made(match: re.Match[str]) -> str:
         told = "\n".join(tables[match[2]])
@@ -43,7 +43,7 @@ def filled(text: str, tables: Mapping[str, Iterable[str]]) -> str:
 
 
 def write(page: Path, tables: Mapping[str, Iterable[str]]) -> None:
-    """Write the tables of a page anew; nothing is half-written."""
+    """Replace the tables of a page in its file; the file is never incomplete."""
     text = filled(page.read_text(encoding="utf-8"), tables)
     with replacing(page) as part:
         part.write_text(text, encoding="utf-8")

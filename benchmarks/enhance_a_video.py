@@ -1,14 +1,15 @@
-"""What Enhance-A-Video does to the embedded model, whether it is the official method, what it costs.
+"""The effect of Enhance-A-Video on the embedded model, its agreement with the official method, and its cost.
 
     python -m benchmarks.enhance_a_video [--prompts 256] [--weights auto 0.5 1 2 4 8] [--model FOLDER] [--quick]
 
-Prompts of one and of two bodies under a static camera, clip i from seed i, the same seeds at every weight; size,
-length, steps and guidance are those of the folder's postgen.json. The checker judges every clip; flicker is measured
-on the whole picture and on the ground (floor and backdrop, where no body is seen in the frames compared), warp error
-on the ground, whose exact flow under a static camera is zero, motion on the whole picture: a frozen clip has no
-flicker, so less of it counts only with motion unchanged. Differences to the plain model are paired by clip, with 95 %
-bootstrap intervals. Writes benchmarks/results/enhance_a_video.json after every weight. Several processes may share the
-weights, each with a plain model of its own; what no clip tells then stays as it is in the result file:
+The prompts have one or two bodies and a static camera. Clip i has seed i at every weight. Size, length, steps and
+guidance scale come from the postgen.json of the model folder. The checker judges every clip. Flicker is measured on
+the whole picture and on the ground (floor and backdrop, where no body is visible in the compared frames). Warp error
+is measured on the ground, whose exact flow under a static camera is zero. Motion is measured on the whole picture: a
+frozen clip has no flicker, so less flicker is an improvement only with unchanged motion. Differences to the plain
+model are paired by clip and have 95 % bootstrap intervals. Writes benchmarks/results/enhance_a_video.json after every
+weight. Several processes can share the weights; each generates the clips of the plain model again. Merging their files
+keeps the results that do not come from clips:
 
     python -m benchmarks.enhance_a_video --clips_only --weights auto 0.5 1 --output a.json
     python -m benchmarks.enhance_a_video --merge a.json b.json
@@ -45,11 +46,11 @@ WEIGHTS = ("auto", 0.5, 1.0, 2.0, 4.0, 8.0)
 AT_ONCE = 32
 
 Rows = dict[str, Tensor]
-"""One number a clip, by measure."""
+"""Measure -> one number per clip."""
 
 
 def measured(clips: Tensor) -> Rows:
-    """Measures of every clip that ask for no prompt."""
+    """Return the measures of every clip that need no prompt."""
     parts = defaultdict(list)
     for part in clips.split(AT_ONCE):
         still = ground(part)
@@ -62,7 +63,7 @@ def measured(clips: Tensor) -> Rows:
 
 
 class Gains:
-    """Mean gain of every layer over all calls of the transformer while open."""
+    """Context that records the gains of every layer in all forward passes of the transformer."""
 
     def __init__(self, pipe: Any, handle: postgen.EnhanceAVideoHandle) -> None:
         self.transformer, self.handle = pipe.transformer, handle
@@ -80,7 +81,7 @@ class Gains:
         self.hook.remove()
 
     def table(self) -> dict[str, dict[str, float]]:
-        """By layer: mean and largest gain, and the share of samples and steps whose gain is above 1."""
+        """Return for each layer the mean and largest gain, and the share of samples and steps with a gain above 1."""
         return {
             layer: {
                 "mean": sum(gains) / len(gains),
@@ -92,7 +93,7 @@ class Gains:
 
 
 def scenes(count: int, frames: int) -> list[Spec]:
-    """As many scenes of one body as of two, filmed by a static camera."""
+    """Return `count` scenes with one body and `count` scenes with two bodies, all with a static camera."""
     return [
         world.sample(i, num_bodies=bodies, camera="static", num_frames=frames)
         for bodies in (1, 2)
@@ -101,7 +102,7 @@ def scenes(count: int, frames: int) -> list[Spec]:
 
 
 def judged(pipe: Any, specs: list[Spec], how: Defaults, label: str, workers: int) -> tuple[Rows, dict[str, Any]]:
-    """Numbers of every clip, and the checker's shares by number of bodies."""
+    """Generate a clip of every scene; return the measures of the clips and the checker's shares by body count."""
     half = len(specs) // 2
     groups = {"one": specs[:half], "two": specs[half:]}
     clips, reports, checker = [], [], {}
@@ -118,10 +119,10 @@ def judged(pipe: Any, specs: list[Spec], how: Defaults, label: str, workers: int
 
 
 def compared(rows: Rows, plain: Rows) -> dict[str, dict[str, float]]:
-    """Difference to the plain model by measure, and the ratio for motion; with intervals."""
+    """Return the differences to the plain model by measure, and the ratio for motion, with intervals."""
     found: dict[str, Interval] = {}
     for name, values in rows.items():
-        # The ground of a clip that is one big body is empty.
+        # A clip without visible ground has no number for the measures on the ground.
         both = torch.stack([values, plain[name]], dim=1).double()
         both = both[both.isfinite().all(dim=1)]
         found[f"{name}_delta"] = bootstrap(both[:, 0] - both[:, 1])
@@ -131,14 +132,14 @@ def compared(rows: Rows, plain: Rows) -> dict[str, dict[str, float]]:
 
 
 def means(rows: Rows) -> dict[str, float]:
-    """Mean of every measure."""
+    """Return the mean of every measure."""
     return {name: float(values.nanmean()) for name, values in rows.items()}
 
 
 def sweep(
     pipe: Any, specs: list[Spec], how: Defaults, weights: Sequence[float | str], workers: int
 ) -> Iterator[dict[str, Any]]:
-    """The plain model and every weight on the same prompts and seeds; the table as it is after each weight."""
+    """Run the plain model and every weight on the same prompts and seeds; yield the table after each weight."""
     plain, checker = judged(pipe, specs, how, "plain", workers)
     table: dict[str, Any] = {"plain": {"means": means(plain), "checker": checker}}
     for weight in weights:
@@ -161,11 +162,11 @@ def sweep(
 
 
 COLUMNS = {"score": 1, "flicker": 1e3, "flicker_ground": 1e3, "warp_error_ground": 1e3}
-"""Columns of the table beside the motion ratio, and what their numbers are multiplied by."""
+"""Column of the table -> the factor of its numbers. The table also has the motion ratio."""
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The sweep as a table for the documentation: means of the plain model, then differences to it."""
+    """Return the table of the documentation: the means of the plain model, then the differences to them."""
     names = [f"{name} x 1000" if factor > 1 else name for name, factor in COLUMNS.items()]
     headings = ["weight", *(name.replace("_", " ") for name in names), "motion ratio"]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
@@ -191,30 +192,30 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--weights", type=weight, nargs="+", default=WEIGHTS, metavar="WEIGHT", help="auto or numbers (default: all)"
     )
-    parser.add_argument("--model", type=Path, help="another folder than the embedded model's")
+    parser.add_argument("--model", type=Path, help="model folder (default: the embedded model)")
     parser.add_argument(
-        "--workers", type=int, help="processes that judge beside this one (default: 8 on a GPU, none on a CPU)"
+        "--workers", type=int, help="additional processes that judge clips (default: 8 on a GPU, none on a CPU)"
     )
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: that of the model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", default="enhance_a_video", help="name or path of the result file")
-    parser.add_argument("--clips_only", action="store_true", help="a part for --merge: the weights, nothing else")
-    parser.add_argument("--merge", nargs="+", metavar="FILE", help="put parts into the result; nothing is measured")
-    parser.add_argument("--table", action="store_true", help="print the table of the result file; nothing is measured")
-    parser.add_argument("--quick", action="store_true", help="prints only")
+    parser.add_argument("--clips_only", action="store_true", help="measure only the weights, for --merge")
+    parser.add_argument("--merge", nargs="+", metavar="FILE", help="merge parts into the result; measures nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of the result file; measures nothing")
+    parser.add_argument("--quick", action="store_true", help="print the result, but write no file")
     args = parser.parse_args()
     if args.clips_only and args.output == parser.get_default("output"):
-        parser.error("--clips_only makes a part of the result: give the part's own --output")
+        parser.error("--clips_only writes a part of the result: give it another --output")
     return args
 
 
 def weight(text: str) -> float | str:
-    """A weight as the command line has it."""
+    """Parse a weight of the command line: "auto" or a number."""
     return text if text == "auto" else float(text)
 
 
 def gates(facts: dict[str, Any], table: dict[str, Any]) -> list[dict[str, Any]]:
-    """The numbers asked for; what was not measured misses its gate."""
+    """Return the gates; a value that was not measured misses its gate."""
     auto = table.get("auto")
     ratio = auto and auto["against_plain"]["motion_ratio"]["value"]
     return [
@@ -227,7 +228,7 @@ def gates(facts: dict[str, Any], table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def facts_of(device: str) -> dict[str, Any]:
-    """What no clip of the embedded model tells: the official method, the families, memory and time."""
+    """Measure everything that needs no clips: agreement with the official method, families, memory and time."""
     facts = {
         "parity": {name: parity(name)[0] for name in MODELS},
         "families": passing_families(),
@@ -239,24 +240,26 @@ def facts_of(device: str) -> dict[str, Any]:
 
 
 def read_off(table: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the result file that come from clips."""
+    """Return the keys of the result file that come from clips."""
     auto = table.get("auto")
     return {"by_weight": table, "flicker_delta_auto": auto and auto["against_plain"]["flicker_delta"]}
 
 
 def merge(parts: list[dict[str, Any]], output: str) -> None:
-    """Put weights that were measured again into the result file, in place of all that it has.
+    """Replace the weights of the result file by those of the parts.
 
     Raises:
-        UserError: other settings, or a weight that two parts have.
+        UserError: the parts have different settings, or two parts have the same weight.
     """
     found: dict[str, Any] = {}
     for part in parts:
         if part["settings"] != parts[0]["settings"]:
-            raise UserError(f"cannot join {part['settings']} and {parts[0]['settings']}: measure all of it alike")
+            raise UserError(
+                f"cannot merge settings {part['settings']} and {parts[0]['settings']}: measure all parts with the same"
+            )
         if twice := (found.keys() & part["by_weight"].keys()) - {"plain"}:
-            raise UserError(f"two of the files have weight {', '.join(sorted(twice))}: measure each once")
-        # Each part's differences are to its own plain model; what the table shows of that one is the first part's.
+            raise UserError(f"two files have weight {', '.join(sorted(twice))}: give each weight once")
+        # The differences of a part are to its own plain model; the table shows the plain model of the first part.
         found = {**part["by_weight"], **found}
     first = {"plain": -2.0, "auto": -1.0}
     table = {name: found[name] for name in sorted(found, key=lambda name: first.get(name) or float(name))}
@@ -268,14 +271,14 @@ def merge(parts: list[dict[str, Any]], output: str) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print gates."""
+    """Print the gates."""
     for row in rows:
         value = "not measured" if row["value"] is None else f"{row['value']:.3g}"
         print(f"{row['name']:20s}{value:>13s} {row['op']} {row['target']:g}  {'ok' if row['ok'] else 'MISSED'}")
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the result, or do the work of --table or --merge."""
     args = options()
     if args.table:
         print(markdown(read_result(args.output)["by_weight"]))

@@ -1,7 +1,8 @@
-"""What Enhance-A-Video costs at the shapes of Wan 14B, 81 frames: 21 latent frames, at 480p of 1560 tokens, 40 x 128.
+"""The cost of Enhance-A-Video at the shapes of Wan 14B with 81 frames.
 
-Memory of the measurement anywhere (resident set on the CPU); time and peak of a model of one block on a GPU, at 480p
-or 720p. Weights and inputs are random: costs do not depend on them.
+At 480p these are 21 latent frames of 1560 tokens and 40 heads of 128 channels. The memory of the measurement is
+determined on any device (on a CPU by the resident set), the time and the peak memory of a model with one block on a
+GPU, at 480p or 720p. Weights and inputs are random, because costs do not depend on them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ WARM_UP, TURNS = 3, 20
 
 
 def extra_memory_mib(device: str) -> float:
-    """MiB that the measurement of one layer takes beyond its queries and keys, in bfloat16."""
+    """Return the memory of the measurement of one layer in MiB, without its bfloat16 queries and keys."""
     if device == "cpu":
-        # The resident set only ever grows, so a fresh process is asked.
+        # The peak of the resident set never decreases, so a new process measures it.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(_resident_growth_mib)
     query, key = _queries_and_keys(device)
@@ -39,7 +40,7 @@ def extra_memory_mib(device: str) -> float:
 def _resident_growth_mib() -> float:
     torch.set_num_threads(1)
     small = torch.randn(1, FRAMES, 4, HEADS, CHANNELS, dtype=torch.bfloat16)
-    temporal_self_share(small, small)  # what libraries take once
+    temporal_self_share(small, small)  # libraries allocate memory in the first call
     query, key = _queries_and_keys("cpu")
     before = peak_resident_mib()
     temporal_self_share(query, key)
@@ -53,11 +54,11 @@ def _queries_and_keys(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def layer_cost(height: int = 480, width: int = 832) -> dict[str, float]:
-    """Milliseconds and peak MiB of one block of Wan 14B on a GPU, without and with.
+    """Return milliseconds and peak MiB of one block of Wan 14B on a GPU, without and with Enhance-A-Video.
 
-    Without is switched off, which leaves no work on the GPU. Calls with and without take turns, because a GPU that
-    gets warm slows down by more than what is looked for; times are medians, the overhead is that of the differences
-    between neighbours.
+    Without, the plug-in is disabled, which leaves no work on the GPU. Calls without and with alternate, because a GPU
+    that gets warm slows down by more than the overhead. Times are medians, and the overhead is the median difference
+    of consecutive calls.
     """
     from diffusers import WanTransformer3DModel
 

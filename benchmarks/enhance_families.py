@@ -1,9 +1,9 @@
-"""Which transformer classes of diffusers Enhance-A-Video holds on: the checks every family must pass.
+"""The checks of Enhance-A-Video that every transformer class of diffusers must pass.
 
     python -m benchmarks.enhance_families
 
-Runs tiny random models of the real classes: it shows that the right attention is measured and scaled and that nothing
-else changes. It says nothing about quality.
+Runs tiny random models of the real classes. The checks show that the right attention is measured and scaled and that
+nothing else changes. They do not measure quality.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from postgen.families.installed import installed
 from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
 
 STRONG = EnhanceAVideoConfig(weight=8.0)
-"""A gain of about 3 at 4 frames: too much for a picture, plain to see in numbers."""
+"""A gain of about 3 at 4 frames: too strong for a good video, but clearly visible in the numbers."""
 
 MILD = EnhanceAVideoConfig(weight=1.0)
-"""Inactive where a frame gives 2/5 or more of its attention to itself, at 4 frames."""
+"""Inactive if a frame gives 2/5 or more of its attention to itself, at 4 frames."""
 
 
 def layers_are_found(tiny: TinyModel) -> None:
-    """Every block's self-attention is measured, one gain a sample."""
+    """The self-attention of every block is measured, with one gain per sample."""
     handle = apply_enhance_a_video(tiny.transformer, STRONG)
     tiny()
     stats = handle.stats()
     assert len(stats) == tiny.attention_layers, f"{len(stats)} layers measured of {tiny.attention_layers}"
     batch = tiny.arguments["timestep"].shape[0]
-    assert all(len(gains) == batch for gains in stats.values()), "not one gain a sample"
+    assert all(len(gains) == batch for gains in stats.values()), "the number of gains is not the batch size"
 
 
 def frames_are_where_we_think(tiny: TinyModel) -> None:
-    """A change of one frame changes the queries and keys of that frame and no others; so for one place."""
+    """A change of one frame (or location) changes the queries and keys of that frame (or location) only."""
     video = video_tokens_of(tiny.transformer)
     before = _first_tokens(tiny, tiny.arguments["hidden_states"])
-    assert before[0].shape[1] == tiny.frames, f"{before[0].shape[1]} frames seen of {tiny.frames}"
+    assert before[0].shape[1] == tiny.frames, f"{before[0].shape[1]} frames measured of {tiny.frames}"
     for frame in (1, tiny.frames - 1):
         after = _first_tokens(tiny, _changed(tiny, video, frame=frame))
         wanted = (torch.arange(tiny.frames) == frame)[:, None].expand(-1, before[0].shape[2])
         _assert_changed(before, after, wanted, f"frame {frame}")
     if video.factorised:
-        return  # the attention within the frames comes first and mixes the places
+        return  # the attention within the frames comes first and mixes the locations
     for place in (1, before[0].shape[2] - 1):
         after = _first_tokens(tiny, _changed(tiny, video, place=place))
         wanted = (torch.arange(before[0].shape[2]) == place)[None].expand(tiny.frames, -1)
-        _assert_changed(before, after, wanted, f"place {place}")
+        _assert_changed(before, after, wanted, f"location {place}")
 
 
 def gains_are_at_least_one(tiny: TinyModel) -> None:
-    """A strong weight acts in every layer; a very negative one is clipped to 1, which changes no bit."""
+    """A strong weight acts in every layer; with a very negative weight the gain is clipped to 1 and no bit changes."""
     before = tiny()
     handle = apply_enhance_a_video(tiny.transformer, STRONG)
     changed = tiny()
@@ -70,7 +70,7 @@ def gains_are_at_least_one(tiny: TinyModel) -> None:
 
 
 def frames_on_their_own_gain_nothing(tiny: TinyModel) -> None:
-    """Where every frame attends to itself alone, the gain is 1."""
+    """The gain is 1 if every frame attends only to itself."""
     for attention in video_tokens_of(tiny.transformer).attention_modules(tiny.transformer).values():
         _attend_to_self(attention)
     before = tiny()
@@ -80,22 +80,22 @@ def frames_on_their_own_gain_nothing(tiny: TinyModel) -> None:
 
 
 def removal_leaves_no_trace(tiny: TinyModel) -> None:
-    """Output, processors and the names of the weights are as before."""
+    """After removal the output, the processors and the names of the weights are those of the plain model."""
     attention = video_tokens_of(tiny.transformer).attention_modules(tiny.transformer).values()
     processors, before = [module.processor for module in attention], tiny()
     names = list(tiny.transformer.state_dict())
     handle = apply_enhance_a_video(tiny.transformer, STRONG)
     tiny()
-    assert list(tiny.transformer.state_dict()) == names, "the names of the weights change"
+    assert list(tiny.transformer.state_dict()) == names, "the names of the weights have changed"
     handle.remove()
-    assert torch.equal(tiny(), before), "the output is not as before"
+    assert torch.equal(tiny(), before), "the output has changed"
     assert all(module.processor is old for module, old in zip(attention, processors, strict=True))
     assert not tiny.transformer._forward_pre_hooks
     assert not tiny.transformer._forward_hooks
 
 
 def saving_knows_nothing(tiny: TinyModel) -> None:
-    """A model saved with it on is, loaded again, the plain model."""
+    """A model that is saved while the plug-in is on loads as the plain model."""
     transformer: Any = tiny.transformer
     before = tiny()
     handle = apply_enhance_a_video(transformer, STRONG)
@@ -115,11 +115,11 @@ CHECKS: tuple[Callable[[TinyModel], None], ...] = (
     removal_leaves_no_trace,
     saving_knows_nothing,
 )
-"""Each raises AssertionError. A check takes a fresh model."""
+"""The checks. Each takes a new model and raises AssertionError if it fails."""
 
 
 def passing_families() -> dict[str, bool]:
-    """Return by transformer class whether each of its tiny models passes every check."""
+    """Return for each transformer class whether all of its tiny models pass every check."""
     passing: dict[str, bool] = {}
     for name in BUILDERS:
         for check in CHECKS:
@@ -128,7 +128,7 @@ def passing_families() -> dict[str, bool]:
             passing.setdefault(family, True)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # STRONG is said to be strong
+                    warnings.simplefilter("ignore")  # applying STRONG warns about its weight
                     check(tiny)
             except Exception as failure:
                 passing[family] = False
@@ -137,7 +137,7 @@ def passing_families() -> dict[str, bool]:
 
 
 def _first_tokens(tiny: TinyModel, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, T, S, heads, D) of the video in the first layer, cut out as the measurement does it."""
+    """Return the queries and keys (1, T, S, heads, D) of the video that the measurement reads in the first layer."""
     handle = apply_enhance_a_video(tiny.transformer, STRONG)
     enhancement: Any = installed(tiny.transformer).plug_ins[NAME]
     locate, seen = enhancement.call.locate, []
@@ -151,12 +151,12 @@ def _first_tokens(tiny: TinyModel, latents: Tensor) -> tuple[Tensor, Tensor]:
     enhancement.call.locate = look
     tiny(hidden_states=latents)
     handle.remove()
-    # Mochi calls attention once a sample: the first one is enough.
+    # Mochi calls attention once per sample, and the first sample is enough.
     return seen[0][0][:1], seen[0][1][:1]
 
 
 def _changed(tiny: TinyModel, video: VideoTokens, *, frame: int | None = None, place: int | None = None) -> Tensor:
-    """Latents with one token frame, or one place of every frame, changed."""
+    """Return latents in which one frame of tokens, or one location of every frame, is changed."""
     latents: Tensor = tiny.arguments["hidden_states"].clone()
     grid: Any = video.grid(tiny.transformer, **tiny.arguments)
     if video.latent_axes == "packed":
@@ -177,11 +177,11 @@ def _changed(tiny: TinyModel, video: VideoTokens, *, frame: int | None = None, p
 def _assert_changed(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], wanted: Tensor, what: str) -> None:
     for kind, old, new in zip(("queries", "keys"), before, after, strict=True):
         changed = (old != new).any(-1).any(-1)[0]
-        assert torch.equal(changed, wanted), f"{kind} changed by {what}: {changed.int().tolist()}"
+        assert torch.equal(changed, wanted), f"{what} changes other {kind}: {changed.int().tolist()}"
 
 
 def _attend_to_self(attention: Any) -> None:
-    """Make the keys the queries and attention sharp, so that each token's largest product is with itself."""
+    """Make keys equal to queries and attention sharp, so that each token attends only to itself."""
     for query, key in (("to_q", "to_k"), ("to_query", "to_key")):
         if hasattr(attention, query):
             projection = getattr(attention, query)

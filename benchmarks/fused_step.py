@@ -1,11 +1,11 @@
-"""A block and a whole denoising step of real models in diffusers: stock, compiled, with fused operations, with both.
+"""Times of a block and of a whole forward pass of real models: stock, compiled, with fused operations, and with both.
 
-`python -m benchmarks.fused_step` needs a GPU and writes `results/fused_step.json`; `--quick` takes Wan 1.3B only.
-Shapes are the published ones, weights are random: time does not depend on them. Every form runs in one process on
-the same inputs; times are medians. Compiled is `compile_repeated_blocks(fullgraph=True)`, as diffusers recommends.
-Fused attention takes FlashAttention-4 where it is installed (`flash_attn_4` of the result is its version, or null);
-the stock model and the compiled one take torch's own.
-The clip of the embedded model, with its trained weights, says whether fused operations change what is made.
+`python -m benchmarks.fused_step` needs a GPU and writes `results/fused_step.json`; `--quick` measures Wan 1.3B only.
+The shapes are those of published models. The weights are random, because times do not depend on them. Every form runs
+in one process on the same inputs, and times are medians. The compiled form is
+`compile_repeated_blocks(fullgraph=True)`, as diffusers recommends. Fused attention uses FlashAttention-4 if it is
+installed (`flash_attn_4` in the result is its version, or null); the stock and the compiled model use torch's
+attention. A clip of the embedded model, which has trained weights, shows how much fused operations change the output.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from postgen.fused import fused_for_call
 
 FORMS = ("stock", "fused", "compiled", "fused_compiled")
 REPEATS = 5
-"""Timed calls of each form, after two that are not."""
+"""The number of timed calls of each form, after two warm-up calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A transformer and one call of it."""
+    """A transformer and the arguments of one forward pass."""
 
     name: str
     kind: str
-    """Class in diffusers."""
+    """The name of its class in diffusers."""
     config: dict[str, Any]
     arguments: Callable[[], dict[str, Any]]
-    """Draws the arguments of a forward call on the present default device."""
+    """Draws the arguments of a forward pass on the default device."""
 
 
 def wan(name: str, heads: int, ffn: int, layers: int, latent: tuple[int, int, int] = (21, 60, 104)) -> Case:
-    """Wan 2.1, by default at 480p, 81 frames: 21 latent frames of 60 x 104."""
+    """Return the case of a Wan 2.1 model, by default at 480p and 81 frames: 21 latent frames of 60 x 104."""
 
     def arguments() -> dict[str, Any]:
         return {
@@ -65,7 +65,7 @@ def wan(name: str, heads: int, ffn: int, layers: int, latent: tuple[int, int, in
 
 
 def cogvideox() -> Case:
-    """CogVideoX-5B, 49 frames of 480 x 720: 13 latent frames of 60 x 90, 226 tokens of text before them."""
+    """Return the case of CogVideoX-5B, 49 frames of 480 x 720: 13 latent frames of 60 x 90 after 226 text tokens."""
 
     def arguments() -> dict[str, Any]:
         angles = torch.rand(13 * 30 * 45, 32).repeat_interleave(2, dim=1)
@@ -90,7 +90,7 @@ CASES = (
 
 @torch.no_grad()
 def measure(case: Case, device: str = "cuda", repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """Return a row for the first block and one for the whole step."""
+    """Return one row for the first block and one row for the whole forward pass."""
     import diffusers
 
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def measure(case: Case, device: str = "cuda", repeats: int = REPEATS) -> list[di
 
 
 def _calls(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
-    """Return what is timed: the first block, as the model calls it, and the model."""
+    """Return the timed functions: the first block, with the arguments that the model gives it, and the whole model."""
 
     def step() -> Tensor:
         return _first(transformer(**arguments, return_dict=False))
@@ -124,7 +124,7 @@ def _calls(transformer: nn.Module, arguments: dict[str, Any]) -> dict[str, Calla
 
 
 def built(kind: Any, config: dict[str, Any]) -> Any:
-    """The model as `from_pretrained(torch_dtype=bfloat16)` has it: some parts stay in float32."""
+    """Build a model with the dtypes of `from_pretrained(torch_dtype=bfloat16)`, which keeps some parts in float32."""
     transformer = kind(**config).eval().to(torch.bfloat16)
     for name, module in transformer.named_modules():
         if any(part in name.split(".") for part in kind._keep_in_fp32_modules or ()):
@@ -142,7 +142,7 @@ def _blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def _take_form(transformer: Any, form: str) -> None:
-    """Change a transformer from the form before this one in `FORMS`."""
+    """Change a transformer from the previous form of `FORMS` to this one."""
     if form == "compiled":
         postgen.remove_fused_ops(transformer)
         for block in _blocks(transformer):
@@ -152,7 +152,7 @@ def _take_form(transformer: Any, form: str) -> None:
 
 
 def milliseconds(call: Callable[[], Any], device: str, repeats: int = REPEATS) -> float:
-    """Return the median time of a call."""
+    """Return the median time of a call in milliseconds."""
     times = []
     for _ in range(repeats + 2):
         wait(device)
@@ -175,7 +175,7 @@ def _row(name: str, part: str, times: dict[str, float], results: dict[str, Tenso
 
 
 def fused_psnr(device: str, *, steps: int = 4, **size: int) -> float:
-    """Return dB between the embedded model's clips with fused operations and without, same seed, float32."""
+    """Return the PSNR in dB between clips of the embedded model with and without fused operations (float32)."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(postgen.embedded_model()).to(device)
@@ -195,7 +195,7 @@ def fused_psnr(device: str, *, steps: int = 4, **size: int) -> float:
 
 
 def gates(rows: list[dict[str, Any]], psnr: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the gates: the step of Wan 1.3B at 480p in its best fused form, and the embedded model's clip."""
+    """Return the gates: the forward pass of Wan 1.3B at 480p in its best fused form, and the embedded model's clip."""
     step = next((row for row in rows if row["model"].startswith("Wan 1.3B") and row["part"] == "step"), None)
     fused = min(step["fused_ms"], step["fused_compiled_ms"]) if step else math.nan
     return [
@@ -206,7 +206,7 @@ def gates(rows: list[dict[str, Any]], psnr: dict[str, float]) -> list[dict[str, 
 
 
 def flash_attention_4() -> str | None:
-    """Return the version of FlashAttention-4, which decides more of a step than fusing does; None: not installed."""
+    """Return the installed version of FlashAttention-4, which affects times more than fused operations do, or None."""
     try:
         return version("flash-attn-4")
     except PackageNotFoundError:
@@ -239,13 +239,13 @@ def _first(output: Any) -> Tensor:
 
 
 def wait(device: str) -> None:
-    """Wait for what was launched."""
+    """Wait until the device has finished all launched work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def free(device: str) -> None:
-    """Forget compiled code and memory of a model that is gone."""
+    """Free the compiled code and the memory of a deleted model."""
     torch.compiler.reset()
     gc.collect()
     if device == "cuda":

@@ -1,7 +1,7 @@
-"""Gates: the numbers a result must reach. `python -m benchmarks.gates` shows every one that falls short.
+"""Gates: the targets of measured values. `python -m benchmarks.gates` prints the gates that are missed.
 
 A result file under `benchmarks/results/` is one JSON object with `"gates": [{"name", "value", "op", "target", "ok"}]`.
-A gate that is missed stays in its file and is printed here; it is not an error unless `--strict` asks for that.
+A missed gate stays in its file. It is an error only with `--strict`.
 """
 
 import argparse
@@ -28,16 +28,16 @@ Gate = dict[str, Any]
 
 
 def gate(name: str, value: float | None, op: str, target: float) -> Gate:
-    """Return one gate as it stands in a result file.
+    """Return one gate with the keys of a result file.
 
     Args:
-        name: the name its issue gives it.
-        value: what was measured; None when it could not be, which misses the gate.
-        op: how `value` must compare with `target`: ">=", "<=" or "==".
-        target: the number asked for.
+        name: the name of the gate.
+        value: the measured value; None, if it could not be measured, misses the gate.
+        op: how `value` must compare to `target`: ">=", "<=" or "==".
+        target: the number to reach.
 
     Raises:
-        ValueError: another `op`, or a target that is no finite number.
+        ValueError: `op` is unknown, or `target` is not finite.
 
     >>> gate("colour", 0.84, ">=", 0.8)
     {'name': 'colour', 'value': 0.84, 'op': '>=', 'target': 0.8, 'ok': True}
@@ -46,47 +46,50 @@ def gate(name: str, value: float | None, op: str, target: float) -> Gate:
 
 
 def passes(value: float | None, op: str, target: float) -> bool:
-    """Compare a measurement with its target; a missing or NaN measurement passes nothing.
+    """Return whether a measured value reaches its target; None and NaN never do.
 
     Raises:
-        ValueError: an unknown `op`, or a target that is no finite number.
+        ValueError: `op` is unknown, or `target` is not finite.
     """
     if op not in OPERATORS:
-        raise ValueError(f"unknown gate operator {op!r}: known are {', '.join(OPERATORS)}")
+        raise ValueError(f"the operator of a gate must be one of {', '.join(OPERATORS)}, got {op!r}")
     if not math.isfinite(target):
-        raise ValueError(f"a gate's target must be a finite number, got {target}")
+        raise ValueError(f"the target of a gate must be a finite number, got {target}")
     return value is not None and bool(OPERATORS[op](value, target))
 
 
 def largest(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    """Return the largest number of a column; None, which passes no gate, without rows."""
+    """Return the largest number of a column; None, which misses every gate, if there are no rows."""
     return max((row[key] for row in rows), default=None)
 
 
 def smallest(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    """Return the smallest number of a column; None, which passes no gate, without rows."""
+    """Return the smallest number of a column; None, which misses every gate, if there are no rows."""
     return min((row[key] for row in rows), default=None)
 
 
 def write_result(path: str | Path, payload: dict[str, Any]) -> Path:
-    """Write `payload` after `date`, `device` and `versions`; an old file goes only when the new one is complete.
+    """Write a result file with `date`, `device`, `versions` and `payload`, and return its path.
+
+    An existing file is replaced only when the new file is complete.
 
     Args:
-        path: a name such as "kernels" (goes to `benchmarks/results/kernels.json`) or a path that ends in .json.
-        payload: JSON values; its `gates` come from `gate`. NaN and infinity are refused: JSON has neither.
+        path: a name such as "kernels", for `benchmarks/results/kernels.json`, or a path that ends in .json.
+        payload: JSON values; the function `gate` creates its `gates`. NaN and infinity are refused, because JSON has
+            neither.
 
     Raises:
-        ValueError: a payload that sets a stamped key, or holds NaN.
+        ValueError: the payload has one of the keys that this function sets, or holds NaN or infinity.
     """
     stamp = _stamp()
     clash = sorted(stamp.keys() & payload.keys())
     if clash:
-        raise ValueError(f"write_result sets {', '.join(clash)} itself: leave it out of the payload")
+        raise ValueError(f"write_result sets {', '.join(clash)} itself: remove it from the payload")
     return _write(_target(path), {**stamp, **payload})
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Return a result file as it stands, by the name or path that `write_result` takes."""
+    """Return the content of a result file; `path` is a name or path as in `write_result`."""
     found: dict[str, Any] = json.loads(_target(path).read_text(encoding="utf-8"))
     return found
 
@@ -100,28 +103,29 @@ def amend_result(
     stamp: Mapping[str, Any] | None = None,
     parts: Iterable[str] | None = None,
 ) -> Path:
-    """Put keys of a result that were measured again into its file, each with a stamp of its own under `remeasured`.
+    """Replace keys of an existing result file that were measured again, and return the path of the file.
 
-    The other keys keep their values, and with them the file's own date, device and versions.
+    The file gets a stamp for each of them under `remeasured`. The other keys keep their values, and the file keeps its
+    date, device and versions.
 
     Args:
-        path: of an existing result, as for `write_result`.
+        path: a name or path as in `write_result`.
         measured: the keys and their new values.
-        settings: of this measurement; they stand in the stamps.
-        gates: of the whole result as it is now.
-        stamp: `date`, `device` and `versions`, as a result has them, of another machine that measured; those of here
-            and now by default.
-        parts: names of what was measured in these keys, where they hold more; the stamps are theirs then.
+        settings: the settings of this measurement, which become part of the stamps.
+        gates: the gates of the whole changed result.
+        stamp: a mapping with the `date`, `device` and `versions` of the machine that measured; the default is this
+            machine and the current time.
+        parts: the names for the stamps, if only parts of the keys were measured; the default is the keys.
 
     Raises:
-        ValueError: a key that the file does not get by measuring, or a value with NaN.
-        FileNotFoundError: there is no such file yet.
+        ValueError: a key of `measured` is reserved, or a value holds NaN or infinity.
+        FileNotFoundError: the file does not exist.
     """
     old, here = read_result(path), _stamp()
     stamp = here if stamp is None else {key: stamp[key] for key in here}
     clash = sorted({*stamp, "gates", "settings", "remeasured"} & measured.keys())
     if clash:
-        raise ValueError(f"{', '.join(clash)} cannot be measured: leave it out of the payload")
+        raise ValueError(f"{', '.join(clash)} cannot be measured: remove it from the payload")
     names = measured if parts is None else parts
     again = {**old.get("remeasured", {}), **{name: {**stamp, "settings": settings} for name in names}}
     return _write(_target(path), {**old, **measured, "remeasured": again, "gates": gates})
@@ -143,7 +147,7 @@ def _write(target: Path, result: dict[str, Any]) -> Path:
 
 
 def device() -> str:
-    """Name the hardware: the accelerator that torch sees, else the processor's architecture and its cores in use."""
+    """Return a name of the hardware: the GPUs that torch finds, or the architecture and threads of the processor."""
     import torch
 
     if torch.cuda.is_available():
@@ -152,27 +156,27 @@ def device() -> str:
 
 
 def recompute(path: Path) -> list[Gate]:
-    """Return the gates of a result file with `ok` computed from value, operator and target, whatever the file says.
+    """Return the gates of a result file with `ok` recomputed from value, operator and target.
 
     Raises:
-        ValueError: the file is not JSON, or a gate lacks a part.
+        ValueError: the file is not JSON, or a gate lacks a key.
     """
     try:
         gates = json.loads(path.read_text(encoding="utf-8"))["gates"]
         return [gate(row["name"], row["value"], row["op"], row["target"]) for row in gates]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path.name} is no result file: a list 'gates' of complete rows is needed ({error})"
+            f"{path.name} is not a result file, which needs a list 'gates' of complete rows ({error})"
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the gates that fall short; with `--strict`, exit 1 when there is one."""
+    """Print the missed gates; with `--strict`, return 1 if there is one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="where the result files are")
-    parser.add_argument("--strict", action="store_true", help="exit with code 1 when a gate falls short")
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 if a gate is missed")
     options = parser.parse_args(argv)
     try:
         rows = [(path.stem, row) for path in sorted(options.folder.glob("*.json")) for row in recompute(path)]
@@ -187,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _table(rows: list[tuple[str, Gate]]) -> Table:
-    table = Table(title="gates that fall short")
-    for heading in ("result", "gate", "measured", "asked for"):
+    table = Table(title="missed gates")
+    for heading in ("result", "gate", "measured", "target"):
         table.add_column(heading)
     for stem, row in rows:
         measured = "not measured" if row["value"] is None else f"{row['value']:.6g}"

@@ -1,8 +1,8 @@
-"""Commands that need one another, several side by side on each GPU, until all are done or a deadline has come.
+"""A queue of dependent commands that runs several at a time on each GPU until all are done or a deadline is reached.
 
-A later call starts interrupted commands again; a command that saves checkpoints then resumes by itself. A job that
-fails stops no other job. Whatever ends the queue, a signal too, first sends SIGTERM to the running commands, so that
-they save what they have.
+A later call restarts interrupted commands; a command with checkpoints then resumes from them. A failed job does not
+stop other jobs. When the queue ends early, also through a signal, it first sends SIGTERM to the running commands, so
+that they can save their results.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from postgen.errors import named_error
 from postgen.interrupts import held
 
 _LOOK = 0.2
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 _GRACE = 45.0
 TICK = 30.0
 """Seconds between two calls of `tick`."""
 _THREADS = "2"
-"""Of each command on the CPU, where the environment does not say how many."""
+"""The value of OMP_NUM_THREADS for each command if the environment does not set it."""
 Running = tuple["Job", str, subprocess.Popen[bytes]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One command. Whether it is done is said by its mark or by its check; it has one of them."""
+    """One command. Either `mark` or `check` must be given; it determines whether the job is done."""
 
     name: str
     command: tuple[str, ...]
     log: Path
-    """What it prints."""
+    """The file for the output of the command."""
     mark: Path | None = None
-    """A file that is written here after the command has ended well."""
+    """A file that the queue creates after the command has succeeded."""
     check: Callable[[], bool] | None = None
-    """Whether what the command itself leaves behind is there."""
+    """Returns whether the outputs of the command exist."""
     needs: tuple[str, ...] = ()
-    """Names of jobs that must be done before."""
+    """The names of the jobs that must be done before this one."""
     prepare: Callable[[], None] | None = None
     """Called in this process before the command starts."""
     keep_log: bool = True
-    """Whether a later try adds to the log; otherwise it replaces it."""
+    """Whether a restarted command appends to the log instead of replacing it."""
 
     def __post_init__(self) -> None:
         assert (self.mark is None) != (self.check is None), f"{self.name} needs a mark or a check"
 
     @property
     def done(self) -> bool:
-        """Whether it has run to its end."""
+        """Whether the job has finished successfully."""
         if self.check is not None:
             return self.check()
         return self.mark is not None and self.mark.exists()
 
 
 def wanted(jobs: Mapping[str, Job], goals: Sequence[str]) -> list[Job]:
-    """Return the jobs that are not done and that goals which are not done need, in the order of `jobs`."""
+    """Return the unfinished goals and the unfinished jobs that they need, in the order of `jobs`."""
     found: set[str] = set()
 
     def visit(name: str) -> None:
@@ -74,7 +74,7 @@ def wanted(jobs: Mapping[str, Job], goals: Sequence[str]) -> list[Job]:
 
 
 def places_on(gpus: Sequence[str], each: int) -> list[str]:
-    """Return the places of `run_jobs` for `each` commands at a time on every GPU; no GPU is the CPU."""
+    """Return `places` of `run_jobs` for `each` commands at a time on every GPU, or on the CPU if `gpus` is empty."""
     return [gpu for _ in range(each) for gpu in (gpus or [""])]
 
 
@@ -89,21 +89,21 @@ def run_jobs(
     grace: float = _GRACE,
     go_on: bool = True,
 ) -> dict[str, str]:
-    """Run jobs, earlier ones first, as soon as what they need is done.
+    """Run jobs in their order, each as soon as the jobs that it needs are done.
 
     Args:
-        jobs: what they need is among them, or done.
-        places: a GPU for each command that may run at a time; "" leaves what it sees as it is.
-        seconds: after which what runs is told to stop (SIGTERM), and nothing is begun; 0 is no limit.
-        tick: called now and then, and at the end, also of an interrupted call; an error of an earlier call than the
-            last is printed and raised no further.
+        jobs: the jobs; every job that one of them needs is among them or done.
+        places: one GPU index for each command that may run at a time; "" does not restrict the GPUs of a command.
+        seconds: the time limit; then running commands get SIGTERM and no other job starts. 0 is no limit.
+        tick: called every `every` seconds and at the end, also if the queue is interrupted. An error of the last call
+            is raised, an error of an earlier call is printed.
         every: seconds between two calls of `tick`.
-        environment: added to that of the commands.
-        grace: seconds that commands have to save what they did, once they are told to stop.
-        go_on: whether others still begin after one has failed.
+        environment: variables that are added to the environment of the commands.
+        grace: seconds between SIGTERM and SIGKILL, in which commands can save their results.
+        go_on: whether other jobs still start after one has failed.
 
     Returns:
-        The names of jobs that are not done, and why: "failed", "needs NAME", "stopped", "not begun".
+        The name of each unfinished job and the reason: "failed", "needs NAME", "stopped" or "not begun".
     """
     waiting, free = list(jobs), list(places)
     running: list[Running] = []
@@ -118,13 +118,13 @@ def run_jobs(
                 print(f"{time.monotonic() - began:5.0f} s: {job.name} begins on {_named(free[0])}", flush=True)
                 _begin(job, free, running, left, environment or {})
             if not running:
-                break  # nothing else can begin
+                break  # no other job can start
             if time.monotonic() - ticked > every:
                 _try(tick)
                 ticked = time.monotonic()
             time.sleep(_LOOK)
     finally:
-        with held():  # a second signal does not cut short what the first one began
+        with held():  # a second signal must not interrupt the clean-up after the first one
             left |= _stopped(running, grace)
             left |= {job.name: "not begun" for job in waiting}
             tick()
@@ -132,7 +132,7 @@ def run_jobs(
 
 
 def told(left: Mapping[str, str]) -> list[str]:
-    """Print what `run_jobs` has not done, and return the names of what failed."""
+    """Print the jobs that `run_jobs` stopped or did not start; return the names of the failed jobs."""
     for name, why in left.items():
         if why != "failed":
             print(f"{name}: not done", flush=True)
@@ -140,7 +140,7 @@ def told(left: Mapping[str, str]) -> list[str]:
 
 
 def _next(waiting: list[Job], running: Sequence[Running], left: dict[str, str]) -> Job | None:
-    """Take the first job that may begin from those that wait; those that need what is lost are lost too."""
+    """Remove the first job that can start from `waiting` and return it; drop jobs whose requirements have failed."""
     while lost := [(job, name) for job in waiting for name in job.needs if name in left]:
         job, name = lost[0]
         left[job.name] = f"needs {name}"
@@ -153,23 +153,23 @@ def _next(waiting: list[Job], running: Sequence[Running], left: dict[str, str]) 
 
 
 def _see_ends(running: list[Running], free: list[str], left: dict[str, str]) -> None:
-    """Mark what has ended, and free its places."""
+    """Record the commands that have ended and free their places."""
     for each in [each for each in running if each[2].poll() is not None]:
-        with held():  # a job that has ended is marked, or still counts as running
+        with held():  # a signal must not come between these three steps
             running.remove(each)
             free.append(each[1])
             _ended(each[0], each[2].returncode, left)
 
 
 def _begin(job: Job, free: list[str], running: list[Running], left: dict[str, str], more: Mapping[str, str]) -> None:
-    """Start a job in the first free place. A job that cannot start counts as failed; the others go on."""
+    """Start a job in the first free place. A job that cannot start counts as failed, and other jobs go on."""
     try:
         if job.prepare is not None:
             job.prepare()
-        with held():  # a command that was started always counts as running
+        with held():  # a signal must not come between start and record
             running.append((job, free[0], _started(job, free[0], more)))
             free.pop(0)
-    except Exception as error:  # of this job alone, whatever it is
+    except Exception as error:  # any error concerns this job only
         print(f"{job.name}: cannot begin, {named_error(error)}", flush=True)
         left[job.name] = "failed"
 
@@ -184,8 +184,8 @@ def _started(job: Job, place: str, more: Mapping[str, str]) -> subprocess.Popen[
         environment["CUDA_VISIBLE_DEVICES"] = place
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab" if job.keep_log else "wb") as log:
-        # In a process group of its own: Ctrl-C, and what `timeout` sends to a group, then reach a command once, from
-        # here. A second signal would end a training at once, without a checkpoint.
+        # The command gets its own process group, so that Ctrl-C and signals of `timeout` to the group do not reach it
+        # directly. The queue sends SIGTERM once; a second signal would end a training without a checkpoint.
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
@@ -199,13 +199,13 @@ def _started(job: Job, place: str, more: Mapping[str, str]) -> subprocess.Popen[
 def _try(tick: Callable[[], None]) -> None:
     try:
         tick()
-    except Exception as error:  # a disk that is full for a while stops nothing that runs
+    except Exception as error:  # a full disk must not stop the running commands
         print(f"the results cannot be written now, {named_error(error)}", flush=True)
 
 
 def _mark(job: Job, code: int) -> None:
     if code == 0 and job.mark is not None:
-        with suppress(OSError):  # the disk is full: the next call runs the job again, which finds nothing left to do
+        with suppress(OSError):  # with a full disk the next call runs the job again, which has nothing left to do
             job.mark.parent.mkdir(parents=True, exist_ok=True)
             job.mark.touch()
 
@@ -218,7 +218,7 @@ def _ended(job: Job, code: int, left: dict[str, str]) -> None:
 
 
 def _stopped(running: Sequence[Running], grace: float) -> dict[str, str]:
-    """Stop what runs, and return what is not done."""
+    """Stop the running commands; return the unfinished jobs with the reason "stopped"."""
     for *_, process in running:
         process.terminate()
     end, left = time.monotonic() + grace, {}

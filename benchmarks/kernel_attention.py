@@ -1,8 +1,8 @@
-"""Attention at the shapes of real models: the router's choice, every backend that works, and what diffusers runs.
+"""Attention at the shapes of real models: the router's choice, every usable backend, and the default of diffusers.
 
 Part of `python -m benchmarks.kernels`. All backends are recorded in CUDA graphs and replayed in turns, so that a GPU
-that slows down slows all of them; medians count. Errors are against float64, on the first queries. SageAttention,
-where it is installed, is timed beside them: it multiplies queries and keys in 8 bits, so the router never takes it.
+that slows down slows all of them. A time is the median. Errors are relative to float64 on the first queries. If
+SageAttention is installed, it is timed too; it multiplies queries and keys in 8 bits, so the router never chooses it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from postgen.kernels.attention.ops import attention, router
 from postgen.kernels.attention.router import Router
 
 ROUNDS = 30
-"""Replays of every backend that is not hopeless."""
+"""How often every backend is replayed."""
 FIRST_ROUNDS = 5
-"""Replays after which the hopeless are left out: those that take twice as long as the fastest."""
+"""After this many replays, backends that take twice as long as the fastest are left out."""
 GRAPH_MS = 3.0
-"""A graph repeats a call until it takes about so long."""
+"""A graph repeats the call until it takes about this many milliseconds."""
 QUERIES = 256
-"""Queries that are compared with float64."""
+"""The number of queries that are compared to float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """One self-attention of a model: tokens of the clip, text included where it is among them."""
+    """The size of one self-attention of a model; `tokens` includes text tokens that attend together with the video."""
 
     name: str
     tokens: int
@@ -56,7 +56,7 @@ SHAPES = (
 
 
 def attention_rows(shapes: tuple[AttentionShape, ...] = SHAPES) -> list[dict[str, Any]]:
-    """Measure every shape: one row for what is installed, and one as if FlashAttention-4 were not."""
+    """Measure every shape: one row with all installed backends, and one row without FlashAttention-4."""
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         size = (1, shape.tokens, shape.heads, shape.channels)
@@ -70,7 +70,7 @@ def attention_rows(shapes: tuple[AttentionShape, ...] = SHAPES) -> list[dict[str
 
 
 def measure(shape: AttentionShape, call: Call) -> list[dict[str, Any]]:
-    """Return the rows of one shape; a second one only where FlashAttention-4 is among what works."""
+    """Measure one shape and return its rows; the second row exists only if FlashAttention-4 runs."""
     mine = router()
     out = attention(*call[:3])
     choices = {"": mine.choose(call).name}
@@ -99,24 +99,24 @@ def measure(shape: AttentionShape, call: Call) -> list[dict[str, Any]]:
 
 
 def in_8_bits(call: Call) -> dict[str, Callable[[], Tensor]]:
-    """Return SageAttention where it is installed."""
+    """Return SageAttention if it is installed."""
     if importlib.util.find_spec("sageattention") is None:
         return {}
     from sageattention import sageattn
 
     query, key, value = call[:3]
-    key = key.clone()  # it subtracts the mean in place
+    key = key.clone()  # sageattn subtracts the mean in place
     return {"sageattention": lambda: sageattn(query, key, value, tensor_layout="NHD", sm_scale=call.scale)}
 
 
 def without(mine: Router, name: str, call: Call) -> str:
-    """Return what the router chooses where a backend is not installed."""
+    """Return the backend that the router chooses if the backend `name` is not installed."""
     others = [backend for backend in TIMED if backend.name != name]
     return Router(others, mine.last_resorts).choose(call).name
 
 
 def default(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend as diffusers does where nothing is chosen."""
+    """Compute attention as diffusers does by default."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -129,7 +129,7 @@ def row(
     left_out: str,
     chosen: str,
 ) -> dict[str, Any]:
-    """Return one row; the router without a backend takes as long as the one that it then chooses."""
+    """Return one row; without the backend `left_out`, the router's time is that of the backend it chooses instead."""
     backends = {name: each for name, each in times.items() if name not in ("router", "default", left_out)}
     ours = times.get(chosen, times["default"]) if left_out else times["router"]
     best = min(backends.values(), default=times["default"])
@@ -149,12 +149,12 @@ def row(
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], refused: dict[str, str]) -> dict[str, float]:
-    """Return the median milliseconds of each function on the GPU; what no graph can record is added to `refused`."""
+    """Return the median milliseconds of each function; add functions that no graph can record to `refused`."""
     replays = {}
     for name, run in runs.items():
         try:
             replays[name] = recorded(run)
-        except Exception as error:  # somebody else's kernel may do anything
+        except Exception as error:  # kernels of other packages may raise anything
             refused[name] = f"{type(error).__name__}: {str(error)[:160]}"
     times: dict[str, list[float]] = {name: [] for name in replays}
     for turn in range(ROUNDS):
@@ -167,7 +167,7 @@ def in_turns(runs: Mapping[str, Callable[[], object]], refused: dict[str, str]) 
 
 
 def recorded(run: Callable[[], object]) -> Callable[[], float]:
-    """Record a function in a CUDA graph; returns a function that replays it and returns milliseconds per call."""
+    """Record a function in a CUDA graph; return a function that replays it and returns the milliseconds per call."""
     for _ in range(2):
         run()
     repeats = max(1, round(GRAPH_MS / elapsed(run)))
@@ -180,7 +180,7 @@ def recorded(run: Callable[[], object]) -> Callable[[], float]:
 
 
 def elapsed(function: Callable[[], object]) -> float:
-    """Return the milliseconds that the GPU takes for what a function launches."""
+    """Return how many milliseconds the GPU takes for the work that a function launches."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -191,14 +191,14 @@ def elapsed(function: Callable[[], object]) -> float:
 
 
 def relative_error(out: Tensor, call: Call) -> float:
-    """Relative L2 error of the first queries, against float64."""
+    """Return the relative L2 error of the first queries against float64."""
     query, key, value = (x.double() for x in (call.query[:, :QUERIES], call.key, call.value))
     expected, _ = naive.attention(query, key, value, scale=call.scale)
     return float((out[:, :QUERIES].double() - expected).norm() / expected.norm())
 
 
 def attention_gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates: the worst shape counts. The speed over diffusers' default is that with all backends there."""
+    """Return the gates: the worst shape counts. Gates against diffusers' default take the rows with all backends."""
     whole = [row for row in rows if row["op"] == "attention"]
 
     def slowest(*models: str) -> float | None:

@@ -1,6 +1,6 @@
-"""A picture of `results/kernels.json`: every operation at one shape, ours and others' on one logarithmic scale.
+"""A chart of `results/kernels.json`: the times of every operation at one shape on a logarithmic scale.
 
-`python -m benchmarks.kernel_chart` draws Wan 14B at 720p into `docs/images/kernels.png`; it needs no GPU.
+`python -m benchmarks.kernel_chart` draws Wan 14B at 720p to `docs/images/kernels.png`. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = {
     "linear_attention backward": "linear_attention, backward",
     "attention": "attention (exact)",
 }
-"""Operation of a row -> what the page calls it."""
+"""The operation of a row -> its name on the page."""
 LABELS = {"sana": "diffusers' SANA", "liger": "liger", "eager": "eager", "compiled": "torch.compile", "ours": "ours"}
 COLOURS = {"floor": (190, 190, 190), "ours": (30, 110, 60), "compiled": (110, 150, 210), "eager": (200, 110, 90)}
 OTHER = (170, 140, 60)
@@ -40,17 +40,17 @@ WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 1100, 250, 210, 16, 12, 58
 
 
 def bars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Return (whose, milliseconds) of a row: the floor, ours, then others, the fastest first."""
+    """Return the pairs (name, milliseconds) of a row: the floor, ours, then the others from fast to slow."""
     times = {
         name.removesuffix("_ms"): ms for name, ms in row.items() if name.endswith("_ms") and name != "backends_ms"
     }
     times |= row.get("backends_ms", {})
     if "default" in times:
-        # The router's own choice and torch's have these names already.
+        # Rename the times of the router and of torch; the backend that the router chose would be a second bar.
         times.pop(row["chosen"])
         times["torch's default"] = times.pop("default")
         times[f"ours: {row['chosen']}"] = times.pop("ours")
-    # Ours before the others, even where a kernel that mostly reads is faster than the floor.
+    # Ours comes before the others even if another kernel is faster.
     return sorted(times.items(), key=lambda item: (item[0] != "floor", not item[0].startswith("ours"), item[1]))
 
 
@@ -58,13 +58,13 @@ def draw(rows: Sequence[dict[str, Any]], shape: str, target: Path) -> None:
     """Draw the rows of one shape as a PNG.
 
     Raises:
-        ValueError: no row of that shape; it lists those that there are.
+        ValueError: there is no row of that shape; the message lists the known shapes.
     """
     by_op = {row["op"]: bars(row) for row in rows if row["shape"].removesuffix(PER_SAMPLE) == shape}
     groups = [(name, by_op[op]) for op, name in NAMES.items() if op in by_op]
     if not groups:
         known = sorted({row["shape"].removesuffix(PER_SAMPLE) for row in rows if row["op"] in NAMES})
-        raise ValueError(f"no rows of {shape!r}: there are {', '.join(known)}")
+        raise ValueError(f"no rows of shape {shape!r}: choose from {', '.join(known)}")
     every = [ms for _, group in groups for _, ms in group]
     low = 10 ** math.floor(math.log10(min(every)))
     high = max(*every, 10 * low)
@@ -95,10 +95,10 @@ def draw(rows: Sequence[dict[str, Any]], shape: str, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the picture of the page, or of another shape."""
+    """Draw the chart of the docs page or of another shape."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_chart", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default=SHAPE, help="as the rows call it")
-    parser.add_argument("-o", "--output", type=Path, default=TARGET, help="the PNG")
+    parser.add_argument("--shape", default=SHAPE, help="the `shape` of the rows to draw")
+    parser.add_argument("-o", "--output", type=Path, default=TARGET, help="path of the PNG file")
     options = parser.parse_args(argv)
     try:
         draw(json.loads((RESULTS / "kernels.json").read_text(encoding="utf-8"))["rows"], options.shape, options.output)

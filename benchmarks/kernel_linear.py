@@ -1,4 +1,4 @@
-"""Linear attention for `python -m benchmarks.kernels`: what is timed at a shape, diffusers' lines, and the gates."""
+"""Linear attention in `python -m benchmarks.kernels`: the cases of a shape, diffusers' code, and the gates."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from postgen.kernels.linear_attention import naive, ops
 from postgen.kernels.linear_attention.naive import Terms
 
 ROWS = {1560: 30, 3600: 45, 1350: 30, 384: 16, 4: 2}
-"""Places of a frame -> its rows."""
+"""The number of tokens per frame -> the rows of the token grid."""
 LARGE = "Wan 14B 720p 81f"
-"""The shape that users wait for longest."""
+"""The slowest shape of Wan, which has gates of its own."""
 COMPARED_HEADS = 2
-"""Heads whose error is looked at: all of them in float64 would not fit the memory."""
+"""The number of heads whose error is computed; all heads in float64 would not fit into memory."""
 
 
 class Tokens(Protocol):
-    """Tokens of a clip: frames x places, heads x channels."""
+    """The size of a clip: latent frames, tokens per frame (`places`), heads and channels per head."""
 
     name: str
     frames: int
@@ -33,7 +33,7 @@ class Tokens(Protocol):
 
 
 def cases(shape: Any, device: str = "cuda") -> list[dict[str, Any]]:
-    """Return the fields of every case of a shape."""
+    """Return the fields of `benchmarks.kernels.Case` for every case of a shape."""
     return [
         forward(shape, "linear_attention", device),
         forward(shape, "linear_attention + rope", device),
@@ -43,7 +43,7 @@ def cases(shape: Any, device: str = "cuda") -> list[dict[str, Any]]:
 
 
 def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates: the worst shape counts, and the one of Wan 14B at 720p stands beside it."""
+    """Return the gates of the worst shape and those of Wan 14B at 720p."""
     plain, turned, conv, back = (
         [row for row in rows if row["op"] == op]
         for op in (
@@ -68,7 +68,7 @@ def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def forward(shape: Tokens, op: str, device: str) -> dict[str, Any]:
-    """Return a forward pass over views of a fused projection; with a convolution the values are read twice."""
+    """Return the case of a forward pass over views of a fused projection; a convolution reads the values again."""
     terms = _terms(shape, op, shape.heads, device)
     compared = _terms(shape, op, min(COMPARED_HEADS, shape.heads), device)
     given = {field.name: getattr(terms, field.name) for field in fields(terms)}
@@ -87,7 +87,7 @@ def forward(shape: Tokens, op: str, device: str) -> dict[str, Any]:
 
 
 def backward(shape: Tokens, device: str) -> dict[str, Any]:
-    """Return the gradients of queries, keys and values: seven tensors."""
+    """Return the case of the gradients of queries, keys and values, which moves seven tensors."""
     terms = Terms()
 
     def make() -> tuple[Tensor, ...]:
@@ -117,7 +117,7 @@ def backward(shape: Tokens, device: str) -> dict[str, Any]:
 
 
 def sana(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The lines of diffusers' SanaLinearAttnProcessor2_0 between its projections."""
+    """Compute as diffusers' SanaLinearAttnProcessor2_0 does between its projections."""
     query, key, value = (x.flatten(2).transpose(1, 2).unflatten(1, x.shape[2:]) for x in (query, key, value))
     dtype = value.dtype
     query, key, value = F.relu(query).float(), F.relu(key.transpose(2, 3)).float(), value.float()
@@ -128,7 +128,7 @@ def sana(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sana_video(query: Tensor, key: Tensor, value: Tensor, *, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The lines of diffusers' SanaLinearAttnProcessor3_0 between its norms and its last projection."""
+    """Compute as diffusers' SanaLinearAttnProcessor3_0 does between its norms and its last projection."""
     assert rope is not None
     cosine, sine = rope
     dtype = value.dtype
@@ -167,7 +167,7 @@ def _terms(shape: Tokens, op: str, heads: int, device: str) -> Terms:
         ]
         return Terms(grid=grid, rope=naive.rope_table(*angles).to(device), rope_pairs=rope_pairs)
     if op.endswith("convolution"):
-        # Normal numbers come in the same order for any number of heads.
+        # The numbers are drawn for all heads, so that a case with fewer heads has the same weights.
         space = torch.randn(shape.heads * shape.channels, 5, 5, generator=generator, device=device) / 5
         time = torch.randn(shape.heads * shape.channels, 3, generator=generator, device=device)
         few = heads * shape.channels
@@ -176,7 +176,7 @@ def _terms(shape: Tokens, op: str, heads: int, device: str) -> Terms:
 
 
 def _full_tables(terms: Terms) -> tuple[Tensor, Tensor] | None:
-    """Return cosines and sines of every token, (N, 1, D / 2), as diffusers hands them out."""
+    """Return the cosines and sines of every token, (N, 1, D / 2), as diffusers computes them."""
     if terms.rope is None:
         return None
     assert terms.grid is not None

@@ -1,7 +1,7 @@
-"""Norm and rotation of queries and keys as others compute them: diffusers' lines, and liger's two kernels.
+"""Norm and rotation of queries and keys in other packages: diffusers' code and the two kernels of liger.
 
-Arguments are q, k (B, N, H, D), their weights and biases, cos and sin (N, 1 or H, D) with every angle twice, as
-diffusers makes them.
+The arguments are q and k (B, N, H, D), their weights and biases, and cos and sin (N, 1 or H, D), which hold every
+angle twice as in diffusers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Pair = tuple[Tensor, Tensor]
 
 
 def norm_of(shape: str) -> str:
-    """Return the norm of a model, by the name of its shape."""
+    """Return the norm of the model whose name starts the name of the shape."""
     if shape.startswith(("Wan", "LTX")):
         return "rms_norm_across_heads"
     return "layer_norm" if shape.startswith("CogVideoX") else "rms_norm"
 
 
 def ours(norm: str) -> Callable[..., Any]:
-    """Return the operation, on the tables of diffusers as they are."""
+    """Return a function that calls our operation with the tables of diffusers."""
 
     def call(q: Tensor, k: Tensor, *rest: Tensor) -> Any:
         *affine, cos, sin = rest
@@ -40,7 +40,7 @@ def ours(norm: str) -> Callable[..., Any]:
 
 
 def exact(norm: str) -> Callable[..., Pair]:
-    """Return the reference."""
+    """Return a function that computes the reference."""
 
     def call(q: Tensor, k: Tensor, *rest: Tensor) -> Pair:
         *affine, cos, sin = rest
@@ -52,7 +52,7 @@ def exact(norm: str) -> Callable[..., Pair]:
 
 
 def official(norm: str) -> Callable[..., Pair]:
-    """Return what the attention processors of diffusers compute."""
+    """Return a function that computes norm and rotation as the attention processors of diffusers do."""
 
     def call(q: Tensor, k: Tensor, *rest: Tensor) -> Pair:
         *affine, cos, sin = rest
@@ -71,21 +71,21 @@ def official(norm: str) -> Callable[..., Pair]:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rotary_emb` of diffusers: pairs of neighbours, in float32."""
+    """Rotate pairs of adjacent channels in float32, as `apply_rotary_emb` of diffusers does."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     across = torch.stack([-b, a], dim=-1).flatten(3)
     return (x.float() * cos + across.float() * sin).to(x.dtype)
 
 
 def peers(norm: str, *, table_heads: int) -> dict[str, Callable[..., Any]]:
-    """Return kernels of others that are installed and take this norm and one table for all heads."""
+    """Return the installed kernels of other packages that support this norm and these tables."""
     if norm == "layer_norm" or table_heads > 1 or importlib.util.find_spec("liger_kernel") is None:
         return {}
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
 
     def liger(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        """It rotates halves instead of neighbours: as many bytes, other numbers."""
+        """Run liger's kernels, which rotate halves instead of adjacent pairs: other results, but the same bytes."""
         normed = []
         for x, weight in ((q, q_weight), (k, k_weight)):
             rows = x.view(-1, weight.shape[0])

@@ -1,13 +1,14 @@
-"""Kernels against their floors: ours, plain torch as models write it, the same compiled, and the bytes that must move.
+"""Times of the kernels: ours, the plain torch code of models, that code compiled, and the floor of memory bandwidth.
 
-`python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`; `--quick` takes Wan's shapes only,
-`--rest` the others, `--only` some operations, and `--join A.json B.json` makes one result of several (two GPUs need
-half the time; of rows of one operation at one shape the last counts, and floors are those of the best rates that any
-of the files has of that GPU). Times are medians over replays of a CUDA graph
-that walks over input sets larger than the caches, so launches cost nothing for anybody. The floor is the time that the
-bytes need at the best rates of the same run (`benchmarks.bandwidth`); a row that is faster than its floor fails the
-benchmark. Inputs are random: time does not depend on them. Errors are against float64 from the same rounded
-inputs, on the first set.
+`python -m benchmarks.kernels` needs a GPU and writes `results/kernels.json`. `--quick` measures Wan's shapes only,
+`--rest` the other shapes, and `--only` some operations. `--join A.json B.json` combines results, for example of two
+GPUs that each measured half of the shapes: the last row of an operation and shape counts, and the floors use the best
+rates that any of the files has for that GPU.
+
+A time is the median over replays of a CUDA graph that walks over input sets larger than the caches, so no time
+includes launches. The floor is the time that the bytes need at the best rates of the same run
+(`benchmarks.bandwidth`); the benchmark fails if a row is faster than its floor. The inputs are random, because times
+do not depend on them. Errors are relative to float64 on the first input set.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from postgen.kernels.temporal_cfi.ops import temporal_self_share
 
 MIB = 2**20
 ROTATED_BYTES = 512 * MIB
-"""Input sets are made until they are this large together: eight times the caches of an H200."""
+"""The total size of the input sets: eight times the caches of an H200."""
 STAMPS = ("date", "device", "versions", "copy_tb_per_s", "read_tb_per_s", "write_tb_per_s")
-"""What a joined result keeps of each, beside its rows."""
+"""The keys that a joined result keeps for each of its parts, beside the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Tokens of a clip in a transformer: frames x places, heads x channels."""
+    """The size of a clip in a transformer: latent frames, tokens per frame (`places`), heads and channels per head."""
 
     name: str
     frames: int
@@ -71,21 +72,21 @@ class Case:
     op: str
     shape: str
     moved_bytes: int
-    """What must be read and written once."""
+    """The bytes that must be read and written once."""
     make: Callable[[], tuple[Any, ...]]
     """Draws one set of inputs."""
     ours: Callable[..., Any]
     eager: Callable[..., Any]
-    """As models write it today."""
+    """The plain torch code of models."""
     exact: Callable[..., Any]
-    """The reference, given float64."""
+    """The reference; it receives float64 inputs."""
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    """Kernels of others."""
+    """Kernels of other packages."""
     compared: Callable[[Tensor], Tensor] = lambda x: x
-    """The part of every input and result whose error is looked at: some heads, for instance."""
+    """Selects the part of every input and result whose error is computed, for example some heads."""
 
     def error(self) -> float:
-        """Relative L2 error of ours, the worst of its results."""
+        """Return the largest relative L2 error of the results of `ours`."""
         inputs = self.make()
         found = [self.compared(x) for x in _tuple(self.ours(*inputs))]
         expected = _tuple(self.exact(*(self.compared(x).double() for x in inputs)))
@@ -93,7 +94,7 @@ class Case:
 
 
 def temporal_cfi(shape: Shape, device: str = "cuda") -> Case:
-    """The measurement of Enhance-A-Video, queries and keys in token order."""
+    """Return the case of the temporal self-attention share of Enhance-A-Video, with inputs in token order."""
     size = (1, shape.frames, shape.places, shape.heads, shape.channels)
 
     def make() -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ def temporal_cfi(shape: Shape, device: str = "cuda") -> Case:
 
 
 def official_self_share(query: Tensor, key: Tensor) -> Tensor:
-    """What the authors of Enhance-A-Video compute (arXiv:2502.07508, eq. 5-6), map by map, as a diagonal share."""
+    """Compute the share as the authors of Enhance-A-Video do (arXiv:2502.07508, eq. 5-6), with all attention maps."""
     frames, channels = query.shape[1], query.shape[-1]
     query, key = (x.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for x in (query, key))
     logits = (query * channels**-0.5) @ key.transpose(-2, -1)
@@ -123,7 +124,7 @@ def official_self_share(query: Tensor, key: Tensor) -> Tensor:
 
 
 def adaln(shape: Shape, *, residual: bool, per_token: bool = False, device: str = "cuda") -> Case:
-    """The norm before a layer, with the gate and residual of the layer before it or without."""
+    """Return the case of the norm before a layer, with or without the gate and residual of the previous layer."""
     tokens, width = shape.frames * shape.places, shape.heads * shape.channels
     rows, streams = (tokens if per_token else 1), (2 if residual else 1)
 
@@ -144,18 +145,18 @@ def adaln(shape: Shape, *, residual: bool, per_token: bool = False, device: str 
 
 
 def official_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The line of a Wan block in diffusers: the norm in float32, then modulation."""
+    """Compute the norm in float32 and the modulation as a Wan block of diffusers does."""
     return (F.layer_norm(x.float(), x.shape[-1:], None, None, 1e-6) * (1 + scale) + shift).type_as(x)
 
 
 def official_residual(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Two lines of a Wan block in diffusers: the gated residual in float32, then the norm of the next layer."""
+    """Compute the gated residual in float32 and the norm of the next layer as a Wan block of diffusers does."""
     total = (x.float() + y * gate).type_as(x)
     return total, official_norm(total, scale, shift)
 
 
 def norm_rope(shape: Shape, device: str = "cuda") -> Case:
-    """Norm and rotation of queries and keys before attention."""
+    """Return the case of the norm and rotation of queries and keys before attention."""
     tokens, norm = shape.frames * shape.places, kernel_norm_rope.norm_of(shape.name)
     width = shape.heads * shape.channels if norm == "rms_norm_across_heads" else shape.channels
     table_heads = shape.heads if shape.name.startswith("LTX") else 1
@@ -181,7 +182,7 @@ def norm_rope(shape: Shape, device: str = "cuda") -> Case:
 
 
 def extra_mib(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
-    """Return MiB that a call takes at its peak beyond inputs and results."""
+    """Return the peak memory of a call in MiB, without its inputs and results."""
     function(*inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -192,12 +193,12 @@ def extra_mib(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
 
 
 def written_bytes(case: Case, inputs: tuple[Any, ...]) -> int:
-    """Return the bytes of the results of a call, which are a part of those that must move."""
+    """Return the bytes of the results of a call, which are part of `moved_bytes`."""
     return sum(x.numel() * x.element_size() for x in _tuple(case.ours(*inputs)))
 
 
 def measure(case: Case, bandwidth: Bandwidth) -> dict[str, Any]:
-    """Return the row of one case."""
+    """Measure one case and return its row."""
     error = case.error()
     torch.cuda.empty_cache()
     sets = [case.make() for _ in range(max(2, -(-ROTATED_BYTES // case.moved_bytes)))]
@@ -226,7 +227,7 @@ def measure(case: Case, bandwidth: Bandwidth) -> dict[str, Any]:
 
 
 def gates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates: the worst shape of each operation counts; what was not measured passes none."""
+    """Return the gates: the worst shape of each operation counts, and the gate of an unmeasured operation fails."""
     cfi = [row for row in rows if row["op"] == "temporal_cfi"]
     norms = [row for row in rows if row["op"].startswith("adaln")]
     ropes = [row for row in rows if row["op"] == "norm_rope"]
@@ -249,7 +250,7 @@ def _vs_best(row: dict[str, Any]) -> float:
 
 
 def cases(shapes: tuple[Shape, ...], device: str = "cuda") -> list[Case]:
-    """Return every operation at every shape."""
+    """Return the cases of every operation at every shape."""
     found = [each(shape, device) for each in (temporal_cfi, norm_rope) for shape in shapes]
     for shape in shapes:
         found += [adaln(shape, residual=residual, device=device) for residual in (False, True)]
@@ -258,7 +259,7 @@ def cases(shapes: tuple[Shape, ...], device: str = "cuda") -> list[Case]:
 
 
 def enhance_row() -> dict[str, Any]:
-    """Return what Enhance-A-Video adds to one block of Wan 14B at 720p; a step repeats it 40 times."""
+    """Measure what Enhance-A-Video adds to one block of Wan 14B at 720p; a forward pass has 40 blocks."""
     cost = layer_cost(720, 1280)
     row = {
         "op": "enhance_a_video",
@@ -273,7 +274,7 @@ def enhance_row() -> dict[str, Any]:
 
 
 def all_gates(rows: list[dict[str, Any]], stamps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the gates of every kind of row; that of the bandwidth where all of `stamps` are of an H200."""
+    """Return the gates of all kinds of rows; the gate of the bandwidth only if all `stamps` are of an H200."""
     timed = [row for row in rows if "over_floor" in row]
     attention = [row for row in rows if "backends_ms" in row]
     overhead = next((row["overhead"] for row in rows if row["op"] == "enhance_a_video"), None)
@@ -289,10 +290,10 @@ def all_gates(rows: list[dict[str, Any]], stamps: Sequence[Mapping[str, Any]]) -
 
 
 def joined(paths: list[str]) -> dict[str, Any]:
-    """Return the payload of several results together.
+    """Return the payload of several results combined.
 
     Raises:
-        ValueError: a file that is not there, or is no result of this benchmark, or a row faster than its floor.
+        ValueError: a file does not exist or is no result of this benchmark, or a row is faster than its floor.
     """
     results = [part for path in paths for part in _results(path)]
     rows = list({(row["op"], row["shape"]): row for row in with_best_floors(results)}.values())
@@ -306,7 +307,7 @@ def joined(paths: list[str]) -> dict[str, Any]:
 
 
 def _results(path: str) -> list[dict[str, Any]]:
-    """Read a result whose rows have what the gates read; of a joined one the rates of each run, rows in the last."""
+    """Read a result and check its keys; a joined result is returned as its runs, with all rows in the last one."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         for row in result["rows"]:
@@ -316,25 +317,25 @@ def _results(path: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result that benchmarks.kernels has measured: {error!r}") from error
+        raise ValueError(f"{path} is not a result of benchmarks.kernels: {error!r}") from error
     if len(devices := {run["device"] for run in (*others, last)}) > 1:
-        raise ValueError(f"{path} has runs of several devices, {', '.join(sorted(devices))}: join the runs themselves")
+        raise ValueError(f"{path} joins runs of several devices, {', '.join(sorted(devices))}: give one file per run")
     return [*({**run, "rows": []} for run in others), {**last, "rows": result["rows"]}]
 
 
 def check_operations(only: list[str]) -> None:
-    """Refuse names that no row has.
+    """Check the names of `--only`.
 
     Raises:
-        ValueError: it lists those that there are.
+        ValueError: a name is unknown; the message lists the known names.
     """
     known = {"attention", "enhance_a_video", *(case.op for case in cases(WAN[:1], "cpu"))}
     if strange := set(only) - known:
-        raise ValueError(f"--only {', '.join(sorted(strange))}: there is {', '.join(sorted(known))}")
+        raise ValueError(f"--only {', '.join(sorted(strange))}: unknown, choose from {', '.join(sorted(known))}")
 
 
 def measured(*, quick: bool, rest: bool, only: list[str] | None) -> dict[str, Any]:
-    """Measure and return the payload; without gates where operations are left out."""
+    """Measure and return the payload; it has no gates if `only` selects operations."""
 
     def wanted(op: str) -> bool:
         return only is None or op in only
@@ -359,13 +360,13 @@ def main(argv: list[str] | None = None) -> int:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--quick", action="store_true", help="Wan 1.3B at 480p and Wan 14B at 720p only")
     part.add_argument("--rest", action="store_true", help="the shapes that --quick leaves out")
-    part.add_argument("--join", nargs="+", metavar="JSON", help="results to put together; nothing is measured")
-    parser.add_argument("--only", nargs="+", metavar="OP", help="operations, as their rows call them")
+    part.add_argument("--join", nargs="+", metavar="JSON", help="result files to combine; measures nothing")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="operations to measure, by the `op` of their rows")
     parser.add_argument("-o", "--output", default="kernels", help="name or path of the result file")
     options = parser.parse_args(argv)
     try:
         if options.join and options.only:
-            raise ValueError("--only chooses what is measured, and --join measures nothing: leave one of them out")
+            raise ValueError("--only selects what to measure, but --join measures nothing: omit one of them")
         if options.only:
             check_operations(options.only)
         payload = joined(options.join) if options.join else None
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     payload = payload or measured(quick=options.quick, rest=options.rest, only=options.only)
     print(write_result(options.output, payload))
     try:
-        # What was measured stands in the file all the same.
+        # The check comes last, so that the file keeps the measurements even if the check fails.
         check_floors(payload["rows"])
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Errors of linear attention's results and gradients, for benchmarks that try other launches of its kernels."""
+"""Errors of the results and gradients of linear attention, for benchmarks that try other launches of its kernels."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from postgen.kernels.linear_attention import naive
 from postgen.kernels.linear_attention.naive import Terms
 
 HEADS = 2
-"""Heads that are compared: all of them in float64 would not fit the memory."""
+"""The number of heads that are compared; all heads in float64 would not fit into memory."""
 ERRORS = {"linear_attention": 4e-3, "linear_attention backward": 6e-3}
-"""Largest relative errors of results and of gradients in bfloat16, as in the tests on a GPU."""
+"""The largest allowed relative errors of results and gradients in bfloat16, as in the tests on a GPU."""
 
 
 def outcome(found: Any) -> list[Tensor]:
-    """Return the tensors of what a pass returned, in nested tuples."""
+    """Flatten the result of a pass, which is a tensor or nested tuples of tensors and None, to a list of tensors."""
     if isinstance(found, Tensor):
         return [found]
     return [x for each in found if each is not None for x in outcome(each)]
 
 
 def relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the worst relative L2 difference of tensors, infinite where it is not finite."""
+    """Return the largest relative L2 difference of the tensors; a difference that is not finite counts as infinity."""
     worst = 0.0
     for x, y in zip(found, expected, strict=True):
         error = float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30))
@@ -37,7 +37,7 @@ def relative(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, state: Tensor, key_sum: Tensor, terms: Terms
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of normed queries and keys, and of values, by the kernels."""
+    """Return the gradients of normalised queries and keys and of values, computed by the kernels."""
     from postgen.kernels.linear_attention import triton
 
     found = triton.linear_attention_backward(gradient, None, None, query, key, value, state, key_sum, terms)
@@ -45,7 +45,7 @@ def gradients(
 
 
 def worst_errors(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> list[float]:
-    """Return the errors of results and gradients of the first heads against float64, in the order of `ERRORS`."""
+    """Return the errors of the results and gradients of the first heads against float64, in the order of `ERRORS`."""
     from postgen.kernels.linear_attention import triton
 
     gradient = torch.randn(query.shape, device=query.device).to(query.dtype)
@@ -61,7 +61,7 @@ def worst_errors(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> lis
 
 
 def few_heads(terms: Terms, heads: int, channels: int) -> Terms:
-    """Return terms of the first heads in float64: weights of all heads' channels are cut."""
+    """Return the terms of the first heads in float64; weights for the channels of all heads are cut."""
     given = {each.name: getattr(terms, each.name) for each in fields(terms)}
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
     cut = {name: x[: HEADS * channels] if len(x) == heads * channels else x for name, x in tensors.items()}

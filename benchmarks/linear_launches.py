@@ -1,9 +1,9 @@
-"""Launches of linear attention on this GPU: every pass in other tiles, warps, stages and numbers of programs.
+"""Search for faster launches of linear attention: other tiles, warps, stages and numbers of programs for each pass.
 
-`python -m benchmarks.linear_launches` times each pass of `postgen.kernels.linear_attention` alone, and prints the
-launch that is in the table and the fastest of those whose results are the table's up to rounding. At last the whole
-operation and its gradient run with the fastest: errors against float64, times beside the table's, and the rows as
-`triton_launch.LAUNCHES` takes them. The shape is Wan 1.3B's at 480p, unless options say otherwise.
+`python -m benchmarks.linear_launches` times each pass of `postgen.kernels.linear_attention` alone. It prints the
+launch of the table and the fastest launches whose results equal those of the table up to rounding. Then it runs the
+whole operation and its gradient with the fastest launches, and prints the errors against float64, the times with and
+without them, and the rows for `triton_launch.LAUNCHES`. The default shape is that of Wan 1.3B at 480p.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from postgen.kernels.linear_attention.naive import Terms, rope_table
 
 PASSES = ("keys", "queries", "grad_queries", "grad_sums", "grad_keys", "convolution", "grad_filters")
 SHOWN = 8
-"""Launches that are printed, the fastest first."""
+"""How many launches are printed, the fastest first."""
 SAME = 1e-2
-"""Relative difference of two results up to which one may be the other, rounded otherwise."""
+"""The largest relative difference between two results that differ only by rounding."""
 SETS = 3
-"""Inputs that are walked over, so that none is in the caches."""
+"""How many input sets a measurement walks over, so that no input is in the caches."""
 
 
 def candidates(name: str, *, described: bool = False) -> Iterator[dict[str, int]]:
-    """Yield the launches of a pass that are tried: with threads that load their tiles, or tiles copied whole."""
+    """Yield the launches to try for a pass; with `described`, tiles are copied whole instead of loaded by threads."""
     if name in ("convolution", "grad_filters"):
-        # What is compiled for anew comes last: workers then begin with different kernels.
+        # Settings that need a new compilation vary fastest, so that the workers start with different kernels.
         answers = name == "convolution"
         ways = itertools.product(
             (30, 60) if answers else (0,), (132, 264, 396), (False, True) if answers else (False,)
         )
         sizes = itertools.product((16, 32), (4, 8, 16), (4, 8), (64, 128))
         for (reserved, programs, stacked), (tokens, warps, strip, channels) in itertools.product(ways, sizes):
-            # A thread has two channels of a strip: with fewer, it loads less at once; with more, it has too many sums.
+            # A thread has two channels of a strip: fewer would shorten its loads, more would need too many sums.
             if tokens * channels == 2 * 32 * warps * strip:
                 yield {
                     "tokens": tokens,
@@ -57,10 +57,10 @@ def candidates(name: str, *, described: bool = False) -> Iterator[dict[str, int]
                     "reserved": reserved,
                 }
         return
-    # Programs are counted when a kernel is launched, not when it is compiled.
+    # The number of programs comes first, because changing it needs no compilation.
     if described:
         for programs, tokens, warps, stages in itertools.product((264, 528, 1056), (32, 64, 128), (4, 8), (2, 3, 4)):
-            # Larger tiles do not fit the on-chip memory twice, beside the state.
+            # Two programs with larger tiles and their states would not fit the on-chip memory of a multiprocessor.
             if tokens * stages <= 256:
                 yield {"tokens": tokens, "warps": warps, "stages": stages, "programs": programs, "described": True}
         return
@@ -69,7 +69,7 @@ def candidates(name: str, *, described: bool = False) -> Iterator[dict[str, int]
 
 
 def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], Any]]:
-    """Return every pass as a call of queries, keys, values and sums; gradients are the queries again."""
+    """Return every pass as a function of queries, keys, values and sums; the queries also serve as gradients."""
     from postgen.kernels.linear_attention import triton, triton_strips
     from postgen.kernels.linear_attention.triton_launch import block_d
     from postgen.kernels.linear_attention.triton_rope import rope_rows
@@ -103,7 +103,7 @@ def passes(terms: Terms) -> dict[str, Callable[[Tensor, Tensor, Tensor, Any], An
 
 
 def scales_of(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Return numbers in the place of what `grad_queries` found of every query."""
+    """Return two tensors of ones, (B, H, N) each, in place of the scales that `grad_queries` computes per query."""
     batch, tokens, heads, _ = query.shape
     found = torch.ones(2, batch, heads, tokens, device=query.device)
     return found[0], found[1]
@@ -112,7 +112,7 @@ def scales_of(query: Tensor) -> tuple[Tensor, Tensor]:
 def drawn(
     grid: tuple[int, int, int], heads: int, channels: int, terms: Terms, count: int = SETS
 ) -> list[tuple[Any, ...]]:
-    """Return sets of queries, keys, values and sums: views of fused projections."""
+    """Return `count` sets of queries, keys and values (views of fused projections) and their sums."""
     from postgen.kernels.linear_attention import triton
 
     sets = []
@@ -124,22 +124,20 @@ def drawn(
 
 
 def unusable(options: argparse.Namespace) -> str | None:
-    """Return what is wrong with options, or None."""
+    """Return why the options cannot be used, or None."""
     if options.channels % 2 or not 32 < options.channels <= 256:
         return f"--channels {options.channels}: the table has launches for even numbers from 34 to 256"
     if min(options.heads, *options.grid) < 1 or options.workers < 0:
-        return "--heads and --grid take numbers from 1 on, --workers from 0 on"
+        return "--heads and --grid must be at least 1, --workers at least 0"
     if options.described and options.conv:
-        return "--described and --conv: the passes with a convolution have no tiles that are copied whole"
+        return "--described and --conv: the passes with a convolution do not copy whole tiles, so omit one of the two"
     if options.only and {options.conv} != {only in ("convolution", "grad_filters") for only in options.only}:
-        return (
-            "--only convolution, --only grad_filters and --conv go together: with a convolution those are the passes"
-        )
+        return "--only convolution and --only grad_filters need --conv, and --conv has no other passes"
     return None
 
 
 def compile_all(options: argparse.Namespace, argv: list[str]) -> None:
-    """Compile every launch in processes of their own, which takes longer than the timing; results stay on disk."""
+    """Compile every launch in worker processes, because compiling takes longer than timing; Triton caches on disk."""
     words = [sys.executable, "-m", "benchmarks.linear_launches", *argv, "--workers", "0"]
     parts = [f"{part}/{options.workers}" for part in range(options.workers)]
     for process in [subprocess.Popen([*words, "--compile_only", part]) for part in parts]:
@@ -147,19 +145,19 @@ def compile_all(options: argparse.Namespace, argv: list[str]) -> None:
 
 
 def launch_part(calls: dict[str, Callable[..., Any]], given: tuple[Any, ...], options: argparse.Namespace) -> None:
-    """Launch a part of all candidates once."""
+    """Launch one part of the candidates once, which compiles them."""
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, block_d
 
     first, step = map(int, options.compile_only.split("/"))
     every = ((name, each) for name in calls for each in candidates(name, described=options.described))
     for name, candidate in itertools.islice(every, first, None, step):
         LAUNCHES[name, block_d(options.channels)] = Launch(**candidate)
-        with contextlib.suppress(Exception):  # the sweep says what does not run
+        with contextlib.suppress(Exception):  # `sweep` reports launches that fail
             calls[name](*given)
 
 
 def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], options: argparse.Namespace) -> Any:
-    """Time one pass in every launch, print the best and return the fastest, the table's among them."""
+    """Time one pass with every launch, print the best launches and return the fastest; the table's launch is one."""
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, block_d
 
     key = name, block_d(options.channels)
@@ -173,7 +171,7 @@ def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], opti
                 print(f"{name}: {given} is wrong: {error:.1e} from the table's", file=sys.stderr)
                 continue
             times[LAUNCHES[key]] = milliseconds(call, sets)
-        except Exception as error:  # Triton has an exception of its own for each way not to fit
+        except Exception as error:  # Triton raises a different exception for each resource that does not suffice
             print(f"{name}: {given} does not run: {type(error).__name__}", file=sys.stderr)
     LAUNCHES[key] = kept
     ranked = sorted(times.items(), key=lambda item: item[1])
@@ -183,7 +181,7 @@ def sweep(name: str, call: Callable[..., Any], sets: list[tuple[Any, ...]], opti
 
 
 def compare(fastest: dict[str, Any], terms: Terms, sets: list[tuple[Any, ...]], channels: int) -> int:
-    """Run the operation and its gradient with the fastest launches beside the table's; 1 if a result is wrong."""
+    """Compare the table's and the fastest launches in the operation and its gradient; return 1 if an error is high."""
     from postgen.kernels.linear_attention import triton
     from postgen.kernels.linear_attention.triton_launch import LAUNCHES, block_d
 
@@ -206,22 +204,22 @@ def compare(fastest: dict[str, Any], terms: Terms, sets: list[tuple[Any, ...]], 
 
 
 def changed(how: Any) -> list[Any]:
-    """Return the fields of a launch that are not the default."""
+    """Return the fields of a launch that differ from the defaults."""
     return [each for each in fields(how) if getattr(how, each.name) != each.default]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Sweep the passes of one shape."""
+    """Search for the fastest launches of one shape."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_launches", description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=128, help="of a head; even, 34 to 256")
-    parser.add_argument("--heads", type=int, default=12, help="from 1 on")
+    parser.add_argument("--channels", type=int, default=128, help="channels per head; even, 34 to 256")
+    parser.add_argument("--heads", type=int, default=12, help="number of heads, at least 1")
     parser.add_argument("--grid", type=int, nargs=3, default=(21, 30, 52), help="frames, rows, columns of tokens")
-    parser.add_argument("--rope", action="store_true", help="with RMSNorm per head and a rotary embedding")
+    parser.add_argument("--rope", action="store_true", help="use RMSNorm per head and a rotary embedding")
     parser.add_argument("--without_norm", action="store_true", help="with --rope: no norm, as in benchmarks.kernels")
-    parser.add_argument("--described", action="store_true", help="launches whose tiles are copied whole (Hopper)")
-    parser.add_argument("--conv", action="store_true", help="the pass with 5 x 5 taps in space and 3 in time")
-    parser.add_argument("--only", nargs="+", choices=PASSES, help="passes to time; otherwise all")
-    parser.add_argument("--workers", type=int, default=0, help="processes that compile beforehand")
+    parser.add_argument("--described", action="store_true", help="try launches that copy whole tiles (Hopper)")
+    parser.add_argument("--conv", action="store_true", help="time the passes with 5 x 5 taps in space and 3 in time")
+    parser.add_argument("--only", nargs="+", choices=PASSES, help="passes to time (default: all)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile the launches beforehand")
     parser.add_argument("--compile_only", metavar="PART/PARTS", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if wrong := unusable(options):
@@ -238,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         width = options.heads * options.channels
         space, time = torch.randn(width, 5, 5).cuda() / 5, torch.randn(width, 3).cuda()
         terms = replace(terms, grid=tuple(options.grid), conv_space=space, conv_time=time)
-    # Workers only compile, and there are many of them on one GPU.
+    # A worker only compiles, so one input set is enough; many workers share the memory of the GPU.
     count = 1 if options.compile_only else SETS
     sets = drawn(tuple(options.grid), options.heads, options.channels, terms, count)
     calls = {

@@ -1,11 +1,11 @@
-"""What linear attention spends its time on: every kernel of a call beside the bytes that it must move, and the gaps.
+"""Profile of linear attention: the time of every kernel of a call, the floor of its bytes, and the pauses.
 
-`python -m benchmarks.linear_profile` needs a GPU and puts `passes` into `results/linear_profile.json`; what else
-stands there it keeps. At Wan 14B's 720p and at LTX, whose floors are the shortest, it replays CUDA graphs of the
-operation, with RoPE, with convolutions and of the gradient, as `benchmarks.kernels` times them, and traces them by
-CUPTI: time of each kernel, the pause before it, registers, what it spills, shared memory, programs that fit a
-processor. Beside that: the time of a call within the graph and on its own, and that of the host, which says whether
-launches hold it up.
+`python -m benchmarks.linear_profile` needs a GPU and writes the key `passes` of `results/linear_profile.json`; other
+keys stay. It profiles Wan 14B at 720p and LTX, which has the lowest floors. It replays CUDA graphs of the operation,
+with RoPE, with convolutions and of the gradient, as `benchmarks.kernels` times them, and traces them with CUPTI: the
+time of each kernel, the pause before it, its registers, spills and shared memory, and how many of its programs fit a
+multiprocessor. It also measures the time of a call in the graph and without the graph, and the time that the host
+needs for the launches of a call, which shows whether the host limits the speed.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from benchmarks.kernels import OTHERS, ROTATED_BYTES, WAN, Case, Shape
 
 SHAPES = ("Wan 14B 720p 81f", "LTX 97f 512x768")
 REPLAYS = 20
-"""Of a graph, traced."""
+"""How many replays of a graph are traced."""
 HOST_CALLS = 30
-"""Calls whose launches are timed on the host; fewer than the GPU takes before it makes the host wait."""
+"""How many calls are timed on the host; the queue of the GPU holds more, so the host never waits for it."""
 REGISTERS, THREADS, PROGRAMS, SHARED = 65536, 2048, 32, 228 * 1024
-"""Of a processor of Hopper: registers, threads, programs, bytes that programs share."""
+"""The limits of a multiprocessor of Hopper: registers, threads, programs and bytes of shared memory."""
 RESERVED = 1024
-"""Bytes of it that the driver takes for every program."""
+"""The bytes of shared memory that the driver takes for every program."""
 TENSORS = {
     "sum_keys": (2, 0), "read_state": (1, 1), "convolve_rows": (2, 1), "grad_queries": (2, 1), "grad_keys": (2, 2),
 }  # fmt: skip
-"""Kernel -> tensors of all tokens and channels that it must read and write; of others next to nothing."""
+"""Kernel -> how many tensors of all tokens and channels it must read and write. Other tensors are negligible."""
 
 
 def programs_a_processor(registers: int, threads: int, shared: int) -> int:
-    """Return how many programs fit a processor of Hopper at once; registers are given out by 8 a thread."""
+    """Return how many programs fit a multiprocessor of Hopper; a thread gets a multiple of 8 registers."""
     by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
     return min(by_registers, THREADS // threads, PROGRAMS, SHARED // (shared + RESERVED))
 
 
 def kernel_events(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the kernels of a trace in the order in which they ran."""
+    """Return the kernel events of a trace in the order of their start."""
     found = [event for event in trace["traceEvents"] if event.get("cat") == "kernel"]
     return sorted(found, key=lambda event: float(event["ts"]))
 
 
 def by_place(events: Sequence[dict[str, Any]], calls: int) -> list[list[dict[str, Any]]]:
-    """Return the events of equal calls, one after the other, by their place in a call.
+    """Group the events of consecutive equal calls by their position in a call.
 
     Raises:
-        ValueError: the number of events is none of so many calls, or a place has different kernels.
+        ValueError: the number of events is not a multiple of `calls`, or a position has different kernels.
     """
     if not events or len(events) % calls:
-        raise ValueError(f"{len(events)} kernels are none of {calls} equal calls")
+        raise ValueError(f"{len(events)} kernel events cannot be {calls} equal calls")
     each = len(events) // calls
     places = [list(events[place::each]) for place in range(each)]
     for place in places:
@@ -72,14 +72,14 @@ def by_place(events: Sequence[dict[str, Any]], calls: int) -> list[list[dict[str
 
 
 def pauses_of(events: Sequence[dict[str, Any]]) -> list[float]:
-    """Return the microseconds before each event in which no other ran, 0 of the first."""
+    """Return the microseconds between the end of the previous event and the start of each event; 0 for the first."""
     ends = [float(event["ts"]) + float(event["dur"]) for event in events]
     starts = [float(event["ts"]) for event in events]
     return [0.0, *(start - end for start, end in zip(starts[1:], ends[:-1], strict=True))]
 
 
 def row_of(place: Sequence[dict[str, Any]], pauses: Sequence[float], spills: dict[tuple[str, int], int]) -> Any:
-    """Return what the kernel at one place of a call took, in microseconds, and what it holds."""
+    """Return the times of the kernel at one position of a call, in microseconds, and the resources it takes."""
     name, said = place[0]["name"], place[0]["args"]
     threads, registers = _product(said["block"]), int(said["registers per thread"])
     shared = int(said["shared memory"])
@@ -97,7 +97,7 @@ def row_of(place: Sequence[dict[str, Any]], pauses: Sequence[float], spills: dic
 
 
 def compiled_spills() -> dict[tuple[str, int], int]:
-    """Return what the compiled kernels of linear attention spill, by name and registers."""
+    """Return the register spills of the compiled kernels of linear attention, by kernel name and registers."""
     from postgen.kernels.linear_attention import triton_backward, triton_convolution, triton_forward, triton_rope
 
     found = {}
@@ -112,7 +112,7 @@ def compiled_spills() -> dict[tuple[str, int], int]:
 
 
 def traced(call: Callable[..., Any], sets: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Return the kernel events of graph replays over all sets, those of a first replay left out."""
+    """Return the kernel events of graph replays over all input sets, without the first replay."""
     call(*sets[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -132,7 +132,7 @@ def traced(call: Callable[..., Any], sets: list[tuple[Any, ...]]) -> list[dict[s
 
 
 def host_microseconds(call: Callable[..., Any], sets: list[tuple[Any, ...]]) -> tuple[float, float]:
-    """Return what a call takes of the host, and from call to call when the host launches them one by one."""
+    """Return the host time of a call and the time from call to call without a graph, in microseconds."""
     call(*sets[0])
     torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -144,7 +144,7 @@ def host_microseconds(call: Callable[..., Any], sets: list[tuple[Any, ...]]) -> 
 
 
 def profile_case(case: Case, shape: Shape, bandwidth: Bandwidth) -> dict[str, Any]:
-    """Return the rows of one operation at one shape."""
+    """Profile one operation at one shape."""
     sets = [case.make() for _ in range(max(2, -(-ROTATED_BYTES // case.moved_bytes)))]
     size = 2 * shape.frames * shape.places * shape.heads * shape.channels
     graph_ms = milliseconds(case.ours, sets)
@@ -154,7 +154,7 @@ def profile_case(case: Case, shape: Shape, bandwidth: Bandwidth) -> dict[str, An
     spills, rows = compiled_spills(), []
     pauses = pauses_of(events)
     for place, of_place in enumerate(places):
-        # Not those between two replays.
+        # The pauses between two replays are left out.
         within = [each for call, each in enumerate(pauses[place :: len(places)]) if call % len(sets)]
         row = row_of(of_place, within, spills)
         read, written = TENSORS.get(row["kernel"], (0, 0))
@@ -179,16 +179,16 @@ def profile_case(case: Case, shape: Shape, bandwidth: Bandwidth) -> dict[str, An
 
 
 def profiled(shapes: Sequence[str]) -> dict[str, Any]:
-    """Profile every operation at some shapes."""
+    """Profile every operation at the given shapes."""
     bandwidth = measured_bandwidth()
     with profile(activities=[ProfilerActivity.CUDA]):
-        torch.ones(1, device="cuda").sum()  # CUPTI begins, and may lose the first kernels
+        torch.ones(1, device="cuda").sum()  # start CUPTI here, because it may lose the first kernels
     rows = []
     for shape in (each for each in WAN + OTHERS if each.name in shapes):
         for fields in cases(shape):
             try:
                 rows.append(profile_case(Case(**fields), shape, bandwidth))
-            except ValueError as error:  # CUPTI has lost kernels: the other operations are worth their time
+            except ValueError as error:  # CUPTI has lost kernels; go on with the other operations
                 rows.append({"op": fields["op"], "shape": shape.name, "failed": str(error), "passes": []})
             print(json.dumps({name: value for name, value in rows[-1].items() if name != "passes"}), flush=True)
             for row in rows[-1]["passes"]:
@@ -198,7 +198,7 @@ def profiled(shapes: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Profile, print the rows and put them into the result."""
+    """Profile, print the rows and write them into the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_profile", description=__doc__.splitlines()[0])
     names = [shape.name for shape in WAN + OTHERS]
     parser.add_argument("--shapes", nargs="+", choices=names, default=SHAPES, metavar="SHAPE", help="; ".join(names))

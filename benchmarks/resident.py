@@ -1,4 +1,4 @@
-"""The most memory that this process has held so far."""
+"""The peak memory of this process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_resident_mib() -> float:
-    """MiB of the largest resident set of this process, in its own life.
+    """Return the largest resident set of this process since its start, in MiB.
 
-    `ru_maxrss` begins at what the parent held when it started this process, so under a large parent it never grows.
-    Linux counts the process alone as VmHWM; elsewhere `ru_maxrss` is what there is.
+    `ru_maxrss` starts with the resident set of the parent process, so it may never grow under a large parent. Linux
+    reports the peak of the process alone as VmHWM. Other systems only have `ru_maxrss`.
     """
     if _STATUS.exists():
         found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)

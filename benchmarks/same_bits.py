@@ -1,12 +1,13 @@
-"""Do two versions of the code compute the same bits? For changes that must not change a result.
+"""Checks that two versions of the code compute the same bits, for changes that must not affect results.
 
-    python -m benchmarks.same_bits --write before.json       # at the one commit
-    python -m benchmarks.same_bits --against before.json     # at the other, on the same machine
+    python -m benchmarks.same_bits --write before.json       # at one commit
+    python -m benchmarks.same_bits --against before.json     # at the other commit, on the same machine
 
-Hashes of what the embedded model and tiny models of four families generate on the CPU, stock and with each plug-in,
-and of the metrics and weights of two updates of DanceGRPO and DiffusionNFT. Numbers depend on the processor and on
-the versions of libraries, so a file is only good for the machine and the environment that wrote it. Run it from the
-root of a checkout: the tiny models are those of the tests. Exit code 1 where something differs.
+Computes hashes of the outputs of the embedded model and of tiny models of four families on the CPU, stock and with
+each plug-in, and of the metrics and weights after short trainings with DanceGRPO and DiffusionNFT. The numbers depend
+on the processor and on the versions of libraries, so a file is only valid on the machine and in the environment that
+wrote it. Run the script from the root of a checkout, because the tiny models are those of the tests. The exit code is
+1 if a hash differs.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import torch
 PROMPTS = ["a red ball rolls left", "a blue cube falls and a green ball moves right"]
 FAMILIES = ("CogVideoX", "HunyuanVideo", "LTX", "SkyReels-V2")
 TIMES = ("seconds", "step_time", "timing/")
-"""Parts of the names of metrics that no two runs share."""
+"""Parts of the names of metrics that differ between any two runs."""
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    """Return a short hash of the bytes of tensors."""
+    """Return a short hash of the dtypes, shapes and bytes of tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
@@ -38,7 +39,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def plug_ins() -> dict[str, Callable[[Any], Any]]:
-    """Return what is put on a pipeline, by name."""
+    """Return name -> a function that applies plug-ins to a pipeline."""
     from postgen import EnhanceAVideoConfig, FusedOpsConfig, apply_enhance_a_video, apply_fused_ops
 
     def both(pipe: Any) -> Any:
@@ -54,7 +55,7 @@ def plug_ins() -> dict[str, Callable[[Any], Any]]:
 
 
 def embedded_clips() -> Iterator[tuple[str, str]]:
-    """Yield name and hash of clips of the embedded model."""
+    """Yield the names and hashes of clips of the embedded model."""
     from diffusers import WanPipeline
 
     import postgen
@@ -70,7 +71,7 @@ def embedded_clips() -> Iterator[tuple[str, str]]:
 
 
 def family_latents() -> Iterator[tuple[str, str]]:
-    """Yield name and hash of what tiny models with random weights predict and decode."""
+    """Yield the names and hashes of predictions and decoded videos of tiny models with random weights."""
     from postgen.families import denoiser_for
     from tests.families.tiny_pipelines import tiny_pipeline
 
@@ -90,7 +91,7 @@ def family_latents() -> Iterator[tuple[str, str]]:
 
 
 def trainings() -> Iterator[tuple[str, str]]:
-    """Yield name and hash of metrics and of weights after two updates on the embedded model."""
+    """Yield the names and hashes of metrics and weights after short trainings of the embedded model."""
     from safetensors.torch import load_file
 
     from postgen.training import load_recipe
@@ -120,10 +121,10 @@ def trainings() -> Iterator[tuple[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write hashes, or compare them with a file."""
+    """Write the hashes to a file, or compare them to those of a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", type=Path, help="file for the hashes of this version")
-    parser.add_argument("--against", type=Path, help="file that another version wrote")
+    parser.add_argument("--write", type=Path, help="write the hashes of this version to this file")
+    parser.add_argument("--against", type=Path, help="compare to the file that another version wrote")
     options = parser.parse_args(argv)
     if (options.write is None) == (options.against is None):
         parser.error("give --write FILE or --against FILE")
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.write is not None:
         options.write.write_text(json.dumps(found, indent=1) + "\n")
     elif wrong:
-        print(f"differ or are missing: {', '.join(wrong)}", file=sys.stderr)
+        print(f"these hashes differ or are missing: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 
 

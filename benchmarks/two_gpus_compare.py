@@ -1,19 +1,19 @@
-"""What two runs of `benchmarks.faults_two_gpus` left behind, compared."""
+"""Comparison of the checkpoints of two runs of `benchmarks.faults_two_gpus`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 STEPS = 4
-"""Updates of a run."""
+"""The number of optimizer steps of a run."""
 GROUPS = ("weights", "ema", "copies")
 
 
 def largest_difference(run: Path, reference: Path) -> float:
-    """Return the largest difference of weights, average and other policies between the last checkpoints of two runs.
+    """Return the largest difference of weights, EMA and other policies between the last checkpoints of two runs.
 
     Raises:
-        RuntimeError: they hold other tensors, or a number that is none.
+        RuntimeError: the checkpoints hold different tensors, or a tensor holds NaN.
     """
     from safetensors.torch import load_file
 
@@ -21,10 +21,10 @@ def largest_difference(run: Path, reference: Path) -> float:
     for group in GROUPS:
         files = [folder / f"checkpoint-{STEPS}" / f"{group}.safetensors" for folder in (run, reference)]
         if not any(file.exists() for file in files):
-            continue  # only DiffusionNFT keeps another policy
+            continue  # only DiffusionNFT has a second policy
         found, expected = (load_file(file) for file in files)
         if found.keys() != expected.keys():
-            raise RuntimeError(f"{files[0]} holds other tensors than {files[1]}")
+            raise RuntimeError(f"{files[0]} and {files[1]} hold different tensors")
         for name, value in found.items():
             difference = float((value.double() - expected[name].double()).abs().max())
             if difference != difference:
@@ -34,7 +34,7 @@ def largest_difference(run: Path, reference: Path) -> float:
 
 
 def moved(run: Path, model: Path) -> float:
-    """Return how far the weights of a run are from those it began with: a comparison says nothing if they stood."""
+    """Return the largest change of a weight in a run; if it is 0, a comparison of two runs shows nothing."""
     from safetensors.torch import load_file
 
     weights = load_file(run / f"checkpoint-{STEPS}" / "weights.safetensors")
@@ -43,10 +43,10 @@ def moved(run: Path, model: Path) -> float:
 
 
 def check_export(run: Path) -> None:
-    """Load what a run exported: it is the average of its last checkpoint.
+    """Check that the exported model of a run is the EMA of its last checkpoint.
 
     Raises:
-        RuntimeError: it is something else.
+        RuntimeError: some weights differ; the message names up to three of them.
     """
     import torch
     from diffusers import WanTransformer3DModel
@@ -57,4 +57,4 @@ def check_export(run: Path) -> None:
     if wrong := [
         name for name, value in model.named_parameters() if not torch.equal(value, average[f"transformer.{name}"])
     ]:
-        raise RuntimeError(f"the export of {run} is not its average: {wrong[:3]}")
+        raise RuntimeError(f"the exported model of {run} differs from its EMA: {wrong[:3]}")

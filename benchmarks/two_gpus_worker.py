@@ -1,9 +1,9 @@
-"""One process of `benchmarks.faults_two_gpus`: trains one run after another, each in a group of processes of its own.
+"""One process of `benchmarks.faults_two_gpus`, which trains one run after the other, each in a new process group.
 
     accelerate launch ... -m benchmarks.two_gpus_worker JOBS.json
 
-What becomes of a run is written to `<run>/rank-R.json` beside it. A run that fails ends the process: after an error of
-CUDA nothing that follows can be trusted.
+The process writes the outcome of a run to `rank-R.json` in the folder of the run. It ends if a run fails, because
+results after a CUDA error cannot be trusted.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 8.0
-"""Seconds that a process waits after its error, so that the other one can tell its own."""
+"""Seconds that a process waits after its error, so that the other process can report its own error."""
 
 
 def train(settings: Mapping[str, Any]) -> None:
     """Train a run in full float32.
 
     Args:
-        settings: of a recipe, with its method.
+        settings: the settings of a recipe, including `method`.
     """
     import torch
 
@@ -35,14 +35,14 @@ def train(settings: Mapping[str, Any]) -> None:
 
     kind = find_method(settings["method"])
     trainer = kind.from_config(kind.config_class.from_dict(settings))
-    # In TF32 sums over other parts round otherwise, and the comparison would be of that.
+    # TF32 would round sums over different shards differently, and the comparison would show only that.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     trainer.train()
 
 
 def outcome(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a run; return how long it took, and its error with where it came from."""
+    """Train a run; return its duration and its error with the traceback, empty if it succeeded."""
     import torch
     from accelerate.state import AcceleratorState
 
@@ -63,20 +63,20 @@ def outcome(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that is whole as soon as it is there."""
+    """Write a file that is complete as soon as it exists."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.rename(path)
 
 
 def main(path: str) -> int:
-    """Train the runs of a file, `[{"name", "folder", "port", "settings"}]`; SIGUSR1 asks for the stack."""
+    """Train the runs of a JSON file, `[{"name", "folder", "port", "settings"}]`; SIGUSR1 prints the stack."""
     jobs = json.loads(Path(path).read_text(encoding="utf-8"))
     rank = int(os.environ.get("RANK", "0"))
     with open(f"{path}.{rank}.log", "w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    # The launcher keeps one store for all groups, in which those of an earlier one would be found.
+    # The launcher has one store for all process groups; a group would find the entries of an earlier group in it.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     import postgen.grpo.nft
     import postgen.grpo.trainer  # noqa: F401

@@ -1,9 +1,8 @@
-"""Training step of Wan's autoencoder: frame chunks as diffusers runs them, against whole clips (native and folded).
+"""Times of a training step of Wan's autoencoder: diffusers' frame chunks against whole clips (native and folded).
 
     python -m benchmarks.whole_clip [--batch 24] [--frames 17] [--steps 10] [--compile]
 
-Floor: the convolutions' multiply-adds at the bfloat16 rate of the device. Prints a table and writes
-benchmarks/results/whole_clip.json.
+Prints a table and writes benchmarks/results/whole_clip.json.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from postgen.pretrain.whole_clip import WholeClip
 
 
 def stock(vae: Any) -> Callable[[Tensor], Tensor]:
-    """Encode and decode through diffusers' own methods."""
+    """Return a function that encodes and decodes with diffusers' own methods."""
     return lambda x: vae.decode(vae.encode(x).latent_dist.mean).sample  # type: ignore[no-any-return]
 
 
 def whole(vae: Any, folded: bool, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """Encode and decode the whole clip at once."""
+    """Return a function that encodes and decodes the whole clip at once."""
     model = WholeClip(vae, folded=folded, compiled=compiled)
     return lambda x: model.decode(model.encode(x)[0])
 
 
 def seconds_per_step(function: Callable[[Tensor], Tensor], vae: Any, x: Tensor, steps: int) -> float:
-    """Median seconds of forward and backward, after three warm-up steps."""
+    """Return the median seconds of a forward and backward pass after three warm-up steps."""
     times = []
     for step in range(steps + 3):
         _wait(x)
@@ -54,7 +53,7 @@ def _wait(x: Tensor) -> None:
 
 
 def main() -> None:
-    """Run all variants on one set of inputs."""
+    """Time all variants on the same inputs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--frames", type=int, default=17)

@@ -1,9 +1,9 @@
-"""DiffusionNFT: reward training with a fast deterministic sampler and without probabilities of steps.
+"""DiffusionNFT: reward training with a fast deterministic sampler, without log-probabilities of the sampling steps.
 
     python examples/diffusion_nft.py
 
-Two steps of a tiny run; see docs/dancegrpo.md for settings that learn something. Writes `out/nft/metrics.jsonl`
-and `out/nft/export/pytorch_lora_weights.safetensors`.
+Runs two optimizer steps with tiny sizes. docs/dancegrpo.md has settings for a real training. Writes
+`out/nft/metrics.jsonl` and `out/nft/export/pytorch_lora_weights.safetensors`.
 """
 
 from postgen import DiffusionNFTTrainer
@@ -13,7 +13,7 @@ STEPS = 2
 
 
 def main() -> None:
-    """Train a LoRA on the exact judge of the synthetic world."""
+    """Train a LoRA with the exact judge of the synthetic world as the reward."""
     args = DiffusionNFTConfig(
         output_dir="out/nft",
         **{"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 4},

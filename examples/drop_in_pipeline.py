@@ -1,8 +1,8 @@
-"""Change the import line of a diffusers program, and get a keyword argument for each plug-in of postgen.
+"""Change the import line of a diffusers program to get a keyword argument for each plug-in of postgen.
 
     python examples/drop_in_pipeline.py
 
-Everything else of the program stays as it is. Writes `out/drop_in.mp4`.
+The rest of the program needs no change. Writes `out/drop_in.mp4`.
 """
 
 import torch
@@ -15,8 +15,8 @@ CALL = {"height": 96, "width": 96, "num_frames": 9, "num_inference_steps": 6, "g
 
 
 def main() -> None:
-    """Make one clip with Enhance-A-Video and fused operations, each for this call only."""
-    pipe = WanPipeline.from_pretrained(postgen.embedded_model())  # or a hub id
+    """Generate one clip with Enhance-A-Video and fused operations, which are on for this call only."""
+    pipe = WanPipeline.from_pretrained(postgen.embedded_model())  # or a model id of the Hub
     video = pipe(
         PROMPT,
         **CALL,

@@ -1,8 +1,8 @@
-"""Enhance-A-Video on a stock diffusers pipeline: the same seed without and with it, side by side.
+"""Enhance-A-Video on a stock diffusers pipeline: clips of one seed without and with it, side by side.
 
     python examples/enhance_a_video.py
 
-Writes `out/enhance.mp4` (before on the left, after on the right) and its contact sheet `out/enhance.png`.
+Writes `out/enhance.mp4` (without on the left, with on the right) and its contact sheet `out/enhance.png`.
 """
 
 import torch
@@ -11,12 +11,12 @@ from diffusers import WanPipeline
 import postgen
 
 PROMPT = "a blue cube falls"
-WEIGHT = 2.0  # left out: the weight that is recommended for the model
+WEIGHT = 2.0  # without a weight, the config takes the recommended one of the model
 CALL = {"height": 96, "width": 96, "num_frames": 17, "num_inference_steps": 6, "guidance_scale": 3.0}
 
 
 def main() -> None:
-    """Make a clip before and after `apply_enhance_a_video`, then take the plug-in off."""
+    """Generate a clip before and after `apply_enhance_a_video`, then remove the plug-in."""
     pipe = WanPipeline.from_pretrained(postgen.embedded_model())
 
     def make() -> torch.Tensor:
@@ -26,7 +26,7 @@ def main() -> None:
     handle = postgen.apply_enhance_a_video(pipe, postgen.EnhanceAVideoConfig(weight=WEIGHT))
     after = make()
     assert not torch.equal(after, before)
-    print(postgen.summary(pipe))  # the layers it is on, and the last gains
+    print(postgen.summary(pipe))  # the layers that the plug-in changes, and the gains of the last call
     handle.remove()
     assert torch.equal(make(), before)  # the stock pipeline again, bit by bit
 

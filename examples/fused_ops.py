@@ -2,7 +2,7 @@
 
     python examples/fused_ops.py
 
-On a GPU a step gets faster; on a CPU plain torch computes the same formulas, which is enough to see the result.
+On a GPU a sampling step gets faster. On a CPU plain torch computes the same formulas, so the example also runs there.
 Writes `out/fused.mp4`.
 """
 
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
-    """Make the same clip with stock and with fused blocks, and compare time and result."""
+    """Generate the same clip with stock and with fused blocks, and compare times and results."""
     pipe = WanPipeline.from_pretrained(postgen.embedded_model()).to(DEVICE)
 
     def make(label: str) -> torch.Tensor:
@@ -28,13 +28,13 @@ def main() -> None:
         print(f"{label}: {time.perf_counter() - begin:.2f} s on {DEVICE}")
         return clip
 
-    make("stock, first call")  # loads what the first call loads
+    make("stock, first call")  # the first call is slower, because it loads libraries
     stock = make("stock")
-    handle = postgen.apply_fused_ops(pipe, postgen.FusedOpsConfig())  # norm_rope, adaln, attention: all on
+    handle = postgen.apply_fused_ops(pipe, postgen.FusedOpsConfig())  # default: norm_rope, adaln and attention are on
     print(postgen.summary(pipe))
     fused = make("fused")
     handle.remove()
-    print(f"largest difference of a pixel value in [0, 1]: {(fused - stock).abs().max():.2e}")
+    print(f"largest difference of pixel values in [0, 1]: {(fused - stock).abs().max():.2e}")
     postgen.write_video("out/fused.mp4", fused, fps=8)
 
 

@@ -1,8 +1,8 @@
-"""Hybrid linear attention: convert two blocks of a trained transformer, save them as an adapter, load it.
+"""Hybrid linear attention: convert two blocks of a trained transformer, save them as an adapter and load it.
 
     python examples/hybrid_linear_attention.py
 
-New layers begin untrained; `postgen.lit.transfer` or `postgen train lit-tiny-wan` trains them (docs/lit_training.md).
+The new layers are untrained; `postgen.lit.transfer` or `postgen train lit-tiny-wan` train them (docs/lit_training.md).
 Writes `out/two-blocks.safetensors` and `out/linear.mp4` (stock on the left, converted on the right).
 """
 
@@ -19,7 +19,7 @@ ADAPTER = Path("out/two-blocks.safetensors")
 
 
 def main() -> None:
-    """Convert blocks 3 and 4, keep what is new in one small file, and put it on a stock model again."""
+    """Convert blocks 3 and 4, save the new weights in a small file, and load the file into the stock model."""
     pipe = WanPipeline.from_pretrained(postgen.embedded_model())
 
     def make() -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""A long video by streaming, with depth: chunks come as they are made, in constant memory.
+"""A long video with depth: the pipeline yields one chunk after the other, in constant memory.
 
     python examples/long_video.py
 
-The adapter of the embedded model gives it a depth channel and a memory. Writes `out/long.mp4` (the clip, and its depth
-beside it) and the folder `out/long-state`, from which `pipe.stream(state=...)` goes on.
+The adapter adds a depth output and a memory to the embedded model. Writes `out/long.mp4` (the clip on the left, its
+depth on the right) and the folder `out/long-state`, with which `pipe.stream(state=...)` can continue the video.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from postgen.pipelines.worldweaver import WorldWeaverPipeline
 
 FRAMES = 17
 SIZE = 96
-PROMPTS = [(0, "a red ball rolls left"), (9, "a blue cube falls")]  # from which frame on
+PROMPTS = [(0, "a red ball rolls left"), (9, "a blue cube falls")]  # (first frame, prompt)
 
 
 def main() -> None:
-    """Write each chunk when it is there; the video is never in memory as a whole."""
+    """Write each chunk when it is finished; the whole video is never in memory."""
     base = WanPipeline.from_pretrained(postgen.embedded_model())
     pipe = WorldWeaverPipeline.from_pipe(base, adapter=embedded_adapter())
     stream = pipe.stream(
@@ -37,8 +37,8 @@ def main() -> None:
 
     def pictures() -> Iterator[torch.Tensor]:
         for chunk in stream:
-            depth = chunk.depth[0][:, None].expand(-1, 3, -1, -1)  # bright is near
-            print(f"from frame {chunk.start_frame}: {chunk.frames.shape[1]} frames")
+            depth = chunk.depth[0][:, None].expand(-1, 3, -1, -1)  # near surfaces are bright
+            print(f"{chunk.frames.shape[1]} frames from frame {chunk.start_frame}")
             yield torch.cat([chunk.frames[0], depth], dim=3)
             chunk.state.save("out/long-state")
 

@@ -1,9 +1,10 @@
-"""Train a student for one block of a transformer to give what the block gives: here, a feed-forward layer of low rank.
+"""Train a student that reproduces the outputs of one block of a transformer.
 
     python examples/reconstruct_block.py
 
-The teacher's calls are recorded once, then each student is trained alone. Writes the records to `out/records`, and the
-run with its trained weights to `out/low-rank`.
+In the student of this example a feed-forward layer has low rank. The inputs and outputs of the teacher are recorded
+once, and the student is trained on these records alone. Writes the records to `out/records`, and the run with its
+trained weights to `out/low-rank`.
 """
 
 import torch
@@ -14,12 +15,12 @@ import postgen
 from postgen.families import blocks_of, denoiser_for
 from postgen.reconstruct import ReconstructConfig, RecordsConfig, block_task, collect, reconstruct
 
-PROMPTS = ["a red ball rolls left", "a blue cube falls", "a green cone turns"]  # the last one is held out
+PROMPTS = ["a red ball rolls left", "a blue cube falls", "a green cone turns"]  # the last prompt is held out
 STEPS, RANK = 20, 64
 
 
 class LowRank(nn.Module):
-    """A linear layer as a product of two thin matrices, from its largest singular values."""
+    """A low-rank linear layer: two thin matrices, initialised from the largest singular values of the original."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -28,19 +29,19 @@ class LowRank(nn.Module):
         self.bias = nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer."""
+        """Compute the layer: x @ down^T @ up^T + bias."""
         return x @ self.down.T @ self.up.T + self.bias
 
 
 def change(block: nn.Module) -> nn.Module:
-    """Make the student of a copy of the teacher's block."""
+    """Turn a copy of the teacher's block into the student."""
     block.requires_grad_(False)
     block.ffn.net[0].proj = LowRank(block.ffn.net[0].proj)
     return block
 
 
 def main() -> None:
-    """Record block 3, train its student, and put it into the model."""
+    """Record block 3, train its student, and replace the block by the student."""
     pipe = WanPipeline.from_pretrained(postgen.embedded_model())
     block = blocks_of(pipe.transformer)[3]
     size = RecordsConfig(num_frames=5, height=64, width=64, num_inference_steps=4)

@@ -2,8 +2,8 @@
 
     python examples/score_folder.py [FOLDER]
 
-Without a folder, two clips are rendered first: one that shows its prompt and one that does not. The prompt of a video
-is that of the sidecar (`x.json` beside `x.mp4`), as `postgen generate` writes it. Writes `out/scores.csv`.
+Without a folder, the example first renders two clips: one that shows its prompt and one that does not. The prompt of a
+video comes from its sidecar (`x.json` beside `x.mp4`), which `postgen generate` writes. Writes `out/scores.csv`.
 The same on the command line: postgen score FOLDER --reward world,motion_floor -o scores.csv
 """
 
@@ -21,7 +21,7 @@ REWARDS = ["world", "motion_floor", "sharpness_band"]
 
 
 def render_two(folder: Path) -> None:
-    """Render a scene twice: once under its own prompt, once under another one."""
+    """Render a scene twice: once with its own prompt in the sidecar, once with another prompt."""
     for name, prompt in (("right", "a red ball rolls left"), ("wrong", "a blue cube falls")):
         clip = world.render([world.parse("a red ball rolls left")], num_frames=17, size=96).rgb_BF3HW[0]
         postgen.write_video(folder / f"{name}.mp4", clip, fps=8)
@@ -29,13 +29,13 @@ def render_two(folder: Path) -> None:
 
 
 def main() -> None:
-    """Find clips, give them their prompts, score them, write the table."""
+    """Find the clips, read their prompts, score the clips and write the table."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/clips")
     if not folder.is_dir():
         folder.mkdir(parents=True)
         render_two(folder)
     clips = find_clips([folder])
-    set_prompts(clips, None, None)  # from the sidecars
+    set_prompts(clips, None, None)  # None, None: take the prompts from the sidecars
     score_clips(clips, RewardRunner(REWARDS))
     with Path("out/scores.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, ["file", "prompt", *REWARDS], extrasaction="ignore")

@@ -2,7 +2,7 @@
 
     python examples/synthetic_world.py
 
-Writes `out/world.mp4` (RGB, and depth beside it) and `out/world.png`.
+Writes `out/world.mp4` (RGB on the left, depth on the right) and `out/world.png`.
 """
 
 import postgen
@@ -13,14 +13,14 @@ PROMPT = "a red ball rolls left"
 
 
 def main() -> None:
-    """Render a prompt, then ask the judge about it under this prompt and under another one."""
+    """Render a prompt, then judge the clip with this prompt and with another prompt."""
     scene = world.parse(PROMPT)
     frames = world.render([scene], num_frames=17, size=96)
     clip, depth = frames.rgb_BF3HW[0], frames.depth_BFHW[0]
     print(f"caption: {world.simple_caption(scene)}; largest motion: {frames.flow_BF2HW[0].abs().max():.1f} pixels")
     for prompt in (PROMPT, "a blue cube falls"):
         report = check(clip, prompt)
-        print(f"{prompt!r}: all right {report.all_right}, score {report.score:.3f}")
+        print(f"{prompt!r}: everything right: {report.all_right}, score {report.score:.3f}")
 
     near = 1 / depth
     grey = ((near - near.min()) / (near.max() - near.min()))[:, None].expand(-1, 3, -1, -1)

@@ -1,14 +1,15 @@
-"""The documentation site: what is generated is up to date, every public name is described, links lead somewhere."""
+"""The documentation site: generated files are up to date, every public name is described, all links work."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from benchmarks import docs_keys
+from benchmarks import docs_keys, docs_site
 from benchmarks.docs import PAPERS
 from benchmarks.docs_links import broken_in_repository, broken_on_site, headings
 from benchmarks.docs_names import configurations, docstring_of, exported, packages, public_names, trainers
@@ -82,7 +83,7 @@ def test_the_papers_of_the_project_are_in_the_index():
 
 
 def test_every_metric_of_the_log_is_in_the_glossary():
-    """Keys with a slash, of which the code can be searched; those without one were collected by hand."""
+    """Keys with a slash, for which the code can be searched. Keys without a slash were collected by hand."""
     glossary = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     files = [path for part in ("grpo", "training") for path in (ROOT / "postgen" / part).glob("*.py")]
     found = {key for path in files for key in re.findall(r'"([a-z_]+/[a-z_]+)"', path.read_text(encoding="utf-8"))}
@@ -92,7 +93,7 @@ def test_every_metric_of_the_log_is_in_the_glossary():
 
 
 class _Loader(yaml.SafeLoader):
-    """mkdocs.yml names a function of Python."""
+    """Loader for mkdocs.yml, which names a Python function."""
 
 
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
@@ -119,3 +120,11 @@ def test_the_api_reference_has_every_public_name():
 
     text = "".join(page for _, page in reference())
     assert not [each.home for each in NAMES if f"::: {each.home}\n" not in text]
+
+
+@pytest.mark.parametrize(("name", "marked"), [("paper_index.md", True), ("cost.md", False)])
+def test_tables_of_wide_pages_are_marked_for_the_style_sheet(name: str, marked: bool) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=name))
+    table = "<table><tr></tr></table>"
+    found = docs_site.on_page_content(f"<p>a</p>{table}", page)
+    assert found == (f'<p>a</p><div class="stacked">{table}</div>' if marked else f"<p>a</p>{table}")

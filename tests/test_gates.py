@@ -32,7 +32,7 @@ def test_gate_compares(value, op, target, ok):
 
 
 def test_gate_refuses_what_it_cannot_compare():
-    with pytest.raises(ValueError, match="known are >=, <=, =="):
+    with pytest.raises(ValueError, match="must be one of >=, <=, =="):
         gate("g", 1, ">", 0)
     with pytest.raises(ValueError, match="finite number"):
         gate("g", 1, ">=", float("nan"))
@@ -69,7 +69,7 @@ def test_parts_measured_again_have_stamps_of_their_own(tmp_path):
     assert set(again["remeasured"]) == {"a"}
     assert stamp["device"] == gates.device()
     assert stamp["settings"] == {"scenes": 8}
-    # What was measured again before keeps its stamp.
+    # Values that were measured earlier keep their stamp.
     amend_result(path, {"b": 4}, {"scenes": 9}, rows)
     assert read_result(path)["remeasured"]["a"] == stamp
     with pytest.raises(ValueError, match="device cannot be measured"):

@@ -1,4 +1,4 @@
-"""The app of postgen as a Hugging Face Space, which gives the address to listen at in its environment."""
+"""The app of postgen as a Hugging Face Space. The environment of the Space defines the address of the server."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from postgen.apps.guard import guarded
 from postgen.apps.looks import launch_looks
 from postgen.apps.settings import AppSettings
 
-# A Space has names of its own, and is open to whoever finds it: which name was used protects nothing.
+# A Space is public and has its own host names, so checking the host name of a request would protect nothing.
 settings = AppSettings(outputs=Path("videos"), waiting=20, upload_bytes=16 * 2**20, allow_hosts=("*",))
-demo = build(settings)  # the name by which a Space finds it
+demo = build(settings)  # a Space looks for the name `demo`
 
 if __name__ == "__main__":
-    # `postgen.apps.demo.launch` listens to other machines with a password only. A Space is open to all, and holds
-    # nothing but this.
+    # `postgen.apps.demo.launch` accepts other machines only with a password. A Space needs no password: it is public
+    # and holds only this app.
     demo.launch(
         share=False,
         show_error=True,

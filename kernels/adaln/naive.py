@@ -1,9 +1,11 @@
 """The norms around the layers of a diffusion transformer (DiT, arXiv:2212.09748, section 3.2): the reference.
 
-A layer reads LayerNorm(x) * (1 + scale) + shift and adds its answer times a gate to x; with `rms` the norm is RMSNorm
-(arXiv:1910.07467, eq. 4), which takes no mean away. Shapes: x is (B, N, C); scale,
-shift and gate are (B, 1, C), one set a sample, or (B, N, C), one set a token; weight and bias are (C,). Everything is
-computed in float32 (float64 for float64) and rounded once to the dtype of x.
+The input of a layer is LayerNorm(x) * (1 + scale) + shift, and the output of the layer times a gate is added to x.
+With `rms` the norm is RMSNorm (arXiv:1910.07467, eq. 4), which does not subtract the mean.
+
+Shapes: x is (B, N, C); scale, shift and gate are (B, 1, C) for one value per sample or (B, N, C) for one value per
+token; weight and bias are (C,). Everything is computed in float32 (float64 for float64) and rounded once to the dtype
+of x.
 """
 
 import torch
@@ -20,7 +22,7 @@ def norm_modulate(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> Tensor:
-    """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift; what is None is left out."""
+    """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift; an argument of None is left out."""
     normed = _affine(_normalised(_exact(x), eps, rms)[0], weight, bias)
     if scale is not None:
         normed = normed * (1 + _exact(scale))
@@ -41,7 +43,7 @@ def gate_residual_norm_modulate(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return `gate_residual` and `norm_modulate` of it."""
+    """Return the result of `gate_residual` and `norm_modulate` of that result."""
     total = gate_residual(x, y, gate)
     return total, norm_modulate(total, scale, shift, weight, bias, eps=eps, rms=rms)
 
@@ -63,10 +65,10 @@ def norm_modulate_backward(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, scale, shift, weight and bias, given that of `norm_modulate`'s result.
+    """Return the gradients of x, scale, shift, weight and bias, given the gradient of `norm_modulate`'s result.
 
-    With n the normalised x and r its reciprocal deviation: dx = r * (dn - mean(dn) - n * mean(dn * n)).
-    RMSNorm has no mean(dn).
+    With n the normalised x and r the reciprocal of its standard deviation:
+    dx = r * (dn - mean(dn) - n * mean(dn * n)). For RMSNorm the term mean(dn) is absent.
     """
     gradient = _exact(gradient)
     normed, reciprocal = _normalised(_exact(x), eps, rms)
@@ -85,7 +87,7 @@ def norm_modulate_backward(
 
 
 def gate_residual_backward(gradient: Tensor, y: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of y and gate, given that of x + y * gate."""
+    """Return the gradients of y and gate, given the gradient of x + y * gate."""
     gradient = _exact(gradient)
     of_y = gradient if gate is None else gradient * _exact(gate)
     return of_y.to(y.dtype), _summed(gradient * _exact(y), gate)
@@ -108,5 +110,5 @@ def _affine(normed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 
 
 def _summed(gradient: Tensor, like: Tensor | None) -> Tensor | None:
-    """Add up what a broadcast copied."""
+    """Sum the gradient over the axes along which `like` was broadcast; None if `like` is None."""
     return None if like is None else gradient.sum_to_size(like.shape).to(like.dtype)

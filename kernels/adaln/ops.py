@@ -1,6 +1,7 @@
 """`norm_modulate`, `gate_residual_norm_modulate` and `gate_residual` as torch custom operations: one GPU kernel each.
 
-Shapes as in `naive.py`. The gradients are its formulas in plain torch, which torch.compile fuses.
+`naive.py` has the shapes. The backward pass computes the formulas of `naive.py` in plain torch, which torch.compile
+can fuse.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from postgen.kernels.adaln import naive
 from postgen.kernels.dispatch import check_devices, uses_triton
 
 MAX_CHANNELS = 16384
-"""The longest token that one program of the kernel holds in registers."""
+"""The largest number of channels of a token that one program of the kernel can hold in registers."""
 
 
 @library.custom_op("postgen::norm_modulate", mutates_args=())
@@ -24,19 +25,22 @@ def norm_modulate(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> Tensor:
-    """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift in the dtype of x; what is None is left out.
+    """Return (LayerNorm(x) * weight + bias) * (1 + scale) + shift; an argument of None is left out.
 
     Args:
         x: (B, N, C), any strides.
-        scale: (B, 1, C) or (B, N, C), any dtype; a leading 1 serves all samples.
-        shift: as `scale`.
-        weight: (C,).
-        bias: (C,).
+        scale: (1 or B, 1 or N, C), any dtype.
+        shift: (1 or B, 1 or N, C), any dtype.
+        weight: (C,), any dtype.
+        bias: (C,), any dtype.
         eps: added to the variance.
-        rms: RMSNorm instead of LayerNorm: no mean is taken away.
+        rms: whether to use RMSNorm, which does not subtract the mean, instead of LayerNorm.
+
+    Returns:
+        (B, N, C), contiguous, in the dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: the shapes, dtypes or devices do not match.
     """
     check_devices("norm_modulate", x, scale, shift, weight, bias)
     _check(x, scale=scale, shift=shift)
@@ -60,21 +64,24 @@ def gate_residual_norm_modulate(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return x + y * gate in the dtype of x, and `norm_modulate` of it.
+    """Return x + y * gate, and `norm_modulate` of that sum.
 
     Args:
-        x: (B, N, C), the stream that layers add to; any strides.
-        y: (B, N, C), what a layer answered; any strides.
-        gate: (B, 1, C) or (B, N, C), any dtype; None is 1.
-        scale: as in `norm_modulate`, like all that follow.
-        shift: see there.
-        weight: see there.
-        bias: see there.
-        eps: see there.
-        rms: see there.
+        x: the residual stream, (B, N, C), any strides.
+        y: the output of a layer, (B, N, C), any strides.
+        gate: (1 or B, 1 or N, C), any dtype; None is 1.
+        scale: (1 or B, 1 or N, C), any dtype.
+        shift: (1 or B, 1 or N, C), any dtype.
+        weight: (C,), any dtype.
+        bias: (C,), any dtype.
+        eps: added to the variance.
+        rms: whether to use RMSNorm instead of LayerNorm.
+
+    Returns:
+        The sum and its norm, both (B, N, C), contiguous, in the dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: the shapes, dtypes or devices do not match.
     """
     check_devices("gate_residual_norm_modulate", x, y, gate, scale, shift, weight, bias)
     _check(x, gate=gate, scale=scale, shift=shift)
@@ -90,15 +97,18 @@ def gate_residual_norm_modulate(
 
 @library.custom_op("postgen::gate_residual", mutates_args=())
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Return x + y * gate in the dtype of x: where no norm follows.
+    """Return x + y * gate, for layers that no norm follows.
 
     Args:
-        x: (B, N, C), the stream that layers add to; any strides.
-        y: (B, N, C), what a layer answered; any strides.
-        gate: (B, 1, C) or (B, N, C), any dtype; None is 1.
+        x: the residual stream, (B, N, C), any strides.
+        y: the output of a layer, (B, N, C), any strides.
+        gate: (1 or B, 1 or N, C), any dtype; None is 1.
+
+    Returns:
+        (B, N, C), contiguous, in the dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: the shapes, dtypes or devices do not match.
     """
     check_devices("gate_residual", x, y, gate)
     _check(x, gate=gate)
@@ -185,7 +195,7 @@ gate_residual.register_autograd(_gate_backward, setup_context=_keep_gate)
 
 def _on_kernel(operation: str, x: Tensor, *others: Tensor | None) -> bool:
     channels = x.shape[-1]
-    obstacle = f"{channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
+    obstacle = f"x has {channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
     return uses_triton(operation, x, *(each for each in others if each is not None), obstacle=obstacle)
 
 
@@ -193,22 +203,22 @@ def _check(x: Tensor, **modulation: Tensor | None) -> None:
     if x.dim() != 3 or x.numel() == 0:
         raise ValueError(f"x must be (B, N, C) and not empty, got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be of floating-point numbers, got {x.dtype}")
+        raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
     batch, tokens, channels = x.shape
     for name, tensor in modulation.items():
         if tensor is None:
             continue
         shape = tuple(tensor.shape)
         if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, tokens) or shape[2] != channels:
-            raise ValueError(f"{name} must be (B, 1, C) or (B, N, C) for x {tuple(x.shape)}, got {shape}")
+            raise ValueError(f"{name} must be (1 or B, 1 or N, C) for x of shape {tuple(x.shape)}, got {shape}")
 
 
 def _check_answer(x: Tensor, y: Tensor) -> None:
     if y.shape != x.shape:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} must have one shape")
+        raise ValueError(f"x and y must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}")
 
 
 def _check_channels(x: Tensor, **affine: Tensor | None) -> None:
     for name, tensor in affine.items():
         if tensor is not None and tensor.shape != x.shape[-1:]:
-            raise ValueError(f"{name} must be (C,) for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be (C,) for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")

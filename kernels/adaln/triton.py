@@ -1,4 +1,4 @@
-"""Gate, residual, norm and modulation of one token in one program: everything is read once and written once."""
+"""Gate, residual, norm and modulation in one kernel, one program per token: everything is read and written once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _norm_modulate(
     c = tl.arange(0, BLOCK)
     inside = c < CHANNELS
 
-    # A token is read once; what all tokens of a sample share stays in the caches.
+    # A token is read once and may leave the cache; data that all tokens of a sample share should stay in it.
     value = tl.load(x + sample * x_b + token * x_n + c, mask=inside, other=0.0, eviction_policy="evict_first")
     value = value.to(tl.float32)
     if y is not None:
@@ -32,7 +32,7 @@ def _norm_modulate(
             branch *= tl.load(gate + sample * gate_b + token * gate_n + c, mask=inside, other=0.0).to(tl.float32)
         rounded = (value + branch).to(total.dtype.element_ty)
         tl.store(total + row + c, rounded, mask=inside)
-        # The norm is that of the sum which later layers read.
+        # The norm takes the rounded sum, because later layers read the rounded sum too.
         value = rounded.to(tl.float32)
 
     if out is not None:
@@ -62,7 +62,7 @@ def norm_modulate(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> Tensor:
-    """Compute `naive.norm_modulate`; `ops.py` has checked the shapes. Any strides; channels are read one by one."""
+    """Compute `naive.norm_modulate`; `ops.py` has checked the shapes. Any strides."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, None, scale, shift, weight, bias, None, out, eps, rms)
     return out
@@ -95,7 +95,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 def block(channels: int) -> tuple[int, int]:
-    """Return the numbers that a program holds, a power of 2, and its warps."""
+    """Return how many numbers a program holds (a power of 2) and how many warps it has."""
     size = max(128, triton.next_power_of_2(channels))
     return size, 4 if size <= 2048 else 8 if size <= 8192 else 16
 
@@ -125,6 +125,6 @@ def _launch(
 
 
 def _rows(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a (B, N, C) view; only channels that are not neighbours are copied."""
+    """Return a (B, N, C) view; the tensor is copied only if its channels are not adjacent in memory."""
     tensor = tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
     return tensor.expand(like.shape)

@@ -1,8 +1,8 @@
-"""RMS norm over channels, gain, SiLU, and the zeros that a causal 3x3x3 convolution wants around it: the reference.
+"""RMSNorm over channels, gain, SiLU and the zero padding of a causal 3x3x3 convolution: the reference.
 
-These stand before every 3x3x3 convolution of Wan's autoencoder (diffusers' `AutoencoderKLWan`): u = x r gamma with
-r = (mean of x^2 over channels + eps)^(-1/2), y = u sigmoid(u), then two frames of zeros before the first and one pixel
-on each side of a picture.
+Wan's autoencoder (diffusers' `AutoencoderKLWan`) computes these before every 3x3x3 convolution: u = x r gamma with
+r = (mean of x^2 over channels + eps)^(-1/2), then y = u sigmoid(u). The padding is two frames of zeros before the
+first frame and one pixel of zeros on each side of every frame.
 
 Shapes: x (B, C, T, H, W), gamma (C,); y (B, C, T + 2, H + 2, W + 2).
 """
@@ -12,26 +12,27 @@ from torch import Tensor
 from torch.nn import functional
 
 EPSILON = 1e-24
-"""Added to the mean square: diffusers divides by the norm, at least 1e-12."""
+"""Added to the mean square. diffusers divides by the L2 norm, clamped to at least 1e-12."""
 PADDING = (1, 1, 1, 1, 2, 0)
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """Return SiLU(RMSNorm(x) * gamma) in the dtype of x, in the shape of x; the maths in float32 at least."""
+    """Return SiLU(RMSNorm(x) * gamma) in the shape and dtype of x, computed in float32 (float64 for float64)."""
     wide = _wide(x)
     scale = (wide.square().mean(1, keepdim=True) + EPSILON).rsqrt()
     return functional.silu(wide * scale * gamma.to(wide.dtype).view(-1, 1, 1, 1)).to(x.dtype)
 
 
 def norm_silu_pad(x: Tensor, gamma: Tensor) -> Tensor:
-    """Return `norm_silu` with the zeros around it."""
+    """Return `norm_silu` with the zero padding around it."""
     return functional.pad(norm_silu(x, gamma), PADDING)
 
 
 def norm_silu_pad_backward(gradient: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and gamma, in their dtypes.
+    """Return the gradients of x and gamma in their dtypes, given the gradient of the padded result.
 
-    With n = x r: dL/dgamma = sum of n dL/du over all places, dL/dx = r (d - n mean(d n)), d = gamma dL/du.
+    With n = x r and d = gamma dL/du: dL/dgamma is the sum of n dL/du over all positions, and
+    dL/dx = r (d - n mean(d n)).
     """
     wide, gain = _wide(x), _wide(gamma).view(-1, 1, 1, 1)
     inner = gradient[:, :, 2:, 1:-1, 1:-1].to(wide.dtype)

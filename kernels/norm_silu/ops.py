@@ -1,6 +1,6 @@
-"""`norm_silu_pad` as a torch custom operation: one pass forward and one backward on a GPU, plain torch elsewhere.
+"""`norm_silu_pad` as a torch custom operation: one kernel per direction on a GPU, plain torch elsewhere.
 
-Shapes as in `naive.py`.
+`naive.py` has the shapes.
 """
 
 from typing import Any
@@ -12,19 +12,22 @@ from postgen.kernels.dispatch import check_devices, uses_triton
 from postgen.kernels.norm_silu import naive
 
 MAX_CHANNELS = 4096
-"""The most channels that one program of the kernel holds in registers."""
+"""The largest number of channels that one program of the kernel can hold in registers."""
 
 
 @library.custom_op("postgen::norm_silu_pad", mutates_args=())
 def norm_silu_pad(x: Tensor, gamma: Tensor) -> Tensor:
-    """Return SiLU(RMSNorm(x) * gamma) in the dtype of x with zeros around it, channels last.
+    """Return SiLU(RMSNorm(x) * gamma) with zero padding around it.
 
     Args:
-        x: (B, C, T, H, W), any strides; no copy is made where its channels lie together (`channels_last_3d`).
-        gamma: (C,), any dtype.
+        x: (B, C, T, H, W), any strides. In the memory format `channels_last_3d` x is not copied.
+        gamma: the gain, (C,), any dtype.
+
+    Returns:
+        (B, C, T + 2, H + 2, W + 2) in the dtype of x and the memory format `channels_last_3d`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: the shapes, dtypes or devices do not match.
     """
     _check(x, gamma)
     if _on_kernel(x, gamma):
@@ -36,7 +39,7 @@ def norm_silu_pad(x: Tensor, gamma: Tensor) -> Tensor:
 
 @library.custom_op("postgen::norm_silu_pad_backward", mutates_args=())
 def norm_silu_pad_backward(gradient: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x (channels last) and gamma, from that of the padded result."""
+    """Return the gradients of x (`channels_last_3d`) and gamma, given the gradient of the padded result."""
     if _on_kernel(x, gamma, gradient):
         from postgen.kernels.norm_silu import triton
 
@@ -73,7 +76,7 @@ norm_silu_pad.register_autograd(_backward, setup_context=_keep)
 
 def _on_kernel(x: Tensor, *others: Tensor) -> bool:
     channels = x.shape[1]
-    obstacle = f"{channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
+    obstacle = f"x has {channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
     return uses_triton("norm_silu_pad", x, *others, obstacle=obstacle)
 
 
@@ -82,6 +85,6 @@ def _check(x: Tensor, gamma: Tensor) -> None:
     if x.dim() != 5 or x.numel() == 0:
         raise ValueError(f"x must be (B, C, T, H, W) and not empty, got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be of floating-point numbers, got {x.dtype}")
+        raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
     if gamma.shape != x.shape[1:2]:
-        raise ValueError(f"gamma must be (C,) for x {tuple(x.shape)}, got {tuple(gamma.shape)}")
+        raise ValueError(f"gamma must be (C,) for x of shape {tuple(x.shape)}, got {tuple(gamma.shape)}")

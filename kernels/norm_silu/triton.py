@@ -1,7 +1,7 @@
-"""Norm, gain, SiLU and padding as one pass over a clip whose channels lie together, and the same for the gradients.
+"""Norm, gain, SiLU and padding in one pass over a tensor in `channels_last_3d`, and their gradients in another pass.
 
-A program holds some places with all their channels. The gain's gradient is added up in a fixed order: no atomics, so
-equal inputs give equal bits.
+A program holds a few positions with all their channels. The programs sum the gradient of the gain in a fixed order,
+without atomics, so that equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from postgen.kernels.dispatch import launching_on
 from postgen.kernels.norm_silu.naive import EPSILON
 
 _PROGRAMS = 1056
-"""Programs of the backward pass, 8 on each of 132 processors; fixed, so that results depend on no device."""
+"""The number of programs of the backward pass: 8 for each of the 132 multiprocessors of an H100 or H200. The number is
+fixed, so that the results are the same on every device."""
 _NUMBERS = 8192
-"""Numbers that a program holds at once."""
+"""How many numbers a program holds at once."""
 
 
 @triton.jit
@@ -77,8 +78,9 @@ def _backward(
 
 
 def norm_silu_pad(x: Tensor, gamma: Tensor) -> Tensor:
-    """Compute `naive.norm_silu_pad`; `ops.py` has checked the shapes. A copy of x is made unless its channels lie
-    together; those of the result do.
+    """Compute `naive.norm_silu_pad`; `ops.py` has checked the shapes.
+
+    The result is in `channels_last_3d`. An x in another memory format is copied first.
     """
     x, gamma = _channels_last(x), gamma.contiguous()
     batch, channels, frames, height, width = x.shape
@@ -95,7 +97,7 @@ def norm_silu_pad(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 def norm_silu_pad_backward(gradient: Tensor, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `naive.norm_silu_pad_backward`, with the same care for where channels lie."""
+    """Compute `naive.norm_silu_pad_backward`; memory formats as in `norm_silu_pad`."""
     gradient, x, gain = _channels_last(gradient), _channels_last(x), gamma.contiguous()
     _, channels, frames, height, width = x.shape
     of_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
@@ -112,7 +114,7 @@ def norm_silu_pad_backward(gradient: Tensor, x: Tensor, gamma: Tensor) -> tuple[
 
 
 def blocks(channels: int) -> tuple[int, int]:
-    """Return the channels, rounded up to a power of 2, and the places that a program holds."""
+    """Return how many channels (rounded up to a power of 2) and positions a program holds."""
     size = max(16, triton.next_power_of_2(channels))
     return size, max(1, _NUMBERS // size)
 

@@ -1,16 +1,19 @@
 """Norm and rotation of queries and keys before attention: the reference.
 
-RMSNorm (arXiv:1910.07467, eq. 4) or LayerNorm, then RoPE (arXiv:2104.09864, eq. 34). Shapes: x is (B, N, H, D), the
-tables are (1 or B, R, 1 or H, D / 2), one angle for each pair of channels; R tokens from `first_token` on are rotated.
-A pair is (2i, 2i + 1), or (i, i + D / 2) with `half`. Weight and bias are (D,), or (H * D,) for the norm across
-heads. Everything is computed in float32 (float64 for float64) and rounded once to the dtype of x.
+RMSNorm (arXiv:1910.07467, eq. 4) or LayerNorm, then RoPE (arXiv:2104.09864, eq. 34).
+
+Shapes: x is (B, N, H, D). The tables cos and sin are (1 or B, R, 1 or H, D / 2), with one angle for each pair of
+channels. The R tokens from `first_token` on are rotated. A pair is (2i, 2i + 1), or (i, i + D / 2) with `half`. Weight
+and bias are (D,), or (H * D,) for the norm across heads. Everything is computed in float32 (float64 for float64) and
+rounded once to the dtype of x.
 """
 
 import torch
 from torch import Tensor
 
 NORMS = ("none", "rms_norm", "rms_norm_across_heads", "layer_norm")
-"""Statistics of each head, or of all heads of a token; the names are those of diffusers."""
+"""The norms, by their names in diffusers. `rms_norm_across_heads` normalises all heads of a token together, the others
+normalise each head."""
 
 
 def norm_rope(
@@ -26,7 +29,7 @@ def norm_rope(
     half: bool = False,
     first_token: int = 0,
 ) -> Tensor:
-    """Return rotate(norm(x) * weight + bias) - shift, with shift (1 or B, H, D); what is None is left out."""
+    """Return rotate(norm(x) * weight + bias) - shift, with shift (1 or B, H, D); an argument of None is left out."""
     return _exact_norm_rope(x, cos, sin, weight, bias, shift, eps, norm, half, first_token).to(x.dtype)
 
 
@@ -43,9 +46,10 @@ def norm_rope_int8(
     half: bool = False,
     first_token: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return `norm_rope` as int8 and the scales (B, N, H), float32: numbers are int8 * scale.
+    """Return `norm_rope` in int8, (B, N, H, D), and its float32 scales, (B, N, H); the product is `norm_rope`.
 
-    A scale is the largest magnitude of its row over 127; halves are rounded away from 0; a row of zeros has scale 0.
+    A scale is the largest magnitude of its row divided by 127. Halves are rounded away from 0. The scale of a row of
+    zeros is 0.
     """
     exact = _exact_norm_rope(x, cos, sin, weight, bias, shift, eps, norm, half, first_token)
     scale = exact.abs().amax(-1) / 127
@@ -66,10 +70,11 @@ def norm_rope_backward(
     half: bool,
     first_token: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and bias, given that of `norm_rope`'s result.
+    """Return the gradients of x, weight and bias, given the gradient of `norm_rope`'s result.
 
-    A rotation is undone by its transpose. With n the normalised x, r its reciprocal deviation and dn the gradient of
-    n: dx = r * (dn - n * mean(dn * n)), less the mean of dn where the norm takes that of x away.
+    The inverse of a rotation is its transpose. With n the normalised x, r the reciprocal of its standard deviation and
+    dn the gradient of n: dx = r * (dn - n * mean(dn * n)) for RMSNorm, and dx = r * (dn - mean(dn) - n * mean(dn * n))
+    for LayerNorm.
     """
     shape = x.shape
     gradient = _exact(gradient)
@@ -120,7 +125,7 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, norm: str) -> Tensor:
-    """Return the numbers that share statistics along the last axis."""
+    """Return a view of x in which the numbers that are normalised together form the last axis."""
     return x.flatten(2) if norm == "rms_norm_across_heads" else x
 
 
@@ -132,7 +137,7 @@ def _normalised(row: Tensor, eps: float, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: bool, first_token: int) -> Tensor:
-    """Turn every pair (a, b) by its angle: (a cos - b sin, a sin + b cos)."""
+    """Rotate every pair (a, b) by its angle: (a cos - b sin, a sin + b cos)."""
     last_token = first_token + cos.shape[1]
     pairs = x[:, first_token:last_token].unflatten(-1, (2, -1) if half else (-1, 2))
     axis = -2 if half else -1

@@ -1,7 +1,7 @@
-"""Norm, rotation and layout of queries and keys as torch custom operations: one kernel for both on a GPU.
+"""Norm, rotation and layout of queries and keys as torch custom operations: one GPU kernel for queries and keys.
 
-Shapes as in `naive.py`. The gradients are its formulas in plain torch, which torch.compile fuses; those of the tables
-and of the shift are not computed: they are constants of a call.
+`naive.py` has the shapes. The backward pass computes the formulas of `naive.py` in plain torch, which torch.compile
+can fuse. The tables and the shift are constants of a call and get no gradient.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from postgen.kernels.dispatch import check_devices, uses_triton
 from postgen.kernels.qk_norm_rope import naive
 
 MAX_CHANNELS = 1024
-"""The longest head that a tile of the kernel holds."""
+"""The largest number of channels per head that a tile of the kernel can hold."""
 
 
 def qk_norm_rope(
@@ -34,31 +34,32 @@ def qk_norm_rope(
     first_token: int = 0,
     heads_first: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return normalised and rotated q and k in their dtypes, and a copy of v where one is given.
+    """Return the normalised and rotated q and k in their dtypes, and a copy of v if v is given.
 
     Args:
-        q: (B, N, H, D), any strides; D is even where there are tables.
+        q: (B, N, H, D), any strides; D must be even with `cos` and `sin`.
         k: (B, N, Hk, D), any strides.
-        v: as `k`.
-        cos: (1 or B, R, 1 or H, D / 2), any dtype and strides, for the tokens from `first_token` on; others stay.
-        sin: as `cos`.
+        v: (B, N, Hk, D), any strides.
+        cos: (1 or B, R, 1 or H, D / 2), any dtype and strides. The R tokens from `first_token` on are rotated; other
+            tokens are not. A table per head needs Hk = H.
+        sin: same shape as `cos`, any dtype and strides.
         q_weight: (D,), or (H * D,) for the norm across heads, any dtype.
-        k_weight: as `q_weight`, of the keys.
-        q_bias: as `q_weight`.
-        k_bias: as `k_weight`.
-        k_shift: (1 or B, Hk, D), taken from the rotated keys. Attention does not change by it.
-        eps: added to the mean square, or to the variance.
+        k_weight: (D,), or (Hk * D,) for the norm across heads, any dtype.
+        q_bias: same shape as `q_weight`, any dtype.
+        k_bias: same shape as `k_weight`, any dtype.
+        k_shift: (1 or B, Hk, D), subtracted from the rotated keys. The result of softmax attention does not depend
+            on it.
+        eps: added to the mean square (RMSNorm) or to the variance (LayerNorm).
         norm: none, rms_norm, rms_norm_across_heads or layer_norm.
-        half: pairs are (i, i + D / 2) instead of (2i, 2i + 1).
+        half: whether the pairs are (i, i + D / 2) instead of (2i, 2i + 1).
         first_token: the first token that is rotated.
-        heads_first: the results are (B, H, N, D), else (B, N, H, D); contiguous both.
+        heads_first: whether the results are (B, H, N, D) instead of (B, N, H, D). Both are contiguous.
 
     Raises:
-        ValueError: an unknown norm; shapes, dtypes or devices that do not belong together; tables that ask for a
-            gradient.
+        ValueError: `norm` is unknown, the shapes, dtypes or devices do not match, or a table requires a gradient.
     """
     if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
-        raise ValueError("cos and sin require a gradient, and qk_norm_rope gives none for them: detach() them")
+        raise ValueError("cos and sin require a gradient, but qk_norm_rope computes none for them: detach() them")
     found: tuple[Tensor, Tensor, Tensor] = _qk_norm_rope(
         q, k, v, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift, eps, norm, half, first_token, heads_first
     )
@@ -118,28 +119,31 @@ def qk_norm_rope_int8(
     first_token: int = 0,
     heads_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q and k of `qk_norm_rope` as int8 with a float32 scale for each token and head: q, scale, k, scale.
+    """Return the q and k of `qk_norm_rope` in int8 with a float32 scale for each token and head.
 
-    The numbers are int8 * scale; scales are (B, N, H), also where the results are (B, H, N, D). No gradient.
+    The operation has no gradient.
 
     Args:
-        q: as in `qk_norm_rope`, like all that follow.
-        k: see there.
-        cos: see there.
-        sin: see there.
-        q_weight: see there.
-        k_weight: see there.
-        q_bias: see there.
-        k_bias: see there.
-        k_shift: see there.
-        eps: see there.
-        norm: see there.
-        half: see there.
-        first_token: see there.
-        heads_first: see there.
+        q: (B, N, H, D), any strides; D must be even with `cos` and `sin`.
+        k: (B, N, Hk, D), any strides.
+        cos: (1 or B, R, 1 or H, D / 2), any dtype and strides.
+        sin: same shape as `cos`, any dtype and strides.
+        q_weight: (D,), or (H * D,) for the norm across heads, any dtype.
+        k_weight: (D,), or (Hk * D,) for the norm across heads, any dtype.
+        q_bias: same shape as `q_weight`, any dtype.
+        k_bias: same shape as `k_weight`, any dtype.
+        k_shift: (1 or B, Hk, D), subtracted from the rotated keys.
+        eps: added to the mean square (RMSNorm) or to the variance (LayerNorm).
+        norm: none, rms_norm, rms_norm_across_heads or layer_norm.
+        half: whether the pairs are (i, i + D / 2) instead of (2i, 2i + 1).
+        first_token: the first token that is rotated.
+        heads_first: whether the int8 results are (B, H, N, D) instead of (B, N, H, D).
+
+    Returns:
+        q in int8, its scales (B, N, H), k in int8, its scales (B, N, Hk). A number is its int8 value times its scale.
 
     Raises:
-        ValueError: an unknown norm; shapes, dtypes or devices that do not belong together.
+        ValueError: `norm` is unknown, or the shapes, dtypes or devices do not match.
     """
     check_devices("qk_norm_rope_int8", q, k, cos, sin, q_weight, k_weight, q_bias, k_bias, k_shift)
     _check(q, k, None, cos, sin, (q_weight, k_weight, q_bias, k_bias), k_shift, norm, first_token)
@@ -242,7 +246,7 @@ def _shape(x: Tensor, heads_first: bool) -> tuple[int, ...]:
 
 def _on_kernel(q: Tensor, *others: Tensor | None) -> bool:
     channels = q.shape[-1]
-    obstacle = f"heads of {channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
+    obstacle = f"heads have {channels} channels, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
     return uses_triton("qk_norm_rope", q, *(each for each in others if each is not None), obstacle=obstacle)
 
 
@@ -258,18 +262,20 @@ def _check(
     first_token: int,
 ) -> None:
     if norm not in naive.NORMS:
-        raise ValueError(f"unknown norm {norm!r}. Known: {', '.join(naive.NORMS)}")
+        raise ValueError(f"norm must be one of {', '.join(naive.NORMS)}, got {norm!r}")
     if q.dim() != 4 or q.numel() == 0:
         raise ValueError(f"q must be (B, N, H, D) and not empty, got {tuple(q.shape)}")
     batch, tokens, heads, channels = q.shape
     if k.dim() != 4 or k.numel() == 0 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, tokens, channels):
-        raise ValueError(f"k {tuple(k.shape)} may differ from q {tuple(q.shape)} in its heads only")
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} may differ only in the number of heads")
     if not (q.is_floating_point() and k.is_floating_point()):
-        raise ValueError(f"q and k must be of floating-point numbers, got {q.dtype} and {k.dtype}")
+        raise ValueError(f"q and k must have a floating-point dtype, got {q.dtype} and {k.dtype}")
     if v is not None and v.shape != k.shape:
-        raise ValueError(f"v {tuple(v.shape)} and k {tuple(k.shape)} must have one shape")
+        raise ValueError(f"v and k must have the same shape, got {tuple(v.shape)} and {tuple(k.shape)}")
     if k_shift is not None and tuple(k_shift.shape) not in ((1, *k.shape[2:]), (batch, *k.shape[2:])):
-        raise ValueError(f"k_shift must be (1 or B, Hk, D) for k {tuple(k.shape)}, got {tuple(k_shift.shape)}")
+        raise ValueError(
+            f"k_shift must be (1 or B, Hk, D) for k of shape {tuple(k.shape)}, got {tuple(k_shift.shape)}"
+        )
     _check_affine(norm, affine, (heads, k.shape[2]), channels)
     _check_tables(q, k, cos, sin, first_token)
 
@@ -280,7 +286,7 @@ def _check_affine(norm: str, affine: tuple[Tensor | None, ...], heads: tuple[int
         if tensor is None:
             continue
         if norm == "none":
-            raise ValueError(f"{name} needs a norm: leave it out")
+            raise ValueError(f"{name} needs a norm, but norm is 'none': omit {name} or choose a norm")
         length = channels * (heads[index % 2] if norm == "rms_norm_across_heads" else 1)
         if tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} must be ({length},) with {norm}, got {tuple(tensor.shape)}")
@@ -290,12 +296,16 @@ def _check_tables(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, 
     if cos is None and sin is None:
         return
     if cos is None or sin is None or cos.shape != sin.shape:
-        raise ValueError("cos and sin must be given together and have one shape")
+        raise ValueError("cos and sin must be given together and have the same shape")
     batch, tokens, heads, channels = q.shape
     shape = tuple(cos.shape)
-    # With fewer key heads, heads of tables would not be those of the keys.
+    # With fewer key heads than query heads, a table per query head would not match the key heads.
     per_head = len(shape) == 4 and shape[2] == heads == k.shape[2]
     if len(shape) != 4 or shape[0] not in (1, batch) or not (shape[2] == 1 or per_head) or 2 * shape[3] != channels:
-        raise ValueError(f"cos and sin must be (1 or B, R, 1 or H, D / 2) for q {tuple(q.shape)}, got {shape}")
+        raise ValueError(
+            f"cos and sin must be (1 or B, R, 1 or H, D / 2) for q of shape {tuple(q.shape)}, got {shape}"
+        )
     if first_token < 0 or first_token + shape[1] > tokens:
-        raise ValueError(f"{shape[1]} rotated tokens from {first_token} on do not lie within {tokens}")
+        raise ValueError(
+            f"the {shape[1]} rotated tokens from first_token {first_token} on must lie within the {tokens} tokens"
+        )

@@ -1,4 +1,7 @@
-"""Norm, rotation and layout of one token's queries and keys in one program: each is read once and written once."""
+"""Norm, rotation and layout of queries and keys in one kernel with one program per token.
+
+A program loads its token once and stores it once.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from torch import Tensor
 from postgen.kernels.dispatch import launching_on
 
 _TILE = 1024
-"""Numbers that a program has in hand at a time: some heads of one token."""
+"""How many numbers a program processes at a time: a few heads of one token."""
 
 
 @triton.jit
 def _pairs(pointer, step, head, inside, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr):
-    """Read heads in float32 as the firsts and the seconds of the pairs, (heads, BLOCK_D / 2) each."""
+    """Load heads as float32; return the first and the second channels of the pairs, each (heads, BLOCK_D / 2)."""
     if HALF:
         d = tl.arange(0, BLOCK_D // 2)[None, :]
         place = pointer + head[:, None] * step + d
@@ -24,7 +27,7 @@ def _pairs(pointer, step, head, inside, CHANNELS: tl.constexpr, BLOCK_D: tl.cons
         a = tl.load(place, mask=mask, other=0.0)
         b = tl.load(place + CHANNELS // 2, mask=mask, other=0.0)
     else:
-        # Neighbours lie in one thread, so telling them apart moves nothing.
+        # The two channels of a pair lie in one thread, so the split moves no data between threads.
         d = tl.arange(0, BLOCK_D)[None, :]
         x = tl.load(pointer + head[:, None] * step + d, mask=inside[:, None] & (d < CHANNELS), other=0.0)
         a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_D // 2, 2)))
@@ -33,7 +36,7 @@ def _pairs(pointer, step, head, inside, CHANNELS: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def _put(a, b, pointer, step, head, inside, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr):
-    """Write pairs to where `_pairs` would read them; the caller has rounded them."""
+    """Store pairs in the order in which `_pairs` loads them; the caller has rounded them."""
     if HALF:
         d = tl.arange(0, BLOCK_D // 2)[None, :]
         place = pointer + head[:, None] * step + d
@@ -50,7 +53,7 @@ def _put(a, b, pointer, step, head, inside, CHANNELS: tl.constexpr, BLOCK_D: tl.
 def _row_mean_square(
     x, step, HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The mean square of all heads. Their numbers stay in the first cache until they are read again."""
+    """Return the mean square of all heads of a token. The numbers stay in the L1 cache until they are read again."""
     d = tl.arange(0, BLOCK_D)[None, :]
     total = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     for first in tl.static_range(0, HEADS, BLOCK_H):
@@ -62,7 +65,7 @@ def _row_mean_square(
 
 @triton.jit
 def _normalised(a, b, eps, CHANNELS: tl.constexpr, CENTRED: tl.constexpr):
-    """RMSNorm of every head, or LayerNorm."""
+    """Normalise every head: LayerNorm if CENTRED, else RMSNorm."""
     if CENTRED:
         there = tl.arange(0, a.shape[1])[None, :] < CHANNELS // 2
         mean = (tl.sum(a + b, axis=1) / CHANNELS)[:, None]
@@ -74,7 +77,7 @@ def _normalised(a, b, eps, CHANNELS: tl.constexpr, CENTRED: tl.constexpr):
 
 @triton.jit
 def _quantised(a, b, scale, head, inside):
-    """Pairs as int8, halves rounded away from 0 (the conversion cuts), and their scales written."""
+    """Store the scales and return the pairs as int8. The conversion truncates, so 0.5 is added to the magnitudes."""
     largest = tl.maximum(tl.max(tl.abs(a), axis=1), tl.max(tl.abs(b), axis=1)) / 127.0
     tl.store(scale + head, largest, mask=inside)
     steps = tl.where(largest > 0, largest, 1.0)[:, None]
@@ -89,9 +92,9 @@ def _norm_rope(
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     NORM: tl.constexpr, HALF: tl.constexpr, TABLE_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token; the pointers stand at that token."""
+    """Process all heads of one token; the pointers point to that token."""
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
-    # A number and not `rotates & ...`: the interpreter of Triton 3.9 makes integers of a truth value that it spreads.
+    # A number instead of `rotates & ...`: the interpreter of Triton 3.9 turns a broadcast boolean into integers.
     table = pair < tl.where(rotates, CHANNELS // 2, 0)
     if cos is not None and not TABLE_PER_HEAD:
         c = tl.load(cos + pair * table_d, mask=table, other=1.0).to(tl.float32)
@@ -107,7 +110,7 @@ def _norm_rope(
             b *= of_row
         elif NORM != "none":
             a, b = _normalised(a, b, eps, CHANNELS, NORM == "layer_norm")
-        # One weight for every head, or the row's own.
+        # All heads share the weight and bias (step 0), or each head has its own (norm across heads).
         own = CHANNELS if NORM == "rms_norm_across_heads" else 0
         if weight is not None:
             weight_a, weight_b = _pairs(weight, own, head, inside, CHANNELS, BLOCK_D, HALF)
@@ -168,7 +171,7 @@ def _qk_norm_rope(
         KEY_HEADS, CHANNELS, BLOCK_H, BLOCK_D, NORM, HALF, TABLE_PER_HEAD,
     )  # fmt: skip
     if v is not None:
-        # Values have the shape of the keys, and their results the strides.
+        # Values have the shape of the keys, and their results have the strides of the results of the keys.
         v += sample * v_b + token * v_n
         v_out += sample * ko_b + token * ko_n
         d = tl.arange(0, BLOCK_D)[None, :]
@@ -194,10 +197,11 @@ def qk_norm_rope(
     half: bool,
     first_token: int,
 ) -> None:
-    """Compute `naive.norm_rope` of q and k into `out`, as int8 where `scales` are given, and copy v.
+    """Compute `naive.norm_rope` of q and k into `out`, in int8 if `scales` are given, and copy v.
 
-    `ops.py` has checked the shapes. Tensors are (B, N, H, D) of any strides, those of `out` too; only rows whose
-    channels are not neighbours are copied. `affine` is weight of q, of k, bias of q, of k.
+    `ops.py` has checked the shapes. The tensors, also those of `out`, are (B, N, H, D) with any strides; an input is
+    copied only if its channels are not adjacent in memory. `affine` holds the weight of q, the weight of k, the bias
+    of q and the bias of k.
     """
     batch, tokens, heads, channels = q.shape
     q, k = _neighbours(q), _neighbours(k)
@@ -226,10 +230,10 @@ def qk_norm_rope(
 
 
 def blocks(heads: int, channels: int) -> tuple[int, int, int]:
-    """Return heads and channels of a tile, powers of 2, and the warps of a program: 16 bytes of bfloat16 a thread."""
+    """Return the heads and channels of a tile (powers of 2) and the warps, with 16 bytes of bfloat16 per thread."""
     block_d: Any = max(16, triton.next_power_of_2(channels))
     sizes = [1 << power for power in range(11) if (1 << power) * block_d <= max(_TILE, block_d)]
-    # A round of the loop costs about as much as one more head in it.
+    # An iteration of the loop costs about as much as one more head in every iteration.
     block_h = min(sizes, key=lambda size: -(-heads // size) * (size + 1))
     return block_h, block_d, max(1, min(8, block_h * block_d // 256))
 

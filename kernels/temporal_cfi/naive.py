@@ -1,10 +1,11 @@
-"""How much a frame attends to itself at one place of the picture: the reference, one line of maths a line of code.
+"""The share of its temporal attention that a frame gives to itself: the reference.
 
-Enhance-A-Video (arXiv:2502.07508, eq. 6) reshapes the queries and keys of a video to temporal attention, one (T, T)
-map A per sample, location and head, and averages what is off its diagonal: CFI = sum_{i!=j} A_ij / (T (T-1)). The rows
-of A sum to 1, so the share d of the diagonal says the same: CFI = (1 - d) / (T - 1). This operation returns d.
+Enhance-A-Video (arXiv:2502.07508, eq. 6) reshapes the queries and keys of a video to temporal attention, with one
+(T, T) map A per sample, location and head. It averages the elements off the diagonal: the cross-frame intensity is
+CFI = sum_{i!=j} A_ij / (T (T-1)). The rows of A sum to 1, so the mean d of the diagonal determines the CFI:
+CFI = (1 - d) / (T - 1). This operation returns d.
 
-Shapes: B samples, T frames, S locations, H heads, D channels a head.
+Shapes: B samples, T frames, S locations, H heads, D channels per head.
 """
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor
 
 
 def temporal_self_share(query: Tensor, key: Tensor, *, scale: float | None = None, causal_block: int = 0) -> Tensor:
-    """Return the mean diagonal of the temporal attention maps of every sample, (B,), between 0 and 1.
+    """Return the mean diagonal of the temporal attention maps of each sample, (B,), between 0 and 1.
 
     Args:
-        query: (B, T, S, H, D), as attention sees it: after its norm and rotary embedding.
-        key: (B, T, S, Hk, D); H is a multiple of Hk (grouped queries).
+        query: (B, T, S, H, D), after the norm and the rotary embedding.
+        key: (B, T, S, Hk, D), after the norm and the rotary embedding; H is a multiple of Hk (grouped queries).
         scale: factor of the logits; None is D ** -0.5.
-        causal_block: frames are grouped into blocks of so many, and a frame sees no later block; 0 is no mask.
+        causal_block: the number of frames in a block; a frame does not attend to later blocks. 0 is no mask.
     """
     frames, heads, channels = query.shape[1], query.shape[3], query.shape[4]
     key = key.repeat_interleave(heads // key.shape[3], dim=3)

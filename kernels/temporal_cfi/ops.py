@@ -1,7 +1,8 @@
 """`temporal_self_share` as a torch custom operation: the kernel of `triton.py` on a GPU, plain torch elsewhere.
 
-Plain torch takes a few locations at a time, so that memory does not grow; the kernel needs none. Shapes as in
-`naive.py`. No gradient: what is measured is a constant of the call.
+The plain torch path processes a few locations at a time, so that its memory does not grow with the video. The kernel
+needs no extra memory. `naive.py` has the shapes. The operation has no gradient: its caller uses the result as a
+constant.
 """
 
 import torch
@@ -10,29 +11,30 @@ from torch import Tensor, library
 from postgen.kernels.dispatch import check_devices, uses_triton
 
 MAX_TILE_BYTES = 32768
-"""The kernel's limit: T rows of D numbers, both rounded up to a power of 2 (T = 64 of D = 128 in float32)."""
+"""The largest tile that the kernel can hold: T rows of D numbers, T and D each rounded up to a power of 2. 32,768
+bytes are T = 64 with D = 128 in float32."""
 _BUDGET = 64 * 2**20
-"""Bytes that one chunk of locations may take where the caller names no size."""
+"""How many bytes the buffers of one chunk of locations may take if `chunk_size` is None."""
 
 
 @library.custom_op("postgen::temporal_self_share", mutates_args=())
 def temporal_self_share(
     query: Tensor, key: Tensor, scale: float | None = None, causal_block: int = 0, chunk_size: int | None = None
 ) -> Tensor:
-    """Return the mean diagonal of the temporal attention maps of every sample, (B,), between 0 and 1.
+    """Return the mean diagonal of the temporal attention maps of each sample, (B,), between 0 and 1.
 
-    The maths is done and returned in float32 (float64 for float64 inputs), whatever the inputs' dtype.
+    The operation computes and returns float32 (float64 for float64 inputs).
 
     Args:
         query: (B, T, S, H, D), any strides.
         key: (B, T, S, Hk, D), any strides; H is a multiple of Hk.
         scale: factor of the logits; None is D ** -0.5.
-        causal_block: frames are grouped into blocks of so many, and a frame sees no later block; 0 is no mask.
-        chunk_size: locations at a time, in plain torch; None takes as many as fit 64 MiB.
+        causal_block: the number of frames in a block; a frame does not attend to later blocks. 0 is no mask.
+        chunk_size: how many locations the plain torch path processes at a time; None takes as many as fit 64 MiB.
 
     Raises:
-        ValueError: shapes or devices that do not belong together, nothing to measure, a block or a chunk that is no
-            number of frames or locations.
+        ValueError: the shapes or devices do not match, an input is empty, `causal_block` is negative, or `chunk_size`
+            is less than 1.
     """
     check_devices("temporal_self_share", query, key)
     _check(query, key, causal_block, chunk_size)
@@ -40,7 +42,7 @@ def temporal_self_share(
         from postgen.kernels.temporal_cfi import triton
 
         return triton.temporal_self_share(query, key, scale=scale, causal_block=causal_block)
-    # Autocast would do the products in half precision.
+    # Autocast would compute the products in half precision.
     with torch.autocast(query.device.type, enabled=False):
         return _share(query, key, scale, causal_block, chunk_size)
 
@@ -58,7 +60,7 @@ def _share(query: Tensor, key: Tensor, scale: float | None, causal_block: int, c
     scale = channels**-0.5 if scale is None else scale
     dtype = _compute_dtype(query)
     chunk = min(places, chunk_size or _locations_within(_BUDGET, query, dtype))
-    # Buffers that every chunk is copied into: one copy does the cast, the transposition and the repeated key heads.
+    # Every chunk is copied into these buffers; that one copy casts, transposes and repeats the key heads.
     q_BSHTD = query.new_empty(batch, chunk, heads, frames, channels, dtype=dtype)
     k_BSHTD = torch.empty_like(q_BSHTD)
     mask = _later_blocks(frames, causal_block, query.device)
@@ -82,7 +84,7 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
 
 
 def _locations_within(budget: int, query: Tensor, dtype: torch.dtype) -> int:
-    """Two buffers of (T, D) and about four maps of (T, T) for every sample, location and head."""
+    """Return how many locations fit the budget: each needs two (T, D) buffers and about four (T, T) maps per head."""
     batch, frames, _, heads, channels = query.shape
     each = batch * heads * (2 * frames * channels + 4 * frames * frames) * dtype.itemsize
     return max(1, budget // each)
@@ -96,13 +98,13 @@ def _later_blocks(frames: int, causal_block: int, device: torch.device) -> Tenso
 
 
 def _obstacle(query: Tensor, key: Tensor) -> str | None:
-    """Return what keeps the kernel from measuring these, beside what `dispatch` looks at."""
+    """Return why the kernel cannot process these tensors, apart from the reasons that `dispatch` checks, or None."""
     frames, channels = query.shape[1], query.shape[4]
     if query.dtype != key.dtype:
         return f"query is {query.dtype}, key is {key.dtype}"
     tile = _power_of_2(frames) * _power_of_2(channels) * query.element_size()
     if tile > MAX_TILE_BYTES:
-        return f"{frames} frames of {channels} channels make a tile of {tile} bytes, at most {MAX_TILE_BYTES} fit"
+        return f"{frames} frames of {channels} channels need a tile of {tile} bytes, at most {MAX_TILE_BYTES} fit"
     return None
 
 
@@ -115,12 +117,14 @@ def _check(query: Tensor, key: Tensor, causal_block: int, chunk_size: int | None
         raise ValueError(f"query and key must be (B, T, S, heads, D), got {tuple(query.shape)} and {tuple(key.shape)}")
     (*places, heads, channels), (*key_places, key_heads, key_channels) = query.shape, key.shape
     if places != key_places or channels != key_channels:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} may differ in their heads only")
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} may differ only in the number of heads"
+        )
     if query.numel() == 0 or key.numel() == 0:
-        raise ValueError(f"there is nothing to measure in {tuple(query.shape)} and {tuple(key.shape)}")
+        raise ValueError(f"query and key must not be empty, got {tuple(query.shape)} and {tuple(key.shape)}")
     if heads % key_heads:
-        raise ValueError(f"{heads} query heads are no multiple of {key_heads} key heads")
+        raise ValueError(f"the {heads} query heads must be a multiple of the {key_heads} key heads")
     if causal_block < 0:
-        raise ValueError(f"causal_block must be a number of frames, or 0 for no mask, got {causal_block}")
+        raise ValueError(f"causal_block must be at least 0 frames, 0 is no mask, got {causal_block}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

@@ -1,8 +1,9 @@
 """The measurement of Enhance-A-Video as one GPU kernel that reads the queries and keys once, in token order.
 
-A tile is one location and head: its T queries and T keys, rows of D numbers that lie S tokens apart. The tile's
-(T, T) map lives in registers. A program walks over tiles and adds up their diagonals in a fixed order, then the
-programs' sums are added up: no atomics, so equal inputs give equal bits, on every device and in every batch.
+A tile is one location and head: its T queries and T keys, rows of D numbers that lie S tokens apart in memory. A
+program keeps the (T, T) map of a tile in registers, walks over tiles and sums their diagonals in a fixed order. A
+second kernel adds the sums of the programs. There are no atomics, so equal inputs give equal bits on every device and
+in every batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from postgen.kernels.dispatch import launching_on
 
 _PROGRAMS = 1056
-"""Programs a sample: 8 on each of 132 processors. Fixed, so that results depend on no device and on no batch size."""
+"""The number of programs per sample: 8 for each of the 132 multiprocessors of an H100 or H200. The number is fixed, so
+that the results do not depend on the device or the batch size."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -28,7 +30,7 @@ def _diagonal_share(
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     sample = tl.program_id(1).to(tl.int64)
-    # 64 bits: a frame of a large video is 10^8 numbers away from the next.
+    # Offsets need 64 bits: neighbouring frames of a large video lie 10^8 numbers apart.
     t = tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     inside = (t < FRAMES) & (d < CHANNELS)
@@ -48,7 +50,7 @@ def _diagonal_share(
         q = tl.load(query_rows + place * query_s + head * query_h, mask=inside, other=0.0)
         k = tl.load(key_rows + place * key_s + head // GROUP * key_h, mask=inside, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale
-        # Rows beyond T see nothing; a finite number keeps them free of NaN.
+        # Rows beyond T have no valid logits; a finite number, unlike -inf, keeps NaN out of their softmax.
         logits = tl.where(seen, logits, -1e30)
         weight = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
         own = tl.sum(tl.where(i == j, weight, 0.0), axis=1)
@@ -67,12 +69,12 @@ def _add_up(partial, total, programs, BLOCK: tl.constexpr):
 
 
 def blocks(frames: int, channels: int) -> tuple[int, int]:
-    """Return the rows and columns of a tile: powers of 2, at least the 16 that a matrix product needs."""
+    """Return the rows and columns of a tile: powers of 2, and at least 16, the minimum of a matrix product."""
     return max(16, triton.next_power_of_2(frames)), max(16, triton.next_power_of_2(channels))
 
 
 def launch_options(block_t: int, block_d: int, itemsize: int) -> dict[str, int]:
-    """Return warps a program and tiles under way at once: the larger a tile, the fewer fit."""
+    """Return the warps of a program and its pipeline stages; the larger a tile, the fewer stages fit."""
     tile_bytes = block_t * block_d * itemsize
     return {
         "num_warps": 2 if block_t == 16 else 4 if block_t <= 64 else 8,
@@ -81,10 +83,10 @@ def launch_options(block_t: int, block_d: int, itemsize: int) -> dict[str, int]:
 
 
 def temporal_self_share(query: Tensor, key: Tensor, *, scale: float | None = None, causal_block: int = 0) -> Tensor:
-    """Return the mean diagonal of the temporal attention maps of every sample, (B,) float32.
+    """Return the mean diagonal of the temporal attention maps of each sample, (B,) float32.
 
-    Args and shapes as in `naive.py`, any strides, nothing is copied; `ops.py` has checked them. Dtypes are bfloat16,
-    float16 or float32, and a tile of T rows has to fit: `ops.MAX_TILE_BYTES`.
+    Arguments and shapes are those of `naive.py`, and `ops.py` has checked them. The inputs are bfloat16, float16 or
+    float32, may have any strides and are not copied. A tile of T rows must fit `ops.MAX_TILE_BYTES`.
     """
     batch, frames, places, heads, channels = query.shape
     tiles = places * heads
@@ -100,7 +102,7 @@ def temporal_self_share(query: Tensor, key: Tensor, *, scale: float | None = Non
             *query.stride(),
             *key.stride(),
             tiles,
-            # The kernel takes powers of 2.
+            # The kernel computes 2 ** x instead of e ** x.
             (channels**-0.5 if scale is None else scale) * _LOG2_E,
             1.0 / (tiles * frames),
             HEADS=heads,

@@ -71,7 +71,7 @@ def test_parts_replace_the_weights_and_nothing_else(tmp_path: Path) -> None:
     assert found["flicker_delta_auto"] == {"value": pytest.approx(0.2)}
     assert found["remeasured"]["by_weight"]["device"] == "one"
     assert [(row["value"], row["ok"]) for row in found["gates"]][2:] == [(3.0, True), (1.2, True), (1.2, False)]
-    with pytest.raises(UserError, match=r"two of the files have weight 0\.5"):
+    with pytest.raises(UserError, match=r"two files have weight 0\.5"):
         merge([part(0.5, **{"0.5": 1.0}), part(0.5, **{"0.5": 1.0})], path)
-    with pytest.raises(UserError, match="measure all of it alike"):
+    with pytest.raises(UserError, match="measure all parts with the same"):
         merge([part(0.5, auto=1.0), {**part(0.5), "settings": {"prompts": 8}}], path)

@@ -1,4 +1,4 @@
-"""Inputs of the norms around a layer, and the way diffusers computes them."""
+"""Test inputs for the norms around a layer, and diffusers' computation of these norms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inputs(
     modulation: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Tensor | None]:
-    """x, y, gate, scale, shift, weight, bias; x is off centre, as streams of real models are."""
+    """Return x, y, gate, scale, shift, weight and bias; the mean of x is not 0, as in real models."""
     generator = torch.Generator(device).manual_seed(sum(shape))
 
     def normal(*size: int, dtype: torch.dtype = modulation) -> Tensor:
@@ -48,7 +48,7 @@ def in_float64(case: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def official(case: dict[str, Any], eps: float) -> tuple[Tensor, Tensor]:
-    """The lines of a Wan block in diffusers, in the inputs' dtypes."""
+    """Compute as a Wan block of diffusers does, in the dtypes of the inputs."""
     x, channels = case["x"], case["x"].shape[-1:]
     gate = 1 if case["gate"] is None else case["gate"]
     total = (x.float() + case["y"] * gate).type_as(x)

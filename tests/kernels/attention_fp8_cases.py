@@ -1,4 +1,4 @@
-"""What FP8 attention must bear, whoever computes it: the reference on a CPU, cuDNN on a GPU."""
+"""Checks of FP8 attention, for the reference on a CPU and for cuDNN on a GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from postgen.kernels.attention import naive as exact
 from tests.kernels.launches import relative_error
 
 Run = Callable[..., tuple[Tensor, Tensor]]
-"""`run(query, key, value, **options)` -> (out, lse), options as those of `attention_fp8`."""
+"""`run(query, key, value, **options)` -> (out, lse), with the options of `attention_fp8`."""
 
 BOUNDS = {"normal": 0.063, "hard": 0.085, "clustered": 0.035}
-"""Largest relative error by kind of inputs: rounding q, k, exponentials, v and the output, 2.6 % each, and room for
-the drawing of few tokens."""
+"""The largest relative error by kind of inputs: rounding q, k, exponentials, v and the output adds 2.6 % each, and a
+margin covers the random draw of few tokens."""
 SIZES = (1, 63, 64, 65, 127, 129)
 
 
 def errors(run: Run, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> float:
-    """Relative error of the output, of the worst head."""
+    """Return the relative error of the output in the head with the largest error."""
     out, lse = run(query, key, value, **options)
     known = {name: options[name] for name in ("scale", "key_lengths") if name in options}
     expected, divisor = exact.attention(query.double(), key.double(), value.double(), **known)
@@ -42,7 +42,7 @@ def error_is_bounded(run: Run, kind: str, channels: int, device: str = "cpu") ->
 def size_is_borne(run: Run, tokens: int, channels: int, device: str = "cpu") -> None:
     query, key, value = drawn("normal", tokens, 3, channels, batch=2, device=device)
     assert errors(run, query, key, value) <= 0.09
-    # Views of a fused projection.
+    # The same inputs as views of a fused projection.
     fused = torch.stack([query, key, value], dim=2)
     assert torch.equal(run(*fused.unbind(2))[0], run(query, key, value)[0])
 
@@ -52,13 +52,13 @@ def extreme_is_borne(run: Run, name: str, device: str = "cpu") -> None:
     bound = 0.09
     if name == "outlier channels":
         key[..., 5], query[..., 9] = key[..., 5] * 300, query[..., 9] * 300
-        bound = 0.4  # a softmax of one key: near draws turn
+        bound = 0.4  # the softmax selects one key, and rounding changes which of two close logits is larger
     elif name == "equal keys":
-        # Uniform rows: the output is the mean value, which is never rounded to 8 bits.
+        # The attention weights are uniform, so the output is the mean value, which is not rounded to 8 bits.
         key[:] = key[:, :1]
         bound = 0.01
     elif name == "large logits":
-        # +-1e4 and more before the scale; each row is one key's.
+        # The logits reach 1e4 before the scale, and each query attends to one key only.
         rows = torch.eye(64, device=device).repeat(3, 1)[:129].view(1, 129, 1, 64)
         query, key = (rows.expand(1, 129, 2, 64) * 120).to(query), (rows.expand(1, 129, 2, 64) * 120).to(key)
         bound = 0.06
@@ -102,7 +102,7 @@ EXTREMES = (
 
 
 def halves_make_the_whole(run: Run, device: str = "cpu") -> None:
-    """Two parts of the keys, joined by their LSE."""
+    """Attention over two parts of the keys, combined by their LSE, equals attention over all keys."""
     query, key, value = drawn("hard", 1024, 2, 64, device=device)
     cut = 377
     parts = [run(query, k, v) for k, v in zip(key.split(cut, 1), value.split(cut, 1), strict=True)]

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter work with NumPy 2.4, and faster, in the processes where Triton interprets."""
+"""Patches that let Triton's interpreter run with NumPy 2.4, and faster, in processes with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _numpy_types: dict[str, Any] = {}
 
     def _patch_with_index(tensor: Any, scope: Any) -> None:
-        """Triton 3.6 keeps scalars as arrays of one number, which NumPy 2.4 no longer turns into an int."""
+        """Convert scalars to int: Triton 3.6 keeps them as arrays of one number, which NumPy 2.4 does not convert."""
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
 
     def _patch_once(function: Any) -> Any:
-        """Every call of one kernel's function by another looks through the whole language for what is to be patched.
+        """Patch the language only if it is not patched yet.
 
-        It is patched from the launch on: what there is to find has been found.
+        Without this, every call from one Triton function to another searches the whole language for functions to
+        patch, although the launch of the kernel has already patched them.
         """
         used = [each for each in function.__globals__.values() if each is tl or each is tl.core]
         there = used and not any(tl.core.is_builtin(each.arange) for each in used)
         return interpreter._LangPatchScope() if there else _patch_language(function)
 
     def _block(element: Any, shape: Any) -> Any:
-        """Each of the few types of blocks is made once, not again for every number that is computed."""
+        """Return the type of a block from a cache, instead of creating it for every computed value."""
         key = (element.name, getattr(element, "address_space", None), *shape)
         if (found := _blocks.get(key)) is None:
             found = _blocks[key] = block_type(element, list(shape))
         return found
 
     def _type_of_tuple(values: Any, fields: Any = None) -> Any:
-        """So is each of the few types of shapes."""
+        """Return the type of a tuple of integers, such as a shape, from a cache."""
         key = tuple(getattr(each, "value", each) for each in values)
         if fields is not None or not all(type(each) is int for each in key):
             return _tuple_type(values, fields)
@@ -49,7 +50,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return found
 
     def _numpy_type(dtype: Any) -> Any:
-        """The table of these is made anew by every call."""
+        """Return the NumPy dtype from a cache; Triton's own function builds its table in every call."""
         element = dtype.element_ty if isinstance(dtype, block_type) else dtype
         if (found := _numpy_types.get(element.name)) is None:
             found = _numpy_types[element.name] = _type_in_numpy(element)
@@ -61,5 +62,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.InterpreterBuilder.get_block_ty = lambda _, element, shape: _block(element, shape)
     block_type.with_element_ty = lambda block, element: _block(element, block.shape)
     tl.core._type_for_tuple_values = _type_of_tuple
-    # Whether whole numbers overflow is asked in nine steps for each that is computed, and nothing here is that large.
+    # The overflow check takes nine steps for each computed integer, and no integer here is large enough to overflow.
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)

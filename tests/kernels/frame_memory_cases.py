@@ -1,4 +1,4 @@
-"""Tokens of frames, and a memory for each frame."""
+"""Test inputs for frame-wise memories: tokens, gates and a memory for each frame."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EPS = 1e-5
 
 
 class Case(NamedTuple):
-    """What both operations take."""
+    """The inputs of `frame_sums`, `frame_reads` and `gated_sum`."""
 
     query: Tensor
     key: Tensor
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     frames: int
 
     def double(self) -> Case:
-        """The same in float64."""
+        """Return the case in float64."""
         *tensors, frames = self
         return Case(*(each.double() for each in tensors if isinstance(each, Tensor)), frames)
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 def case(
     frames: int, places: int, heads: int, channels: int, dtype: torch.dtype, device: str = "cpu", batch: int = 2
 ) -> Case:
-    """Views of one projection, which have gaps; values that have a mean, as trained ones."""
+    """Return a case of strided views of one projection; as in trained models, the values have a mean."""
     generator = torch.Generator(device).manual_seed(places)
 
     def drawn(*shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def case(
 def writes(
     frames: int, channels: int, heads: int = 2, device: str = "cpu", batch: int = 2
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverses, content and decays of frames."""
+    """Return inverses (B, F, H, D, D), content (B, F, H, D, D) and log decays (B, F, H, D) of frames."""
     generator = torch.Generator(device).manual_seed(frames)
     shape = (batch, frames, heads, channels, channels)
     content, root = (torch.randn(shape, generator=generator, device=device) for _ in range(2))

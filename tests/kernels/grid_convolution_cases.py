@@ -1,4 +1,4 @@
-"""Tokens in a grid, and weights of their convolutions."""
+"""Test inputs for grid convolutions: tokens in a grid and the weights of the convolutions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CASES = {
     "both": {"space": 3, "time": 3, "added": True},
     "nothing added": {"space": 5, "time": 3},
 }
-"""Sides of the weights, and whether the tokens are added."""
+"""Name -> side lengths of the weights and whether the tokens are added to the result."""
 
 
 def case(
     name: str, grid: tuple[int, int, int], heads: int, channels: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-    """Return tokens, a view with gaps, the weights of a case and whether the tokens are added."""
+    """Return the tokens (a strided view), the two weights of a case, and whether the tokens are added."""
     generator = torch.Generator(device).manual_seed(len(name))
     given: dict[str, Any] = {"generator": generator, "device": device}
     frames, rows, columns = grid

@@ -1,4 +1,4 @@
-"""The kernel of the norms around a layer in Triton's interpreter. `test_interpreted.py` runs this file."""
+"""The Triton kernel of the norms around a layer, in Triton's interpreter. `test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_equals_the_reference(kind: str, shape: tuple[int, int, int], dtype: tor
     expected, _ = naive.gate_residual_norm_modulate(**in_float64(case), **options)
     assert total.dtype == normed.dtype == alone.dtype == dtype
     assert relative_error(total, expected) < bound
-    # The norm is that of the rounded sum.
+    # The kernel normalises the rounded sum.
     rounded = in_float64({**case, "x": total})
     assert relative_error(normed, naive.norm_modulate(**norm_only(rounded), **options)) < bound
     assert relative_error(alone, naive.norm_modulate(**norm_only(in_float64(case)), **options)) < bound

@@ -1,7 +1,7 @@
-"""The kernels around FP8 attention in Triton's interpreter, against plain torch.
+"""The kernels around FP8 attention in Triton's interpreter, against plain torch. `test_interpreted.py` runs this file.
 
-Not collected by name: `test_interpreted.py` runs it in a process of its own. The cast to E4M3 itself is tested on a
-GPU: the interpreter rounds it otherwise than hardware does, so results are in float32 here.
+The results are in float32 here, because the interpreter and the hardware round differently in the cast to E4M3. GPU
+tests cover that cast.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def test_equals_plain_torch(tokens: int, channels: int, dtype: torch.dtype) -> N
             out = triton.changed(x, change, rotates=rotates, dtype=torch.float32)
         expected = change(x, rotation(channels, change.times) if rotates else None)
         assert out.is_contiguous()
-        # Before it is rotated a number is rounded to 11 bits here, to 8 on a GPU.
+        # The kernel rounds numbers before the rotation: to 11 bits in the interpreter, to 8 bits on a GPU.
         assert (out - expected).norm() <= (1e-3 if rotates else 1e-5) * expected.norm()
     with poisoned_memory():
         undone = triton.changed(expected, Change(None, plan.undo.factor), plus=plan.undo.value_mean, dtype=dtype)

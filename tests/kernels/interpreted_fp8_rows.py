@@ -1,6 +1,6 @@
-"""Rows in E4M3 in Triton's interpreter: the codes and scales of the reference, bit by bit as far as it casts.
+"""Row-wise quantisation to E4M3 in Triton's interpreter: codes and scales equal those of the reference bit by bit.
 
-Not collected by name: `test_interpreted.py` runs it in a process of its own.
+Codes that the interpreter casts wrongly are left out. `test_interpreted.py` runs this file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check(x: torch.Tensor) -> None:
         codes, scale = triton.quantize_rows(x)
     expected, expected_scale = naive.quantize_rows(x)
     assert torch.equal(scale.nan_to_num(-1, -2), expected_scale.nan_to_num(-1, -2))
-    # The interpreter's own cast loses the carry into the exponent (125 becomes 64, not 128), and turns NaN into 384.
+    # The cast of the interpreter loses the carry into the exponent (125 becomes 64, not 128) and maps NaN to 384.
     told = expected.float()
     kept = (told.frexp().mantissa.abs() != 0.5) & ~told.isnan()
     assert torch.equal(codes.float()[kept], told[kept])

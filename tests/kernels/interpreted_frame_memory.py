@@ -1,6 +1,7 @@
 """Sums and reads of a frame-wise memory in Triton's interpreter. `test_interpreted.py` runs this file.
 
-Its products take float16 there instead of bfloat16: in two terms 2^-22 instead of 2^-17.
+In the interpreter the matrix products take float16 instead of bfloat16. A number in two terms then has a relative
+error of 2^-22 instead of 2^-17.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def test_equals_the_reference(frames: int, places: int, channels: int, dtype: to
     assert torch.equal(alone, content)
     assert read.dtype == dtype
     assert relative_error(both, naive.gated_sum(exact.value, exact.gate, exact.strength)) < 5e-4
-    # The queries have one term, the memory two.
+    # In the product the queries have one term and the memory has two terms.
     reads = naive.frame_reads(exact.query, exact.memory, exact.weight, exact.gate, EPS)
     assert relative_error(read, reads) < 5e-4
 

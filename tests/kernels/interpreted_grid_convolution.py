@@ -1,4 +1,4 @@
-"""The convolutions of a grid in Triton's interpreter, both directions. `test_interpreted.py` runs this file."""
+"""Grid convolutions and their gradients in Triton's interpreter. `test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(
     of_out: float,
     of_gradients: float,
 ) -> None:
-    """Both directions against float64, within these relative errors."""
+    """Check the result and the gradients against float64 within the given relative errors."""
     with poisoned_memory():
         out = triton.grid_convolution(x, space, time, grid, added)
         found = triton.grid_convolution_backward(gradient, x, space, time, grid, added)

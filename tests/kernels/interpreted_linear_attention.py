@@ -21,14 +21,14 @@ SHAPE = (2, 24, 2, 12)
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 tokens, up to four splits: everything happens more than once."""
+    """Use tiles of 16 tokens and up to four splits, so that every loop has several iterations."""
     monkeypatch.setattr(triton_launch, "_WIDE", triton_launch.Launch(tokens=16, programs=4))
 
 
 def both(
     module: Any, of_results: Sequence[Tensor | None], qkv: Sequence[Tensor], given: naive.Terms
 ) -> tuple[Tensor, list[Tensor], naive.Gradients]:
-    """Return the result, the two sums, and the gradients of what was given: one pass in each direction."""
+    """Run the forward and the backward pass; return the result, the two sums and the gradients of the inputs."""
     out, *sums = module.linear_attention(*qkv, given)
     return out, sums, module.linear_attention_backward(*of_results, *qkv, *sums, given)
 
@@ -69,7 +69,7 @@ def test_float16(case: str) -> None:
 def in_double(
     of_results: Sequence[Tensor | None], qkv: Sequence[Tensor], given: naive.Terms
 ) -> tuple[Tensor, list[Tensor], naive.Gradients]:
-    """What the formulas give in float64."""
+    """Return the result, sums and gradients of the reference in float64."""
     of_exact = [None if x is None else x.double() for x in of_results]
     return both(naive, of_exact, [x.double() for x in qkv], in_float64(given))
 
@@ -152,7 +152,7 @@ def test_ragged_tokens_and_any_channels(queries: int, keys: int, channels: int) 
     assert worst_head(out, expected) < 1e-5
     for name in ("query", "key", "value"):
         x, y = getattr(found, name).double(), getattr(exact, name)
-        # With one key, the gradients of queries and keys are what is left of numbers that cancel.
+        # With one key, the terms of the gradients of queries and keys cancel, and only rounding errors remain.
         assert float((x - y).norm()) < 2e-5 * float(y.norm() + gradient.norm())
 
 

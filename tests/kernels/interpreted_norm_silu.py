@@ -1,6 +1,6 @@
-"""The norm before a convolution in Triton's interpreter, forward and backward, against the reference in float64.
+"""The norm before a convolution and its gradients in Triton's interpreter, against the reference in float64.
 
-Not collected by name: `test_interpreted.py` runs it in a process of its own.
+`test_interpreted.py` runs this file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernel of norm and rotation in Triton's interpreter. `test_interpreted.py` runs this file."""
+"""The Triton kernel of norm and rotation, in Triton's interpreter. `test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def launch(case: Case, *, heads_first: bool = False) -> list[Any]:
     return list(places)
 
 
-# Half precision is what is read and written, whatever the shape.
+# In half precision only loads and stores differ, so one shape is enough for float16.
 @pytest.mark.parametrize(
     ("shape", "dtype", "bound"),
     [
@@ -61,7 +61,7 @@ def test_int8_with_a_scale_for_every_row(kind: str) -> None:
     for x, scale, name in zip(out, scales, "qk", strict=True):
         expected, expected_scale = naive.norm_rope_int8(**case.of(name))
         assert torch.allclose(scale, expected_scale, rtol=1e-5, atol=0)
-        # A number next to a half may fall to either side.
+        # A number close to a half may be rounded up or down.
         assert (x.int() - expected.int()).abs().max() <= 1
         assert (x != expected).float().mean() < 0.01
         exact = naive.norm_rope(**case.in_float64().of(name))

@@ -1,6 +1,6 @@
-"""The kernel of Enhance-A-Video's measurement in Triton's interpreter, against the reference in float64.
+"""The Triton kernel of the temporal self-attention share in Triton's interpreter, against the reference in float64.
 
-Not collected by name: `test_interpreted.py` runs it in a process of its own.
+`test_interpreted.py` runs this file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_grouped_keys_and_masks(key_heads: int, causal_block: int) -> None:
 def test_any_strides_are_read_and_nothing_beside_them() -> None:
     query, key = pair(6, 7, 24)
     expected = naive.temporal_self_share(query[:, :, ::2], key[:, :, ::2])
-    # Queries and keys of one fused projection, channels far apart, NaN everywhere else.
+    # Queries and keys are views of one fused projection, every second channel is used, and the rest is NaN.
     fused = torch.full((1, 6, 7, 3, 2, 50), torch.nan)
     fused[:, :, ::2, 0, :, 1:49:2] = query[:, :, ::2]
     fused[:, :, ::2, 1, :, 1:49:2] = key[:, :, ::2]

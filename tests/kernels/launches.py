@@ -1,4 +1,4 @@
-"""What every kernel must bear on a GPU, and a compiler for GPUs that are not here."""
+"""Checks that every kernel must pass on a GPU, and compilation for a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def assert_repeats(call: Callable[[], Any], times: int = 20) -> None:
-    """Equal bits, launch after launch."""
+    """Check that repeated launches return equal bits."""
     first = [x.clone() for x in as_tuple(call())]
     for _ in range(times):
         for expected, found in zip(first, as_tuple(call()), strict=True):
@@ -27,7 +27,7 @@ def assert_repeats(call: Callable[[], Any], times: int = 20) -> None:
 
 
 def assert_records(call: Callable[[], Any]) -> None:
-    """A CUDA graph records it (nothing waits for the GPU) and replays to equal bits."""
+    """Check that a CUDA graph can record the call, so nothing waits for the GPU, and that a replay has equal bits."""
     expected = [x.clone() for x in as_tuple(call())]
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -42,7 +42,7 @@ def assert_records(call: Callable[[], Any]) -> None:
 
 
 def assert_compiles_whole(function: Callable[..., Any], *args: Any) -> None:
-    """torch.compile takes it without a break and gives equal bits."""
+    """Check that torch.compile compiles the function without a graph break and that the result has equal bits."""
     expected = as_tuple(function(*args))
     torch.compiler.reset()
     found = as_tuple(torch.compile(function, fullgraph=True)(*args))
@@ -51,7 +51,7 @@ def assert_compiles_whole(function: Callable[..., Any], *args: Any) -> None:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """L2 of the difference over L2 of what is expected, in float64."""
+    """Return the L2 norm of the difference divided by the L2 norm of `expected`, computed in float64."""
     expected = expected.double()
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -66,11 +66,19 @@ def compile_for(
     capability: int = HOPPER,
     **options: int,
 ) -> Any:
-    """Compile a kernel for a GPU that need not be here; other arguments are strides of 64 bits, divisible by 16.
+    """Compile a kernel for a GPU that need not be present.
 
-    A pointer's type is that of its numbers; a `tensordesc<..>` is a descriptor and stays as it is.
+    Args:
+        kernel: a function decorated with `triton.jit`.
+        pointers: argument -> dtype of its elements, or a whole type `tensordesc<..>` for a tensor descriptor.
+        constants: argument -> constant value.
+        floats: the arguments of type float32.
+        integers: the arguments of type int32. All remaining arguments are 64-bit strides, divisible by 16.
+        capability: the compute capability of the GPU, 90 for Hopper.
+        options: options of Triton's compiler.
 
-    Returns what Triton compiled; its `metadata.shared` is the shared memory of a program in bytes.
+    Returns:
+        Triton's compiled kernel; `metadata.shared` is the shared memory of a program in bytes.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -91,7 +99,7 @@ def compile_for(
 
 
 def spilled_bytes(ptx: str, folder: Path, kinds: str = "stores|loads") -> int:
-    """Bytes that a thread has to keep in memory, as the assembler says that Triton itself takes for Hopper."""
+    """Return how many bytes a thread spills to memory, as reported by the assembler that Triton uses for Hopper."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     source = folder / "kernel.ptx"

@@ -1,4 +1,4 @@
-"""Inputs of linear attention: streams with a mean, as those of real models, and everything that may be asked for."""
+"""Test inputs for linear attention: values with a mean, as in real models, and cases for every option."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, N, H, D); the last two are views of one fused projection."""
+    """Return queries, keys and values (B, N, H, D); the last two are views of one fused projection."""
     generator = torch.Generator(device).manual_seed(seed)
     batch, tokens, heads, channels = shape
     keys = tokens if keys is None else keys
@@ -40,7 +40,7 @@ def inputs(
 
 
 def pairs(channels: int) -> tuple[int, int, int]:
-    """How Wan divides the pairs of a head among its axes."""
+    """Return how many channel pairs of a head Wan rotates by frame, by row and by column."""
     rows = channels // 6
     return channels // 2 - 2 * rows, rows, rows
 
@@ -108,12 +108,12 @@ def in_float64(given: Terms) -> Terms:
 
 
 def worst_head(found: Tensor, expected: Tensor) -> float:
-    """Relative L2 error of the worst sample and head of (B, N, H, D)."""
+    """Return the largest relative L2 error among samples and heads of (B, N, H, D)."""
     expected = expected.double()
     difference = (found.double() - expected).square().sum(dim=(1, 3)).sqrt()
     return float((difference / expected.square().sum(dim=(1, 3)).sqrt().clamp(min=1e-30)).max())
 
 
 def off_mean(out: Tensor, value: Tensor) -> Tensor:
-    """What is left of a result without the mean value, which is nearly all of it when attention is diffuse."""
+    """Subtract the mean value from a result; with diffuse attention the mean value is nearly the whole result."""
     return out.double() - value.double().mean(dim=1, keepdim=True)

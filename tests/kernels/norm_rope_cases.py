@@ -1,4 +1,4 @@
-"""Inputs of norm and rotation, and the way diffusers computes them."""
+"""Test inputs for norm and rotation of queries and keys."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Which arguments are there, and what they look like."""
+    """Which arguments a test case has, and their layout."""
 
     norm: str = "rms_norm"
     half: bool = False
     table_heads: bool = False
-    """A table for each head, as LTX has."""
+    """Whether every head has its own table, as in LTX."""
     rotated: float = 1.0
-    """Share of the tokens that are rotated, the last ones."""
+    """The share of the tokens that are rotated; these are the last tokens."""
     affine: bool = True
     bias: bool = False
     shift: bool = False
     values: bool = False
     key_heads: int | None = None
-    """None: as many as the queries have."""
+    """The number of key heads; None is the number of query heads."""
 
 
 KINDS = {
@@ -67,7 +67,7 @@ def make(
     device: str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Queries and keys are views of one QKV projection, as fused models have them, with outliers in some channels."""
+    """Return a case whose queries and keys are views of one fused QKV projection, with outliers in some channels."""
     kind, (batch, tokens, heads, channels) = KINDS[name], shape
     key_heads = kind.key_heads or heads
     generator = torch.Generator(device).manual_seed(seed)
@@ -82,7 +82,7 @@ def make(
     cos = sin = None
     if rotated:
         angles = normal(1, rotated, heads if kind.table_heads else 1, channels // 2, to=torch.float32) * 3
-        # Every number twice and every other one read, as in diffusers.
+        # As in diffusers, the tables hold every number twice, and every second number is read.
         cos, sin = (table.repeat_interleave(2, dim=-1)[..., ::2] for table in (angles.cos(), angles.sin()))
     row, key_row = (n * channels if kind.norm == "rms_norm_across_heads" else channels for n in (heads, key_heads))
     tensors = {

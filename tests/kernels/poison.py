@@ -1,4 +1,4 @@
-"""Memory that is not zero by luck: what a kernel forgets to write shows up as NaN."""
+"""Uninitialised memory filled with NaN, which reveals elements that a kernel does not write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let `torch.empty` and its kin return NaN, as torch does in its deterministic mode."""
+    """Make `torch.empty` and similar functions return NaN, as torch does in its deterministic mode."""
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

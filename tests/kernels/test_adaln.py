@@ -1,4 +1,4 @@
-"""The norms around a layer: the reference against diffusers' own lines and autograd, and the operations on the CPU."""
+"""The norms around a layer on the CPU: against diffusers' implementation, and the gradients against autograd."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_are_registered_well(kind: str) -> None:
         ({"shift": torch.ones(2, 5)}, "shift must be"),
         ({"gate": torch.ones(2, 1, 4)}, "gate must be"),
         ({"weight": torch.ones(4)}, r"weight must be \(C,\)"),
-        ({"y": torch.ones(2, 1, 5)}, "one shape"),
+        ({"y": torch.ones(2, 1, 5)}, "same shape"),
     ],
 )
 def test_shapes_that_do_not_belong_together(changed: dict[str, Any], message: str) -> None:

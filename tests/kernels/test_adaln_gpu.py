@@ -1,4 +1,4 @@
-"""The kernel of the norms around a layer on a GPU, at the sizes of real models."""
+"""The Triton kernel of the norms around a layer, on a GPU with the sizes of real models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_root_mean_square_norm_and_residual_alone() -> None:
 
 
 def test_more_numbers_than_32_bits_count() -> None:
-    # 2 x 4.5e5 x 3072 = 2.8e9 numbers.
+    # x holds 2 x 4.5e5 x 3072 = 2.8e9 numbers, more than 2^31.
     x = torch.randn(2, 450_000, 3072, dtype=torch.bfloat16, device="cuda")
     found = norm_modulate(x)[:, -50:].double()
     assert relative_error(found, naive.norm_modulate(x[:, -50:].double())) < 4e-3

@@ -1,4 +1,4 @@
-"""What every operation refuses alike: tensors of several devices, integers, gradients that it would not give."""
+"""Arguments that every operation refuses: tensors on several devices, integers, tables that require a gradient."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CALLS: list[tuple[str, Callable[[Any], Any]]] = [
 
 @pytest.mark.parametrize(("name", "call"), CALLS, ids=[name for name, _ in CALLS])
 def test_several_devices(name: str, call: Callable[[Any], Any]) -> None:
-    """Weights that an offloading hook left on the meta device gave memory that nobody had written."""
+    """Offloading hooks leave weights on the meta device; without the check the result is uninitialised memory."""
     call(lambda x: x)
     with pytest.raises(ValueError, match=f"{name} needs all tensors on one device, got cpu and meta: move them"):
         call(lambda x: x.to("meta"))
@@ -49,7 +49,7 @@ def test_several_devices(name: str, call: Callable[[Any], Any]) -> None:
     ],
 )
 def test_integers(call: Callable[[], Any]) -> None:
-    """Results have the dtype of the input: rounded to integers they are worth nothing."""
+    """A result has the dtype of the input, and a result that is rounded to integers is useless."""
     with pytest.raises(ValueError, match=r"int64"):
         call()
 

@@ -1,4 +1,4 @@
-"""Exact attention: the operation against float64, whatever the heads, head dimensions and key lengths."""
+"""Exact attention against float64, for many head counts, head dimensions and key lengths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drawn(
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Equation 1, sample by sample and head by head, in float64."""
+    """Compute softmax attention and its LSE sample by sample and head by head in float64."""
     out, lse = torch.zeros_like(query, dtype=torch.float64), torch.zeros(*query.shape[:3], dtype=torch.float64)
     group = query.shape[2] // key.shape[2]
     for sample, length in enumerate(lengths):

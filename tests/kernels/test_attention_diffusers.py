@@ -1,4 +1,4 @@
-"""The attention backend "postgen" of diffusers: equal numbers, masks honoured, nothing left behind."""
+"""The attention backend "postgen" in diffusers: equal results, support of masks, and complete removal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def models() -> dict[str, TinyModel]:
 
 @pytest.fixture(autouse=True)
 def diffusers_default() -> Iterator[None]:
-    """Diffusers keeps what `set_attention_backend` was last told as the default of everything."""
+    """Restore diffusers' default backend: `set_attention_backend` changes the default of all models."""
     before = REGISTRY._active_backend
     yield
     REGISTRY.set_active_backend(before)
@@ -42,7 +42,7 @@ def diffusers_default() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Queries and keys of the calls that reached our attention."""
+    """Record the numbers of queries and keys of each call of our attention."""
     seen: list[tuple[int, int]] = []
     attention = fused.attention
 
@@ -63,7 +63,7 @@ def test_a_model_computes_the_same(models: dict[str, TinyModel], name: str, call
     found = model()
     transformer.reset_attention_backend()
     assert relative_error(found, expected) < 1e-5
-    # CogVideoX calls torch itself: no backend of diffusers acts on it.
+    # CogVideoX calls torch's attention directly, so a backend of diffusers has no effect on it.
     assert len(calls) >= (0 if name == "CogVideoX 1.0" else model.attention_layers)
     assert all(queries == keys for queries, keys in calls)
 
@@ -132,7 +132,7 @@ def random_inputs(tokens: int = 9) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scattered(*shape: int) -> Tensor:
-    """Bools of which the first sample has some anywhere and the second all."""
+    """Return a mask that is True for every second key of the first sample and for all keys of the second."""
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, ::2] = False
     return mask.view(shape)
@@ -240,7 +240,7 @@ def test_the_name_behaves_like_those_of_diffusers() -> None:
     member: Any = register_attention_backend()
     assert dispatch.AttentionBackendName("postgen") is member
     assert dispatch.AttentionBackendName["POSTGEN"] is member
-    assert getattr(dispatch.AttentionBackendName, "POSTGEN") is member  # noqa: B009 - no type checker knows it
+    assert getattr(dispatch.AttentionBackendName, "POSTGEN") is member  # noqa: B009 - type checkers do not know the attribute
     assert member == "postgen"
     assert (member.name, member.value) == ("POSTGEN", "postgen")
     assert isinstance(member, dispatch.AttentionBackendName)

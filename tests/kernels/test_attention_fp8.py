@@ -1,4 +1,4 @@
-"""FP8 attention on a CPU: exact changes, the reference of what cuDNN computes, and what runs where that cannot."""
+"""FP8 attention on a CPU: the exact preparations, the reference for cuDNN, and the fallback to exact attention."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_parts_and_lengths() -> None:
 @pytest.mark.parametrize("channels", [64, 96, 128])
 def test_every_preparation_is_exact(channels: int) -> None:
     query, key, value = drawn("hard", 65, 2, channels, batch=2, dtype=torch.float64)
-    key[:, :, 1, 3] = 0  # channels and heads without numbers
+    key[:, :, 1, 3] = 0  # channels and heads of zeros
     value[:, :, 0, 5] = 0
     query[0, :, 1] = 0
     expected, divisor = exact.attention(query, key, value, scale=0.07)
@@ -86,13 +86,13 @@ def test_what_each_preparation_is_for() -> None:
 def test_the_rotation_is_one(channels: int) -> None:
     matrix = rotation(channels, torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(channels, dtype=torch.float64))
-    # A vector of equal channels must not become one channel.
+    # The rotation must not concentrate a vector of equal channels in one channel.
     assert (torch.ones(channels, dtype=torch.float64) @ matrix).abs().max() < channels**0.5 * 0.9
     assert signs(channels).abs().sum(0).unique().tolist() == [channels & -channels]
 
 
 def test_the_output_scale_costs_little_and_never_overflows() -> None:
-    # Values that a mean of many makes far smaller than the largest.
+    # The output, a mean of many values, is far smaller than the largest value.
     query, key, value = drawn("normal", 4096, 1, 64, dtype=torch.float32)
     value[0, 0] = 100.0
     rows = torch.arange(0, 4096, 64)
@@ -100,7 +100,7 @@ def test_the_output_scale_costs_little_and_never_overflows() -> None:
     safe, _ = naive.attention_fp8(query, key, value, preparation=plain, rows=rows)
     free, _ = naive.attention_fp8(query, key, value, preparation=plain, rows=rows, rounds_output=False)
     assert relative_error(safe, free) < 0.03
-    # Rows of one key: the output is the largest value.
+    # Each query attends to one key, so the output contains the largest value.
     rows = torch.eye(64).view(1, 64, 1, 64) * 100
     out, _ = naive.attention_fp8(rows, rows, rows, preparation=plain)
     assert relative_error(out, rows) < 0.05
@@ -175,7 +175,7 @@ def test_a_guarded_call_is_computed_again() -> None:
     query, key, value = drawn("normal", 65, 2, 64)
     assert attention_fp8(query, key, value, simulate=True, guard=True).isfinite().all()
     before = not_finite()
-    # Their mean is not finite, and their softmax is.
+    # The mean of these keys overflows, but their softmax is finite.
     query, key = torch.zeros_like(query), torch.full_like(key, 3e38)
     assert not attention_fp8(query, key, value, simulate=True).isfinite().all()
     TOLD.clear()
@@ -198,7 +198,7 @@ def test_compiled_whole() -> None:
 
 @pytest.mark.parametrize("simulate", [False, True])
 def test_mixed_precision_is_heeded_as_by_attention(simulate: bool) -> None:
-    """Of queries and keys that a norm left in float32, too; only what goes in is rounded, no sum."""
+    """Autocast rounds the inputs, also queries and keys that a norm returned in float32, but it rounds no sum."""
     query, key, value = (x.float() for x in drawn("normal", 96, 2, 64))
     half = [x.bfloat16() for x in (query, key, value)]
     TOLD.add("attention runs on sdpa, not on cudnn_fp8: needs a CUDA GPU")

@@ -1,4 +1,4 @@
-"""The benchmark of attention in 8 bits: its tiny run, its gates, what it refuses."""
+"""The benchmark of FP8 attention: a tiny run, its gates, and the arguments that it refuses."""
 
 from __future__ import annotations
 

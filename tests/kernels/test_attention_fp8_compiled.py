@@ -1,4 +1,4 @@
-"""The kernels around FP8 attention pass the real compiler for Hopper, E4M3 included."""
+"""The kernels around FP8 attention compile for Hopper, including their casts to and from E4M3."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_changes(channels: int, rotates: bool) -> None:
         pointers["matrix"] = constants.pop("matrix") or "bf16"
     compiled = compile_for(triton._change, pointers, constants, integers=INTEGERS, floats=("length",))
     assert "cvt.rn.satfinite.e4m3x2" in compiled.asm["ptx"]
-    # Back from E4M3, or from bfloat16.
+    # The output of attention is in E4M3 or in bfloat16.
     constants = {**sizes, "minus": None, "matrix": None, "BOUND": 0}
     for dtype in ("fp8e4nv", "bf16"):
         pointers = {"x": dtype, "times": "fp32", "plus": "fp32", "out": "bf16"}

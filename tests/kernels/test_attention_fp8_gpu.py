@@ -1,4 +1,4 @@
-"""FP8 attention by cuDNN on a GPU: what the reference bears, and what every kernel must."""
+"""FP8 attention by cuDNN on a GPU: the checks of the reference, and the checks of every kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def by_cudnn(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """By cuDNN; skipped on a machine that lacks what it needs, and failed where it is there and does not run."""
+    """Run cuDNN; skip the test if the machine lacks a requirement, and fail it if cuDNN refuses for another reason."""
     scale = options.pop("scale", query.shape[-1] ** -0.5)
     lengths = options.pop("key_lengths", None)
     reason = router().why_not(CUDNN_FP8, Call(query, key, value, scale, lengths, True))
@@ -76,7 +76,8 @@ def test_is_what_the_reference_says(preparation: Preparation) -> None:
     out, lse = by_cudnn(*tensors, preparation=preparation)
     rounds = graphs.output_dtype(tensors[0].device) == torch.float8_e4m3fn
     wanted, wanted_lse = naive.attention_fp8(*tensors, preparation=preparation, rounds_output=rounds)
-    # They round exponentials and outputs at other places; both are far nearer to each other than to float64.
+    # cuDNN and the reference round exponentials and outputs at different points, so this bound is not tighter. Both
+    # are much closer to each other than to float64.
     assert relative_error(out, wanted) <= 0.045
     assert (lse - wanted_lse).abs().max() < 0.02
 
@@ -90,7 +91,7 @@ def test_what_cudnn_is_given(channels: int) -> None:
     for mine, exactly, scale in zip(tensors, wanted, plan[4:7], strict=True):
         assert mine.is_contiguous()
         assert scale.shape == ()
-        # Numbers near the middle of two of E4M3 may fall to either side.
+        # A number close to the middle between two E4M3 numbers may be rounded up or down.
         assert relative_error(mine.float(), naive.rounded(exactly)) < 0.02
         assert float((mine.float() != naive.rounded(exactly)).float().mean()) < 0.1
 
@@ -153,7 +154,7 @@ def test_more_than_170000_tokens() -> None:
 
 
 def test_more_numbers_than_32_bits_count() -> None:
-    # Wan 14B at 720p, two samples: the views span 2 x 75600 x 3 x 5120 = 2.3e9 numbers.
+    # With two samples of Wan 14B at 720p the views span 2 x 75600 x 3 x 5120 = 2.3e9 numbers.
     query, key, value = torch.randn(2, 75600, 3, 40, 128, dtype=torch.bfloat16, device="cuda").unbind(2)
     by_cudnn(query[:, :512], key[:, :512], value[:, :512])
     out = attention_fp8(query, key, value)

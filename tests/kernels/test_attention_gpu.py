@@ -1,4 +1,4 @@
-"""Attention on a GPU: every backend that works there, and the router at the shapes of real models."""
+"""Attention on a GPU: every backend that runs there, and the router with the shapes of real models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WAN_480P = (1, 32760, 12, 128)
 
 @pytest.fixture(scope="module", autouse=True)
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
-    """The router that `attention` asks, with a file of its own."""
+    """Replace the router of `attention` by one with its own file."""
     file = tmp_path_factory.mktemp("cache") / "attention.json"
     kept = attention_ops.router
     made = Router(store=Store(file))
@@ -56,16 +56,16 @@ def drawn(
 
 
 def run(mine: Router, backend: Backend, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Run a backend; one that says beforehand what it cannot take is left out, one that then raises is not."""
+    """Run a backend; skip the test if the backend refuses the call beforehand, but let errors of the run fail it."""
     if backend is FLEX:
-        torch.compiler.reset()  # it compiles a function for eight kinds of inputs at most
+        torch.compiler.reset()  # flex attention compiles for at most eight kinds of inputs
     reason = mine.why_not(backend, call)
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
     return backend.run(call)
 
 
-# Not every combination: some backends compile for each, for many seconds.
+# Not all combinations are tested, because some backends compile for many seconds for each of them.
 @pytest.mark.parametrize(
     ("channels", "lengths", "lse"),
     [
@@ -88,7 +88,7 @@ def test_equals_float64(mine: Router, backend: Backend, channels: int, lengths: 
     expected, divisor = naive.attention(*exact, key_lengths=given)
     assert relative_error(out, expected) <= 4e-3
     if lengths is None:
-        # Half of the output is the mean of the values, which any kernel gets right.
+        # The mean of the values is half of the output and easy to compute, so the rest is checked separately.
         mean = value.double().mean(dim=1, keepdim=True)
         assert relative_error(out.double() - mean, expected - mean) <= 6e-3
     if lse:
@@ -122,7 +122,7 @@ def test_the_output_needs_no_copy(mine: Router, backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", [each for each in BACKENDS if each is not MATH], ids=lambda backend: backend.name)
 def test_more_numbers_than_32_bits_count(mine: Router, backend: Backend) -> None:
-    # Wan 14B at 720p, two samples: the views span 2 x 75600 x 3 x 5120 = 2.3e9 numbers.
+    # With two samples of Wan 14B at 720p the views span 2 x 75600 x 3 x 5120 = 2.3e9 numbers.
     query, key, value = torch.randn(2, 75600, 3, 40, 128, dtype=torch.bfloat16, device="cuda").unbind(2)
     out, _ = run(mine, backend, Call(query, key, value, 128**-0.5, None, False))
     last = (x[1:, :, -2:] for x in (query[:, -64:], key, value))
@@ -162,7 +162,7 @@ def test_the_router_takes_the_fastest_at_the_shape_of_a_model(mine: Router) -> N
     print({name: round(each, 2) for name, each in times.items()})
     expected, _ = naive.attention(query[:, :64].double(), key.double(), value.double())
     assert relative_error(out[:, :64], expected) <= 4e-3
-    # Another process finds the choice on disk.
+    # Another process reads the choice from the file.
     assert mine._store is not None
     other = Router(store=Store(mine._store.path))
     assert other.choose(call).name == chosen.name
@@ -202,7 +202,7 @@ def test_a_graph_reads_key_lengths_at_every_replay() -> None:
 def test_what_a_graph_meets_first_runs_untimed(tmp_path: Path) -> None:
     fresh = Router(store=Store(tmp_path / "attention.json"))
     call = Call(*drawn(3000, 3000), 0.1, None, False)
-    LAST_RESORTS[0].run(call)  # loads the kernel
+    LAST_RESORTS[0].run(call)  # this call loads the kernel
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""The router: which backend it trusts, which it takes, and what it remembers. Its candidates here run on the CPU."""
+"""The router: which backend it accepts and chooses, and which choices it stores. The candidates run on the CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def every_warning_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def delayed(name: str, seconds: float) -> Backend:
-    """Attention that is right and takes its time."""
+    """Return a backend that is correct and sleeps for `seconds` in each call."""
 
     def run(call: Call) -> Result:
         time.sleep(seconds)
@@ -67,7 +67,7 @@ def _transposed(call: Call) -> Result:
 
 
 def _rounded(call: Call) -> Result:
-    """As good as 8 bits."""
+    """Return attention with noise of the size of an 8-bit rounding error."""
     out, lse = MATH.run(call)
     return out + 0.02 * out.std() * torch.randn_like(out), lse
 
@@ -113,7 +113,7 @@ def test_the_fastest_is_taken_and_timed_once() -> None:
 
 
 def test_the_median_of_turns_counts() -> None:
-    # The first run of b is slow for reasons of its own, and a is slow in between.
+    # The first run of b and one later run of a are slow; the medians ignore both.
     times = iter([1.0, 1.2, 9.0, 1.0, 1.1, 0.9, 1.3, 1.0, 1.0, 0.9])
     mine = Router([replace(FAST, name="a"), replace(FAST, name="b")], clock=lambda function, device: next(times))
     assert mine.choose(call_of()).name == "b"
@@ -131,7 +131,7 @@ def test_the_hopeless_are_timed_once() -> None:
         return replace(backend, run=run)
 
     Router([counted(FAST), counted(SLOW)]).choose(call_of())
-    # On a tiny input, at this size to warm up, and by the clock.
+    # The three runs are: a tiny input for the check, the warm-up at full size, and one timed run.
     assert runs.count("slow") == 3
 
 
@@ -263,7 +263,7 @@ def test_problems_differ_where_kernels_do() -> None:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Callable[[], Router]:
-    """Make routers as processes do: they share nothing but the file."""
+    """Return a function that creates routers which share only the file, like routers in different processes."""
     return lambda: Router([SLOW, FAST], store=Store(tmp_path / "postgen" / "attention.json"))
 
 
@@ -322,7 +322,7 @@ def test_a_row_that_means_nothing_is_replaced(kept: Callable[[], Router], tmp_pa
 
 @pytest.fixture
 def blocked(tmp_path: Path) -> Path:
-    """A place below which nothing can be written, not even by root: a file stands where the folder should be."""
+    """Return a folder path that not even root can create, because a file has that path."""
     (tmp_path / "file").write_text("x")
     return tmp_path / "file" / "postgen" / "attention.json"
 

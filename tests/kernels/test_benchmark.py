@@ -1,4 +1,4 @@
-"""The benchmark of kernels compares things that compute the same."""
+"""The benchmark of kernels compares functions with equal results."""
 
 from __future__ import annotations
 
@@ -110,16 +110,16 @@ def test_a_joined_result_is_joined_again(tmp_path: Path, capsys: pytest.CaptureF
     assert found["measured"] == straight["measured"]
     mixed.write_text(json.dumps({**found, "measured": [STAMP, {**STAMP, "device": "other"}]}))
     assert benchmark.main(["--join", str(mixed), "-o", str(both)]) == 2
-    assert "runs of several devices, one, other: join the runs themselves" in capsys.readouterr().err
+    assert "joins runs of several devices, one, other: give one file per run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "cannot be read: No such file or directory"),
-        ("{", "is no result that benchmarks.kernels has measured: JSONDecodeError"),
-        ("[]", "is no result that benchmarks.kernels has measured"),
-        ('{"gates": []}', "is no result that benchmarks.kernels has measured: KeyError"),
+        ("{", "is not a result of benchmarks.kernels: JSONDecodeError"),
+        ("[]", "is not a result of benchmarks.kernels"),
+        ('{"gates": []}', "is not a result of benchmarks.kernels: KeyError"),
         (json.dumps({**STAMP, "rows": [{"op": "x"}]}), "KeyError('shape')"),
         (
             json.dumps({**STAMP, "rows": [{"op": "temporal_cfi", "shape": "x", "over_floor": 1}]}),
@@ -146,7 +146,7 @@ def test_a_row_faster_than_its_floor_fails_the_benchmark(tmp_path: Path, capsys:
     row = {"op": "temporal_cfi", "shape": "Wan", "over_floor": 0.98, "extra_mib": 0.1, "vs_eager": 9.0}
     part.write_text(json.dumps({**STAMP, "rows": [{**row, "relative_error": 1e-5}]}))
     assert benchmark.main(["--join", str(part), "-o", str(out)]) == 2
-    assert "faster than the floor, so the floor is wrong: temporal_cfi at Wan (0.980)" in capsys.readouterr().err
+    assert "faster than their floors, so the floors are wrong: temporal_cfi at Wan (0.980)" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -155,7 +155,7 @@ def test_floors_of_joined_rows_are_of_the_best_rates_of_their_device(tmp_path: P
         {**STAMP, "device": device, "copy_tb_per_s": copy, "rows": rows}
         for device, copy, rows in [("H200", 4.0, []), ("H200", 4.2, []), ("H100", 5.0, [])]
     )
-    # 8.4 GB that are read and written: at 4.2 TB/s they need 2 ms. 8.6 GB that are read need as long.
+    # Reading and writing 8.4 GB takes 2 ms at 4.2 TB/s. Only reading 8.6 GB takes equally long.
     row = {"op": "adaln x", "ours_ms": 2.05, "over_floor": 0.98, "vs_compiled": 2.0, "relative_error": 1e-5}
     slow["rows"] = [
         {**row, "shape": "copy", "moved_bytes": 84 * 10**8, "written_bytes": 42 * 10**8},
@@ -204,9 +204,11 @@ def test_what_no_file_has_measured_passes_no_gate(tmp_path: Path) -> None:
 def test_operations_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["--only", "temporal_cfi", "adaln"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("--only adaln: there is adaln gate + residual + norm + modulate, adaln norm + modulate, ")
+    assert said.startswith(
+        "--only adaln: unknown, choose from adaln gate + residual + norm + modulate, adaln norm + modulate, "
+    )
     assert benchmark.main(["--only", "temporal_cfi", "--join", "a.json"]) == 2
-    assert "leave one of them out" in capsys.readouterr().err
+    assert "omit one of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -214,10 +216,10 @@ def test_operations_that_there_are_not(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["--channels", "16"], "--channels 16: the table has launches for even numbers from 34 to 256"),
         (["--channels", "258"], "--channels 258"),
-        (["--heads", "0"], "from 1 on"),
-        (["--only", "convolution"], "go together"),
-        (["--only", "keys", "--conv"], "go together"),
-        (["--described", "--conv"], "have no tiles that are copied whole"),
+        (["--heads", "0"], "must be at least 1"),
+        (["--only", "convolution"], "need --conv"),
+        (["--only", "keys", "--conv"], "no other passes"),
+        (["--described", "--conv"], "do not copy whole tiles"),
     ],
 )
 def test_launches_of_passes_that_there_are_not(
@@ -249,6 +251,6 @@ def test_the_chart_shows_ours_first_then_the_fastest(tmp_path: Path) -> None:
     draw([row, routed], "A", tmp_path / "chart.png")
     picture = Image.open(tmp_path / "chart.png").convert("RGB")
     assert {(30, 110, 60), (110, 150, 210)} <= {colour for _, colour in picture.getcolors(1 << 20) or ()}
-    with pytest.raises(ValueError, match="no rows of 'B': there are A"):
+    with pytest.raises(ValueError, match="no rows of shape 'B': choose from A"):
         draw([row, routed], "B", tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists()

@@ -1,4 +1,4 @@
-"""The kernels pass the real compiler, for GPUs that need not be here: it refuses things that the interpreter takes."""
+"""The kernels compile for GPUs that need not be present: the compiler refuses code that the interpreter accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from tests.kernels.launches import HOPPER, compile_for, spilled_bytes
 
 SHARED_MEMORY = 99 * 1024
-"""Bytes that a program may take on the smallest GPUs we look at (compute capability 8.6, 8.9)."""
+"""The shared memory in bytes that a program may take on the smallest tested GPUs (compute capability 8.6 and 8.9)."""
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -65,7 +65,7 @@ def test_adaln(channels: int, kind: str, capability: int) -> None:
     compiled = compile_for(
         triton._norm_modulate, pointers, constants, floats=("eps",), capability=capability, num_warps=warps
     )
-    # Sixteen bytes a load: the compiler saw that neighbours are neighbours.
+    # Loads have 16 bytes, so the compiler has detected that the elements are adjacent.
     assert "v4.b32" in compiled.asm["ptx"]
 
 
@@ -120,7 +120,7 @@ def test_gated_sum(capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("space", "time"), [(5, 0), (1, 5)])
 def test_grid_convolution(space: int, time: int, tmp_path: Path) -> None:
-    """In space alone and along time alone, without queries, as window layers convolve."""
+    """Window layers convolve only in space or only along time, without queries."""
     from postgen.kernels.linear_attention import triton_convolution, triton_launch
     from postgen.kernels.linear_attention.naive import Terms
 

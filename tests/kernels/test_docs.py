@@ -1,4 +1,4 @@
-"""The examples of the page on kernels run as they are written."""
+"""The examples of docs/kernels.md run as printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), 
 
 
 class Pipe:
-    """A pipeline as far as the examples call it."""
+    """A stand-in with the parts of a pipeline that the examples use."""
 
     def __init__(self) -> None:
         self.tiny = tiny_model("Wan")
@@ -30,7 +30,7 @@ class Pipe:
 
 
 def given() -> dict[str, Any]:
-    """What the examples take for granted: Wan's tokens at 480p, of few heads."""
+    """Return the names that the examples use, with the token count of Wan at 480p and few heads."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 10, 2, 8).unbind()
     norm = nn.RMSNorm(128, device="cpu")

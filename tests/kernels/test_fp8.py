@@ -23,7 +23,7 @@ def test_the_error_is_half_a_step(dim: int | tuple[int, ...] | None, dtype: torc
     scale = fp8_scale(x, dim)
     assert scale.shape == {None: (1, 1, 1), -1: (3, 5, 1), (0, 1): (1, 1, 64)}[dim]
     error = (from_fp8(to_fp8(x, scale), scale) - x.float()).abs()
-    # Three bits after the point; below 2^-6 the steps are 2^-9.
+    # The mantissa has three bits; below 2^-6 the numbers are 2^-9 apart.
     assert (error <= torch.maximum(x.float().abs() / 16, scale * 2**-10) * 1.001).all()
 
 

@@ -1,4 +1,4 @@
-"""Rows in E4M3 and products of them: rounding, error, what is not finite, gradients, shapes, what is refused."""
+"""Quantised rows and their products: rounding, errors, non-finite inputs, gradients, shapes, refused arguments."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_the_error_of_a_product(dtype: torch.dtype) -> None:
     x, weight, bias = gaussian(64, 512), gaussian(256, 512, seed=1) / 16, gaussian(256, seed=2)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     error = relative_error(product(x, weight), x.double() @ weight.double().mT)
-    # Of either factor .0265: numbers spread evenly in steps of an eighth to a sixteenth of themselves.
+    # Each factor contributes .0265: E4M3 numbers lie between 1/8 and 1/16 of their size apart.
     assert 0.03 < error < 0.04
-    # Nothing else than the rounding is wrong.
+    # The rounding of the factors is the only error.
     rounded = from_fp8(*quantize_rows(x)).double() @ from_fp8(*quantize_rows(weight)).double().mT + bias.double()
     assert relative_error(product(x, weight, bias), rounded) < (1e-6 if dtype == torch.float32 else 3e-3)
 
@@ -87,7 +87,7 @@ def test_gradients_pass_the_rounding_by() -> None:
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    # What needs no gradient keeps nothing.
+    # Tensors that need no gradient are not kept for the backward pass.
     held: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         rows_linear(x, codes, scale, rounded, weight_scale, bias, None)
@@ -104,7 +104,7 @@ def test_under_mixed_precision_sums_stay_wide() -> None:
 def test_operations_are_registered_rightly() -> None:
     codes, scale = quantize_rows(gaussian(3, 32))
     weight, weight_scale = quantize_rows(gaussian(16, 32))
-    # Without the check of the schema, which multiplies what it is given: torch cannot do that with E4M3.
+    # The schema check is left out, because it multiplies its inputs and torch cannot multiply E4M3 tensors.
     checks: dict[str, Any] = {
         "test_utils": ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     }

@@ -1,4 +1,4 @@
-"""Rows in E4M3 on a GPU: the codes of the reference, the scaled product against it, graphs, odd rows."""
+"""Quantised rows on a GPU: the codes and the scaled product against the reference, CUDA graphs, odd rows."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_the_product(rows: int, k: int, n: int, with_bias: bool, dtype: torch.dt
     with poisoned_memory():
         found = rows_matmul(*parts)
     assert (found.dtype, found.shape) == (dtype, (rows, n))
-    # Fast accumulation and the rounding to bfloat16: .0023 to .0033 of it.
+    # The accumulation and the rounding to bfloat16 cause a relative error of .0023 to .0033.
     assert relative_error(found, naive.rows_matmul(*parts[:-1], torch.float32)) < 0.006
 
 
 def test_long_sums_that_do_not_cancel() -> None:
-    """Rows that are those of the weights: with fast accumulation 16 % of the diagonal was lost."""
+    """The rows equal those of the weights; with fast accumulation the diagonal of the product loses 16 %."""
     x = draw(16, 13824, dtype=torch.float32)
     parts: tuple[Any, ...] = (*quantize_rows(x), *quantize_rows(x), None, torch.float32)
     assert relative_error(rows_matmul(*parts), naive.rows_matmul(*parts)) < 0.006

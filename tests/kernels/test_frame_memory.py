@@ -1,4 +1,4 @@
-"""Sums and reads of a frame-wise memory: against loops over frames and heads, and what is refused."""
+"""Sums and reads of a frame-wise memory against loops over frames and heads, and the arguments that are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_reads_are_normed_and_gated() -> None:
         expected = functional.rms_norm(read, (4,), given.weight.double(), EPS)
         expected = expected * given.gate[sample, token, head].sigmoid()
         torch.testing.assert_close(found[sample, token, head], expected, rtol=0, atol=1e-12)
-    # The size of what a memory holds does not matter, and an empty one is read as 0.
+    # A read does not depend on the magnitude of the memory, and a read of an empty memory is 0.
     torch.testing.assert_close(
         frame_reads(given.query, 1e6 * memory, given.weight, given.gate, 0.0),
         frame_reads(given.query, memory, given.weight, given.gate, 0.0),
@@ -55,7 +55,7 @@ def test_what_is_near_and_far_is_added() -> None:
     soft = 2 * given.strength.double().sigmoid()[..., None]
     expected = (soft * given.value.double() + given.gate.double()).bfloat16()
     torch.testing.assert_close(gated_sum(given.value, given.gate, given.strength), expected, rtol=2**-7, atol=1e-6)
-    # A gate that is new weighs by 1.
+    # The gate of a new layer is 0, which is a weight of 1.
     ones = gated_sum(given.value, torch.zeros_like(given.value), torch.zeros_like(given.strength))
     assert torch.equal(ones, given.value)
 

@@ -1,4 +1,4 @@
-"""Sums and reads of a frame-wise memory on a GPU, in heads of Wan."""
+"""Sums and reads of a frame-wise memory on a GPU, with the head sizes of Wan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.kernels.poison import poisoned_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SHAPES = [(3, 1560, 4, 128), (2, 77, 3, 64), (5, 3, 2, 112), (1, 3600, 2, 128)]
-"""Frames, their tokens, heads and channels."""
+"""Numbers of frames, tokens per frame, heads and channels."""
 
 
 def sums(given: Case) -> Any:
@@ -61,7 +61,7 @@ def test_memories_equal_float64(frames: int, channels: int, radius: int, delta: 
 
 
 def test_more_numbers_than_32_bits_count() -> None:
-    """Scans of 1,100 frames of 64 heads; the last head alone has few enough."""
+    """Scans of 1,100 frames with 64 heads need 64-bit offsets; the last head alone does not."""
     content = torch.randn(1, 1100, 64, 128, 128, device="cuda")
     log_decay = -torch.rand(1, 1100, 64, 128, device="cuda")
     found = frame_memories(None, content, log_decay, 1, 1)[:, :, -1:]

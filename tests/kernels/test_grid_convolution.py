@@ -1,4 +1,4 @@
-"""Depth-wise convolutions of tokens in their grid: against torch's own layers, gradients, what is refused."""
+"""Depth-wise convolutions of tokens in a grid: against torch's layers, gradients, and refused arguments."""
 
 from __future__ import annotations
 

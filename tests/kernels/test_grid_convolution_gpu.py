@@ -1,4 +1,4 @@
-"""The convolutions of a grid on a GPU, in heads of Wan, both directions."""
+"""Grid convolutions and their gradients on a GPU, with the head sizes of Wan."""
 
 from __future__ import annotations
 

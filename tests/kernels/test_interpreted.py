@@ -1,4 +1,4 @@
-"""Runs `interpreted_*.py` in a process where Triton interprets: its functions choose that when they are imported."""
+"""Runs `interpreted_*.py` in a process with TRITON_INTERPRET=1, which Triton reads when it is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 FILES = sorted(path.name for path in HERE.glob("interpreted_*.py"))
 LONGEST = "interpreted_linear_attention.py"
 PARTS = {"linear_attention": [LONGEST], "the others": [name for name in FILES if name != LONGEST]}
-"""Name -> files of one process: two that take as long as each other, since a start takes longer than most files."""
+"""Name -> the files of one process. Two processes take about equally long; starting one per file would take longer."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Linear attention: the reference against the explicit form and the lines of models, and the operation on the CPU."""
+"""Linear attention on the CPU: the reference against the explicit N x N form and models, and the operation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE, GRID = (2, 12, 2, 6), (3, 2, 2)
 
 
 def given(case: str, shape: tuple[int, int, int, int] = SHAPE) -> dict[str, Any]:
-    """The terms of a case as arguments, in float64."""
+    """Return the terms of a case as arguments in float64."""
     chosen = in_float64(terms(case, shape, GRID))
     return {field.name: getattr(chosen, field.name) for field in fields(chosen)}
 
@@ -28,7 +28,7 @@ def exact_inputs(shape: tuple[int, int, int, int] = SHAPE) -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize("case", ["plain", "elu", "rope"])
 def test_is_attention_with_weights_of_features(case: str) -> None:
-    """The N x N form: weights R phi(q) . R phi(k) over the sum of the unrotated ones."""
+    """The explicit N x N form has the weights R phi(q) . R phi(k), divided by the sum of the unrotated weights."""
     q, k, v = exact_inputs()
     chosen = naive.Terms(**given(case))
     q_map, k_map = (naive.feature(x, chosen.feature_map) for x in (q, k))
@@ -39,7 +39,7 @@ def test_is_attention_with_weights_of_features(case: str) -> None:
 
 
 def test_text_is_neither_turned_nor_convolved() -> None:
-    """Explicit N x N weights, with the identity for text, and the convolution of the video alone."""
+    """In the explicit N x N form text tokens are not rotated, and only video tokens are convolved."""
     q, k, v = exact_inputs()
     options = given("text before and after")
     chosen = naive.Terms(**options)
@@ -53,7 +53,7 @@ def test_text_is_neither_turned_nor_convolved() -> None:
     expected = torch.einsum("bhij,bjhd->bihd", scores / divisor[..., None], v)
     expected[:, video] += naive.convolve(v[:, video], alone)
     assert torch.allclose(linear_attention(q, k, v, **options), expected, rtol=1e-10)
-    # What the text's values are changes nothing that is convolved.
+    # The values of the text do not affect the convolution.
     v = v.clone()
     v[:, :first] = torch.nan
     assert torch.equal(naive.convolve(v, chosen)[:, video], naive.convolve(v[:, video], alone))
@@ -99,7 +99,7 @@ def test_formulas_equal_autograd_of_the_reference() -> None:
 
 
 def test_chunks_of_a_stream_see_what_was_before() -> None:
-    """The recurrent form equals attention under a mask that is causal by chunk."""
+    """The recurrent form equals attention with a mask that is causal by chunk."""
     q, k, v = exact_inputs((1, 12, 2, 6))
     state: dict[str, Any] = {}
     chunks = []

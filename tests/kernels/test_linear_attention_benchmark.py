@@ -1,4 +1,4 @@
-"""The benchmark of linear attention compares things that compute the same."""
+"""The benchmark of linear attention compares functions with equal results."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_trace_is_read_call_by_call() -> None:
     assert row["us"] == 8
     assert row["pause_before_us"] == 1
     assert (row["programs"], row["warps"], row["spilled"], row["programs_a_processor"]) == (6, 8, 8, 2)
-    for calls, message in ((4, "6 kernels are none of 4 equal calls"), (6, "calls differ")):
+    for calls, message in ((4, "6 kernel events cannot be 4 equal calls"), (6, "calls differ")):
         with pytest.raises(ValueError, match=message):
             by_place(found, calls)
 
@@ -96,10 +96,10 @@ def test_a_trace_is_read_call_by_call() -> None:
 def test_programs_that_fit_a_processor() -> None:
     from benchmarks.linear_profile import programs_a_processor
 
-    assert programs_a_processor(255, 256, 0) == 1  # registers
-    assert programs_a_processor(32, 1024, 0) == 2  # threads
+    assert programs_a_processor(255, 256, 0) == 1  # limited by registers
+    assert programs_a_processor(32, 1024, 0) == 2  # limited by threads
     assert programs_a_processor(16, 32, 0) == 32
-    assert programs_a_processor(85, 256, 131088) == 1  # shared memory
+    assert programs_a_processor(85, 256, 131088) == 1  # limited by shared memory
     assert programs_a_processor(98, 256, 114696) == 2
 
 

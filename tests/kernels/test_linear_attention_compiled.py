@@ -1,4 +1,4 @@
-"""The kernels of linear attention in Triton's compiler for Hopper, launched as they are: registers and memory."""
+"""The kernels of linear attention compile for Hopper with the launches of the table, within registers and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.kernels.launches import compile_for, spilled_bytes
 
 PASSES = ("keys", "queries", "grad_queries", "grad_sums", "grad_keys")
 HOPPER_SHARED_MEMORY = 227 * 1024
-"""Bytes that a program may take there, where tiles are copied whole; elsewhere the same launch loads them."""
+"""The shared memory in bytes that a program may take on Hopper, where tiles are copied whole. On other GPUs the same
+launch loads the tiles."""
 ABSENT = ("rstd", "weight", "table", "lengths", "space", "time", "scales", "weights", "found")
 
 
@@ -38,7 +39,7 @@ def kernel(name: str) -> Any:
 def compiled(
     name: str, channels: int, dtype: str, *given: str, conv: int = 0, described: bool = False, **other: int
 ) -> Any:
-    """Compile one pass with the optional tensors that are named; `other` is another launch than the table's."""
+    """Compile one pass with the named optional tensors; `other` replaces the launch of the table."""
     import torch
 
     from postgen.kernels.linear_attention import triton_launch
@@ -87,7 +88,7 @@ def compiled(
 @pytest.mark.parametrize("name", PASSES)
 def test_hardly_anything_is_spilled(name: str, channels: int, tmp_path: Path) -> None:
     found = compiled(name, channels, "bf16")
-    # Some bytes of a launch that is faster all the same; a loop that spills its sums takes thousands.
+    # The fastest launch may spill a few bytes; a loop that spills its sums would spill thousands.
     assert spilled_bytes(found.asm["ptx"], tmp_path, "stores") <= (
         208 if (name, channels) == ("grad_queries", 64) else 128
     )
@@ -101,7 +102,7 @@ def test_hardly_anything_is_spilled(name: str, channels: int, tmp_path: Path) ->
 def test_tiles_that_are_copied_whole(name: str, channels: int, more: tuple[str, ...], tmp_path: Path) -> None:
     found = compiled(name, channels, "bf16", *more, described=True)
     assert "cp.async.bulk.tensor" in found.asm["ptx"]
-    # No more than where threads load them.
+    # The spilled bytes are at most those of the variant in which threads load the tiles.
     loaded = spilled_bytes(compiled(name, channels, "bf16", *more).asm["ptx"], tmp_path, "stores")
     assert spilled_bytes(found.asm["ptx"], tmp_path, "stores") <= max(loaded, 64)
     assert found.metadata.shared <= HOPPER_SHARED_MEMORY

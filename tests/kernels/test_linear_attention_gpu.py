@@ -1,4 +1,4 @@
-"""The kernels of linear attention on a GPU, at the sizes of real models."""
+"""The kernels of linear attention on a GPU, with the sizes of real models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_equals_float64(case: str, channels: int) -> None:
     expected, exact_state, exact_key_sum = naive.linear_attention(*(x.double() for x in qkv), in_float64(given))
     assert worst_head(out, expected) < 4e-3
     assert relative_error(state, exact_state) < 4e-3
-    # Features that are no bfloat16 numbers by themselves are rounded before they are summed.
+    # Features that bfloat16 cannot represent are rounded before they are summed.
     rounded = given.rope is None and (given.qk_norm is not None or given.feature_map != "relu")
     assert relative_error(key_sum, exact_key_sum) < (4e-4 if rounded else 1e-5)
 
@@ -83,7 +83,7 @@ def test_gradients_equal_float64(case: str, channels: int, dtype: torch.dtype) -
     expected = torch.autograd.grad(reference, doubled, gradient.double())
     names = ["query", "key", "value", *leaves]
     for name, x, y in zip(names, found, expected, strict=True):
-        # What is left of numbers that nearly cancel: more of the rounding shows in float32.
+        # The terms of a gradient nearly cancel, so the relative error in float32 is larger than that of the terms.
         bound = 5e-4 if dtype == torch.float32 else 1.5 * BOUNDS[dtype]
         assert relative_error(x, y) < bound, name
 
@@ -143,8 +143,8 @@ def test_what_differs_from_the_mean_value_is_right_too(tokens: int, heads: int) 
     qkv = fused((1, tokens, heads, 128))
     out, expected = linear_attention(*(x.clone() for x in qkv)), exact(qkv, naive.Terms())
     assert worst_head(out, expected) < 4e-3
-    # Attention to so many independent keys is nearly even: the rest is some 0.5 % of the result, so the rounding of
-    # the bfloat16 result alone is as large as the rest; in float32 results it shows what the sums are worth.
+    # Attention over so many independent keys is nearly uniform: the deviation from the mean value is about 0.5 % of
+    # the result, which is as large as the bfloat16 rounding of the result. Float32 results show the error of the sums.
     upcast = linear_attention(*(x.float() for x in qkv))
     assert worst_head(off_mean(upcast, qkv[2]), off_mean(expected, qkv[2])) < 2e-3
     centred = (qkv[0], qkv[1], (qkv[2].float() - qkv[2].float().mean(dim=1, keepdim=True)).to(torch.bfloat16))
@@ -173,7 +173,7 @@ def test_dead_queries_and_nan() -> None:
 
 
 def test_more_numbers_than_32_bits_count() -> None:
-    # Two samples of a fused projection of Wan 14B at 720p: 2.3e9 numbers.
+    # The fused projection of two samples of Wan 14B at 720p holds 2.3e9 numbers, more than 2^31.
     shape = (2, 75_600, 3, 40, 128)
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(shape, generator=generator, dtype=torch.bfloat16, device="cuda").unbind(dim=2)
@@ -207,7 +207,7 @@ def test_repeats_records_and_compiles(case: str) -> None:
     assert_repeats(lambda: backward(*qkv))
     assert_records(lambda: forward(*qkv))
     assert_compiles_whole(forward, *qkv)
-    # A sample does not depend on its neighbours.
+    # The result of a sample does not depend on the other samples of the batch.
     if case == "plain":
         assert torch.equal(forward(*qkv)[1:], forward(*(x[1:] for x in qkv)))
 

@@ -1,4 +1,4 @@
-"""How linear attention's passes are shared out among programs."""
+"""The distribution of the passes of linear attention among programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from postgen.kernels.linear_attention.triton_launch import LAUNCHES, Launch, strips
 
 SHAPES = [((21, 30, 52), 12), ((21, 45, 80), 40), ((33, 45, 80), 24), ((1, 1, 1), 1), ((2, 7, 9), 3)]
-"""Grid of tokens, and heads."""
+"""The token grid and the number of heads."""
 HOW = LAUNCHES["convolution", 128]
 
 
@@ -20,7 +20,7 @@ def test_every_row_of_every_block_is_taken_once(grid: tuple[int, int, int], head
     share = strips(grid, heads, Launch(tokens=32, strip=8, programs=programs))
     taken = torch.zeros(heads * share.blocks, grid[1])
     for program in range(share.programs):
-        # As the kernel does.
+        # The same computation as in the kernel.
         others = max(program - share.whole, 0)
         block = min(program, share.whole + others // share.bands)
         top = others % share.bands * share.band
@@ -30,7 +30,7 @@ def test_every_row_of_every_block_is_taken_once(grid: tuple[int, int, int], head
 
 @pytest.mark.parametrize(("grid", "heads"), SHAPES[:3])
 def test_all_processors_are_busy_to_the_end(grid: tuple[int, int, int], heads: int) -> None:
-    """Rows that the busiest of an H100's processors goes through, rows read twice included, at shapes of Wan."""
+    """The busiest multiprocessor of an H100 reads at most 15 % more rows than the mean, including rows read twice."""
     share = strips(grid, heads, HOW)
     bands = (heads * share.blocks - share.whole) * share.bands
     busiest = share.whole // 132 * (grid[1] + 2) + -(-bands // 132) * (share.band + 4)

@@ -1,4 +1,4 @@
-"""The norm before a convolution of Wan's autoencoder: operation and gradients against diffusers' layers."""
+"""The norm before a convolution of Wan's autoencoder, compared to diffusers' layers, and its gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norm before a convolution of Wan's autoencoder on a GPU, at the sizes of training."""
+"""The norm before a convolution of Wan's autoencoder, on a GPU with the sizes of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norm and rotation: the reference against diffusers' own lines, finite differences, and the operations on the CPU."""
+"""Norm and rotation on the CPU: against diffusers' implementation, and the gradients against finite differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPE = (2, 8, 3, 8)
 
 
 def official(case: Case, name: str) -> Tensor:
-    """torch's norms and diffusers' rotation, for "q" or "k"."""
+    """Compute the norm and the rotation of "q" or "k" with torch's norms and diffusers' rotation."""
     arguments = case.of(name)
     x, weight, bias, norm = (arguments[key] for key in ("x", "weight", "bias", "norm"))
     if norm == "layer_norm":
@@ -32,7 +32,7 @@ def official(case: Case, name: str) -> Tensor:
         tables = [
             torch.cat([t, t], -1) if half else t.repeat_interleave(2, -1) for t in (arguments[k] for k in TABLES)
         ]
-        # diffusers takes one table for all heads here, so a head at a time.
+        # This function of diffusers takes one table for all heads, so it rotates one head at a time here.
         turned = []
         for head in range(x.shape[2]):
             cos, sin = (t[0, :, head if t.shape[2] > 1 else 0] for t in tables)
@@ -134,14 +134,14 @@ def test_attention_does_not_see_the_shift() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"norm": "batch_norm"}, "unknown norm 'batch_norm'. Known: none, rms_norm"),
+        ({"norm": "batch_norm"}, "norm must be one of none, rms_norm, .* got 'batch_norm'"),
         ({"q": torch.ones(8, 3, 8)}, r"q must be \(B, N, H, D\)"),
-        ({"k": torch.ones(2, 7, 3, 8)}, "in its heads only"),
-        ({"v": torch.ones(2, 8, 1, 8)}, "one shape"),
+        ({"k": torch.ones(2, 7, 3, 8)}, "only in the number of heads"),
+        ({"v": torch.ones(2, 8, 1, 8)}, "same shape"),
         ({"q_weight": torch.ones(8)}, r"q_weight must be \(24,\) with rms_norm_across_heads"),
         ({"q_weight": None, "norm": "none"}, "k_weight needs a norm"),
         ({"sin": None}, "given together"),
-        ({"first_token": 1}, "do not lie within 8"),
+        ({"first_token": 1}, "must lie within the 8"),
         ({"cos": torch.ones(1, 8, 1, 8), "sin": torch.ones(1, 8, 1, 8)}, "cos and sin must be"),
         ({"k_shift": torch.ones(2, 3, 4)}, "k_shift must be"),
     ],

@@ -1,4 +1,4 @@
-"""The kernel of norm and rotation passes the real compiler for Hopper: nothing spills, loads and stores are wide."""
+"""The kernel of norm and rotation compiles for Hopper without register spills, with wide loads and stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels.launches import compile_for, spilled_bytes
 
 
 def compiled(heads: int, channels: int, *, int8: bool = False, step: int = 2, capability: int = 90, **changes: Any):
-    """Compile for bfloat16 numbers and tables that are read every `step`-th number."""
+    """Compile for bfloat16 inputs and for tables of which every `step`-th number is read."""
     block_h, block_d, warps = blocks(heads, channels)
     pointers = dict.fromkeys(["q", "k", "q_weight", "k_weight"], "bf16") | {"cos": "fp32", "sin": "fp32"}
     pointers |= dict.fromkeys(["q_out", "k_out"], "i8" if int8 else "bf16")
@@ -56,11 +56,11 @@ def test_on_hopper(heads: int, channels: int, options: dict[str, Any], tmp_path:
     ptx = compiled(heads, channels, **options, **weights).asm["ptx"]
     assert spilled_bytes(ptx, tmp_path) == 0
     if not options.get("HALF"):
-        # Sixteen bytes a load; results are stored in rows as wide.
+        # A load has 16 bytes; results other than int8 are stored with 16 bytes too.
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx)
         assert options.get("int8") or re.search(r"st\.global[\w.:]*\.v4\.b32", ptx)
     if options["NORM"] == "rms_norm" and not options.get("HALF") and channels in (80, 128):
-        # The norm of a head, its rotation and its layout need no exchange through shared memory.
+        # The norm, rotation and layout of a head need no exchange through shared memory.
         assert "ld.shared" not in ptx
 
 

@@ -1,4 +1,4 @@
-"""The kernel of norm and rotation on a GPU, at the sizes of real models."""
+"""The Triton kernel of norm and rotation, on a GPU with the sizes of real models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_any_number_of_tokens(tokens: int) -> None:
 
 
 def test_more_numbers_than_32_bits_count() -> None:
-    # The projection holds 2 x 75600 x 3 x 5120 = 2.3e9 numbers.
+    # The projection holds 2 x 75600 x 3 x 5120 = 2.3e9 numbers, more than 2^31.
     qkv = torch.randn(2, 75_600, 15_360, dtype=torch.bfloat16, device="cuda")
     q, k, v = (x.unflatten(2, (40, 128)) for x in qkv.chunk(3, -1))
     found = qk_norm_rope(q, k, v, norm="rms_norm_across_heads")

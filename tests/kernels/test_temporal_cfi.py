@@ -1,4 +1,4 @@
-"""The measurement of Enhance-A-Video: the chunked operation against the reference."""
+"""The temporal self-attention share of Enhance-A-Video: the chunked operation against the reference."""
 
 import pytest
 import torch
@@ -70,10 +70,10 @@ def test_is_registered_well() -> None:
     ("query", "key", "chunk_size", "message"),
     [
         ((1, 2, 3, 4), (1, 2, 3, 4), None, "must be"),
-        ((1, 2, 3, 4, 5), (1, 2, 2, 4, 5), None, "heads only"),
-        ((1, 2, 3, 4, 5), (1, 2, 3, 4, 6), None, "heads only"),
-        ((1, 2, 3, 4, 5), (1, 2, 3, 3, 5), None, "no multiple"),
-        ((1, 2, 0, 4, 5), (1, 2, 0, 4, 5), None, "nothing to measure"),
+        ((1, 2, 3, 4, 5), (1, 2, 2, 4, 5), None, "number of heads"),
+        ((1, 2, 3, 4, 5), (1, 2, 3, 4, 6), None, "number of heads"),
+        ((1, 2, 3, 4, 5), (1, 2, 3, 3, 5), None, "must be a multiple"),
+        ((1, 2, 0, 4, 5), (1, 2, 0, 4, 5), None, "not be empty"),
         ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), 0, "at least 1"),
     ],
 )

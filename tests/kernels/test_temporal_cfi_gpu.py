@@ -1,4 +1,4 @@
-"""The kernel of Enhance-A-Video's measurement on a GPU, at the sizes of real models."""
+"""The Triton kernel of the temporal self-attention share, on a GPU with the sizes of real models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def fused(
     frames: int, places: int, heads: int, channels: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys as views of one fused projection, in token order."""
+    """Return queries and keys as views of one fused projection, in token order."""
     generator = torch.Generator("cuda").manual_seed(frames)
     shape = (batch, frames, places, 3, heads, channels)
     qkv = torch.randn(shape, generator=generator, dtype=dtype, device="cuda")
@@ -55,7 +55,7 @@ def test_grouped_keys_masks_and_odd_strides() -> None:
 
 
 def test_wan_14b_at_720p_takes_no_memory_and_fits_64_bit_offsets() -> None:
-    # Two samples of a fused projection of 21 frames of 3600 places: 2.3e9 numbers, more than 2^31.
+    # The fused projection of two samples with 21 frames of 3600 locations holds 2.3e9 numbers, more than 2^31.
     query, key = fused(21, 3600, 40, 128, batch=2)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -65,7 +65,7 @@ def test_wan_14b_at_720p_takes_no_memory_and_fits_64_bit_offsets() -> None:
     last = temporal_self_share(query[1:, :, places], key[1:, :, places])
     expected = naive.temporal_self_share(query[1:, :, places].float(), key[1:, :, places].float())
     assert torch.allclose(last, expected, rtol=1e-4)
-    # Independent standard normal numbers: every hundred places have the same mean but for chance.
+    # The inputs are independent normal numbers, so the means of any hundred locations differ by chance only.
     assert torch.allclose(found, expected.expand(2), rtol=2e-2)
 
 
@@ -74,7 +74,7 @@ def test_repeats_records_and_compiles() -> None:
     assert_repeats(lambda: temporal_self_share(query, key))
     assert_records(lambda: temporal_self_share(query, key))
     assert_compiles_whole(lambda q, k: temporal_self_share(q, k) * 2, query, key)
-    # A sample does not depend on its neighbours.
+    # The result of a sample does not depend on the other samples of the batch.
     assert torch.equal(temporal_self_share(query, key)[1:], temporal_self_share(query[1:], key[1:]))
 
 

@@ -1,4 +1,4 @@
-"""Asking the driver for a share of on-chip memory: when it is asked, for what, and that nothing depends on it."""
+"""Setting the shared-memory carveout through the CUDA driver: when it is set, to which value, and failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KERNEL = SimpleNamespace(function=12345)
 
 
 class Driver:
-    """Keeps what the driver was asked."""
+    """A stand-in for the CUDA driver that records its calls."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []
@@ -42,11 +42,11 @@ def test_a_kernel_is_asked_for_once(driver: Driver, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for _ in range(3):
         reserve(KERNEL, 30)
-    # No preference, then CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
+    # The first call sets no cache preference, the second CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
     assert driver.asked == [(12345, 0), (12345, 9, 30)]
     reserve(SimpleNamespace(function=54321), 30)
     assert len(driver.asked) == 4
-    # Another share, and the first one again.
+    # A different share is set, and then the first share again.
     reserve(KERNEL, 75)
     reserve(KERNEL, 30)
     assert driver.asked[4:] == [(12345, 0), (12345, 9, 75), (12345, 0), (12345, 9, 30)]
@@ -60,7 +60,7 @@ def test_nothing_is_touched_without_a_wish_or_a_handle_of_cuda(
     reserve(None, 30)  # the interpreter returns no kernel
     reserve(SimpleNamespace(function=None), 30)
     reserve(KERNEL, 0)
-    if cuda is None:  # torch for ROCm, on a machine where the library of CUDA may lie about
+    if cuda is None:  # torch for ROCm, on a machine that may have CUDA's library too
         reserve(KERNEL, 30)
     assert driver.opened == []
 

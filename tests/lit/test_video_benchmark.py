@@ -263,7 +263,7 @@ def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
     lit_video_report.write_page(None, page)
     assert page.read_text() == lit_video_report.PAGE.read_text() or (lit_video_report.RESULTS / "lit.json").is_file()
     page.write_text(text.replace("table: gates", "table: doors"))
-    with pytest.raises(UserError, match="should have types, fractions"):
+    with pytest.raises(UserError, match="must have types, fractions"):
         lit_video_report.write_page(found, page)
 
 
