@@ -48,9 +48,9 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--a", "steps=1", "--b", "steps=1"], "--a and --b say the same"),
-        (["--a", "stepz=1"], "'stepz=1' names no setting. Did you mean 'steps'? Known keys: model, lora"),
-        (["--a", "seed=1"], "both videos have one seed, which --seed sets"),
+        (["--a", "steps=1", "--b", "steps=1"], "--a and --b are the same"),
+        (["--a", "stepz=1"], "'stepz=1' is not a setting. Did you mean 'steps'? Known keys: model, lora"),
+        (["--a", "seed=1"], "both videos must have the same seed, set it with --seed"),
         (["--a", "steps"], "'steps' must be key=value"),
         (["--a", "steps=many"], "the value must be int"),
         (["--a", "steps=1", "--a", "steps=2"], "gives steps twice"),
@@ -70,7 +70,7 @@ def test_compare_wrong(cli: Any, tiny_wan: Path, tmp_path: Path, words: list[str
         (["a", "--width", "100"], "width must be a multiple of 16, got 100: use 96 or 112"),
         (["a", "--height", "-16"], "height must be above 0, got -16"),
         (["a", "--size", "96"], "--size must look like 96x96"),
-        (["a", "--size", "96x96", "--width", "96"], "say the same"),
+        (["a", "--size", "96x96", "--width", "96"], "set the same size"),
         (["a", "--steps", "0"], "num_inference_steps must be above 0"),
         (["a", "--steps", "many"], "Invalid value for '--steps'"),
         (["a", "--guidance", "nan"], "guidance_scale must be at least 0, got nan"),
@@ -163,7 +163,7 @@ def test_places_that_cannot_be_written(cli: Any, tiny_wan: Path, tmp_path: Path)
 
 def test_pictures(cli: Any, tiny_wan_image: Path, tmp_path: Path) -> None:
     words = ["generate", "a", "--model", tiny_wan_image, "-o", tmp_path / "x.mp4", *SMALL]
-    assert "makes video from a picture: name one with --image" in cli(*words).err
+    assert "generates video from an image: give one with --image" in cli(*words).err
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     for name in ("bad.png", "absent.png"):
         assert "cannot read the picture" in cli(*words, "--image", tmp_path / name).err
@@ -174,7 +174,7 @@ def test_pictures(cli: Any, tiny_wan_image: Path, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "cannot read the sidecar"),
-        ("[1]", "is no sidecar of postgen"),
+        ("[1]", "is not a sidecar of postgen"),
         ('{"settings": {"prompt": "a", "hight": 3}, "format": "mp4"}', "unknown settings hight"),
         ('{"settings": {"prompt": "a", "height": "tall"}, "format": "mp4"}', "height must be int"),
         ('{"settings": {"prompt": "a", "lora": "x"}, "format": "mp4"}', "lora must be a list"),

@@ -93,17 +93,15 @@ def test_other_models(tiny_wan: Path, half: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=text):
             student(prepare(GenerateConfig(prompt="a", model=str(model), **request)), str(vs))
 
-    refused("half itself: give another model", half, model=half)
+    refused("half is the same model as .*: give another model", half, model=half)
     twin = shutil.copytree(tiny_wan, tmp_path / "twin")
-    refused(
-        rf"half was made from {tiny_wan}, and the model it is compared with is .*twin: --model {tiny_wan}", half, twin
-    )
+    refused(rf"half was made from {tiny_wan}, but the comparison is with .*twin: give --model {tiny_wan}", half, twin)
     changed(half, "transformer/config.json", num_layers=4)
-    refused("half does not go with .*: num_layers of its transformer is 4, there it is 2", half)
+    refused("half cannot be compared with .*: num_layers of its transformer is 4, and in .* it is 2", half)
     changed(twin, "vae/config.json", z_dim=8)
-    refused("twin does not go with .*: z_dim of its vae is 8, there it is 4", twin)
+    refused("twin cannot be compared with .*: z_dim of its vae is 8, and in .* it is 4", twin)
     changed(twin, "model_index.json", _class_name="WanImageToVideoPipeline")
-    refused("twin is another model than .*: a WanImageToVideoPipeline with a WanTr", twin)
+    refused("twin cannot be compared with .*: it is a WanImageToVideoPipeline with a WanTr", twin)
     bound = LiTConfig(layers="1:mhla", grid=(3, 1, 2), mhla=MhlaOptions(blocks=(1, 1, 2), interpolate=False))
     fixed = converted(tiny_wan, tmp_path / "fixed", bound)
     refused(r"fixed/transformer: this mhla layer is made for a grid of \(3, 1, 2\) tokens .* got \(2, 1, 2\)", fixed,
@@ -113,7 +111,7 @@ def test_other_models(tiny_wan: Path, half: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--b", "steps=1"], "leave --a and --b out, or --vs"),
+        (["--b", "steps=1"], "omit --a and --b, or omit --vs"),
         (["--reward", "nope"], "unknown reward 'nope'"),
         (["--reward", "depth_consistency"], "needs the column 'depth'"),
         (["--vs", "absent"], "there is no model folder absent"),

@@ -70,7 +70,7 @@ def test_a_side_of_a_comparison_may_have_a_first_frame(tiny_wan: Path, tmp_path:
 
 def test_other_folders_take_no_first_frame(tiny_wan: Path, tmp_path: Path) -> None:
     request = GenerateConfig(prompt="a ball", model=str(tiny_wan), image=str(picture(tmp_path)), **SMALL)
-    with pytest.raises(UserError, match="WanPipeline takes text only: leave --image out"):
+    with pytest.raises(UserError, match="WanPipeline takes text only: omit --image"):
         prepare(request)
     folder = shutil.copytree(tiny_wan, tmp_path / "model")
     changed(folder, "postgen.json", image_to_video="yes")

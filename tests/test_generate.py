@@ -215,7 +215,7 @@ def test_comparing_clips_of_different_size(tiny_wan: Path, tmp_path: Path) -> No
     assert read_video(paths.both).shape == (9, 3, 32, 72)
     assert paths.sheet.is_file()
     other = prepare(GenerateConfig(prompt="a", model=str(tiny_wan), seed=1, **SMALL))
-    with pytest.raises(UserError, match="needs one seed, got 0 and 1"):
+    with pytest.raises(UserError, match="must have one seed, got 0 and 1"):
         compare_videos(jobs[0], other, paths)
 
 

@@ -40,12 +40,12 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 PLACES = {
     "": "the name of the output is empty",
     " ": "the name of the output is empty",
-    ".": "it is no name of its own",
-    "..": "it is no name of its own",
-    "...": "it is no name of its own",
-    "x/..": "it is no name of its own",
-    "/": "the slash at its end makes it a folder",
-    "x.mp4/": "the slash at its end makes it a folder",
+    ".": "it is not the name of an output",
+    "..": "it is not the name of an output",
+    "...": "it is not the name of an output",
+    "x/..": "it is not the name of an output",
+    "/": "a slash at the end means a folder",
+    "x.mp4/": "a slash at the end means a folder",
     "/dev/null": "it is a device, a pipe or a socket",
     "/dev/full": "it is a device, a pipe or a socket",
     "null.mp4": "it is a device, a pipe or a socket",
@@ -72,7 +72,7 @@ def test_odd_places_are_refused_before_anything_runs(cli: Any, tiny_wan: Path, o
 
 
 def test_a_zero_byte_and_a_file_where_a_folder_is_meant(odd: Path) -> None:
-    with pytest.raises(UserError, match="no name holds a zero byte"):
+    with pytest.raises(UserError, match="a name cannot contain a zero byte"):
         check_place(Path("x\0.mp4"))
     with pytest.raises(UserError, match="give the name of a folder"):
         check_place(Path("file"), folder=True)
@@ -294,8 +294,9 @@ def test_a_stop_says_how_many_videos_are_made(cli: Any, tiny_wan: Path, tmp_path
     done = cli(*words, "3")
     first, second = (tmp_path / f"x-00{n}.gif" for n in range(2))
     assert done.err.endswith(
-        f"postgen: stopped; 2 of 3 videos are made, {first} to {second}; the same command makes all of them again\n"
+        f"postgen: stopped; 2 of 3 videos were finished, {first} to {second}; the same command generates all of them"
+        " again\n"
     )
-    assert "none of 3 videos is made, and no half-written file was left" in cli(*words, "3").err
+    assert "none of 3 videos was finished, and no half-written file was left" in cli(*words, "3").err
     assert "postgen: stopped; no half-written file was left" in cli(*words, "1").err
     assert names(tmp_path) == [f"x-00{n}.{kind}" for n in range(2) for kind in ("gif", "json", "png")]

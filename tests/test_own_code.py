@@ -86,9 +86,9 @@ def test_rows_of_a_function(folder: Path) -> None:
     ("named", "text"),
     [
         ("nowhere.f", "cannot be imported: No module named 'nowhere'"),
-        ("nowhere.py:f", "cannot be imported: there is no file nowhere.py"),
-        ("own_d.py:g", "cannot be imported: there is no g in it"),
-        ("own_d.py", "is a file: say which function of it, as own_d.py:name"),
+        ("nowhere.py:f", "cannot be imported: the file nowhere.py does not exist"),
+        ("own_d.py:g", "cannot be imported: its module has no g"),
+        ("own_d.py", "is a file: add the name of the function, own_d.py:name"),
         ("own_e.py:f", "cannot be imported: ZeroDivisionError: division by zero"),
         ("own_f.py:f", "cannot be imported: SyntaxError"),
         ("own_g.py:f", "cannot be imported: SystemExit: 3"),

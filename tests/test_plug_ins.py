@@ -178,19 +178,19 @@ def test_rows_that_are_refused(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(table, "_rows", list(table._rows))
     first = known_plug_ins()[0]
     for change, message in (
-        ({}, "has the name fused_ops already"),
-        ({"name": "other"}, "has the option fused already"),
+        ({}, "already has the name fused_ops"),
+        ({"name": "other"}, "already has the option fused"),
     ):
         with pytest.raises(postgen.UserError, match=message):
             register_plug_in(dataclasses.replace(first, **change))
-    for change, message in (({"option": "a b"}, "must be a name of Python"), ({"parse": "x.y"}, "be module:function")):
+    for change, message in (({"option": "a b"}, "be a Python identifier"), ({"parse": "x.y"}, "be module:function")):
         with pytest.raises(postgen.UserError, match=message):
             dataclasses.replace(first, **change)
     register_plug_in(dataclasses.replace(first, name="guidance_scale", option="guided"))
     with pytest.raises(postgen.UserError, match="already has an argument guidance_scale"):
         WanPipeline.__call__  # noqa: B018
     register_plug_in(dataclasses.replace(first, name="other", option="steps"))
-    assert "the plug-in other has the option steps, which is taken" in cli("--help").err
+    assert "the option steps of the plug-in other already exists" in cli("--help").err
 
 
 def test_settings_that_are_no_options() -> None:

@@ -169,7 +169,7 @@ REWARDS: dict[str, tuple[Callable[[], Any], str]] = {
     "an address of nothing": (lambda: get_reward("http://"), "http"),
     "an address of a bad port": (lambda: get_reward("http://127.0.0.1:99999/"), "port|address|http"),
     "a word port": (lambda: get_reward("http://127.0.0.1:many/"), "port|address|http"),
-    "absent file": (lambda: get_reward("absent.py:fn"), "there is no file"),
+    "absent file": (lambda: get_reward("absent.py:fn"), "does not exist"),
     "absent module": (lambda: get_reward("absent_module.fn"), "cannot be imported"),
     "absent name": (lambda: get_reward("os.path.nobody"), "nobody"),
     "brackets": (lambda: split_rewards("world, clip_score(frames=8"), "do not match"),

@@ -211,7 +211,7 @@ def _exports(files: Mapping[str, Content]) -> Iterator[Row]:
             (*source, *out, "comfyui", "--family", "Wan"): "unknown family 'Wan'",
             (*source, *out, "kohya", "--family", "wan"): "MLPs",
             (*command, "absent.safetensors", *out, "kohya"): "absent",
-            (*source, "-o", "l.safetensors", "--format", "diffusers"): "is what is to be converted",
+            (*source, "-o", "l.safetensors", "--format", "diffusers"): "is the model to convert",
             (*source, "-o", "y.safetensors"): "--format",
         }.items():
             yield Row(name=" ".join(words)[:60], words=words, files=files, says=says)
