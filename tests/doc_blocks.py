@@ -1,7 +1,7 @@
-"""Runs the code blocks of a page in their order: Python in one namespace, shell commands in this process.
+"""Run the code blocks of a page in their order: Python in one namespace, shell commands in this process.
 
-A block is run as it is printed, but for what the tables of `tests.doc_swaps` change: names that stand for a user's own
-files and for models of the hub, and sizes, for which options are appended so that a command takes seconds.
+A block runs as it is printed, except for the changes of the tables in `tests.doc_swaps`: they replace names of the
+user's files and of models on the Hub, and append options with smaller sizes, so that a command takes seconds.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.apps.served import serving
 from tests.doc_swaps import BEFORE, SERVERS, SWAPS, smaller
 
 TAGGED_PROGRAMS = ("make", "pip", "python3", "bash", "torchrun")
-"""What is run by nobody here: a block with such a line carries a `no-run` tag."""
+"""Commands that are never run here. A block with such a command needs a `no-run` tag."""
 
 
 class Page:
-    """A page that is run in the current folder, where the embedded model lies as `postgen/assets/tiny-wan`."""
+    """A page that runs in the current folder, which contains the embedded model as `postgen/assets/tiny-wan`."""
 
     def __init__(self, page: Path) -> None:
         self.page = page
@@ -37,10 +37,10 @@ class Page:
         self._urls: dict[str, str] = {}
 
     def run(self, languages: tuple[str, ...] = ("python", "bash")) -> str:
-        """Run the blocks of these languages; return what they print.
+        """Run the blocks of these languages, and return their output.
 
         Raises:
-            AssertionError: a command ended with another code than 0, or a row of the table of swaps fits nowhere.
+            AssertionError: the exit code of a command is not 0, or a row of the table of swaps matches no text.
         """
         Path("postgen").symlink_to(ROOT / "postgen")
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ class Page:
                 self._shell(command, block)
 
     def _shell(self, line: str, block: Block) -> None:
-        """Run one command; what stands behind a pipe is left to a shell."""
+        """Run one command; a shell runs the part after a pipe."""
         first, _, rest = line.partition(" | ")
         words = shlex.split(first, comments=True)
         if not words:
@@ -87,7 +87,7 @@ class Page:
             subprocess.run(["sh", "-c", rest], input=said, text=True, check=True)
 
     def _serve(self, words: list[str]) -> None:
-        """Start a server at a free port, which is there until the page ends."""
+        """Start a server on a free port; it runs until the page ends."""
         port = words[words.index("--port") + 1] if "--port" in words else SERVERS[words[0]]
         Path("server").mkdir()
         given = ["-m", "postgen", *words, "--port", "0"]
@@ -96,10 +96,10 @@ class Page:
 
 
 def run_command(words: list[str], said_as: str) -> str:
-    """Run the command line in this process; return what it prints.
+    """Run the command line in this process, and return its output.
 
     Raises:
-        AssertionError: it ended with another code than 0.
+        AssertionError: the exit code is not 0.
     """
     from postgen.cli import main
 

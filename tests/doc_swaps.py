@@ -1,6 +1,6 @@
-"""What `tests.doc_blocks` changes in the blocks of pages before it runs them.
+"""Changes that `tests.doc_blocks` makes to the blocks of pages before it runs them.
 
-Nothing is downloaded, and a command that takes minutes gets sizes with which it takes seconds.
+They avoid downloads, and reduce sizes so that a command takes seconds instead of minutes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 MODEL = "postgen/assets/tiny-wan"
 
 SERVERS = {"demo": "7860", "serve-reward": "8765"}
-"""Commands that serve until they are stopped -> the port that they take; they are started, and ended with the page."""
+"""Commands that serve until they are stopped -> their port. They are stopped at the end of the page."""
 
 _LORA = """
 from diffusers import WanPipeline
@@ -83,13 +83,13 @@ pathlib.Path("FOLDER").mkdir()
 Image.effect_noise((64, 64), 50).convert("RGB").save("FOLDER/photo.png")
 """,
 }
-"""Page -> code that makes what the page takes for granted."""
+"""Page -> code that creates the files that the page needs."""
 
 SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "README.md": (
         ("FOLDER_OR_HUB_ID", MODEL),
         ("style.safetensors", "style"),
-        ("postgen demo ", "postgen demo --help "),  # docs/app.md starts it
+        ("postgen demo ", "postgen demo --help "),  # docs/app.md starts this server
         ('"height": 128, "width": 128, "num_frames": 33', '"height": 64, "width": 64, "num_frames": 5'),
         ('"num_inference_steps": 20', '"num_inference_steps": 2'),
     ),
@@ -115,24 +115,24 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("num_inference_steps=8,", "num_inference_steps=4, height=64, width=64, num_frames=5,"),
         ("fast-video --lora_path", "fast-tiny --use_peft true --output_dir runs/lora --lora_path"),
         ("--model runs/my-run/export", "--model runs/fast-tiny/export"),
-        ("recipes/fast-video.yaml", "fast-tiny --dry-run"),  # one process, a model that is here, and only the estimate
+        ("recipes/fast-video.yaml", "fast-tiny --dry-run"),  # one process, a local model, and only the estimate
     ),
-    # Rewards whose weights are here.
+    # Rewards whose weights are available.
     "rewards.md": (("hps_v2_1", "world_clip"), ("clip_score(frames=8)", "world_clip")),
     "worldweaver_pipeline.md": (
-        ("--stream", "--long 20"),  # it would not end
+        ("--stream", "--long 20"),  # the command would not end
         ("80:a blue", "4:a blue"),
         ("--adapter runs/x/export", "--adapter postgen/assets/world-weaver"),
     ),
     "worldweaver_training.md": (
-        # Videos of a user and eight GPUs: the recipe is only read.
+        # The recipe needs videos of the user and eight GPUs, so it is only read.
         (
             "accelerate launch --num_processes 8 -m postgen train worldweaver-wan --train_dataset CLIPS.jsonl",
             "postgen recipes show worldweaver-wan",
         ),
     ),
 }
-"""Page -> (printed, run) texts."""
+"""Page -> pairs of a printed text and the text that runs instead."""
 
 _CLIPS = ["--size", "64x64", "--frames", "5", "--steps", "2"]
 _LONG = ["--size", "64x64", "--steps", "3"]
@@ -150,20 +150,20 @@ _SMALL_TRAIN = {
     "world-depth": "--sizes 32 --pool_size 32 --pool_clips 2 --room_clips 2 --textures 2 --reconstructions 0"
     " --eval_clips 1 --max_steps 1 --per_device_train_batch_size 2 --bf16 false",
 }
-"""Recipe -> settings with which it takes seconds; they teach nothing."""
+"""Recipe -> settings with which it takes seconds; the model learns nothing."""
 
 
 def smaller(words: list[str]) -> list[str]:
-    """Return a command with options appended that make it small; of one that is given twice the last counts."""
+    """Return a command with appended options for small sizes; if an option is repeated, the last value counts."""
     command = words[0]
     if command == "generate" and ("--long" in words or "--continue" in words):
         place = words.index("--long") + 1
-        words = [*words[:place], f"{float(words[place]) / 20:g}", *words[place + 1 :]]  # 1 s for 20 s
+        words = [*words[:place], f"{float(words[place]) / 20:g}", *words[place + 1 :]]  # 1 s instead of 20 s
         return words if "--continue" in words else [*words, *_LONG]
     if command in ("generate", "compare"):
         return [*words, *_CLIPS]
     if words[:2] == ["convert", "lit"]:
-        # No size is smaller: in a small clip linear attention costs more.
+        # The size stays, because linear attention costs more in a smaller clip.
         return [*words, "--steps", "1", "--prompt", "a red ball"] if "--budget" in words else words
     if command == "train" and "--dry-run" not in words:
         return [*words, *_SMALL_TRAIN[words[1]].split()]

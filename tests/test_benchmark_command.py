@@ -1,4 +1,4 @@
-"""How a benchmark that runs for long ends."""
+"""The end of a long benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from postgen.errors import UserError
 
 
 def test_how_a_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line after wrong input, and after a signal or what a library made of it; a defect keeps its traceback."""
+    """Wrong input, a signal, and an error that a signal caused print one line; a bug keeps its traceback."""
 
     def wrong() -> int:
         raise UserError("no such thing")

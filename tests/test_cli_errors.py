@@ -1,4 +1,4 @@
-"""The command line given wrong input, and stopped: one line, the right exit code, no file."""
+"""Wrong input and signals on the command line: one line, the right exit code, no file."""
 
 import shutil
 import signal
@@ -133,7 +133,7 @@ def test_missing_embedded_model(cli: Any, tmp_path: Path, monkeypatch: pytest.Mo
     def missing() -> Path:
         raise postgen.UserError("the embedded model is missing")
 
-    # First the package, which takes the name from the module when it is first asked for it.
+    # Access the name through the package first, because the package imports it from the module on first use.
     monkeypatch.setattr(postgen, "embedded_model", missing)
     monkeypatch.setattr(postgen.assets, "embedded_model", missing)
     assert "the embedded model is missing" in cli("generate", "a", "-o", tmp_path / "x.mp4").err
@@ -193,7 +193,7 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
     words = ["generate", "a", "--model", str(tiny_wan), "-o", str(tmp_path / "x.mp4"), "--size", "32x16"]
     command = [sys.executable, "-m", "postgen", *words, "--frames", "5", "--steps", "1000000"]
 
-    # A shell that runs tests in the background makes its children deaf to Ctrl-C.
+    # Child processes of a shell in the background ignore Ctrl-C.
     def hear() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -203,7 +203,7 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
         watch.start()
         while process.poll() is None and not _listens(process.pid):
             time.sleep(0.05)
-        time.sleep(1)  # into what it imports then
+        time.sleep(1)  # during the imports
         process.send_signal(number)
         told = process.stderr.read()
         watch.cancel()
@@ -214,7 +214,7 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
 
 
 def _listens(process: int) -> bool:
-    """Whether a process has a handler of SIGTERM, which Python alone has not; where nobody can say, 3 s are enough."""
+    """Return whether a process has a handler of SIGTERM, which only postgen installs. If unknown, wait 3 s."""
     status = Path("/proc", str(process), "status")
     if not status.exists():
         time.sleep(3)
@@ -258,7 +258,7 @@ def test_warnings_are_one_line(tiny_wan: Path, tmp_path: Path) -> None:
 
 
 def test_control_c_while_an_object_is_deleted() -> None:
-    """Python ignores what is raised there; the command ends all the same."""
+    """Python ignores an exception that is raised there, but the command must end."""
     script = """
 import time, typer
 from postgen import cli

@@ -1,4 +1,4 @@
-"""How code blocks of pages are found and run."""
+"""Finding and running the code blocks of pages."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_at_most_a_fifth_is_not_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_worked_examples_are_all_python_of_that_page() -> None:
-    """Tests of their own run them: tests/test_worked_*.py."""
+    """Other tests run these blocks: tests/test_worked_*.py."""
     python = [block for block in blocks_of_page(ROOT / "CONTRIBUTING.md") if block.language == "python"]
     worked = [code for heading in ("## A model", "## An inference method", "## A reward") for code in blocks(heading)]
     assert [block.code for block in python if block.code not in worked] == []

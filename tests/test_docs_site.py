@@ -1,4 +1,4 @@
-"""The documentation site: what is generated is up to date, every public name is described, links lead somewhere."""
+"""The documentation site: generated files are up to date, every public name is described, all links work."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_papers_of_the_project_are_in_the_index():
 
 
 def test_every_metric_of_the_log_is_in_the_glossary():
-    """Keys with a slash, of which the code can be searched; those without one were collected by hand."""
+    """Keys with a slash, for which the code can be searched. Keys without a slash were collected by hand."""
     glossary = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     files = [path for part in ("grpo", "training") for path in (ROOT / "postgen" / part).glob("*.py")]
     found = {key for path in files for key in re.findall(r'"([a-z_]+/[a-z_]+)"', path.read_text(encoding="utf-8"))}
@@ -92,7 +92,7 @@ def test_every_metric_of_the_log_is_in_the_glossary():
 
 
 class _Loader(yaml.SafeLoader):
-    """mkdocs.yml names a function of Python."""
+    """Loader for mkdocs.yml, which names a Python function."""
 
 
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)

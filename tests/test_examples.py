@@ -1,6 +1,6 @@
-"""Every example runs as it is, in a folder of its own, and leaves what its docstring says that it writes.
+"""Every example runs in its own folder, and writes the files that its docstring names.
 
-All of them run in the process of the tests, where torch and diffusers are imported once.
+All examples run in the process of the tests, so that torch and diffusers are imported once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def promised(script: Path) -> list[str]:
-    """Return the files and folders that an example's docstring names as written."""
+    """Return the files and folders that the docstring of an example names as its output."""
     said = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     return re.findall(r"`(out/[^`]+)`", said)
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file has content, or a folder a file with content."""
+    """Return whether a file has content, or a folder has a file with content."""
     files = [path] if path.is_file() else path.rglob("*")
     return any(file.is_file() and file.stat().st_size for file in files)
 
 
 def run(script: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Run an example in the current folder; return what it promised and did not write."""
+    """Run an example in the current folder, and return the named files that it did not write."""
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")
     return [name for name in promised(script) if not is_there(Path(name))]
@@ -49,7 +49,7 @@ def test_it_runs(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[notebook.stem for notebook in NOTEBOOKS])
 def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code cells, one after the other; a kernel of Jupyter would add nothing but its start."""
+    """The code cells of the notebook, one after the other, without a Jupyter kernel, which takes long to start."""
     monkeypatch.chdir(tmp_path)
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     code = ["".join(cell["source"]) for cell in cells]

@@ -1,4 +1,4 @@
-"""The benchmark of calls in threads: nothing is wrong, and what is wrong is counted."""
+"""The benchmark of calls in threads finds no errors, and it counts errors if there are some."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_no_call_is_wrong() -> None:
 
 
 def test_settings_that_cross_calls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every thread read the settings that were opened last."""
+    """Simulate that every thread reads the settings that were entered last."""
     last = property(lambda self: ([self._usual, *self._calls])[-1])
     monkeypatch.setattr(AttachedPlugIn, "now", last)
     found = faults_threads.wrong_by_plug_in(calls=8)

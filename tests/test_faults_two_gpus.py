@@ -1,4 +1,4 @@
-"""What `benchmarks.faults_two_gpus` counts as going on, and how its file becomes a part of `faults.json`."""
+"""What `benchmarks.faults_two_gpus` counts as a successful resume, and how its file is merged into `faults.json`."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_gates_of_two_gpus_are_taken_with_their_stamp(tmp_path):
     source = {
         **stamp,
         "settings": {"steps": 4},
-        # Of the targets those of `faults.py` hold.
+        # The targets of `faults.py` apply.
         "gates": [gate(name, value, "==", 1) for name, value in zip(faults.TWO_GPUS, (1e-7, 1, 1), strict=True)],
         "rows": {"two_gpus": [{**ROW, "run": "a-one"}, *two], "resume": [ROW]},
     }
@@ -58,7 +58,7 @@ def test_gates_of_two_gpus_are_taken_with_their_stamp(tmp_path):
     assert found["rows"]["resume_other_count"] == [ROW]
     assert found["rows"]["short_reads"] == [{"short": 3}]
     assert found["not_measured"] == []
-    # What is measured here later leaves them and their stamp alone.
+    # Later measurements do not change these values and their stamp.
     again = faults.measured(["none of them"], found)
     assert again["remeasured"] == found["remeasured"]
     assert [row for row in again["gates"] if row["name"] in faults.TWO_GPUS] == [

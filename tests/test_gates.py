@@ -69,7 +69,7 @@ def test_parts_measured_again_have_stamps_of_their_own(tmp_path):
     assert set(again["remeasured"]) == {"a"}
     assert stamp["device"] == gates.device()
     assert stamp["settings"] == {"scenes": 8}
-    # What was measured again before keeps its stamp.
+    # Values that were measured earlier keep their stamp.
     amend_result(path, {"b": 4}, {"scenes": 9}, rows)
     assert read_result(path)["remeasured"]["a"] == stamp
     with pytest.raises(ValueError, match="device cannot be measured"):

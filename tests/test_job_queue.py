@@ -1,4 +1,4 @@
-"""Commands that need one another: order, what failed, what a deadline or Ctrl-C stops, and going on afterwards."""
+"""Commands that depend on each other: order, failures, stops by a deadline or Ctrl-C, and continuation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLEEPS = "open(f + '/begun', 'w').close(); time.sleep(60)"
 
 
 def job(folder: Path, name: str, code: str, *needs: str, checked: bool = False, **more: Any) -> Job:
-    """A command of Python that knows the folder as `f`; where it is checked it is done when a file of its name is."""
+    """Return a job that runs code with the folder as `f`; if checked, it is done when a file of its name exists."""
     words = (sys.executable, "-S", "-c", f"import os, time; f = {str(folder)!r}; {code}")
     done: dict[str, Any] = {"check": (folder / name).exists} if checked else {"mark": folder / "done" / name}
     return Job(name=name, command=words, log=folder / f"{name}.log", needs=needs, **done, **more)
@@ -32,7 +32,7 @@ def adds(name: str) -> str:
 
 
 def test_order_places_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is needed comes first; of what failed nothing that needs it is begun, the rest is."""
+    """Required jobs run first. Jobs that need a failed job do not start; all others run."""
     jobs = {
         each.name: each
         for each in (
@@ -54,13 +54,13 @@ def test_order_places_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "base: done\n" in said
     assert "orphan: not done\n" in said
     assert "broken: not done\n" not in said
-    # A second call does what failed again and leaves alone what is done.
+    # A second call repeats failed jobs, and does not repeat finished jobs.
     assert [each.name for each in wanted(jobs, ["child", "orphan"])] == ["orphan", "broken"]
     assert [each.name for each in wanted(jobs, ["child"])] == []
 
 
 def test_a_failure_keeps_others_from_beginning_where_that_is_asked(tmp_path: Path) -> None:
-    """What runs already goes on to its end; jobs that wait for one another are not waited for."""
+    """After a failure, running jobs finish but no job begins. Jobs that need each other in a circle never begin."""
     jobs = [job(tmp_path, "broken", "raise SystemExit(7)"), job(tmp_path, "beside", "time.sleep(0.6)")]
     jobs.append(job(tmp_path, "later", adds("later")))
     assert run_jobs(jobs, ["", ""], go_on=False) == {"broken": "failed", "later": "not begun"}
@@ -71,7 +71,7 @@ def test_a_failure_keeps_others_from_beginning_where_that_is_asked(tmp_path: Pat
 
 
 def test_a_deadline_and_what_comes_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What runs is told to stop and may save; the next call goes on; what the command itself leaves is enough."""
+    """Running jobs receive a signal and can save, and the next call continues from the files of the command."""
     slow = job(tmp_path, "slow", f"{SAVES} os.path.exists(f + '/kept') or time.sleep(60)")
     later = job(tmp_path, "later", "open(f + '/later', 'w').close()", "slow", checked=True)
     ticks: list[float] = []
@@ -90,7 +90,7 @@ def test_a_deadline_and_what_comes_after_it(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_what_ends_well_or_not_at_all_after_a_deadline(tmp_path: Path) -> None:
-    """One that has come to its end while it was told to stop is done; one that does not heed it is killed."""
+    """A job that finishes after the signal is done; a job that ignores the signal is killed."""
     ends = f"import signal; signal.signal(15, lambda *_: os._exit(0)); {SLEEPS}"
     jobs = [job(tmp_path, "ends", ends), job(tmp_path, "deaf", DEAF + SLEEPS.replace("begun", "deaf-begun"))]
     jobs.append(job(tmp_path, "early", ends.replace("begun", "early-begun"), checked=True))
@@ -102,7 +102,7 @@ def test_what_ends_well_or_not_at_all_after_a_deadline(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_stops_what_runs(tmp_path: Path) -> None:
-    """Ctrl-C ends the call: its commands may save, what there is is collected."""
+    """Ctrl-C ends the call: its commands can save, and existing results are collected."""
     ticks: list[float] = []
 
     def tick() -> None:
@@ -117,7 +117,7 @@ def test_an_interrupt_stops_what_runs(tmp_path: Path) -> None:
 
 
 def test_logs_threads_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log is gone on with or begun anew; a command has two threads unless somebody says otherwise."""
+    """A log is continued or begun anew. A command has two threads by default."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     shown = "print(os.environ['OMP_NUM_THREADS'], os.environ.get('MINE'))"
     kept, anew = job(tmp_path, "kept", shown), job(tmp_path, "anew", shown, keep_log=False)
@@ -134,7 +134,7 @@ def test_logs_threads_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_begin_and_what_cannot_be_written(tmp_path: Path) -> None:
-    """Neither a job that cannot be prepared, nor a look that fails on the way, stops the others."""
+    """Other jobs run even if a job cannot be prepared or a check fails."""
 
     def broken() -> None:
         raise RuntimeError("no room")
@@ -158,7 +158,7 @@ def test_what_cannot_begin_and_what_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "whole_group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: Path) -> None:
-    """Ctrl-C in a terminal goes to a whole group, SIGTERM to one process: a command gets one signal, and may save."""
+    """Ctrl-C reaches a whole process group, SIGTERM one process: a command receives one signal and can save."""
     command = f"""if True:
         import signal, time
         came, f = [], {str(tmp_path)!r}
@@ -193,7 +193,7 @@ def test_a_signal_lets_commands_save(number: int, whole_group: bool, tmp_path: P
     (os.killpg if whole_group else os.kill)(process.pid, number)
     time.sleep(0.3)
     if process.poll() is None:
-        os.kill(process.pid, number)  # a second one ends nothing before it has saved
+        os.kill(process.pid, number)  # a second signal does not end a command before it has saved
     assert process.wait(20) == 128 + number
     assert (tmp_path / "got").read_text() == "1"
     assert (tmp_path / "looked").exists()

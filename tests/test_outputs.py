@@ -1,4 +1,4 @@
-"""What a call writes: all of it or nothing, never over itself or its own input, and nothing of it after a signal."""
+"""Outputs of a call: all files or none, never over another output or an input, and none after a signal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.test_cli_errors import SMALL, names
 
 @pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with things in the way; it is the current one."""
+    """The current folder, with files and folders that are in the way of outputs."""
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("x")
@@ -165,7 +165,7 @@ def test_a_comparison_that_fails_half_way_leaves_what_was_there(
 
 @pytest.mark.parametrize("inside", [True, False], ids=["command", "library"])
 def test_signals_wait_while_names_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
-    """A signal between two renames arrives after the last."""
+    """A signal between two renames arrives after the last rename."""
     rename = os.replace
 
     def renamed(*paths: Any) -> None:
@@ -213,7 +213,7 @@ def test_termination_is_raised_once_more_where_nobody_heeds_it(monkeypatch: pyte
 
 
 def test_signals_that_are_ignored_stay_so() -> None:
-    """As under nohup."""
+    """The process ignores the signal, as under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stoppable() as stop, held():

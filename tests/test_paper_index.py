@@ -1,4 +1,4 @@
-"""docs/paper_index.md has every paper that is cited, and its modules, recipes and results are there."""
+"""docs/paper_index.md lists every cited paper, and the modules, recipes and results that it names exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINK = re.compile(r"\]\(([^)]+)\)")
 
 
 def table(heading: str) -> dict[str, list[str]]:
-    """arXiv number -> the other cells of its row."""
+    """Return arXiv number -> other cells of the row."""
     section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     rows = ROW.findall(section)
     assert len(rows) == section.count("\n| ["), "a row is not of the form that this test reads"
@@ -28,7 +28,7 @@ USED, PLANNED = table("In use"), table("Planned")
 
 
 def cited(path: Path) -> set[str]:
-    """arXiv numbers in a file, or in the Python files of a folder."""
+    """Return the arXiv numbers in a file, or in the Python files of a folder."""
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return {number for file in files for number in CITED.findall(file.read_text(encoding="utf-8"))}
 

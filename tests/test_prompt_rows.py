@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, and what is refused by name."""
+"""Files of prompts: supported formats, and formats that are refused."""
 
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def test_file_names_tell_prompts_apart() -> None:
     ]
     names = [_file_name(prompt) for prompt in prompts]
     assert len(set(names)) == len(prompts)
-    # A temporary name beside the video adds some twenty bytes.
+    # The name of the temporary file is about twenty bytes longer.
     assert max(len(name.encode()) for name in names) < 200
 
 

@@ -1,4 +1,4 @@
-"""Recipes and prompts by name: each can be listed, shown, copied and run from anywhere."""
+"""Recipes and prompts by name: each can be listed, shown, copied, and run from any folder."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def test_a_copy_runs_where_it_is(cli, tmp_path, monkeypatch):
     files = ["my own/nft-tiny.yaml", "my own/prompts/two-bodies.jsonl", "my own/prompts/two-bodies-held-out.jsonl"]
     assert copied.out.splitlines() == [*files, "Run it: postgen train 'my own/nft-tiny.yaml'"]
     assert load_recipe("my own/nft-tiny.yaml")[1].train_dataset == files[1]
-    # Another recipe with the same prompts finds them there.
+    # Another recipe with the same prompts can be copied to the same folder.
     assert cli("recipes", "copy", "fast-tiny", "my own").code == 0
     assert cli("recipes", "copy", "dancegrpo").out.splitlines() == [
         "recipes/dancegrpo.yaml",

@@ -1,4 +1,4 @@
-"""A sidecar that names files without their places, as those of the app, and `postgen generate --from`."""
+"""`postgen generate --from` with a sidecar that names files without folders, as sidecars of the app do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of prompts, pictures and sidecars, and the rows that a run is trained on."""
+"""Wrong files of prompts, images and sidecars, and wrong rows of a training dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _picture(path: Path) -> None:
 
 
 def _bomb(path: Path) -> None:
-    """A picture of 60,000 x 60,000 pixels in a few bytes."""
+    """Write an image of 60,000 x 60,000 pixels in a few bytes."""
     size = (60_000).to_bytes(4, "big") * 2 + b"\1\0\0\0\0"
     chunk = b"IHDR" + size
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big"))
@@ -41,7 +41,7 @@ def _cut(path: Path) -> None:
 
 
 PROMPTS: dict[str, tuple[str, Content, str]] = {
-    # what: name of the file, its content, what must be said
+    # description: name of the file, its content, pattern of the message
     "empty": ("p.txt", "", "contains no prompt"),
     "blank lines": ("p.txt", "\n \n\t\n", "contains no prompt"),
     "not UTF-8": ("p.txt", b"caf\xe9\n", "not UTF-8 text"),
@@ -147,7 +147,7 @@ SETTINGS = {
     "enhance": (3, "many", "inf", ["auto"]),
     "fused": (True, "nothing", ["adaln"]),
 }
-"""Setting of a sidecar -> values that are none."""
+"""Setting of a sidecar -> wrong values."""
 
 
 def _prompts() -> Iterator[Row]:
@@ -206,7 +206,7 @@ per_device_train_batch_size: 2
 
 _GOOD = {"prompt": "a", "image": "i.png"}
 ROWS: dict[str, tuple[str, list[Mapping[str, object]], str]] = {
-    # what: model, rows, what must be said
+    # description: model, rows, pattern of the message
     "no image in row 6": ("image", [*[_GOOD] * 5, {"prompt": "b"}], "row 6 of train_dataset has no image"),
     "image null": ("image", [_GOOD, {"prompt": "a", "image": None}], "row 2 of train_dataset has no image"),
     "no image at all": ("image", [{"prompt": "a"}], "row 1 of train_dataset has no image"),
@@ -234,7 +234,7 @@ RIGHT_ROWS: dict[str, tuple[str, list[Mapping[str, object]]]] = {
 }
 
 TRAIN: dict[str, str] = {
-    # lines of the recipe -> what must be said
+    # lines of the recipe -> pattern of the message
     "train_dataset: absent.jsonl": "absent.jsonl cannot be read",
     "train_dataset: sys:exit": "ended the program",
     "train_dataset: math:pi": "not a function",

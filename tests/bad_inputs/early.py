@@ -1,4 +1,4 @@
-"""What is wrong with a call is found before the model is: there is none here, and the option is named first."""
+"""Wrong options are found before the model is loaded: the model does not exist, and the message names the option."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ OPTIONS: dict[tuple[str, ...], str] = {
     ("--frobnicate", "1"): "No such option",
     ("--steps",): "--steps",
 }
-"""Words after `generate a -o x.mp4 --model ./absent` -> what must be said."""
+"""Words after `generate a -o x.mp4 --model ./absent` -> pattern of the message."""
 
 GENERATE: dict[tuple[str, ...], str] = {
     ("generate",): "there is no prompt",
@@ -181,7 +181,7 @@ def rows() -> Iterator[Row]:
     """Yield all rows."""
     for words, says in OPTIONS.items():
         base = ("generate", "a", "-o", "x.mp4", "--model", "./absent")
-        # What only a model can tell is told of one that is there.
+        # Errors that depend on the model are tested with a model that exists.
         if words[0] in ("--negative-prompt", "--lora", "--enhance", "--fused") or words[1:2] == ("cuda:\u0661",):
             base = (*base[:-1], "{wan}")
         yield Row(name=f"early {' '.join(words)[:40]}", words=(*base, *words), says=says)
