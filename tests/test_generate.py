@@ -1,5 +1,4 @@
-"""The library functions of `generate` and `compare`, and the properties of a model that are known without its
-weights."""
+"""The library functions of `generate` and `compare`, and the properties of a model that are known before loading."""
 
 import json
 import shutil

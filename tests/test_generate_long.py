@@ -1,5 +1,4 @@
-"""Long videos on the command line: complete after every chunk, and continued by another process with identical
-bytes."""
+"""Long videos on the command line: complete after every chunk, and continued by another process bit by bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Functions of the user are found in the current folder by module or by file, no matter how the program was
-started."""
+"""Functions of the user are found in the current folder by module or file, however the program was started."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Broken model folders: errors in the small files are found before the weights are read, other errors while
-reading."""
+"""Broken model folders: errors in small files are found before the weights are read, other errors while reading."""
 
 from __future__ import annotations
 

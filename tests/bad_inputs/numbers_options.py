@@ -1,5 +1,4 @@
-"""Wrong numbers on the command line, generated from the parameters of all commands, so that new options are
-covered."""
+"""Wrong numbers on the command line, generated from the parameters of all commands, including new options."""
 
 from __future__ import annotations
 
