@@ -28,7 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wan_components(*, in_channels: int = LATENT_CHANNELS, head_dim: int = 12, seed: int = 0) -> dict[str, Any]:
-    """Return the components of a Wan pipeline with random weights, and with Wan's compression: 8x in space, 4x in time.
+    """Return the components of a Wan pipeline with random weights and Wan's compression: 8x in space, 4x in time.
 
     `latents_mean` and `latents_std` are neither 0 nor 1, so that tests detect a missing normalisation. `in_channels`
     is larger than the 4 latent channels for an image-to-video transformer. FP8 layers accept the width with `head_dim`

@@ -42,7 +42,7 @@ def copied(
     json_files: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes | Callable[[Path], object] | None] | None = None,
 ) -> Callable[[Path], object]:
-    """Return a function that copies a model with changes of JSON entries, and with replaced or (None) removed files."""
+    """Return a function that copies a model with changed JSON entries, and with replaced or (None) removed files."""
 
     def make(target: Path) -> None:
         shutil.copytree(folder(name), target, copy_function=os.link)
