@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     warnings.formatwarning = _warning
-    _say_what_can_be_said()
+    _escape_output()
     _wait_asleep()
     with stoppable() as stop:
         code = _run(words, stop)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     raise SystemExit(code)
 
 
-def _say_what_can_be_said() -> None:
+def _escape_output() -> None:
     """Print characters that the terminal cannot encode as escape sequences, instead of failing.
 
     File names may contain bytes that are not UTF-8, and the terminal may use another encoding.

@@ -84,7 +84,7 @@ class PairPaths:
 
 
 def pair_paths(output: Path, format: str | None = None, *, report: bool = False) -> PairPaths:
-    """Return the output files of a comparison: beside `x.mp4` stand `x-a.mp4` and `x-b.mp4`.
+    """Return the output files of a comparison: `x.mp4`, and `x-a.mp4` and `x-b.mp4` beside it.
 
     Args:
         output: path of the side-by-side video.

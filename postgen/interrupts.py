@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Stop:
-    """State of a command that may be asked to end by a signal."""
+    """State of a command that a signal can end."""
 
     number: int = 0
     """Number of the first signal that arrived; 0: none."""

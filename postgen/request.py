@@ -108,7 +108,7 @@ class GenerateConfig:
 def portable(config: GenerateConfig) -> dict[str, Any]:
     """Return the settings for a sidecar. Paths become absolute, so that the sidecar can be used from every folder.
 
-    The texts of plug-ins stand beside the fields, each under its option; None: the plug-in is off.
+    The result also contains the texts of plug-ins, each under its option; None: the plug-in is off.
     """
     settings = dataclasses.asdict(config)
     texts = settings.pop("plug_ins")

@@ -41,7 +41,7 @@ class LongWords:
             if not asked and getattr(self, name):
                 raise UserError(f"--{name} needs --long, --stream or --continue: add one of them")
         if self.long is not None and self.stream:
-            raise UserError("--long sets a length, and --stream has no end: give only one of them")
+            raise UserError("--long sets a length, and --stream has no end: give one of them")
         return asked
 
 
