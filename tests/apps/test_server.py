@@ -180,7 +180,7 @@ def test_without_gradio_there_is_one_line(cli, monkeypatch):
         (["--runs", "no-such-folder"], "no folder of training runs"),
         (["--upload-mb", "0"], "--upload-mb must be"),
         (["--offload", "model", "--device", "cpu"], "moves parts to a GPU"),
-        (["--offload", "auto", "--long-seconds", "9"], "excludes long videos"),
+        (["--offload", "auto", "--long-seconds", "9"], "makes no long videos"),
         (["--allow-host", "http://a.example"], "allow_host takes a name"),
     ],
 )
