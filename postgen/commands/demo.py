@@ -120,7 +120,7 @@ def demo(
     from postgen.apps.settings import AppSettings, read_auth
 
     if long_seconds is not None and offload not in (None, "none"):
-        raise UserError("--long-seconds cannot be used with --offload: the page then makes no long videos, omit one of them")
+        raise UserError("--long-seconds cannot be used with --offload: the app then makes no long videos, omit one")
     names = model or []
     given: dict[str, Any] = {
         **{"model": names[0] if names else None, "outputs": outputs, "runs": runs, "port": port, "host": host},
