@@ -1,7 +1,7 @@
 """postgen makes a trained diffusers video model better, faster and longer, without forking it.
 
-Nothing heavy is imported here: each public name is fetched from its module when it is first used, so `import postgen`
-costs a few milliseconds and pulls in neither torch nor diffusers.
+This module imports nothing heavy. A public name is imported from its module when it is first used, so `import postgen`
+takes a few milliseconds and imports neither torch nor diffusers.
 """
 
 from importlib import import_module
@@ -79,7 +79,7 @@ __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from its module, once."""
+    """Import a public name from its module on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'postgen' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The `postgen` command. Nothing heavy is imported before a command runs."""
+"""The `postgen` command. Heavy modules are imported only when a command runs."""
 
 import io
 import os
@@ -32,29 +32,33 @@ MAKE, JUDGE, TRAIN, CONVERT, SERVE, ABOUT = "Make", "Judge", "Train", "Convert",
 """Groups of commands in `postgen --help`."""
 
 _PATIENCE = 5.0
-"""Seconds that a stopped command has to end its threads."""
+"""Seconds that the threads of a stopped command have to end before the process exits."""
 _SPINS = "1000"
-"""Rounds, some microseconds, for which a waiting thread of GNU's OpenMP spins before it sleeps. Its own 300,000 take
-milliseconds. With 10,000 and two threads, on 2 cores that 9 other processes wanted, 4 chunks of a long video were not
-made within 120 s, in none of three runs; with 1000 they were in all three, 7 to 15 s a chunk."""
+"""Number of rounds that a waiting thread of GNU OpenMP spins before it sleeps: 1000 rounds take some microseconds, the
+default of 300,000 rounds takes milliseconds. Measured with two threads on 2 cores that 9 other processes used too:
+with 10,000 rounds, none of three runs finished 4 chunks of a long video within 120 s; with 1000 rounds, all three runs
+did, in 7 to 15 s per chunk."""
 
 
 def app(**words: Any) -> Any:
-    """Run the command line as it is now: plug-ins that were registered before this call have their options."""
+    """Run the command line with the options of all plug-ins that are registered at this time."""
     return _commands(known_plug_ins())(**words)
 
 
 @lru_cache(maxsize=1)
 def _commands(rows: tuple[PlugIn, ...]) -> Any:
-    """Return what parses and runs, for a table of plug-ins: made once, which takes as long as most calls."""
+    """Return the click command for a table of plug-ins.
+
+    The result is cached, because building the command takes as long as most calls.
+    """
     return typer.main.get_command(build())
 
 
 def build() -> typer.Typer:
-    """Return the command line, with an option for each row of the table of plug-ins.
+    """Return the command line, with one option for each registered plug-in.
 
     Raises:
-        UserError: a plug-in has the option of a setting.
+        UserError: a plug-in has the same option name as a setting.
     """
     commands = typer.Typer(
         name="postgen",
@@ -70,7 +74,7 @@ def build() -> typer.Typer:
     commands.command(rich_help_panel=TRAIN, context_settings=SETTINGS)(train)
     commands.add_typer(recipes_commands(), name="recipes", rich_help_panel=TRAIN)
     commands.add_typer(convert_commands(), name="convert", rich_help_panel=CONVERT)
-    short = "The same as convert lora."
+    short = "Alias of convert lora."
     commands.command("export-lora", rich_help_panel=CONVERT, short_help=short)(checked(export_lora))
     commands.command("serve-reward", rich_help_panel=SERVE)(serve_reward)
     commands.command(rich_help_panel=ABOUT)(info)
@@ -85,29 +89,29 @@ def _show_version(asked: bool) -> None:
 
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave the process.
+    """Run the command line and exit the process.
 
-    A wrong input is one line on standard error and exit code 2, Ctrl-C one line and 130, SIGTERM the same line and
-    143; any other exception is a defect and keeps its traceback.
+    Wrong input prints one line on standard error and exits with code 2. Ctrl-C prints one line and exits with code
+    130; SIGTERM prints the same line and exits with code 143. Any other exception is a bug and keeps its traceback.
 
     Args:
-        arguments: the words after `postgen`; None takes them from the process.
+        arguments: command-line arguments after `postgen`; None: those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     warnings.formatwarning = _warning
-    _say_what_can_be_said()
+    _escape_output()
     _wait_asleep()
     with stoppable() as stop:
         code = _run(words, stop)
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Nothing is left to clean up: Ctrl-C while Python ends is no traceback.
+        # Nothing is left to clean up, so Ctrl-C during the shutdown of Python should not print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if arguments is None and stop.number:
         leave_given_up(code)
@@ -115,20 +119,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     raise SystemExit(code)
 
 
-def _say_what_can_be_said() -> None:
-    """Write what a terminal has no sign for as its number: names of files need not be UTF-8, nor the terminal."""
+def _escape_output() -> None:
+    """Print characters that the terminal cannot encode as escape sequences, instead of failing.
+
+    File names may contain bytes that are not UTF-8, and the terminal may use another encoding.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _wait_asleep() -> None:
-    """Let threads that wait for each other sleep soon, unless the environment says how they wait.
+    """Make waiting OpenMP threads sleep after a short spin, unless environment variables already configure the wait.
 
-    On a busy machine a thread loses its core in the middle of an operation. If the others spin until it comes back,
-    they keep it from a core: two threads were then several times slower than one.
+    On a busy machine a thread can lose its core in the middle of an operation. Threads that spin until it returns
+    occupy the cores that it needs: two threads were then several times slower than one.
     """
-    if "torch" in sys.modules:  # the library has been loaded, and read the environment
+    if "torch" in sys.modules:  # OpenMP is loaded and has already read the environment
         return
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = _SPINS
@@ -141,18 +148,18 @@ def _run(words: list[str], stop: Stop) -> int:
         result = app(args=words, prog_name="postgen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(stop)
-    except SystemExit as left:  # `train` has told what there is to say
+    except SystemExit as left:  # `train` has already printed its message
         if not isinstance(left.code, int):
             raise
         return left.code
     except Exception as error:
-        if stop.number:  # what became of the interrupt inside a library
+        if stop.number:  # a library turned the interrupt into this exception
             return _stopped(stop)
         if (code := tell_error(error)) is None:
             raise
         return code
     code = result if isinstance(result, int) else 0
-    # Newer typer turns Ctrl-C into this code by itself.
+    # Newer versions of typer convert Ctrl-C to exit code 130 themselves.
     return _stopped(stop) if code == 130 else code
 
 
@@ -167,7 +174,7 @@ def _stopped(stop: Stop) -> int:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """What concerns the user in one line, without the place in the code that said it."""
+    """Format a warning: one line without the source location for `UserWarning`, the location for other categories."""
     if category is UserWarning:
         return f"postgen: warning: {' '.join(str(message).split())}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"

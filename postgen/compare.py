@@ -1,4 +1,4 @@
-"""The same seed under two settings, or with two models: what stands behind `postgen compare`."""
+"""Generate one seed with two settings or with two models: the implementation of `postgen compare`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from postgen.rewards import RewardRunner
 
 Lend = Callable[[Job], AbstractContextManager[Any]]
-"""Gives the loaded pipeline of a job to a block, as an app does that keeps models in memory."""
+"""Function that returns a context manager, which yields the loaded pipeline of a job. An app that keeps models in
+memory lends them in this way."""
 
 _ROW = 8
+"""Largest number of frames of a row of the contact sheet."""
 _LATENTS = {
     "transformer": ("in_channels", "out_channels", "patch_size", "patch_size_t"),
     "vae": (
@@ -51,45 +53,46 @@ _LATENTS = {
         *("spatial_compression_ratio", "temporal_compression_ratio"),
     ),
 }
-"""What configurations of networks say of the latents: models that differ in it do not begin from the same noise."""
+"""Keys of the network configurations that determine the shape of the latents. Models with different values do not
+start from the same noise."""
 _SIDE = 256
-"""Pixels of the longer side of the clip that motion is looked for in."""
+"""Longest side, in pixels, of the clip on which motion is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairPaths:
-    """The files of a comparison."""
+    """Output files of a comparison."""
 
     both: Path
-    """The two videos side by side."""
+    """Video that shows both videos side by side."""
     sheet: Path
-    """Contact sheet: a row of frames of each."""
+    """Contact sheet with one row of frames for each video."""
     a: Written
-    """The left video."""
+    """Files of the left video."""
     b: Written
-    """The right video."""
+    """Files of the right video."""
     kind: str
     """Format of the three videos."""
     report: Path | None = None
-    """What was measured, JSON; None where nothing is."""
+    """JSON file with the measurements; None: no measurements are written."""
 
     @property
     def files(self) -> list[Path]:
-        """All eight, or nine with the report at the end; the side-by-side video and its sheet first."""
+        """All eight files, or nine with the report: the side-by-side video and its sheet first, the report last."""
         files = [self.both, self.sheet, *self.a.files, *self.b.files]
         return files if self.report is None else [*files, self.report]
 
 
 def pair_paths(output: Path, format: str | None = None, *, report: bool = False) -> PairPaths:
-    """Name the files of a comparison after the side-by-side video: `x.mp4` gets `x-a.mp4` and `x-b.mp4` beside it.
+    """Return the output files of a comparison: `x.mp4`, and `x-a.mp4` and `x-b.mp4` beside it.
 
     Args:
-        output: the side-by-side video.
-        format: of the videos; None takes it from the name.
-        report: whether measurements are written too, `x.json`.
+        output: path of the side-by-side video.
+        format: format of the videos; None: the suffix of `output` determines it.
+        report: whether the measurements are also written, to `x.json`.
 
     Raises:
-        VideoError: an unknown format, or a place that cannot be written.
+        VideoError: the format is unknown, or a path cannot be written.
     """
     both, kind = output_paths(output, format)
     output = both.video
@@ -110,26 +113,27 @@ def compare_videos(
     rewards: RewardRunner | None = None,
     lend: Lend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make two videos and write both, the two side by side, and a contact sheet with a row of each.
+    """Generate two videos. Write both, a side-by-side video, and a contact sheet with one row for each video.
 
     Args:
-        a: the left one, from `postgen.generate.prepare`.
-        b: the right one; the loaded model is used again where it is the same.
-        paths: from `pair_paths`.
-        labels: what tells them apart, for the contact sheet.
-        on_step: called after each step with (steps done, steps in all) of both together.
-        rewards: what scores both for `paths.report`.
-        lend: gives the pipelines, one at a time; None loads them, and the first is gone before the second comes.
+        a: job of the left video, from `postgen.generate.prepare`.
+        b: job of the right video. If both jobs use the same model, the model is loaded once.
+        paths: output files, from `pair_paths`.
+        labels: names of the two videos on the contact sheet.
+        on_step: callback after each denoising step, with (steps done, all steps) counted over both videos.
+        rewards: scores both videos for `paths.report`.
+        lend: returns the pipelines, one at a time. None: this function loads them, and frees the first before it loads
+            the second.
 
     Returns:
         The two clips, (F, 3, H, W) in [0, 1].
 
     Raises:
-        UserError: seeds that differ, or anything that `generate_video` would raise.
+        UserError: the seeds differ, or an error of `generate_video`.
     """
     check_apart(paths.files, [file for job in (a, b) for file in read_by(job.config)])
     if a.config.seed != b.config.seed:
-        raise UserError(f"a comparison needs one seed, got {a.config.seed} and {b.config.seed}")
+        raise UserError(f"both videos of a comparison must have one seed, got {a.config.seed} and {b.config.seed}")
     clips, notes = _both((a, b), on_step, lend or _loaded)
     told = None if paths.report is None else _report((a, b), clips, notes, paths, rewards)
     with all_written(paths.files) as parts:
@@ -142,7 +146,7 @@ def compare_videos(
 
 
 def _both(jobs: tuple[Job, Job], on_step: StepCallback | None, lend: Lend) -> tuple[list[Tensor], list[Any]]:
-    """Return the clips of two jobs, and for each the seconds that it took and the device."""
+    """Return the clips of two jobs, and for each clip the seconds of its generation and the device."""
     steps = [job.config.num_inference_steps or 0 for job in jobs]
     total = sum(steps) if all(steps) else 0
     clips: list[Tensor] = []
@@ -153,7 +157,7 @@ def _both(jobs: tuple[Job, Job], on_step: StepCallback | None, lend: Lend) -> tu
                 start, before = time.perf_counter(), steps[0] * len(clips)
                 clips.append(run(pipe, job, _shifted(on_step, before, total)))
                 notes.append((time.perf_counter() - start, str(execution_device(pipe))))
-        pipe = None  # frees a model before the next one, or networks of rewards, are loaded
+        pipe = None  # free this model before the next model or the networks of rewards are loaded
     return clips, notes
 
 
@@ -165,41 +169,43 @@ def _loaded(job: Job) -> Iterator[Any]:
 
 
 def student(a: Job, model: str) -> Job:
-    """Return the job of another version of a model, with the very settings of the first.
+    """Return the job of a student model with the same settings as the job of its teacher.
 
     Args:
-        a: of the teacher, from `prepare`.
-        model: folder or hub id of its student: what `postgen convert lit` or a training run has written, or a whole
+        a: job of the teacher, from `prepare`.
+        model: folder or Hub id of the student: the output of `postgen convert lit` or of a training run, or a whole
             pipeline.
 
     Raises:
-        UserError: no model, or one of another class, of another base, or with other latents.
+        UserError: `model` is not a model, is the teacher itself, or has another class, another base model, or latents
+            of another shape.
     """
     name = "the embedded model" if a.config.model is None else a.config.model
     base = inspect_model(postgen.embedded_model() if a.config.model is None else a.config.model)
     facts = inspect_model(model)
     if facts.parts == base.parts and facts.source == base.source:
-        raise UserError(f"{model} is {name} itself: give another model to compare it with")
+        raise UserError(f"{model} is the same model as {name}: give another model to compare it with")
     if facts.parts and facts.source != base.source:
         made = "the embedded model" if Path(facts.source) == postgen.embedded_model() else facts.source
-        option = "leave --model out" if made != facts.source else f"--model {facts.source}"
-        raise UserError(f"{model} was made from {made}, and the model it is compared with is {name}: {option}")
+        option = "omit --model" if made != facts.source else f"give --model {facts.source}"
+        raise UserError(f"{model} was made from {made}, but the comparison is with {name}: {option}")
     kinds = (facts.pipeline, facts.transformer), (base.pipeline, base.transformer)
     if kinds[0] != kinds[1]:
         told, own = (" with a ".join(map(str, kind)) for kind in kinds)
-        raise UserError(f"{model} is another model than {name}: a {told}, not a {own}")
+        raise UserError(f"{model} cannot be compared with {name}: it is a {told}, not a {own}")
     _check_networks(model, name, facts, base, a)
     dtype = a.facts.defaults.dtype or "auto" if a.config.dtype == "auto" else a.config.dtype
     return prepare(dataclasses.replace(a.config, model=model, dtype=dtype))
 
 
 def _check_networks(model: str, name: str, facts: ModelFacts, base: ModelFacts, a: Job) -> None:
-    """See that networks have the same latents; those of an export are to be what the base's are altogether.
+    """Check that the networks of two models have latents of the same shape.
 
-    Layers that are ours must compute on the grid of the clip.
+    The networks of an export of postgen must have the whole configuration of the base model. Their converted layers
+    must support the token grid of the clip.
 
     Raises:
-        UserError: a setting in which they differ.
+        UserError: a configuration value differs.
     """
     known = small_files(base.source)[0]
     if facts.parts:
@@ -213,18 +219,20 @@ def _check_networks(model: str, name: str, facts: ModelFacts, base: ModelFacts, 
         for key in keys:
             if not key.startswith("_") and theirs.get(key) != ours.get(key):
                 raise UserError(
-                    f"{model} does not go with {name}: {key} of its {part} is {shown(theirs.get(key))}, there it is"
-                    f" {shown(ours.get(key))}"
+                    f"{model} cannot be compared with {name}: {key} of its {part} is {shown(theirs.get(key))},"
+                    f" and in {name} it is {shown(ours.get(key))}"
                 )
         if len(config) > len(theirs):
             _check_clip(model, part, config, a)
 
 
 def _check_clip(model: str, part: str, config: Mapping[str, Any], a: Job) -> None:
-    """See that the layers of a converted network compute on the grid of a clip, before minutes go into the other side.
+    """Check that the layers of a converted network support the token grid of a clip.
+
+    The check runs before the generation of the other video, which can take minutes.
 
     Raises:
-        UserError: they do not.
+        UserError: a layer does not support the grid.
     """
     frames, height, width = a.config.num_frames, a.config.height, a.config.width
     if frames is None or height is None or width is None:
@@ -247,7 +255,7 @@ def _report(
     paths: PairPaths,
     rewards: RewardRunner | None,
 ) -> dict[str, Any]:
-    """Return what is told of two clips, as JSON has it."""
+    """Return the measurements of two clips as JSON values."""
     sides = []
     for job, clip, (seconds, place), files in zip(jobs, clips, notes, (paths.a, paths.b), strict=True):
         sides.append(
@@ -279,15 +287,16 @@ def _report(
 
 
 def difference(a: Tensor, b: Tensor) -> dict[str, float | None]:
-    """Return how far two clips (F, 3, H, W) in [0, 1] are from each other.
+    """Return the difference of two clips (F, 3, H, W) in [0, 1].
 
-    `psnr` is 10 log10(1 / mean squared difference) in decibels over all frames, None where they are equal;
-    `largest_difference` is that of one value. Both are None where the clips have other sizes.
+    `psnr` is 10 log10(1 / mean squared difference) in decibels over all frames, and None if the clips are equal.
+    `largest_difference` is the largest absolute difference of a value. Both are None if the clips have different
+    shapes.
     """
     if a.shape != b.shape:
         return {"psnr": None, "largest_difference": None}
     squares, largest = 0.0, 0.0
-    for ours, theirs in zip(a, b, strict=True):  # a long clip in double precision is large
+    for ours, theirs in zip(a, b, strict=True):  # frame by frame: a long clip in double precision is large
         far = (ours.double() - theirs.double()).abs()
         squares, largest = squares + float(far.square().sum()), max(largest, float(far.max()))
     mean = squares / a.numel()
@@ -295,10 +304,10 @@ def difference(a: Tensor, b: Tensor) -> dict[str, float | None]:
 
 
 def motion_of(clip: Tensor) -> float | None:
-    """Return how far things move in a frame of a clip (F, 3, H, W), in its pixels: `postgen.metrics` has the measure.
+    """Return the motion of a clip (F, 3, H, W) in pixels per frame, measured by `postgen.metrics`.
 
-    A clip of more than 256 pixels a side is made smaller by a whole factor first, which takes less time and finds
-    faster motion. None for one frame, or for pictures smaller than a block of 8 pixels.
+    A clip with a side of more than 256 pixels is first reduced by a whole factor, which takes less time and detects
+    faster motion. Returns None for a clip of one frame, or of frames smaller than a block of 8 x 8 pixels.
     """
     from torch.nn.functional import avg_pool2d
 
@@ -328,7 +337,7 @@ def _write_both(a: Tensor, b: Tensor, parts: list[Path], kind: str, labels: tupl
 
 
 def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, list[int]]:
-    """Return up to `_ROW` frames of each, evenly in time and of one size, first those of `a`; and their indices."""
+    """Return up to `_ROW` frames of each clip, evenly spaced and padded to one size, and their indices; `a` first."""
     import torch
     from torch.nn.functional import pad
 

@@ -1,4 +1,4 @@
-"""Errors that are meant for the person at the keyboard."""
+"""Errors for the user, and the functions that check values and write error messages."""
 
 import difflib
 import math
@@ -9,18 +9,18 @@ from typing import cast
 
 
 class UserError(ValueError):
-    """A wrong input. The message is one line: what was given, what is allowed, what to do.
+    """Wrong input. The message is one line: what was given, what is allowed, what to do.
 
-    The command line prints it and exits with code 2; nothing is written.
+    The command line prints the message, writes no output and exits with code 2.
     """
 
 
 _MOST = 80
-"""Characters of a value in a message."""
+"""Largest number of characters of a value in a message."""
 
 
 def shown(value: object) -> str:
-    """Return what a message says of a wrong value: its `repr`, cut where it is long.
+    """Return a wrong value as text for an error message: its `repr`, shortened if it is long.
 
     >>> shown("many"), shown(10**5000), shown("9" * 5000)
     ("'many'", 'a number of 5001 digits', "'999999999999999999999999999999999999999...9999999' (5002 characters)")
@@ -29,13 +29,13 @@ def shown(value: object) -> str:
         return f"a number of {math.floor(value.bit_length() * math.log10(2)) + 1} digits"
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # Python writes out no number of more than 4300 digits, and no deep nesting
+    except (ValueError, RecursionError):  # Python cannot print ints of more than 4300 digits, nor very deep nesting
         return f"a {type(value).__name__} that is too large to show"
     return cut(text if "\n" not in text else " ".join(text.split()))
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number that is no switch, and not so large that it cannot become a float.
+    """Return whether a value is a finite int or float, not a bool, and not too large for a float.
 
     >>> is_number(1), is_number(True), is_number(math.nan), is_number(10**400)
     (True, False, False, False)
@@ -46,22 +46,22 @@ def is_number(value: object) -> bool:
 
 
 def is_whole(value: object, least: int, most: int = 2**31 - 1) -> bool:
-    """Whether a value is an int from `least` to `most`, and no switch."""
+    """Return whether a value is an int from `least` to `most`, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_number(name: str, value: object, least: float, most: float = 10**9, *, whole: bool = False) -> None:
-    """Hold a setting to a range.
+    """Check that the value of a setting is a number within a range.
 
     Args:
-        name: of the setting.
-        value: anything.
-        least: smallest value that is allowed.
-        most: largest one.
-        whole: whether it must be an int.
+        name: name of the setting.
+        value: value of any type.
+        least: smallest allowed value.
+        most: largest allowed value.
+        whole: whether the value must be an int.
 
     Raises:
-        UserError: it is no such number.
+        UserError: the value is not a number, or it is outside the range.
     """
     if is_number(value) and (not whole or isinstance(value, int)) and least <= cast(float, value) <= most:
         return
@@ -70,14 +70,17 @@ def check_number(name: str, value: object, least: float, most: float = 10**9, *,
 
 
 def check_text(name: str, text: str) -> None:
-    """Hold a text to Unicode: half of a character comes from bytes that are not UTF-8, or from JSON's escapes.
+    """Check that a text can be encoded as UTF-8.
+
+    A lone surrogate (half of a character) comes from bytes that are not UTF-8, or from an escape sequence of JSON. No
+    tokenizer can read it, and no file can store it.
 
     Args:
-        name: what it is.
+        name: name of the text in the error message.
         text: the text.
 
     Raises:
-        UserError: no tokenizer can read it, and no file can keep it.
+        UserError: the text contains a lone surrogate.
 
     >>> check_text("the prompt", "a ball")
     """
@@ -85,12 +88,13 @@ def check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{name} is no text in UTF-8: character {error.start + 1} is {text[error.start]!r}, which is none"
+            f"{name} is not UTF-8 text: character {error.start + 1} is {text[error.start]!r}, half of a character;"
+            " remove it"
         ) from error
 
 
 def why_no_pattern(value: object) -> str | None:
-    """Return why a value is no regular expression that names can be held against; None: it is one.
+    """Return the reason why a value is not a regular expression for names; None if it is one.
 
     >>> why_no_pattern(r"blocks[.]0[.].*"), why_no_pattern(b"blocks")
     (None, 'a text is needed')
@@ -105,19 +109,19 @@ def why_no_pattern(value: object) -> str | None:
 
 
 def cut(text: str, most: int = _MOST) -> str:
-    """Return a text whose middle is left out where it is longer than `most`."""
+    """Return a text; if it is longer than `most` characters, without its middle."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]}...{text[-most // 10 :]} ({len(text)} characters)"
 
 
 def cut_words(text: str, most: int = _MOST) -> str:
-    """Return a text in one line, and of each word that is longer than `most` its beginning and its end."""
+    """Return a text in one line; of each word longer than `most` characters only the beginning and the end remain."""
     return " ".join(cut(word, most) for word in text.split())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the part of a message that names the nearest of what is known; nothing where none is near.
+    """Return the part of a message that suggests the known word most similar to `word`; empty if none is similar.
 
     >>> did_you_mean("step", ["steps", "fps"]), did_you_mean("qqq", ["steps"])
     (" Did you mean 'steps'?", '')
@@ -127,7 +131,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def named_error(error: BaseException) -> str:
-    """Return the class and the message of an error in one line; of a private class, what it is one of.
+    """Return the class and the message of an error in one line; for a private class, its first public base class.
 
     >>> named_error(ValueError("a, and\\n  b"))
     'ValueError: a, and b'
@@ -137,7 +141,7 @@ def named_error(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name where it says nothing.
+    """Return the first line of the message of an error, or the name of its class if the message is empty.
 
     >>> first_line(OSError("no header\\nat byte 0")), first_line(KeyError())
     ('no header', 'KeyError')

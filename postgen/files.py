@@ -1,4 +1,4 @@
-"""Write files and folders so that nobody ever sees half of one."""
+"""Write files and folders atomically, so that no reader ever sees an incomplete one."""
 
 import errno
 import os
@@ -14,18 +14,18 @@ from postgen.errors import UserError
 from postgen.interrupts import held
 
 _unfinished: set[Path] = set()
-"""Temporary names that are in use."""
+"""Temporary paths that are in use."""
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary name beside `target`; what stands there takes its place when the block ends well.
+    """Context manager that yields a temporary path, and renames it to `target` when the block ends without an error.
 
-    Works for a file and for a folder. On any exception, Ctrl-C included, the temporary is removed and `target` is as
-    before. The folder that holds `target` is created when it is missing.
+    It works for a file and for a folder. On any exception, including Ctrl-C, it removes the temporary file or folder
+    and leaves `target` unchanged. It creates the parent folder of `target` if that is missing.
 
     Raises:
-        OSError: the place cannot be written.
+        OSError: `target` cannot be written.
 
     >>> from tempfile import mkdtemp
     >>> note = Path(mkdtemp()) / "note.txt"
@@ -40,12 +40,18 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_all(targets: Sequence[Path]) -> Iterator[list[Path]]:
-    """Give a temporary name for each of several files and folders: all of them take their places, or none does.
+    """Context manager that works like `replacing` for several files and folders: it replaces all of them or none.
 
-    As `replacing`, which says more. A link stays: what it names is replaced. Signals wait while names change.
+    A symbolic link remains, and the file that it points to is replaced. Signals are delayed during the renaming.
+
+    Args:
+        targets: final paths.
+
+    Yields:
+        The temporary paths, in the order of `targets`.
 
     Raises:
-        OSError: a place cannot be written.
+        OSError: a target cannot be written.
     """
     targets = [_real(target) for target in targets]
     parts = [_part(target) for target in targets]
@@ -62,34 +68,34 @@ def replacing_all(targets: Sequence[Path]) -> Iterator[list[Path]]:
         with held():
             _clear(parts)
             for folder in reversed(made):
-                with suppress(OSError):  # somebody else has put something there
+                with suppress(OSError):  # another process has written a file there
                     folder.rmdir()
 
 
 def discard_unfinished() -> None:
-    """Remove all temporary files that are in use: for the end of a command that was stopped, wherever it was."""
+    """Remove all temporary files that are in use. The command line calls this after it was stopped at any point."""
     _clear(list(_unfinished))
 
 
 def _part(target: Path) -> Path:
-    # A name may be as long as the file system allows, and that of its temporary file must fit as well.
+    # The name of the target may have the largest allowed length, and the name of the temporary file must fit too.
     return target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}.part")
 
 
 def _real(path: Path) -> Path:
-    """Return where a link leads, also where nothing is yet; any other path as it is."""
+    """Return the target of a symbolic link, even if the target does not exist; return any other path unchanged."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _make_parents(target: Path) -> list[Path]:
-    """Make the folder of a file; return the folders that are new, from the outermost."""
+    """Create the parent folders of a file, and return the new ones, beginning with the outermost."""
     missing = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     return missing[::-1]
 
 
 def _place(pairs: list[tuple[Path, Path]]) -> None:
-    """Rename all, or undo what was renamed and raise."""
+    """Rename all temporary paths to their targets. On an error, undo the renaming and raise the error."""
     old: list[tuple[Path, Path]] = []
     new: list[Path] = []
     try:
@@ -97,8 +103,8 @@ def _place(pairs: list[tuple[Path, Path]]) -> None:
             folders = part.is_dir() and target.is_dir()
             if target.is_dir() and not part.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            # One file replaces another in a single step. No system call does so with a folder that is not empty, nor
-            # with several files: there the old one steps aside first.
+            # The system can replace one file by another in a single step, but not several files, nor a folder that is
+            # not empty. In these cases the old one is renamed first, so that it can be restored.
             if (folders or len(pairs) > 1) and os.path.lexists(target):
                 aside = part.with_suffix(".old")
                 os.replace(target, aside)
@@ -119,7 +125,7 @@ def _place(pairs: list[tuple[Path, Path]]) -> None:
 def _clear(parts: Iterable[Path]) -> None:
     for part in parts:
         _unfinished.discard(part)
-        with suppress(NotADirectoryError):  # it was never made: a file stands where its folder should
+        with suppress(NotADirectoryError):  # the part was never written: a file has the name of its folder
             _remove(part)
 
 
@@ -131,41 +137,42 @@ def _remove(path: Path) -> None:
 
 
 def named(text: str, *, folder: bool = False) -> Path:
-    """Return the path that a text names, for something to be written; `~` is the home of a user.
+    """Return the path of an output that a user names; `~` is replaced by the home folder.
 
     Args:
-        text: what the user gave.
-        folder: whether a folder is meant, which a slash at the end says.
+        text: the name that the user gave.
+        folder: whether the output is a folder, so that the name may end with a slash.
 
     Raises:
-        UserError: it is empty, or a folder where a file is meant.
+        UserError: the name is empty, or it ends with a slash although the output is a file.
     """
     if not text.strip():
-        raise UserError("the name of the output is empty: say what to write")
+        raise UserError("the name of the output is empty: name the file or folder to write")
     if text[-1] in (os.sep, os.altsep) and not folder:
-        raise UserError(f"cannot write {text}: the slash at its end makes it a folder, name a file")
-    with suppress(RuntimeError):  # nobody of that name has a home
+        raise UserError(f"cannot write {text}: a slash at the end means a folder, give the name of a file")
+    with suppress(RuntimeError):  # there is no user of that name
         return Path(text).expanduser()
     return Path(text)
 
 
 def check_place(output: Path, *, folder: bool | None = None) -> None:
-    """Find out whether something can be written, before work goes into it.
+    """Check that an output can be written, before any time is spent on computing it.
 
-    A file is written and vanishes at once: permissions alone do not tell (full disks, read-only and special mounts).
+    The check writes a file and removes it at once, because permissions alone do not show a full disk, a read-only
+    mount or a special mount.
 
     Args:
-        output: what is going to be written; its folder need not exist yet.
-        folder: whether it will be a folder; None for either.
+        output: path of the output; its folder need not exist yet.
+        folder: whether the output is a folder; None: either.
 
     Raises:
-        UserError: nothing can be written there; it is `.`, `..` or no name at all; a folder stands where a file is
-            meant, or a file where a folder; it is a device, a pipe or a socket.
+        UserError: the path cannot be written; it is `.`, `..` or empty; a folder exists where a file is to be written,
+            or a file where a folder is to be written; or the path is a device, a pipe or a socket.
     """
     if not output.name.strip(". "):
-        raise UserError(f"cannot write {str(output) or '(nothing)'}: it is no name of its own, give one")
+        raise UserError(f"cannot write {str(output) or '(nothing)'}: it is not the name of an output, give a name")
     if "\0" in str(output):
-        raise UserError(f"cannot write {str(output)!r}: no name holds a zero byte")
+        raise UserError(f"cannot write {str(output)!r}: a name cannot contain a zero byte")
     try:
         mode = _mode(output)
         home = next(parent for parent in _real(output).absolute().parents if _mode(parent))
@@ -179,7 +186,7 @@ def check_place(output: Path, *, folder: bool | None = None) -> None:
 
 
 def _mode(path: Path) -> int:
-    """Return the mode of what stands there; 0 for nothing."""
+    """Return the mode of the file or folder at a path; 0 if there is none."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -188,40 +195,43 @@ def _mode(path: Path) -> int:
 
 def _check_kind(output: Path, mode: int, folder: bool | None) -> None:
     if stat.S_ISDIR(mode) and folder is False:
-        raise UserError(f"cannot write {output}: it is a folder")
+        raise UserError(f"cannot write {output}: it is a folder, give the name of a file")
     if stat.S_ISREG(mode) and folder:
         raise UserError(f"cannot write {output}: it is a file, give the name of a folder")
     if mode and not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        raise UserError(f"cannot write {output}: it is a device, a pipe or a socket, and no file")
+        raise UserError(f"cannot write {output}: it is a device, a pipe or a socket, give the name of a file")
 
 
 def check_apart(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
-    """See that the outputs of a call overwrite neither each other nor what it reads; links are followed.
+    """Check that no output of a call overwrites another output or an input. Symbolic links are followed.
 
     Args:
-        outputs: what is going to be written.
-        inputs: files that are read, also those in an output folder; `files_of` lists those of an input folder.
+        outputs: files and folders that the call writes.
+        inputs: files that the call reads; `files_of` lists the files of an input folder.
 
     Raises:
-        UserError: two of them are the same file, or an output folder holds an input.
+        UserError: two of the paths are the same file, or an output folder contains an input.
     """
     seen: dict[object, Path] = {}
     for output in outputs:
         for key in _identities(output):
             if seen.setdefault(key, output) is not output:
                 what = "two files of this call" if str(output) == str(seen[key]) else f"the same file as {seen[key]}"
-                raise UserError(f"{output} would be {what}: give another name, or another format")
+                raise UserError(f"{output} would be {what}: give another name or another format")
     for given in inputs:
         for key in _identities(given):
             if key in seen:
-                raise UserError(f"{seen[key]} would overwrite {given}, which this call reads: give another place")
+                raise UserError(f"{seen[key]} would overwrite {given}, which this call reads: give another output")
         if inside := next((seen[key] for parent in given.parents for key in _identities(parent) if key in seen), None):
-            raise UserError(f"{inside} would replace {given}, which this call reads: give another place")
+            raise UserError(f"{inside} would replace {given}, which this call reads: give another output")
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of a folder and of its folders, as a model has them; a file itself; nothing for neither."""
-    with suppress(OSError, ValueError):  # an odd name is told where it is read
+    """Return the files of a folder and of its direct subfolders, as a model has them.
+
+    The result for a file is this file; for a path that does not exist it is empty.
+    """
+    with suppress(OSError, ValueError):  # the code that reads the path reports an invalid name
         if path.is_dir():
             return sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
         if path.exists():
@@ -230,7 +240,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _identities(path: Path) -> list[object]:
-    """Return what is equal for two names of one file: its place without links, and its inode where it is there."""
+    """Return values that are equal for two names of one file: its path without links and, if it exists, its inode."""
     place: list[object] = [os.path.realpath(path)]
     with suppress(OSError, ValueError):
         found = os.stat(path)

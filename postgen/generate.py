@@ -1,6 +1,6 @@
-"""Make videos from prompts: what stands behind `postgen generate` and `postgen compare`.
+"""Generate videos from prompts: the implementation of `postgen generate`, which `postgen compare` also uses.
 
-Light to import. `prepare` finds every mistake that can be found before the weights are read.
+Light to import. `prepare` finds all errors that can be found before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -54,70 +54,70 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A checked request: every default filled in."""
+    """A checked request in which all defaults are filled in."""
 
     config: GenerateConfig
-    """The request."""
+    """Settings of the video."""
     facts: ModelFacts
-    """What is known of its model."""
+    """Properties of the model."""
     plug_ins: Mapping[str, Any]
-    """Settings of plug-ins by name, from `postgen.plug_ins.prepare_plug_ins`."""
+    """Settings by name of the plug-in, from `postgen.plug_ins.prepare_plug_ins`."""
 
     @property
     def loading(self) -> tuple[Any, ...]:
-        """Equal for two jobs that can share a loaded pipeline."""
+        """Key of the loaded pipeline: two jobs with equal keys can share a pipeline."""
         config, facts = self.config, self.facts
         place = config.dtype, config.device, config.offload
         return facts.source, facts.parts, facts.pipeline, *place, config.lora, config.lit
 
     def again(self, *, prompt: str, seed: int) -> Job:
-        """Return the same request for another prompt and seed; what was checked once is not checked again.
+        """Return the same job with another prompt and seed. Other settings are not checked again.
 
         Raises:
-            UserError: an empty prompt, or a seed that is none.
+            UserError: the prompt is empty, or the seed is out of range.
         """
         return dataclasses.replace(self, config=dataclasses.replace(self.config, prompt=prompt, seed=seed))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """Where the files of a video are."""
+    """Paths of the files of a video."""
 
     video: Path
-    """The video file, or the folder of frames."""
+    """Video file, or folder of frames."""
     sheet: Path
-    """Contact sheet, PNG."""
+    """Contact sheet, a PNG file."""
     sidecar: Path
-    """Everything needed to make the video again, JSON."""
+    """JSON file with all settings that reproduce the video."""
 
     @property
     def files(self) -> list[Path]:
-        """All three, the video first."""
+        """All three paths, the video first."""
         return [self.video, self.sheet, self.sidecar]
 
 
 def prepare(config: GenerateConfig) -> Job:
-    """Fill in the model's defaults and check everything that can be checked without its weights.
+    """Fill in the defaults of the model, and check everything that can be checked without its weights.
 
     Raises:
-        UserError: the first thing that is wrong, in one line.
+        UserError: a setting is wrong or does not fit the model.
     """
     facts = inspect_model(config.model if config.model is not None else postgen.embedded_model())
     if config.image is not None:
         facts = facts.with_image()
     for name in ("negative_prompt", *CALL):
         if getattr(config, name) is not None and name not in facts.arguments:
-            raise UserError(f"{facts.pipeline} has no {name}: leave it out")
+            raise UserError(f"{facts.pipeline} has no {name}: omit it")
     own = {name: facts.default(name) for name in (*CALL, "fps") if getattr(config, name) is None}
     if config.negative_prompt is None:
-        own.pop("true_cfg_scale", None)  # without a negative prompt, the pipelines leave true guidance off
+        own.pop("true_cfg_scale", None)  # the pipelines apply true guidance only with a negative prompt
         if (config.true_cfg_scale or 0) > 1:
             own["negative_prompt"] = ""
     config = dataclasses.replace(config, **own)
     facts.check_size(config.num_frames, config.height, config.width)
     if config.num_inference_steps is not None and config.num_inference_steps < facts.least_steps:
         raise UserError(
-            f"{facts.pipeline} needs at least {facts.least_steps} steps with its schedule,"
+            f"{facts.pipeline} needs at least {facts.least_steps} denoising steps with its scheduler,"
             f" got {config.num_inference_steps}"
         )
     _check_inputs(config, facts)
@@ -127,10 +127,10 @@ def prepare(config: GenerateConfig) -> Job:
 
 
 def load(job: Job) -> Any:
-    """Load the pipeline of a job, LoRAs included.
+    """Load the pipeline of a job with its adapter and its LoRAs.
 
     Raises:
-        UserError: it cannot be loaded, or an adapter or a LoRA does not fit.
+        UserError: the pipeline cannot be loaded, or an adapter or a LoRA does not fit.
     """
     config = job.config
 
@@ -148,14 +148,18 @@ def load(job: Job) -> Any:
 
 
 def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]:
-    """Name the files of a video and say its format, before anything is made.
+    """Return the output files of a video and its format, and check that the files can be written.
+
+    Args:
+        output: path of the video.
+        format: format of the video; None: the suffix of `output` determines it.
 
     Raises:
-        UserError: an unknown format, or a place that cannot be written.
+        UserError: the format is unknown, or a path cannot be written.
     """
     from postgen.video import FORMATS, check_target
 
-    check_place(output)  # as it was named: a device gets no suffix
+    check_place(output)  # before a suffix is added, so that the name of a device is refused
     if not output.suffix and format is not None and FORMATS.get(format):
         output = output.with_name(f"{output.name}{FORMATS[format]}")
     kind = check_target(output, format)
@@ -168,16 +172,16 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
 
 
 def read_by(config: GenerateConfig) -> list[Path]:
-    """Return the files that a request reads, those of its model's folder among them."""
+    """Return the files that a request reads, including the files of its model folder."""
     names = [config.model, config.image, config.lit, *(parse_lora(lora).path for lora in config.lora)]
     return [file for name in names if name is not None for file in files_of(Path(name).expanduser())]
 
 
 def check_rate(job: Job, kind: str) -> None:
-    """Refuse a rate that a format does not have, before the model is loaded.
+    """Check, before the model is loaded, that the video format supports the frame rate of a job.
 
     Raises:
-        UserError: such a rate.
+        UserError: the format does not support the rate.
     """
     from postgen.video import checked_rate
 
@@ -187,19 +191,20 @@ def check_rate(job: Job, kind: str) -> None:
 def write(
     clip: Tensor, job: Job, paths: Written, kind: str, *, seconds: float, place: str, stopped_after: int | None = None
 ) -> None:
-    """Write video, contact sheet and sidecar: all three appear, complete, or none does.
+    """Write video, contact sheet and sidecar: either all three files or none of them.
 
     Args:
         clip: (F, 3, H, W) in [0, 1].
-        job: what was asked.
-        paths: from `output_paths`.
+        job: the job that made the clip.
+        paths: output files, from `output_paths`.
         kind: format, from `output_paths`.
-        seconds: time the generation took, for the sidecar.
-        place: device it ran on, for the sidecar.
-        stopped_after: steps after which it was ended early, for the sidecar; None where it was not.
+        seconds: duration of the generation, for the sidecar.
+        place: device of the generation, for the sidecar.
+        stopped_after: number of denoising steps after which the generation was stopped early, for the sidecar; None:
+            it was not stopped.
 
     Raises:
-        UserError: a file cannot be written, or the model made values that are no numbers.
+        UserError: a file cannot be written, or the clip contains NaN or infinite values.
     """
     with all_written(paths.files) as parts:
         write_parts(clip, job, parts, kind, seconds=seconds, place=place, stopped_after=stopped_after)
@@ -207,10 +212,13 @@ def write(
 
 @contextmanager
 def all_written(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Give temporary names for files that appear together or not at all, as `postgen.files.replacing_all`.
+    """Context manager like `postgen.files.replacing_all`, whose errors name the final paths.
+
+    Yields:
+        The temporary paths, in the order of `paths`.
 
     Raises:
-        UserError: one of them cannot be written.
+        UserError: a file cannot be written.
     """
     parts: list[Path] = []
     try:
@@ -235,17 +243,17 @@ def write_parts(
     place: str,
     stopped_after: int | None = None,
 ) -> None:
-    """Write video, contact sheet and sidecar under three names; the rest is as in `write`.
+    """Write video, contact sheet and sidecar to three paths that the caller gives; other arguments as in `write`.
 
     Raises:
         OSError: a file cannot be written.
-        UserError: the video cannot be written, or the model made values that are no numbers.
+        UserError: the video cannot be written, or the clip contains NaN or infinite values.
     """
     from postgen.video import contact_sheet, holds_comment, write_video
 
     config = _as_made(job.config, clip)
     if config.num_frames != clip.shape[0]:
-        text = f"{job.facts.pipeline} made {clip.shape[0]} frames where {config.num_frames} were asked for"
+        text = f"{job.facts.pipeline} made {clip.shape[0]} frames instead of the requested {config.num_frames}"
         warnings.warn(text, stacklevel=3)
     note = {
         "prompt": config.prompt,
@@ -261,7 +269,7 @@ def write_parts(
         "device": place,
         "versions": versions(),
     }
-    if stopped_after is not None:  # its settings make the whole video
+    if stopped_after is not None:  # the settings alone reproduce the complete video
         note["stopped_after"] = stopped_after
     video, sheet, sidecar = parts
     comment = carried(note)
@@ -279,17 +287,17 @@ def generate_video(
     pipe: Any = None,
     on_step: StepCallback | None = None,
 ) -> Written:
-    """Make one video and write it with its contact sheet and its sidecar.
+    """Generate one video, and write it with its contact sheet and its sidecar.
 
     Args:
         config: the request.
-        output: name of the video (of the folder, for frames); the other two files stand beside it.
-        format: mp4, webm, gif or frames; None takes it from the name.
-        pipe: a pipeline from `load` to use again; None loads one.
-        on_step: called after each denoising step.
+        output: path of the video, or of the folder of frames. The other two files are written beside it.
+        format: mp4, webm, gif or frames; None: the suffix of `output` determines it.
+        pipe: a pipeline from `load`; None: load one.
+        on_step: callback after each denoising step.
 
     Raises:
-        UserError: anything the user can put right.
+        UserError: an error that the user can correct.
     """
     paths, kind = output_paths(Path(output), format)
     check_apart(paths.files, read_by(config))
@@ -307,10 +315,18 @@ def make_video(
     on_step: StepCallback | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Run a job, write its files and return its clip; `paths` and `kind` are from `output_paths`.
+    """Run a job, write its files and return its clip.
+
+    Args:
+        pipe: the pipeline, from `load`.
+        job: the job.
+        paths: output files, from `output_paths`.
+        kind: format, from `output_paths`.
+        on_step: callback after each denoising step.
+        watch: observer of the generation; see `Watch`.
 
     Raises:
-        UserError: as `run` and `write`.
+        UserError: an error of `run` or `write`.
     """
     start = time.perf_counter()
     clip = run(pipe, job, on_step, watch)
@@ -321,30 +337,33 @@ def make_video(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide what a seed gives."""
+    """Return the versions of the packages that determine the video of a seed."""
     from postgen.versions import versions as named
 
     return named("torch", "diffusers", "transformers")
 
 
 def _as_made(config: GenerateConfig, clip: Tensor) -> GenerateConfig:
-    """Write down sizes that the pipeline chose itself."""
+    """Return the settings with the sizes that the pipeline chose itself, taken from the clip."""
     made: dict[str, Any] = {"num_frames": clip.shape[0], "width": clip.shape[-1], "height": clip.shape[-2]}
     return dataclasses.replace(config, **{name: n for name, n in made.items() if getattr(config, name) is None})
 
 
 def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
     if reason := ROWS.get(facts.pipeline, UNKNOWN).refused:
-        raise UserError(f"{facts.pipeline} makes no video here: {reason}")
+        raise UserError(f"{facts.pipeline} is not supported here: {reason}")
     if facts.needs_others:
-        raise UserError(f"{facts.pipeline} needs {', '.join(facts.needs_others)}, which this command cannot give")
+        raise UserError(
+            f"{facts.pipeline} needs {', '.join(facts.needs_others)}, for which this command has no option:"
+            " call it in Python"
+        )
     _check_negative(config, facts)
     if "prompt" not in facts.arguments:
-        warnings.warn(f"{facts.pipeline} takes no text: the prompt only names the files", stacklevel=3)
+        warnings.warn(f"{facts.pipeline} takes no text: the prompt is only used for file names", stacklevel=3)
     if config.image is not None and not facts.takes_image:
-        raise UserError(f"{facts.pipeline} takes text only: leave --image out or use an image-to-video model")
+        raise UserError(f"{facts.pipeline} takes text only: omit --image or use an image-to-video model")
     if config.image is None and facts.needs_image:
-        raise UserError(f"{facts.pipeline} makes video from a picture: name one with --image")
+        raise UserError(f"{facts.pipeline} generates video from an image: give one with --image")
     if config.image is not None:
         first_frame(config.image)
     for lora in config.lora:
@@ -358,7 +377,10 @@ def _check_inputs(config: GenerateConfig, facts: ModelFacts) -> None:
 
 
 def _check_negative(config: GenerateConfig, facts: ModelFacts) -> None:
-    """Refuse a negative prompt that no guidance would use; some pipelines carry a guider of their own instead."""
+    """Refuse a negative prompt that guidance would not use.
+
+    Pipelines without a guidance argument have their own guider, so nothing is checked for them.
+    """
     if config.negative_prompt is None:
         return
     true, guidance = config.true_cfg_scale, config.guidance_scale
@@ -366,10 +388,12 @@ def _check_negative(config: GenerateConfig, facts: ModelFacts) -> None:
         if true is None or true <= 1:
             raise UserError(
                 f"a negative prompt needs true_cfg_scale (--true-cfg) above 1 in {facts.pipeline}, whose guidance is"
-                f" distilled, got {true}: change one of the two"
+                f" distilled, got {true}: raise it or omit the negative prompt"
             )
     elif guidance is not None and guidance <= 1:
-        raise UserError(f"a negative prompt needs guidance above 1, got {guidance}: change one of the two")
+        raise UserError(
+            f"a negative prompt needs guidance above 1, got {guidance}: raise it or omit the negative prompt"
+        )
 
 
 def _sibling(base: Path, suffix: str) -> Path:

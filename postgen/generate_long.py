@@ -127,7 +127,7 @@ def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
         read_picture(config.image)
     folder = request.adapter_folder
     if folder is not None and not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no WorldWeaver adapter: the file {CONFIG} is missing")
+        raise UserError(f"{folder} is not a WorldWeaver adapter: the file {CONFIG} is missing")
     if folder is None and request.depth:
         raise UserError("--depth needs an adapter: give one with --adapter, or omit --depth")
     return prepare(dataclasses.replace(config, image=None))

@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices and optional parts, each probed by using it."""
+"""Report of this machine: package versions, devices and optional parts. Each device and part is tested by using it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Finding(NamedTuple):
     """One line of the report."""
 
     name: str
-    """What was looked at."""
+    """Name of the device, the optional part or the kernel."""
     usable: bool
     """Whether it works here."""
     detail: str
-    """Version or place if it works, the reason if not."""
+    """Version or path if it works, otherwise the reason why not."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of postgen, Python and the packages it stands on; `missing` for one not installed."""
+    """Return the versions of postgen, Python and its main packages; `missing` for a package that is not installed."""
     return named(*PACKAGES)
 
 
 def devices() -> list[Finding]:
-    """Return the devices that torch can compute on, each after one small addition there."""
+    """Return the devices of torch, and whether a small addition works on each of them."""
     import torch
 
     findings = [Finding("cpu", True, f"{torch.get_num_threads()} threads")]
@@ -55,17 +55,17 @@ def devices() -> list[Finding]:
     if torch.backends.mps.is_available():
         findings.append(_probed("mps", lambda: _adds("mps", "Apple GPU")))
     else:
-        findings.append(Finding("mps", False, "torch finds none"))
+        findings.append(Finding("mps", False, "torch finds no Apple GPU"))
     return findings
 
 
 def optional_parts() -> list[Finding]:
-    """Return the optional parts and whether each really works here."""
+    """Return the optional parts, and whether each works on this machine."""
     return [_probed(name, probe) for name, probe in _PROBES.items()]
 
 
 def attention_backends() -> list[Finding]:
-    """Return the kernels of `postgen.kernels.attention`, each after a small attention whose numbers were checked."""
+    """Return the kernels of `postgen.kernels.attention`, and whether each computes a small attention correctly."""
     import torch
 
     from postgen.kernels.attention.backends import ASKED_FOR, LAST_RESORTS, TIMED, Call
@@ -88,7 +88,7 @@ def _version_of(packages: tuple[str, ...]) -> str:
 def _probed(name: str, probe: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, probe())
-    except Exception as error:  # a part may break in any way; the report must go on and say how
+    except Exception as error:  # a broken part may raise anything; the report names the error and continues
         reason = str(error).strip().splitlines() or [""]
         return Finding(name, False, f"{type(error).__name__}: {reason[0][:120]}")
 
@@ -97,7 +97,7 @@ def _adds(place: str, detail: str) -> str:
     import torch
 
     if float(torch.ones(2, device=place).sum()) != 2:
-        raise RuntimeError("a sum of two ones is wrong")
+        raise RuntimeError("the sum of two ones is wrong")
     return detail
 
 
@@ -126,7 +126,7 @@ def _triton() -> str:
 
 
 def _xformers() -> str:
-    # It may import beside a torch it was not built for, and only fail when it is used.
+    # An xformers that was built for another torch may import, and fail only when it is used.
     import torch
 
     attention = import_module("xformers.ops").memory_efficient_attention
@@ -135,7 +135,7 @@ def _xformers() -> str:
     try:
         attention(query, query, query)
     except NotImplementedError:
-        raise RuntimeError(f"no operator of it runs on {place} with this torch") from None
+        raise RuntimeError(f"none of its operators runs on {place} with this torch") from None
     return version("xformers")
 
 
@@ -155,7 +155,7 @@ def _torchvision() -> str:
     torchvision = import_module("torchvision")
     torchvision.ops.nms(
         torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.ones(1), 0.5
-    )  # fails where its C++ part does not fit
+    )  # fails if the compiled part does not match torch
     return str(torchvision.__version__)
 
 

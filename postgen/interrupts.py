@@ -1,6 +1,6 @@
-"""Ctrl-C and termination signals: raised where the work is, held back while files change places, never lost.
+"""Ctrl-C and termination signals: they raise an exception, wait while a critical block runs, and are never lost.
 
-A command line stands inside `stoppable`, what must not be torn apart inside `held`. Light to import.
+A command line runs inside `stoppable`. A block that must not be interrupted runs inside `held`. Light to import.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that ask a program to end; SIGHUP comes when its terminal closes."""
+"""Signals that ask a program to end. The system sends SIGHUP when the terminal closes."""
 
 _AGAIN = 2.0
-"""Seconds after which a signal that nobody heeded is raised once more."""
+"""Seconds after which `Interrupted` is raised again if a library has swallowed it."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP inside `stoppable`; its argument is the number of the signal.
+    """Exception for Ctrl-C, SIGTERM or SIGHUP inside `stoppable`; its argument is the number of the signal.
 
-    Whatever cleans up after Ctrl-C cleans up after all of them. No plain KeyboardInterrupt: once that has come out of
-    an `exec`, with which dataclasses are made, Python ends by the signal, whatever its exit code.
+    As a subclass of KeyboardInterrupt it triggers all code that cleans up after Ctrl-C. A plain KeyboardInterrupt does
+    not work: after it has left an `exec` (which creates dataclasses), Python ends by the signal and ignores the exit
+    code.
     """
 
 
 @dataclass
 class Stop:
-    """The signal that a command was asked to end with."""
+    """State of a command that a signal can end."""
 
     number: int = 0
-    """The first that came; 0 while there is none."""
+    """Number of the first signal that arrived; 0: none."""
     ended: bool = False
-    """Whether the command is ending because of it: signals change nothing any more."""
+    """Whether the command is already ending; further signals are then ignored."""
 
     @property
     def code(self) -> int:
@@ -45,7 +46,7 @@ class Stop:
         return 128 + (self.number or signal.SIGINT)
 
     def end(self) -> None:
-        """Begin to end: raise no signal from here on."""
+        """Mark the command as ending; further signals are ignored."""
         self.ended = True
 
 
@@ -53,17 +54,18 @@ _stop: Stop | None = None
 _given_up = False
 _held = 0
 _waiting: list[int] = []
-"""Signals that came inside `held`."""
+"""Signals that arrived inside `held`."""
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`, and none of them is lost.
+    """Context manager in which Ctrl-C, SIGTERM and SIGHUP raise `Interrupted`, and none of them is lost.
 
-    Libraries swallow what is raised in the middle of an import or of a callback: after `_AGAIN` seconds it is raised
-    once more, until `Stop.end` is called. Python ignores what is raised while an object is deleted: it is sent again.
-    A signal that the process ignores (nohup, a shell in the background), or that has a handler of somebody else, is
-    left alone. Inside another `stoppable` this one changes nothing. Outside the main thread no signal can be caught.
+    Some libraries swallow an exception that is raised during an import or a callback. `Interrupted` is therefore
+    raised again every `_AGAIN` seconds until `Stop.end` is called. Python ignores an exception that is raised while it
+    deletes an object; in this case the signal is sent again. The context manager leaves a signal alone if the process
+    ignores it (nohup, a background process of a shell) or if other code has installed a handler. A nested `stoppable`
+    has no effect. Outside the main thread it cannot catch signals.
     """
     global _stop
     if _stop is not None or threading.current_thread() is not threading.main_thread():
@@ -91,9 +93,9 @@ def stoppable() -> Iterator[Stop]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside, signals that ask to end wait: they arrive when the block ends. Keep the block short."""
+    """Context manager that delays signals that ask the program to end until the block ends. Keep the block short."""
     global _held
-    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only in the main thread
         yield
         return
     hold = _Hold()
@@ -113,7 +115,7 @@ def held() -> Iterator[None]:
 
 
 class _Hold:
-    """Handlers that note signals, for programs that are not inside `stoppable`."""
+    """Signal handlers that record signals, for programs that do not run inside `stoppable`."""
 
     def __init__(self) -> None:
         self.came: list[int] = []
@@ -121,28 +123,28 @@ class _Hold:
         self.over = False
 
     def begin(self) -> None:
-        """Take over what would end the program, or raise."""
+        """Replace the handlers of all signals that would end the program or raise an exception."""
         for number in SIGNALS:
             if (old := signal.getsignal(number)) == signal.SIG_DFL or callable(old):
                 self.before[number] = old
                 signal.signal(number, self.note)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        if self.over:  # a signal came while handlers were given back: this one was left behind
+        if self.over:  # a signal interrupted the restoring of handlers, so this handler is still installed
             signal.signal(number, self.before[number])
             signal.raise_signal(number)
         else:
             self.came.append(number)
 
     def end(self) -> list[int]:
-        """Give back; return what came."""
+        """Restore the earlier handlers, and return the recorded signals."""
         self.over = True
         _give_back(self.before)
         return self.came
 
 
 def terminate_children() -> None:
-    """End the processes that `multiprocessing` and process pools have started: an interrupted call waits for none."""
+    """Terminate the child processes of `multiprocessing`, so that an interrupted call does not wait for them."""
     if "multiprocessing" in sys.modules:
         from multiprocessing import active_children
 
@@ -151,13 +153,16 @@ def terminate_children() -> None:
 
 
 def give_up_threads() -> None:
-    """Say that threads work on which nothing ends: Python would take away what they use, and abort as it ends."""
+    """Record that threads are still running and cannot be stopped.
+
+    On exit, Python would free objects that these threads use, and abort. `leave_given_up` avoids this.
+    """
     global _given_up
     _given_up = True
 
 
 def leave_given_up(code: int) -> None:
-    """End the process at once with an exit code if threads were given up; otherwise nothing happens."""
+    """Exit the process at once if `give_up_threads` was called; otherwise do nothing."""
     if _given_up:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -165,7 +170,7 @@ def leave_given_up(code: int) -> None:
 
 
 def leave_within(seconds: float, code: int) -> None:
-    """End the process with an exit code where it has not ended by itself: threads may wait for work that is lost."""
+    """Exit the process after some seconds if it has not ended by then, because a thread may wait forever."""
     timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True
     timer.start()
@@ -199,17 +204,18 @@ def _raise_again(number: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
-    """Send a signal again where Python would ignore it: it came while an object was being deleted."""
+    """Send a signal again if Python would ignore it because it arrived while an object was being deleted."""
     if issubclass(lost.exc_type, KeyboardInterrupt) and hasattr(signal, "pthread_kill"):  # not on Windows
         number = _stop.number if _stop is not None and _stop.number else signal.SIGINT
-        # Not at once: the object is still being deleted. To the main thread, which may be waiting for something.
+        # The signal is sent a little later, because the object is still being deleted, and to the main thread, which
+        # may be blocked in a system call.
         threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number)).start()
     else:
         sys.__unraisablehook__(lost)
 
 
 def _in_a_fork() -> None:
-    """Let a forked process end at once, as one without handlers does: what there is to clean up is its parent's."""
+    """Restore the default handlers in a forked child: it ends at once, and the parent process does all cleaning up."""
     if _stop is not None:
         for number in SIGNALS:
             if signal.getsignal(number) is _raise:

@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in. Light to import."""
+"""Lock of a folder that only one process at a time may use. Light to import."""
 
 from __future__ import annotations
 
@@ -16,50 +16,52 @@ from typing import Self
 from postgen.errors import UserError
 
 NAME = ".run.lock"
-"""The file that is locked; it says who holds the lock."""
+"""Default name of the lock file. The file contains the process that holds the lock."""
 
 _EVERY = 0.5
-"""Seconds between two looks of a process that waits."""
+"""Seconds between two attempts of a waiting process."""
 
 _TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
+"""Errors of `flock` if another process holds the lock."""
 
 
 class FolderLock:
-    """Keeps a second process out of a folder, from `acquire` or `wait` to `release` or to the end of its process.
+    """Lock that keeps other processes out of a folder.
 
-    The lock is the system's own (`flock`): it needs no cleaning up, after a kill either. Its file stays in the folder.
+    A process holds the lock from `acquire` or `wait` until `release` or until the process ends. The lock is a lock of
+    the operating system (`flock`), which releases it even after a kill. The lock file remains in the folder.
 
     Args:
-        folder: that is locked.
-        name: of the file that is locked; locks of other names know nothing of each other.
-        setting: what names the folder, for the error.
+        folder: folder to lock.
+        name: name of the lock file. Locks with different names are independent.
+        setting: name of the setting that contains the folder, for error messages.
     """
 
     def __init__(self, folder: Path, name: str = NAME, setting: str = "output_dir") -> None:
         self.folder, self._name, self._setting, self._file = folder, name, setting, -1
 
     def acquire(self) -> None:
-        """Lock the folder; on a file system without locks, say that nothing is locked.
+        """Lock the folder. On a file system without locks, only warn.
 
         Raises:
-            UserError: another process has it; the message names it and its host.
-            OSError: the file of the lock cannot be made.
+            UserError: another process holds the lock; the message names the process and its host.
+            OSError: the lock file cannot be created.
         """
         if holder := self._try():
             raise UserError(
-                f"{self._setting} {self.folder} is in use by {holder}: wait for its end, stop it, or name another"
+                f"{self._setting} {self.folder} is in use by {holder}: wait for its end, stop it, or give another"
                 f" {self._setting}"
             )
 
     def wait(self, say: Callable[[str], None], what: str) -> None:
-        """Lock the folder once it is free; Ctrl-C ends the wait.
+        """Wait until the folder is free, and lock it. Ctrl-C ends the wait.
 
         Args:
-            say: is told once, where another process has it.
-            what: that process does, for this message.
+            say: function that shows a message; called once if another process holds the lock.
+            what: verb phrase for this message: what the other process does.
 
         Raises:
-            OSError: as for `acquire`.
+            OSError: the lock file cannot be created.
         """
         told = False
         while holder := self._try():
@@ -69,7 +71,7 @@ class FolderLock:
             time.sleep(_EVERY)
 
     def _try(self) -> str:
-        """Lock the folder, or say who has it."""
+        """Lock the folder and return an empty text, or return a description of the process that holds the lock."""
         try:
             import fcntl
         except ImportError:  # Windows
@@ -83,8 +85,8 @@ class FolderLock:
             if error.errno in _TAKEN:
                 return _holder(told)
             self.warn(
-                f"the file system of {self.folder} has no locks ({error.strerror}): start no second run with this"
-                f" {self._setting}, nothing would stop it"
+                f"the file system of {self.folder} does not support locks ({error.strerror}), so a second run is not"
+                f" detected: start no second run with this {self._setting}"
             )
             return ""
         self._file = file
@@ -94,7 +96,7 @@ class FolderLock:
         return ""
 
     def warn(self, message: str) -> None:
-        """Say something that does not stop the work."""
+        """Issue a warning."""
         warnings.warn(message, stacklevel=3)
 
     def __enter__(self) -> Self:
@@ -105,7 +107,7 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
-        """Let the next process in."""
+        """Release the lock."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -115,5 +117,5 @@ def _holder(told: bytes) -> str:
     try:
         said = json.loads(told)
         return f"process {said['pid']} on {said['host']} since {said['since']}"
-    except (ValueError, KeyError, TypeError):  # it has just been locked
+    except (ValueError, KeyError, TypeError):  # the holder has not written its description yet
         return "another process"

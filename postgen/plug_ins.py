@@ -1,8 +1,8 @@
-"""The table of plug-ins: one row each, and everything that offers them is made from it.
+"""The table of plug-ins, with one row for each plug-in.
 
-From a row come the option of `postgen generate` and `postgen compare`, the key of `--a` and `--b`, the entry in a
-sidecar, and the keyword argument of the drop-in pipelines. Rows name functions as `module:function`: the table imports
-none of them before it is needed, so that the command line starts at once.
+A row defines the option of `postgen generate` and `postgen compare`, the key of `--a` and `--b`, the entry in a
+sidecar, and the keyword argument of the drop-in pipelines. Rows name functions as `module:function`. A function is
+imported only when it is needed, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -24,56 +24,62 @@ _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlugIn:
-    """A row of the table."""
+    """A row of the table of plug-ins."""
 
     name: str
-    """Under which a transformer has it among its plug-ins; also the keyword argument of the drop-in pipelines."""
+    """Name of the plug-in on a transformer, and keyword argument of the drop-in pipelines."""
     option: str
-    """`--option` of the command line, key of `--a` and `--b`, entry of a sidecar."""
+    """Name of the option on the command line, of the key of `--a` and `--b`, and of the entry in a sidecar."""
     title: str
-    """What people call it."""
+    """Name of the plug-in in texts for users."""
     summary: str
-    """What the text of the option says, in one line."""
+    """Help of the option in one line: a title, a colon, and the values. The app shows the part after the colon."""
     metavar: str
-    """What stands for that text in `--help`."""
+    """Placeholder for the value in `--help`."""
     values: str
-    """What is on for one call of a drop-in pipeline, in words."""
+    """Values that switch the plug-in on for one call of a drop-in pipeline, for its documentation."""
     panel: str
-    """Panel of `--help`: Video for what changes the video, Running for what changes how it is computed."""
+    """Panel of `--help`: Video if the plug-in changes the video, Running if it changes how the video is computed."""
     parse: str
-    """Place of a function: the text of the option -> a setting that `for_call` takes.
+    """Function, as `module:function`, that converts the text of the option to a setting for `for_call`.
 
-    It raises a `UserError` for a text that is none."""
+    The function raises a `UserError` if the text is invalid."""
     check: str
-    """Place of a function that takes the class name of a transformer and raises a `UserError` where it cannot act."""
-    for_call: str
-    """Place of a function (pipeline or transformer, setting) -> context manager for the calls in a block.
+    """Function, as `module:function`, that takes the class name of a transformer.
 
-    None leaves it as it is, False or 0 is off, everything else on; afterwards it is as before."""
+    The function raises a `UserError` if the plug-in does not support this class."""
+    for_call: str
+    """Function, as `module:function`, that takes a pipeline or transformer and a setting, and returns a context
+    manager.
+
+    The setting applies to the calls inside the context manager: None changes nothing, False or 0 switches the plug-in
+    off, any other setting switches it on. Afterwards the plug-in is as before."""
     apply: str
-    """Place of a function (pipeline or transformer, config or None) -> `postgen.families.handle.PlugInHandle`."""
+    """Function, as `module:function`, that takes a pipeline or transformer and a config or None.
+
+    The function returns a `postgen.families.handle.PlugInHandle`."""
 
     @property
     def flag(self) -> str:
-        """The option as it is written on the command line."""
+        """Option with its hyphens, as the user writes it on the command line."""
         return f"--{self.option.replace('_', '-')}"
 
     def __post_init__(self) -> None:
         for field in ("name", "option"):
             if not str(getattr(self, field)).isidentifier():
-                raise UserError(f"{field} of a plug-in must be a name of Python, got {getattr(self, field)!r}")
+                raise UserError(f"{field} of a plug-in must be a Python identifier, got {getattr(self, field)!r}")
         for field in ("parse", "check", "for_call", "apply"):
             if not _PLACE.fullmatch(getattr(self, field)):
                 raise UserError(f"{field} of {self.name} must be module:function, got {getattr(self, field)!r}")
 
 
 _rows = [
-    # In the order in which they are put on a model.
+    # In the order in which the plug-ins are applied to a model.
     PlugIn(
         name="fused_ops",
         option="fused",
         title="Fused operations",
-        summary="Fused kernels: auto for all, or some of norm_rope,adaln,attention.",
+        summary="Fused kernels: auto for all, or a comma-separated list of norm_rope, adaln, attention.",
         metavar="auto|OPS",
         values="True or a [`postgen.FusedOpsConfig`]",
         panel="Running",
@@ -86,7 +92,7 @@ _rows = [
         name="fp8_attention",
         option="fp8_attention",
         title="FP8 attention",
-        summary="FP8 attention on Hopper and later: auto, a report of calibration (.json), or simulate.",
+        summary="FP8 attention on Hopper GPUs and later: auto, a calibration report (.json), or simulate.",
         metavar="auto|simulate|REPORT",
         values="True or a [`postgen.FP8AttentionConfig`]",
         panel="Running",
@@ -99,7 +105,7 @@ _rows = [
         name="enhance_a_video",
         option="enhance",
         title="Enhance-A-Video",
-        summary="Enhance-A-Video: its weight, or auto for the model's.",
+        summary="Enhance-A-Video: a weight, or auto for the recommended weight of the model.",
         metavar="WEIGHT|auto",
         values='a weight, "auto" or a [`postgen.EnhanceAVideoConfig`]',
         panel="Video",
@@ -112,7 +118,8 @@ _rows = [
         name="fp8_linears",
         option="fp8_linears",
         title="Linear layers in FP8",
-        summary="Linear layers in FP8: auto, or some of attention,cross_attention,feed_forward,feed_forward_out.",
+        summary="Linear layers in FP8: auto for all parts, or a comma-separated list of attention,"
+        " cross_attention, feed_forward, feed_forward_out.",
         metavar="auto|PARTS",
         values="True or a [`postgen.FP8LinearConfig`]",
         panel="Running",
@@ -125,28 +132,30 @@ _rows = [
 
 
 def known_plug_ins() -> tuple[PlugIn, ...]:
-    """Return the rows of the table, in the order in which they are put on a model."""
+    """Return the rows of the table, in the order in which the plug-ins are applied to a model."""
     return tuple(_rows)
 
 
 def register_plug_in(row: PlugIn) -> None:
-    """Add a row to the table, for this process.
+    """Add a row to the table of this process.
 
-    Command lines that start and drop-in pipelines that are called afterwards have it. A program gives a plug-in of
-    its own to the `postgen` command in two lines: this call, then `postgen.cli.main()`.
+    The row affects command lines that start, and drop-in pipelines that are called, after this function. A program
+    adds its own plug-in to the `postgen` command in two lines: a call of this function, then `postgen.cli.main()`.
 
     Raises:
-        UserError: another row has its name or its option.
+        UserError: another row has the same name or option.
     """
     for other in _rows:
         for field in ("name", "option"):
             if getattr(other, field) == getattr(row, field):
-                raise UserError(f"the plug-in {other.name} has the {field} {getattr(row, field)} already")
+                raise UserError(
+                    f"the plug-in {other.name} already has the {field} {getattr(row, field)}: choose another {field}"
+                )
     _rows.append(row)
 
 
 def resolve(place: str) -> Any:
-    """Import what stands at `module:function`.
+    """Import the function that `module:function` names.
 
     >>> resolve("math:floor")(2.5)
     2
@@ -156,17 +165,17 @@ def resolve(place: str) -> Any:
 
 
 def prepare_plug_ins(facts: ModelFacts, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Turn the texts of options into settings, before the weights of the model are read.
+    """Convert the texts of options to settings of plug-ins, before the weights of the model are loaded.
 
     Args:
-        facts: of the model.
-        texts: by option; what is not named is off.
+        facts: properties of the model.
+        texts: text by option. A plug-in without a text is off.
 
     Returns:
-        A setting by name of the plug-in, for `plug_ins_for_call`; nothing for a model without a transformer.
+        Setting by name of the plug-in, for `plug_ins_for_call`; empty for a model without a transformer.
 
     Raises:
-        UserError: a text that is none of its plug-in, or a plug-in that cannot act on the model.
+        UserError: a text is invalid, or a plug-in does not support the model.
     """
     from postgen.families.handle import is_off
 
@@ -175,21 +184,21 @@ def prepare_plug_ins(facts: ModelFacts, texts: Mapping[str, str]) -> dict[str, A
         if is_off(settings[row.name]):
             continue
         if facts.transformer is None:
-            raise UserError(f"{facts.pipeline} has no transformer, which {row.flag} works on: leave it out")
+            raise UserError(f"{row.flag} needs a transformer, and {facts.pipeline} has none: omit {row.flag}")
         resolve(row.check)(facts.transformer)
     return settings if facts.transformer is not None else {}
 
 
 @contextmanager
 def plug_ins_for_call(target: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Set plug-ins for the calls in a block; afterwards they are as before.
+    """Context manager that sets plug-ins for the calls inside it; afterwards they are as before.
 
     Args:
         target: a pipeline or transformer.
-        settings: by name; one that is absent or None leaves its plug-in as it is.
+        settings: setting by name of the plug-in. A plug-in with no setting, or with the setting None, is not changed.
 
     Raises:
-        UserError: a setting that is wrong, or a model that a plug-in does not know.
+        UserError: a setting is wrong, or a plug-in does not support the model.
     """
     with ExitStack() as stack:
         for row in _rows:
@@ -200,7 +209,10 @@ def plug_ins_for_call(target: Any, settings: Mapping[str, Any]) -> Iterator[None
 
 
 def _acts(target: Any, name: str, setting: Any) -> bool:
-    """Whether a setting changes anything: what is off where it is not on anyway need not even be imported."""
+    """Return whether a setting changes anything.
+
+    Switching off a plug-in that is not applied changes nothing, so its module need not be imported.
+    """
     from postgen.families.handle import is_off
     from postgen.families.installed import installed, transformers_of
 

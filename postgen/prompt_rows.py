@@ -1,4 +1,4 @@
-"""Rows of prompts, and the one reader of files of them: commands and training both take it. Light to import."""
+"""Read files of prompts, for the command line and for training. Light to import."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from postgen.errors import UserError, check_text, shown
 from postgen.reading import parse_json, read_bytes
 
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-"""Ends of names of files that are read."""
+"""Suffixes of the supported files."""
 
 _LARGEST = 2**30
-"""Bytes of a file of prompts."""
+"""Largest size of a file of prompts in bytes."""
 _OTHER_KINDS = {
     **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro"), "a table of columns"),
     **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers"), "a spreadsheet"),
@@ -37,30 +37,34 @@ _MAGIC = {
     b"%PDF": "PDF",
     b"SQLite format 3": "SQLite",
 }
-_READ = "JSONL, a JSON array, CSV or TSV with a header `prompt`, and lines of text are read: write one of these"
+_READ = "Use JSONL, a JSON array, CSV or TSV with a column `prompt`, or a text file with one prompt per line"
 
 
 def read_prompts(path: str | Path, what: str = "the prompts", *, empty: bool = False) -> list[dict[str, Any]]:
-    """Read a file of prompts: JSONL objects with `prompt` and any other keys, or one prompt a line.
+    """Read a file of prompts, and return its rows: dicts with `prompt` and any other keys.
 
-    `.txt` is text, `.jsonl`, `.ndjson` and `.json` are JSONL or a JSON array (of objects, or of texts), `.csv` and
-    `.tsv` have a header with `prompt` (their values are texts; an empty one is not there), and another file is JSON
-    where it begins as such. UTF-8, or UTF-16 with its mark. Lines end with a newline alone. Blank lines do not count;
-    a prompt of a line of text stands without the spaces around it.
+    The suffix determines the format:
+
+    - `.txt`: text with one prompt per line. White space around a prompt is removed.
+    - `.jsonl`, `.ndjson`, `.json`: JSONL objects with `prompt`, or a JSON array of objects or of texts.
+    - `.csv`, `.tsv`: a table whose header has a column `prompt`. All values are texts; empty values are omitted.
+    - any other suffix: JSON if the content begins like JSON, otherwise text.
+
+    The encoding is UTF-8, or UTF-16 with a byte order mark. Only a newline ends a line. Blank lines are ignored.
 
     Args:
         path: the file.
-        what: what messages call it.
+        what: name of the file in error messages.
         empty: whether a prompt of JSON or of a table may be empty.
 
     Raises:
-        UserError: no such file, a format that is not read, a line that has no prompt, or no prompt at all.
+        UserError: the file does not exist, has an unsupported format, or contains no prompt; or a row has no prompt.
     """
     path = Path(path).expanduser()
     where = f"{what} {path}"
     kind = path.suffix.lower()
     if kind in _OTHER_KINDS:
-        raise UserError(f"{where}: {kind} is {_OTHER_KINDS[kind]}, which is not read. {_READ}")
+        raise UserError(f"{where}: {kind} is {_OTHER_KINDS[kind]}, which is not supported. {_READ}")
     text = _text(path, where)
     if kind in (".csv", ".tsv"):
         rows = [prompt_row(row, place, empty=empty) for place, row in _table(text, kind, where)]
@@ -69,29 +73,29 @@ def read_prompts(path: str | Path, what: str = "the prompts", *, empty: bool = F
     else:
         rows = [{"prompt": line} for _, line in _lines(text)]
     if not rows:
-        raise UserError(f"{where}: there is no prompt in it")
+        raise UserError(f"{where}: the file contains no prompt, write at least one")
     return rows
 
 
 def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
-    """Return a row with its prompt as a text: that of a conversation is the last message of its user.
+    """Return a row whose prompt is a text. If the prompt is a conversation, the result has its last user message.
 
     Args:
         row: an object with `prompt` and any other keys.
-        where: what messages call it.
+        where: name of the row in error messages.
         empty: whether the prompt may be empty.
 
     Raises:
-        UserError: it has no prompt.
+        UserError: the row has no prompt.
 
     >>> prompt_row({"prompt": [{"role": "user", "content": "a ball"}], "id": 3}, "row 0")
     {'prompt': 'a ball', 'id': 3}
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"{where} is {shown(row)}, it must be an object with a prompt")
+        raise UserError(f"{where} is {shown(row)}, it must be an object with a key 'prompt'")
     if "prompt" not in row:
         known = ", ".join(map(str, row)) or "nothing"
-        raise UserError(f"{where} has no column 'prompt', it has {known}")
+        raise UserError(f"{where} has no column 'prompt', it has {known}: add the column")
     prompt = row["prompt"]
     if isinstance(prompt, list):
         messages = [turn.get("content") for turn in prompt if isinstance(turn, Mapping) and turn.get("role") == "user"]
@@ -99,7 +103,7 @@ def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
     if not isinstance(prompt, str):
         raise UserError(f"{where}: the prompt is {shown(row['prompt'])}, it must be a text")
     if not empty and not prompt.strip():
-        raise UserError(f"{where}: the prompt is empty")
+        raise UserError(f"{where}: the prompt is empty, say what the video shows")
     check_text(f"{where}: the prompt", prompt)
     return {**row, "prompt": prompt}
 
@@ -108,32 +112,35 @@ def _text(path: Path, where: str) -> str:
     data = read_bytes(path, f"{where} cannot be read", most=_LARGEST)
     for magic, name in _MAGIC.items():
         if data.startswith(magic):
-            raise UserError(f"{where} is {name}, which is not read. {_READ}")
+            raise UserError(f"{where}: this is a file of type {name}, which is not supported. {_READ}")
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} cannot be read: it is no text in UTF-8 ({error.reason}, byte {error.start})"
+            f"{where} cannot be read: it is not UTF-8 text ({error.reason}, byte {error.start})"
         ) from error
     if "\0" in text:
-        raise UserError(f"{where} is no text: it has null characters. {_READ}")
+        raise UserError(f"{where}: this is not text, because it contains null characters. {_READ}")
     return text
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """Return the lines that are not blank with their numbers; other separators of Unicode are part of a prompt."""
+    """Return the lines that are not blank, with their numbers. Other line separators of Unicode do not end a line."""
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _is_json(text: str) -> bool:
-    """Whether a file whose name says nothing is JSON: a brace begins no prompt, a bracket may."""
+    """Return whether a text without a known suffix is JSON.
+
+    A text that begins with a brace is JSON. A text that begins with a bracket may also be a prompt, so it is parsed.
+    """
     text = text.lstrip()
     return text.startswith("{") or (text.startswith("[") and isinstance(_parsed(text), list))
 
 
 def _parsed(text: str) -> Any:
-    """Return the content of JSON, or the error."""
+    """Return the value of a JSON text, or the error of the parser."""
     try:
         return parse_json(text, "")
     except UserError as error:
@@ -146,8 +153,8 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
         rows = [{"prompt": row} if isinstance(row, str) else row for row in whole]
         return [prompt_row(row, f"{where}, entry {number}", empty=empty) for number, row in enumerate(rows, 1)]
     if isinstance(whole, Exception) and text.lstrip().startswith("["):
-        raise UserError(f"{where} is no JSON{whole}")
-    if isinstance(whole, dict) and "\n" in text.strip():  # an object over several lines; one line is JSONL
+        raise UserError(f"{where}: this is not valid JSON{whole}")
+    if isinstance(whole, dict) and "\n" in text.strip():  # an object over several lines; one line is JSONL, as below
         return [prompt_row(whole, where, empty=empty)]
     return [_json_row(line, f"{where}, line {number}", empty) for number, line in _lines(text)]
 
@@ -155,14 +162,14 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
 def _json_row(line: str, where: str, empty: bool) -> dict[str, Any]:
     row = _parsed(line)
     if isinstance(row, Exception):
-        raise UserError(f"{where} is no JSON{row}")
+        raise UserError(f"{where}: this is not valid JSON{row}")
     return prompt_row(row, where, empty=empty)
 
 
 def _table(text: str, kind: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place, row) of a table: the columns that a row fills."""
+    """Yield (place, row) for each row of a table; a row contains the columns that are not empty."""
     header = next((line for _, line in _lines(text)), "")
-    # Spreadsheets of many countries write semicolons.
+    # In many countries, spreadsheets separate the columns of CSV by semicolons.
     comma = ";" if header.count(";") > header.count(",") else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else comma, strict=True)
     names: list[str] = []
@@ -176,14 +183,16 @@ def _table(text: str, kind: str, where: str) -> Iterator[tuple[str, dict[str, st
                 if "prompt" not in names or len(set(names)) < len(names):
                     known = ", ".join(names)
                     raise UserError(
-                        f"{where}: its first line must name the columns, `prompt` once among them, got {known}"
+                        f"{where}: the first line must name the columns, all different and one of them `prompt`, got"
+                        f" {known}"
                     )
                 continue
             if len(cells) != len(names):
                 raise UserError(
-                    f"{place} has {len(cells)} values for {len(names)} columns: a text with a separator needs quotes"
+                    f"{place} has {len(cells)} values for {len(names)} columns: put quotes around a text that contains"
+                    " a separator"
                 )
-            # An empty prompt is for `prompt_row` to judge.
+            # An empty prompt stays in the row, because `prompt_row` checks it.
             filled = {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip() or name == "prompt"}
             yield place, {**filled, "prompt": filled["prompt"].strip()}
     except csv.Error as error:

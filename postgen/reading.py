@@ -1,4 +1,4 @@
-"""Read small files that a user names, or that lie in a folder that he names: texts and JSON. Light to import."""
+"""Read small text and JSON files that a user names, or that are in a folder that a user names. Light to import."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from typing import Any
 from postgen.errors import UserError
 
 LARGEST = 2**26
-"""Bytes of a text that is read, 64 MiB."""
+"""Default largest size of a file in bytes: 64 MiB."""
 
 _LONGEST, _PART = 4095, 255
-"""Bytes of a path, and of each part of it."""
+"""Largest number of bytes of a path, and of each part of a path."""
 _LOOKED_AT = 1000
-"""Names of a folder among which one that is near is looked for."""
+"""Largest number of files of a folder that are compared to suggest a similar name."""
 _GIVEN = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-"""Streams that a shell has opened, as `<(command)`; whoever writes to them is there."""
+"""Paths of streams that a shell has opened, such as `<(command)`. Reading them cannot hang: their writer exists."""
 
 
 def check_name(name: str, said: str) -> None:
-    """Refuse the name of a file or folder that no system has.
+    """Check that a name can be the name of a file or folder.
 
     Args:
-        name: of it.
-        said: what the error begins with, before a colon and the reason.
+        name: the name.
+        said: beginning of the error message, before a colon and the reason.
 
     Raises:
-        UserError: it is empty, too long, or holds a null character.
+        UserError: the name is empty, too long, or contains a null character.
     """
     if not name.strip():
         raise UserError(f"{said}: its name is empty")
     if "\0" in name:
-        raise UserError(f"{said}: its name holds a null character")
+        raise UserError(f"{said}: its name contains a null character")
     if len(os.fsencode(name)) > _LONGEST or any(len(os.fsencode(part)) > _PART for part in name.split("/")):
         raise UserError(f"{said}: its name is too long")
 
 
 def check_readable(path: str | Path, said: str, *, streams: bool = False) -> None:
-    """Refuse what is no file: reading a named pipe waits for a writer, reading a device may never end.
+    """Check that a path is a file.
+
+    Reading a named pipe would wait for a writer, and reading a device might never end.
 
     Args:
-        path: of the file.
-        said: what the error begins with, before a colon and the reason.
-        streams: whether a stream that the shell has opened will do.
+        path: path of the file.
+        said: beginning of the error message, before a colon and the reason.
+        streams: whether a stream that a shell has opened is allowed too.
 
     Raises:
-        UserError: nothing is there, or something else than a file.
+        UserError: the path does not exist, or is not a file.
     """
     try:
         kind = os.stat(path).st_mode
@@ -65,15 +67,15 @@ def check_readable(path: str | Path, said: str, *, streams: bool = False) -> Non
 
 
 def read_bytes(path: str | Path, said: str, *, most: int = LARGEST) -> bytes:
-    """Return the content of a file, or of a stream that the shell has opened.
+    """Return the content of a file, or of a stream that a shell has opened.
 
     Args:
-        path: of the file.
-        said: what the error begins with, before a colon and the reason.
-        most: bytes that it may have.
+        path: path of the file.
+        said: beginning of the error message, before a colon and the reason.
+        most: largest allowed size in bytes.
 
     Raises:
-        UserError: it cannot be read, is no file, or is larger.
+        UserError: the file cannot be read, is not a file, or is too large.
     """
     check_readable(path, said, streams=True)
     try:
@@ -82,32 +84,33 @@ def read_bytes(path: str | Path, said: str, *, most: int = LARGEST) -> bytes:
     except OSError as error:
         raise UserError(f"{said}: {_reason(error)}") from error
     if len(data) > most:
-        raise UserError(f"{said}: it is larger than the {most:,} bytes that are read")
+        raise UserError(f"{said}: it is larger than the allowed {most:,} bytes")
     return data
 
 
 def read_text(path: str | Path, said: str, *, most: int = LARGEST) -> str:
-    """Return the content of a file in UTF-8, without a byte order mark; arguments and errors as of `read_bytes`."""
+    """Return the content of a UTF-8 file without its byte order mark; arguments and errors as in `read_bytes`."""
     try:
         return read_bytes(path, said, most=most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{said}: it is no text in UTF-8 ({error.reason}, byte {error.start})") from error
+        raise UserError(f"{said}: it is not UTF-8 text ({error.reason}, byte {error.start})") from error
 
 
 def read_json(path: str | Path, said: str, *, most: int = LARGEST) -> Any:
-    """Return the content of a JSON file; arguments and errors as of `read_bytes`."""
+    """Return the value of a JSON file; arguments and errors as in `read_bytes` and `parse_json`."""
     return parse_json(read_text(path, said, most=most), said)
 
 
 def parse_json(text: str, said: str) -> Any:
-    """Return what JSON says.
+    """Return the value of a JSON text.
 
     Args:
-        text: the JSON.
-        said: what the error begins with, before a colon and the reason.
+        text: the JSON text.
+        said: beginning of the error message, before a colon and the reason.
 
     Raises:
-        UserError: it is none, or so deep or with so long a number that Python reads it not.
+        UserError: the text is not valid JSON, is nested too deeply for Python, or contains a number with too many
+            digits.
     """
     try:
         return json.loads(text)
@@ -119,7 +122,10 @@ def parse_json(text: str, said: str) -> Any:
 
 
 def _near(path: Path) -> str:
-    """Name the file beside it, or in the folder `recipes`, that may have been meant; its suffix may be missing."""
+    """Return a suggestion for a file that does not exist: a similar name in its folder, or in the folder `recipes`.
+
+    The path may lack the suffix. The result is empty if no name is similar.
+    """
     beside: dict[str, str] = {}
     for folder in dict.fromkeys((path.parent, Path("recipes")) if path.parent == Path(".") else (path.parent,)):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is asked for: the settings of one video, and the sidecar that keeps them. Light to import."""
+"""The settings of one video, and the sidecar file that stores them. Light to import."""
 
 from __future__ import annotations
 
@@ -22,52 +22,59 @@ from postgen.reading import check_name, read_json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateConfig:
-    """One video. A field that is None takes the model's default."""
+    """Settings of one video. A field that is None takes the default of the model."""
 
     prompt: str
-    """What the video shows."""
+    """Description of the video."""
     model: str | None = None
-    """A local diffusers folder or a hub id; None is the embedded model."""
+    """Local diffusers folder or Hub id; None: the embedded model."""
     negative_prompt: str | None = None
-    """What it should not show; needs guidance above 1, or true guidance where the model has it."""
+    """Description of what the video should not show. It needs a guidance scale above 1, or a true CFG scale above 1 if
+    the pipeline has one."""
     width: int | None = None
-    """Pixels."""
+    """Width in pixels."""
     height: int | None = None
-    """Pixels."""
+    """Height in pixels."""
     num_frames: int | None = None
-    """Frames of the clip."""
+    """Number of frames."""
     num_inference_steps: int | None = None
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance_scale: float | None = None
-    """Scale of classifier-free guidance; up to 1 is off. A distilled network (HunyuanVideo) is told it."""
+    """Scale of classifier-free guidance; values up to 1 switch it off. A guidance-distilled network (HunyuanVideo)
+    receives the scale as an input."""
     true_cfg_scale: float | None = None
-    """Scale of classifier-free guidance beside that of a distilled network, against the negative prompt or, where
-    there is none, the empty one; up to 1 is off."""
+    """Scale of classifier-free guidance in addition to the distilled guidance of a network. It uses the negative
+    prompt, or the empty prompt if there is none. Values up to 1 switch it off."""
     seed: int = 0
-    """Seed of the initial noise, drawn on the CPU so that every device starts from the same."""
+    """Seed of the initial noise. The noise is drawn on the CPU, so that it is the same for every device."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     offload: str = "none"
-    """none, auto, model or sequential: `postgen.families.offload.place_weights`."""
+    """none, auto, model or sequential; see `postgen.families.offload.place_weights`."""
     lora: tuple[str, ...] = ()
-    """LoRA files, each `PATH[:scale]`."""
+    """LoRA files, each as `[NETWORK=]PATH[:scale]`."""
     lit: str | None = None
-    """Adapter of hybrid linear attention (`postgen.lit.adapter`): a file, a folder with one, or `embedded`."""
+    """Adapter of hybrid linear attention (`postgen.lit.adapter`): a file, a folder that contains one, or
+    `embedded`."""
     image: str | None = None
-    """Picture file of the first frame, for image-to-video models; it is resized to the clip."""
+    """Image file of the first frame, for image-to-video models; it is resized to the size of the clip."""
     fps: float | None = None
-    """Frames per second of the written video; a network that is conditioned on them is told."""
+    """Frames per second of the written video; also an input of networks that are conditioned on the frame rate."""
     plug_ins: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Texts by option of `postgen.plug_ins`, as {"enhance": "auto"}; what is not named is off."""
+    """Texts of plug-ins by option (`postgen.plug_ins`), such as {"enhance": "auto"}. A plug-in without a text is
+    off."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
-        """Return a request from settings as commands and sidecars have them: an option of a plug-in beside the fields.
+        """Return a request from the settings of a command or a sidecar.
+
+        Args:
+            settings: values by name of the field, and texts of plug-ins by option.
 
         Raises:
-            UserError: a setting that is none, or a wrong one.
+            UserError: a setting is unknown or wrong.
         """
         fields = cls.__dataclass_fields__.keys() - {"plug_ins"}
         own = {name: value for name, value in settings.items() if name in fields}
@@ -87,11 +94,11 @@ class GenerateConfig:
         options = [row.option for row in known_plug_ins()]
         for option, text in self.plug_ins.items():
             if option not in options:
-                raise UserError(f"unknown setting {option!r}. Plug-ins: {', '.join(options)}")
+                raise UserError(f"unknown setting {option!r}. Known plug-ins: {', '.join(options)}")
             if not isinstance(text, str):
                 raise UserError(f"{option} must be a text, got {shown(text)}")
         if not all(isinstance(lora, str) for lora in self.lora):
-            raise UserError(f"lora must be texts, [NETWORK=]PATH[:scale], got {shown(self.lora)}")
+            raise UserError(f"lora must contain texts [NETWORK=]PATH[:scale], got {shown(self.lora)}")
         if self.lit is not None:
             check_name(self.lit, "the adapter")
         if not 0 <= self.seed < 2**63:
@@ -99,9 +106,9 @@ class GenerateConfig:
 
 
 def portable(config: GenerateConfig) -> dict[str, Any]:
-    """Return the settings for a sidecar: file names become absolute, so that it works from every folder.
+    """Return the settings for a sidecar. Paths become absolute, so that the sidecar can be used from every folder.
 
-    Plug-ins stand beside the fields, each under its option; None is off.
+    The result also contains the texts of plug-ins, each under its option; None: the plug-in is off.
     """
     settings = dataclasses.asdict(config)
     texts = settings.pop("plug_ins")
@@ -114,9 +121,9 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
 
 
 def carried(note: Mapping[str, Any]) -> str:
-    """Return what a video file carries of its sidecar, JSON: what makes it again.
+    """Return the JSON text that is stored inside a video file: the part of its sidecar that reproduces the video.
 
-    Videos are passed on: of files of this machine their names are there, not where they are.
+    Users share videos, so paths of this machine are reduced to file names.
     """
     settings = without_places(note["settings"])
     kept = ("plug_ins", "format", "pipeline", "versions")
@@ -124,7 +131,7 @@ def carried(note: Mapping[str, Any]) -> str:
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a sidecar with the names of files of this machine in place of where they are."""
+    """Return the settings of a sidecar with absolute paths reduced to file names."""
     found = dict(settings)
     for name in {"model", "lit", "image"} & found.keys():
         found[name] = name_of(found[name])
@@ -134,12 +141,12 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(name: str | None) -> str | None:
-    """Return the name of a file or folder of an absolute place; anything else, as an id of the hub, stays."""
+    """Return the last part of an absolute path; any other text, such as a Hub id, is returned unchanged."""
     return name if name is None or not Path(name).is_absolute() else Path(name).name
 
 
 def plug_in_places(config: GenerateConfig) -> dict[str, str]:
-    """Return, for a sidecar, where the plug-ins come from that a request names: `module:function` by option."""
+    """Return the origin of the plug-ins of a request, for a sidecar: `module:function` by option."""
     return {row.option: row.apply for row in known_plug_ins() if row.option in config.plug_ins}
 
 
@@ -149,10 +156,10 @@ def _known() -> list[str]:
 
 
 def _check_known(path: str | Path, settings: Mapping[str, Any], places: Any) -> None:
-    """Refuse settings that nobody here knows; one of a plug-in says where that comes from.
+    """Check that all settings of a sidecar are known.
 
     Raises:
-        UserError: the first of them.
+        UserError: a setting is unknown. If it belongs to a plug-in, the message names the package of the plug-in.
     """
     known = _known()
     unknown = sorted(set(settings) - set(known))
@@ -160,28 +167,28 @@ def _check_known(path: str | Path, settings: Mapping[str, Any], places: Any) -> 
         if isinstance(places, dict) and isinstance(place := places.get(name), str):
             raise UserError(
                 f"the sidecar {path} was made with a plug-in {name!r} of {place.partition(':')[0]}, which this command"
-                " does not have: use the command of its package, or a program of two lines, postgen.plug_ins."
-                f'register_plug_in(its row) and postgen.cli.main(); without it, set "{name}" to null in the sidecar'
+                " does not have: use the command of that package, or a program with the two lines postgen.plug_ins."
+                f'register_plug_in(its row) and postgen.cli.main(); to omit it, set "{name}" to null in the sidecar'
             )
     if unknown:
         raise UserError(
-            f"the sidecar {path} has unknown settings {', '.join(unknown)}. Known: {', '.join(known)}. One of a"
-            " plug-in is known to the command that registers it"
+            f"the sidecar {path} has unknown settings {', '.join(unknown)}. Known: {', '.join(known)}. A setting of a"
+            " plug-in is known only to a command that registers the plug-in"
         )
 
 
 def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
-    """Return the settings of a sidecar (for `GenerateConfig.of`) and the format of its video.
+    """Return the settings of a sidecar (for `GenerateConfig.of`), and the format of its video.
 
     Raises:
-        UserError: no such file, not a sidecar, or settings that this version does not know.
+        UserError: the file does not exist, is not a sidecar, or has settings that this version does not know.
     """
     note = read_json(path, f"cannot read the sidecar {path}")
     settings = note.get("settings") if isinstance(note, dict) else None
     if not isinstance(settings, dict) or not isinstance(note.get("format"), str):
-        raise UserError(f"{path} is no sidecar of postgen: it has no settings or no format")
+        raise UserError(f"{path} is not a sidecar of postgen: it has no settings or no format")
     known = _known()
-    # A plug-in that was off is not missed.
+    # Omit unknown plug-ins that were off.
     settings = {name: value for name, value in settings.items() if name in known or value is not None}
     _check_known(path, settings, note.get("plug_ins"))
     loras = settings.get("lora", [])
@@ -196,17 +203,17 @@ def read_sidecar(path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, Any]:
-    """Return the settings of a sidecar with the places of the files that they name.
+    """Return the settings of a sidecar with the paths of the files that they name.
 
-    A sidecar of the app, or of a video that was passed on, has names only: they are looked for in the present folder
-    and beside the sidecar. Ids of the hub stay.
+    A sidecar of the app, or of a shared video, contains file names without folders. This function searches the files
+    in the current folder and beside the sidecar. Hub ids stay unchanged.
 
     Args:
-        settings: from `read_sidecar`, those left out that the user gives anew.
-        sidecar: its file.
+        settings: settings from `read_sidecar`, without those that the user replaces.
+        sidecar: path of the sidecar.
 
     Raises:
-        UserError: a model, LoRA, adapter or first frame that is at neither place.
+        UserError: a model, LoRA, adapter or first frame is not found.
     """
     found = dict(settings)
     for name, what in (("model", "the model"), ("lit", "the adapter"), ("image", "the first frame")):
@@ -223,7 +230,7 @@ def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, A
 
 
 def _placed(name: str, sidecar: str | Path, what: str, again: str) -> str:
-    """Return where a file is that a sidecar names."""
+    """Return the path of a file that a sidecar names."""
     path, beside = Path(name).expanduser(), Path(sidecar).absolute().parent
     if path.exists():
         return name
@@ -232,10 +239,10 @@ def _placed(name: str, sidecar: str | Path, what: str, again: str) -> str:
     if what not in ("the first frame", "the adapter") and is_hub_id(name):
         return name
     if path.is_absolute():
-        raise UserError(f"the sidecar {sidecar} names {what} {name}, which is not there: say where it is with {again}")
+        raise UserError(f"the sidecar {sidecar} names {what} {name}, which does not exist: give its path with {again}")
     places = " nor in ".join(dict.fromkeys([str(Path.cwd()), str(beside)]))
     raise UserError(
-        f"the sidecar {sidecar} names {what} {name} without its place, and it is not in {places}: say where it is with"
+        f"the sidecar {sidecar} names {what} {name} without a folder, and it is not in {places}: give its path with"
         f" {again}"
     )
 
@@ -261,7 +268,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 def _check_types(config: GenerateConfig) -> None:
-    """Settings also come from files and from `key=value` texts, where a number may have become something else."""
+    """Check the type of each setting, because settings also come from sidecars and from `key=value` texts."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         kind, _, optional = str(item.type).partition(" | ")
@@ -272,10 +279,10 @@ def _check_types(config: GenerateConfig) -> None:
 
 
 def _check_ranges(config: GenerateConfig) -> None:
-    """Refuse numbers that no clip can have, before a model is loaded to find that out.
+    """Check the ranges of all numbers, before a model is loaded.
 
     Raises:
-        UserError: the first of them.
+        UserError: a number is out of its range.
     """
     for name, (least, most) in RANGES.items():
         value = getattr(config, name, None)
@@ -288,6 +295,6 @@ def _check_ranges(config: GenerateConfig) -> None:
     width, height, frames = config.width or 1, config.height or 1, config.num_frames or 1
     if width * height * frames > MOST_PIXELS:
         raise UserError(
-            f"{frames} frames of {width} x {height} pixels are more than the {MOST_PIXELS:,} pixels that a clip may"
-            " have: make it smaller or shorter"
+            f"{frames} frames of {width} x {height} pixels are more than the allowed {MOST_PIXELS:,} pixels of a clip:"
+            " make it smaller or shorter"
         )

@@ -1,4 +1,4 @@
-"""Call a pipeline for a job, and let others look on: after each step, at the latents and what they are going to be."""
+"""Call the pipeline of a job, with callbacks that can inspect the latents after each denoising step."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from postgen.generate import Job
 
 StepCallback = Callable[[int, int], None]
-"""Called after each denoising step with (steps done, steps in all)."""
+"""Callback after each denoising step, with (steps done, all steps)."""
 
 CALL = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale")
-"""Numbers of a request that a pipeline's call takes under the same names."""
+"""Numeric settings of a request that have the same name as an argument of the pipeline's `__call__`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moment:
-    """A pipeline after one of its denoising steps."""
+    """State of a pipeline after a denoising step."""
 
     done: int
-    """Steps that are done."""
+    """Number of steps done."""
     total: int
-    """Steps in all."""
+    """Number of all steps."""
     pipe: Any
     """The pipeline."""
     latents: Tensor
-    """As they are now, noisy: in the pipeline's own form."""
+    """Noisy latents after this step, in the shape that the pipeline uses."""
     before: Tensor | None
-    """As they were before this step; None at the first."""
+    """Noisy latents before this step; None after the first step."""
 
     def clean(self) -> Tensor | None:
-        """Return what the latents are going to be by the network's present estimate, of their shape.
+        """Return the network's current estimate of the clean latents, in the shape of `latents`.
 
-        None where that is not known, as after the first step of most schedulers.
+        Returns None if the estimate cannot be computed, for example after the first step of most schedulers.
         """
         from postgen.sampling.clean import clean_estimate
 
@@ -51,26 +51,27 @@ class Moment:
 
 @dataclass(kw_only=True, slots=True)
 class Watch:
-    """Looks on while a video is made, and may end it early."""
+    """Observer of the generation of a video, which can also stop it early."""
 
     look: Callable[[Moment], None]
-    """Called after each step. What it raises ends the call."""
+    """Callback after each step. An exception of this callback ends the call of the pipeline."""
     early: Callable[[], bool] = lambda: False
-    """Asked after each step: whether to leave out the steps that follow and take the clean estimate for the video."""
+    """Callback after each step. If it returns True, the remaining steps are skipped, and the video is decoded from the
+    current clean estimate."""
     stopped_after: int | None = field(default=None, init=False)
-    """Steps after which that was done; None where all were made."""
+    """Number of steps after which the generation was stopped early; None: it was not stopped."""
     latents: Tensor | None = field(default=None, init=False)
-    """Of the finished video, in the pipeline's own form."""
+    """Latents of the finished video, in the shape that the pipeline uses."""
 
 
 def run(pipe: Any, job: Job, on_step: StepCallback | None = None, watch: Watch | None = None) -> Tensor:
-    """Return the clip of a job, (F, 3, H, W) float32 in [0, 1] on the CPU.
+    """Run the pipeline of a job, and return the clip: (F, 3, H, W) float32 in [0, 1] on the CPU.
 
     Args:
-        pipe: from `postgen.generate.load`.
-        job: what is asked for.
-        on_step: called after each denoising step.
-        watch: looks on; a pipeline whose call takes no callback shows nothing.
+        pipe: the pipeline, from `postgen.generate.load`.
+        job: the job.
+        on_step: callback after each denoising step.
+        watch: observer of the generation. It is not called for a pipeline without `callback_on_step_end`.
 
     Raises:
         UserError: the pipeline refuses the settings, or memory runs out.
@@ -101,7 +102,7 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None, watch: Watch |
 
 
 def _watched(watch: Watch, moment: Moment, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Let somebody look, and end the call where he asks for it and the pipeline can; return what it goes on with."""
+    """Call the observer after a step, stop the pipeline if the observer requests it, and return the step's tensors."""
     watch.look(moment)
     watch.latents = moment.latents
     if moment.done == moment.total or watch.stopped_after is not None or not watch.early():
@@ -114,13 +115,13 @@ def _watched(watch: Watch, moment: Moment, tensors: dict[str, Any]) -> dict[str,
 
 @contextmanager
 def refusals(pipeline: str) -> Iterator[None]:
-    """Say in one line what a pipeline refuses, or that memory ran out.
+    """Context manager that converts a ValueError of a pipeline, and out-of-memory errors, to a `UserError`.
 
     Args:
-        pipeline: its name.
+        pipeline: class name of the pipeline, for the message.
 
     Raises:
-        UserError: instead of the errors of libraries.
+        UserError: the pipeline refuses the settings, or memory runs out.
     """
     import torch
 
@@ -137,30 +138,30 @@ def refusals(pipeline: str) -> Iterator[None]:
             raise
         raise UserError("out of memory: use a smaller size or fewer frames") from error
     except ValueError as error:
-        raise UserError(f"{pipeline} refuses: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{pipeline} refuses the settings: {' '.join(str(error).split())[:300]}") from error
 
 
 def _no_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory on the CPU, of which it has no class, or sizes that no memory has."""
+    """Return whether an error of torch means that CPU memory is too small; torch has no exception class for this."""
     return any(text in str(error) for text in ("can't allocate memory", "Storage size calculation overflowed"))
 
 
 def _call(job: Job) -> dict[str, Any]:
-    """Return what the pipeline of a job is called with."""
+    """Return the keyword arguments for the call of the pipeline of a job."""
     config, takes = job.config, job.facts.arguments
     call = {name: getattr(config, name) for name in ("prompt", "negative_prompt", *CALL) if name in takes}
     call = {name: value for name, value in call.items() if value is not None}
     rate = config.fps if config.fps is not None else job.facts.defaults.fps
-    # A whole rate is an int, as the pipelines' own defaults are.
+    # A whole frame rate is passed as an int, like the pipelines' own defaults.
     call |= {name: int(rate) if rate == int(rate) else rate for name in RATES if name in takes}
     return call if config.image is None else {**call, "image": first_frame(config.image)}
 
 
 def first_frame(path: str) -> Any:
-    """Return the picture of a first frame.
+    """Read the image of a first frame.
 
     Raises:
-        VideoError: it cannot be read.
+        VideoError: the file cannot be read.
     """
     from postgen.video import read_picture
 

@@ -1,4 +1,4 @@
-"""Parts of a configuration: keyword-only dataclasses whose fields are checked, put together by inheritance."""
+"""Parts of a configuration: keyword-only dataclasses that check their fields, combined by inheritance."""
 
 import functools
 import types
@@ -11,16 +11,17 @@ from typing import Any, ClassVar, Literal
 from postgen.errors import UserError, shown
 
 LARGEST: Mapping[type, int] = {int: 2**31 - 1, float: 10**9}
-"""How far from 0 a whole number, and any other, of a configuration may be: what is further is a slip, and would end in
-an overflow or in no memory somewhere below."""
+"""Largest absolute value of an int and of a float in a configuration. A larger value is a typing error, and would lead
+to an overflow or an out-of-memory error in other code."""
 
 
 @dataclass(kw_only=True)
 class Part:
-    """Base of a part. Each part lives with the code that reads it; a configuration inherits from those that it needs.
+    """Base class of the parts of a configuration.
 
-    A part checks its own fields in `__post_init__`, after `super().__post_init__()`: the parts of a configuration then
-    check themselves once each, when all values have their declared types.
+    Each part is defined next to the code that uses it, and a configuration inherits from the parts that it needs. A
+    part checks its own fields in `__post_init__` after the call of `super().__post_init__()`. In this way, each part
+    of a configuration is checked once, when all values already have their declared types.
 
     >>> @dataclass(kw_only=True)
     ... class Size(Part):
@@ -34,34 +35,36 @@ class Part:
     """
 
     part: ClassVar[str] = ""
-    """Name under which a recipe may nest the fields of a class; empty where it may not."""
+    """Key under which a recipe may nest the fields of this class; empty: the fields cannot be nested."""
 
     may_change: ClassVar[tuple[str, ...]] = ()
-    """Fields of this class that change nothing of what is learned, whatever they are when a run is resumed; those that
-    begin with `eval_` are among them anyway."""
+    """Fields of this class that may change when a run is resumed, because they do not influence the training. All
+    fields whose name begins with `eval_` may change too."""
 
     share_out: ClassVar[tuple[str, ...]] = ()
-    """Fields of this class that say which part of a batch is whose: another number of processes may have others."""
+    """Fields of this class that divide a batch among processes. They may change when a run is resumed with another
+    number of processes."""
 
     files: ClassVar[tuple[str, ...]] = ()
-    """Fields of this class that may name a file of a recipe: it is looked for beside the recipe first."""
+    """Fields of this class that may contain a path. Such a path is first searched relative to the folder of the
+    recipe."""
 
     @classmethod
     def named_in(cls, variable: Literal["may_change", "share_out", "files"]) -> set[str]:
-        """Return the fields that a class and all that it inherits from name in such a variable."""
+        """Return the fields that this class and its base classes list in a class variable."""
         return {name for kind in cls.__mro__ for name in vars(kind).get(variable, ())}
 
     def __post_init__(self) -> None:
-        """Bring all values into their declared types."""
+        """Convert all values to their declared types."""
         coerce(self)
 
     def require(self, holds: bool, name: str, allowed: str) -> None:
-        """Raise a `UserError` about field `name` unless `holds`; `allowed` says what it must be."""
+        """Raise a `UserError` about the field `name` if `holds` is false; `allowed` describes the allowed values."""
         if not holds:
             raise UserError(f"{name} is {shown(getattr(self, name))}, it must be {allowed}.")
 
     def require_in(self, bounds: tuple[float, float], name: str) -> None:
-        """Raise a `UserError` about field `name` unless it is None or from the first bound to the second."""
+        """Raise a `UserError` about the field `name` if its value is neither None nor within `bounds`."""
         value, (least, most) = getattr(self, name), bounds
         if value is not None and value < least:
             self.require(False, name, f"at least {least}")
@@ -69,12 +72,13 @@ class Part:
 
 
 def coerce(config: Part) -> None:
-    """Check each field against its annotation; whole floats become ints, ints become floats, paths strings.
+    """Check each field against its annotation, and convert its value to the declared type.
 
-    YAML and Python callers give values that no argument parser has seen.
+    Whole floats become ints, ints become floats, and paths become strings. The check is needed because values from
+    YAML and from Python have not passed through an argument parser.
 
     Raises:
-        UserError: a value of another type.
+        UserError: a value has another type.
     """
     hints = _hints(typing.cast(Any, type(config)))
     for item in fields(config):
@@ -114,10 +118,10 @@ def _scalar(name: str, value: Any, hint: Any) -> Any:
 
 
 def _number(name: str, value: float, hint: type) -> Any:
-    """Return a number in its declared type.
+    """Return a number converted to its declared type.
 
     Raises:
-        UserError: it is infinite, NaN or so large that no setting can mean it; or no whole number where one is needed.
+        UserError: the number is infinite, NaN or out of range; or the type is int and the number is not whole.
     """
     largest = LARGEST[hint]
     if not -largest <= value <= largest:

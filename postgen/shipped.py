@@ -1,4 +1,4 @@
-"""What is shipped by name: recipes, their prompts, settings for `accelerate launch`. Light to import."""
+"""Files that come with the package: recipes, prompts, and configurations for `accelerate launch`. Light to import."""
 
 from __future__ import annotations
 
@@ -14,64 +14,65 @@ import yaml
 from postgen.errors import UserError, did_you_mean, shown
 
 FOLDER = (Path(__file__).resolve().parent / "recipes").resolve()
-"""Where they lie: in a checkout the folder at its root."""
+"""Folder of the shipped files; in a checkout, the folder `recipes` at the root."""
 
 _KINDS = {"": "recipe", "accelerate": "accelerate", "prompts": "prompts"}
 _NEEDS = "Needs: "
-"""A line of a recipe's comment that begins so says on what it runs, and how long."""
+"""Prefix of the line in the comment of a recipe that names its hardware and its time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shipped:
-    """One file that is shipped."""
+    """A file that comes with the package."""
 
     name: str
-    """What it is called: `dancegrpo-tiny`, `accelerate/ddp`, `prompts/two-bodies`."""
+    """Name of the file, such as `dancegrpo-tiny`, `accelerate/ddp` or `prompts/two-bodies`."""
     kind: str
     """`recipe`, `accelerate` (for `accelerate launch --config_file`) or `prompts`."""
     path: Path
-    """The file."""
+    """Path of the file."""
     method: str
-    """Of a recipe: its training method; empty for other kinds."""
+    """Training method of a recipe; empty for other kinds."""
     about: str
-    """What it is, in one line; empty for prompts."""
+    """Description in one line; empty for prompts."""
     needs: str
-    """Of a recipe: hardware and time as its comment says."""
+    """Hardware and time of a recipe, from its comment."""
     command: str
-    """Of a recipe: the command that its comment gives, from a folder in which it lies as `recipes/NAME.yaml`."""
+    """Command of a recipe, from its comment. It runs in a folder that contains the recipe as `recipes/NAME.yaml`."""
     reads: tuple[str, ...]
-    """Shipped files that a recipe reads or is launched with, relative to its folder."""
+    """Shipped files that a recipe reads or is launched with, relative to the folder of the recipe."""
     lacks: tuple[str, ...]
-    """Prompts and clips that a recipe reads and the user must have."""
+    """Datasets that a recipe reads and that the user must provide."""
 
 
 def shipped() -> list[Shipped]:
-    """Return what is shipped: recipes first, then settings of accelerate, then prompts, each by name."""
+    """Return all shipped files: recipes, then configurations for accelerate, then prompts, each sorted by name."""
     return [_read(name, path) for name, path in _files().items()]
 
 
 def find_shipped(name: str) -> Shipped:
-    """Return what a name means; its ending may be given.
+    """Return the shipped file with a name, which may include the suffix.
 
     Raises:
-        UserError: nothing of this name is shipped; the message has the nearest one.
+        UserError: no shipped file has this name; the message suggests the most similar name.
     """
     files = _files()
     plain = name.removesuffix(".yaml").removesuffix(".jsonl")
     if plain not in files:
         ends = {known.rpartition("/")[2]: known for known in files}
         near = f" Did you mean {ends[plain]!r}?" if plain in ends else did_you_mean(plain, files)
-        raise UserError(f"no recipe or prompts {shown(name)} are shipped.{near} `postgen recipes` lists them.")
+        raise UserError(f"there is no shipped recipe or file {shown(name)}.{near} `postgen recipes` lists all names.")
     return _read(plain, files[plain])
 
 
 def recipe_file(given: str | Path) -> Path:
-    """Return the file of a recipe that a user names: a path as it is, a word without an ending by its shipped name.
+    """Return the file of a recipe that a user names by its path or by the name of a shipped recipe.
 
-    A file of that name in the current folder comes first.
+    A file in the current folder has precedence over a shipped recipe of the same name.
 
     Raises:
-        UserError: a word that is neither; or no file, where a recipe of its name is shipped.
+        UserError: a name without a suffix is neither a file nor a shipped recipe; or a path does not exist, and a
+            shipped recipe has its name.
     """
     text, path = str(given), Path(given)
     recipes = {name: file for name, file in _files().items() if "/" not in name}
@@ -81,16 +82,17 @@ def recipe_file(given: str | Path) -> Path:
         if text in recipes:
             return recipes[text]
         if os.path.isdir(path):
-            return path  # whoever reads it says what it is
+            return path  # reading it raises an error that says that it is a folder
         own = path.with_name(f"{path.name}.yaml")
         near = f" Did you mean {str(own)!r}?" if os.path.isfile(own) else did_you_mean(text, recipes)
         raise UserError(
-            f"Recipe {shown(text)} cannot be read: there is no such file, and none of this name is shipped.{near}"
-            " `postgen recipes` lists those that are."
+            f"Recipe {shown(text)} cannot be read: there is neither such a file nor a shipped recipe of this name."
+            f"{near} `postgen recipes` lists the shipped recipes."
         )
     if path.stem in recipes and not os.path.lexists(path):
         raise UserError(
-            f"Recipe {path} cannot be read: there is no such file. One of this name is shipped: say {path.stem!r}."
+            f"Recipe {path} cannot be read: there is no such file. For the shipped recipe of this name, write"
+            f" {path.stem!r}."
         )
     return path
 
@@ -129,12 +131,12 @@ def _read(name: str, path: Path) -> Shipped:
 
 
 def _first_value(text: str) -> int:
-    """Return how many lines of comment a file begins with."""
+    """Return the number of comment lines at the beginning of a file."""
     return next((n for n, line in enumerate(text.split("\n")) if not line.startswith("#")), 0)
 
 
 def _texts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, text) of all texts of a recipe, those of its parts included."""
+    """Yield (key, text) for all text values of a recipe, including nested ones."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _texts(value)
@@ -147,7 +149,7 @@ def _is_own(key: str, value: str, beside: list[str]) -> bool:
 
 
 def _first_words(comment: list[str]) -> str:
-    """Return a comment up to its first colon or the end of its first sentence; what is indented is a command."""
+    """Return the beginning of a comment, up to the first colon, the end of a sentence, or the indented command."""
     text: list[str] = []
     for line in comment:
         if line.startswith("   ") or line.strip().startswith(_NEEDS):
@@ -157,7 +159,7 @@ def _first_words(comment: list[str]) -> str:
 
 
 def _command(comment: list[str]) -> str:
-    """Return the first command of a comment, in one line."""
+    """Return the first command of a comment as one line."""
     words: list[str] = []
     for line in comment:
         if line.startswith("   "):

@@ -1,4 +1,4 @@
-"""Read safetensors files: the one place that opens them. Light to import."""
+"""Read safetensors files. Only this module opens them. Light to import."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(path: str | Path, said: str = "", *, framework: str = "pt") -> Iterator[Any]:
-    """Open a safetensors file, to read names, notes or a few tensors of it.
+    """Context manager that opens a safetensors file, to read its keys, its metadata or some of its tensors.
 
     Args:
-        path: of the file.
-        said: what the error begins with, before a colon and the reason; "{path} cannot be read" by default.
-        framework: "numpy" needs no torch for names and notes.
+        path: path of the file.
+        said: beginning of the error message, before a colon and the reason; by default "{path} cannot be read".
+        framework: "pt" or "numpy". With "numpy", keys and metadata can be read without torch.
 
     Yields:
-        `safetensors.safe_open`: `keys()`, `metadata()`, `get_tensor(name)`, on the CPU.
+        The object of `safetensors.safe_open` with `keys()`, `metadata()` and `get_tensor(name)`; tensors are on the
+        CPU.
 
     Raises:
-        UserError: it is missing or damaged, or lacks a tensor that is asked for.
+        UserError: the file is missing or damaged, or does not contain a requested tensor.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -40,7 +41,7 @@ def opened(path: str | Path, said: str = "", *, framework: str = "pt") -> Iterat
 
 
 def read_tensors(path: str | Path, said: str = "") -> dict[str, Tensor]:
-    """Return every tensor of a safetensors file by its name, on the CPU; arguments and errors as of `opened`."""
+    """Return all tensors of a safetensors file by name, on the CPU; arguments and errors as in `opened`."""
     with opened(path, said) as content:
-        # No mapping: it has no items.
+        # `safe_open` is not a mapping: it has no items().
         return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""Versions of packages, as sidecars, result files and model cards keep them. Light to import."""
+"""Versions of packages, for sidecars, result files and model cards. Light to import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import postgen
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of an installed package; None where it is not."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -17,6 +17,6 @@ def version_of(package: str) -> str | None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of postgen, of Python and of packages; `missing` for one that is not installed."""
+    """Return the versions of postgen, Python and the given packages; `missing` if a package is not installed."""
     own = {"postgen": postgen.__version__, "python": platform.python_version()}
     return own | {name: version_of(name) or "missing" for name in packages}

@@ -1,4 +1,4 @@
-"""Who may import whom inside postgen: the rules, and the function that finds offences in a module's source."""
+"""The import rules inside postgen, and the function that finds violations in the source of a module."""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ METHODS = {
     *("enhance", "fused", "lit", "sparse", "tokens", "sparsity", "quant", "grpo", "worldweaver", "distill", "causal"),
     *("fp8_linear", "merging", "prompt", "sft", "judges", "experimental"),
 }
-"""Rooms of one method each: none imports another."""
+"""Rooms (top-level modules and folders) of one method each. No method imports another."""
 GROUND = {
     *("errors", "files", "interrupts", "locks", "own_code", "prompt_rows", "reading", "settings", "shipped"),
     "tensor_files",
@@ -20,10 +20,10 @@ LOWER = {
     *(*GROUND, "assets", "families", "kernels", "metrics", "reconstruct", "rewards", "sampling", "training"),
     *("video", "world"),
 }
-"""What lies below a method. What it needs of `compat`, families offer."""
+"""Rooms that a method may import. A method uses `families` instead of `compat`."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
 TOP |= {"generate_long", "long_files", "request", "running", "train"}
-"""Rooms that put everything together: they may import any room."""
+"""Rooms that may import any room."""
 
 ALLOWED = {
     "errors": set(),
@@ -48,15 +48,15 @@ ALLOWED = {
     "sampling": {*GROUND, "assets", "compat", "families", "video"},
     "training": {*GROUND, "assets", "compat", "families", "sampling", "video"},
     "reconstruct": {*GROUND, "assets", "compat", "families", "sampling", "training"},
-    # The table of plug-ins names places and imports none of them.
+    # The table of plug-ins names modules as texts and does not import them.
     "pipelines": {*GROUND, "families", "plug_ins", *METHODS},
     **dict.fromkeys(METHODS, LOWER),
-    # A few-step student of a block-causal model is one more stage of the conversion.
+    # Few-step distillation of a block-causal model is a further stage of the conversion.
     "distill": {*LOWER, "causal"},
-    # The recipe of the embedded model builds one model, so it knows that model's classes.
+    # The recipe of the embedded model builds one model, so it may import the classes of this model.
     "pretrain": LOWER,
 }
-"""Room -> other rooms it may import."""
+"""Room -> other rooms that it may import."""
 
 VIDEO_LIBRARIES = {"av", "decord", "imageio", "imageio_ffmpeg", "moviepy", "torchcodec"}
 VIDEO_NAMES = {
@@ -90,7 +90,7 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str, str]]:
 
 
 def offences(module: str, source: str, *, is_package: bool = False) -> list[str]:
-    """Return what a module imports against the rules, one line each."""
+    """Return the imports of a module that violate the rules, one line each."""
     tree = tree_of(source)
     package = module if is_package else module.rpartition(".")[0]
     return [
@@ -117,7 +117,7 @@ def _outside(module: str, target: str, name: str) -> Iterator[str]:
     if here in MODEL_FREE and library in MODEL_LIBRARIES:
         yield f"{here} knows no model, it must not import {library}"
     opens = library in VIDEO_LIBRARIES or (library != "postgen" and name in VIDEO_NAMES)
-    # postgen.info asks the libraries for their versions.
+    # postgen.info reads the versions of the libraries.
     if opens and here not in ("video", "info"):
         yield f"only postgen.video opens videos, not {here}: {target} {name}"
     if library == "safetensors" and name in ("safe_open", "load_file") and here != "tensor_files":

@@ -1,8 +1,8 @@
-"""Python modules run in processes of their own, which need not import torch and diffusers: they are forks of a server.
+"""Run Python modules in separate processes that are forks of a server, which has already imported torch and diffusers.
 
-An import of both takes seconds of a core, and most of what the tests start does little else. What is tested there is
-what processes do to each other: that one is killed, that two of them train together. Tests of what is imported, of the
-installed program and of an environment that libraries read when they are imported start an interpreter.
+Importing both takes seconds, which is most of the time of the processes that the tests start. Use this module to test
+interactions of processes: one is killed, or two of them train together. Tests of imports, of the installed program,
+and of environment variables that libraries read on import need a new interpreter instead.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = get_context("forkserver")
-# One server for all tests of this process. What cannot be imported there is imported by each of its forks.
+# One server for all tests of this process. Each fork imports the modules that the server cannot import.
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Child:
-    """A module that runs as `python -m module words` does, in a folder."""
+    """Process that runs `python -m module words` in a folder."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """The exit code, the negative number of a signal that ended it; None while it runs."""
+        """Exit code, or negative number of the signal that ended the process; None while it runs."""
         return self._process.exitcode
 
     def wait(self, seconds: float = 300) -> int:
-        """Wait for its end and return the exit code.
+        """Wait until the process ends, and return the exit code.
 
         Raises:
-            TimeoutError: it had to be killed; the message has what it wrote.
+            TimeoutError: the process took too long and was killed; the message contains its output.
         """
         self._process.join(seconds)
         if self.code is None:
@@ -58,32 +58,32 @@ class Child:
         return self.code
 
     def kill(self) -> int:
-        """End it with signal 9, if it has not ended; return the exit code."""
+        """Kill the process with signal 9 if it still runs, and return the exit code."""
         self._process.kill()
         self._process.join()
         assert self.code is not None
         return self.code
 
     def said(self) -> str:
-        """Return what it has written to both of its outputs."""
+        """Return the text that the process has written to standard output and standard error."""
         return self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
 
 
 def run(module: str, *words: str | Path, variables: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Run a module to its end; return the exit code and what it wrote."""
+    """Run a module to its end, and return the exit code and the output."""
     child = Child(module, words, variables)
     return child.wait(), child.said()
 
 
 def _run(module: str, words: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
-    """What the fork does."""
+    """Run the module in the fork."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for output in (1, 2):
         os.dup2(file, output)
-    # The server hears no Ctrl-C, and the shell may have been told to ignore it.
+    # The server ignores Ctrl-C, and the shell that started the tests may ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[1:] = words
     runpy.run_module(module, run_name="__main__", alter_sys=True)

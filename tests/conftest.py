@@ -1,4 +1,4 @@
-"""Fixtures shared by every test: tiny pipelines with random weights, built from their configs, nothing downloaded."""
+"""Fixtures for all tests: tiny pipelines with random weights, built from their configs without downloads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import pytest
 
 from tests.tiny_wan import LATENT_CHANNELS, wan_components
 
-# A shell that starts the tests in the background makes them ignore Ctrl-C, and their child processes with them.
+# If a shell starts the tests in the background, the tests and their child processes ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Models this small gain nothing from threads, and threads that wait for a busy core cost them ten times their work.
+# Threads do not make such small models faster. On a busy machine they make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Otherwise the compiler starts processes that import torch, to compile side by side what is one kernel here.
+# Otherwise the compiler starts processes that import torch, to compile kernels in parallel; the tests have one kernel.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: the collector need not look through a million objects of it again and again."""
+    """Exclude imported modules from garbage collection: scanning their million objects again and again takes time."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a text-to-video `WanPipeline` with random weights. Read only: copy it to change it."""
+    """Folder of a text-to-video `WanPipeline` with random weights. Do not change the folder; copy it first."""
     from diffusers import WanPipeline
 
     folder = tmp_path_factory.mktemp("models") / "tiny-wan"
@@ -38,7 +38,7 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_wan_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a `WanImageToVideoPipeline` without image encoder (as Wan 2.2), random weights. Read only."""
+    """Folder of a `WanImageToVideoPipeline` without image encoder (like Wan 2.2), random weights. Do not change it."""
     from diffusers import WanImageToVideoPipeline
 
     folder = tmp_path_factory.mktemp("models") / "tiny-wan-image"
@@ -49,7 +49,7 @@ def tiny_wan_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lora(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA whose weights are not zero, as training leaves it."""
+    """File of a LoRA with nonzero weights, as after training."""
     import torch
     from diffusers import WanPipeline, WanTransformer3DModel
     from peft import LoraConfig
@@ -65,7 +65,7 @@ def tiny_lora(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Outcome:
-    """How a call of the command line ended: exit code, standard output, standard error."""
+    """Result of a command: exit code, standard output, standard error."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err

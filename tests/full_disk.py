@@ -1,4 +1,4 @@
-"""A disk that is full, as a limit on the size of files has it."""
+"""Simulate a full disk with a limit on the size of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Inside, longer files cannot be written (Python ignores the signal that comes with it)."""
+    """Context manager in which longer files cannot be written (Python ignores the signal of the limit)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

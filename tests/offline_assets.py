@@ -1,4 +1,4 @@
-"""Optional media and weights for tests: what is not installed skips, what is misnamed or broken fails."""
+"""Optional media and weights for tests. A missing package skips the test; a wrong name or a broken file fails it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from postgen.assets import ASSETS, locate
 
 
 def installed(name: str) -> Path:
-    """Return the path of an asset, or skip the test where its package is not installed."""
+    """Return the path of an asset, or skip the test if its package is not installed."""
     if find_spec(ASSETS[name].module) is None:
         pytest.skip(f"{name}: {ASSETS[name].package} is not installed (requirements-assets.txt)")
     return locate(name)

@@ -1,4 +1,4 @@
-"""Syntax trees of the sources that several tests of the layout read: a parse takes longer than what they look for."""
+"""Cache of syntax trees for the tests of the layout, because parsing takes longer than the checks."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from functools import cache
 
 @cache
 def tree_of(source: str) -> ast.Module:
-    """Return the tree of a text; the same object for the same text, so nobody may change it."""
+    """Return the syntax tree of a text. It is the same object for the same text, so do not change it."""
     return ast.parse(source)

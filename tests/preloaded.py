@@ -1,4 +1,4 @@
-"""What the server of `tests.children` imports before it forks. It computes nothing: threads would not be copied."""
+"""Imports of the server of `tests.children` before it forks. It must not start threads: forks do not copy them."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ import torch.distributed.fsdp  # noqa: F401
 import transformers  # noqa: F401
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel  # noqa: F401
 
-# Of memory that no collector touches, forks need no copy.
+# Forks need no copy of memory that the garbage collector does not touch.
 gc.freeze()

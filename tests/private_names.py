@@ -1,7 +1,7 @@
-"""Which private names of the model libraries a module touches: `postgen.compat` alone may.
+"""Find the private names of model libraries that a module uses. Only `postgen.compat` may use them.
 
-Own private names are told from theirs by where they are defined. `self._name` is own where a class of the project that
-the class is related to defines it; `other._name` and `getattr(other, "_name")` where a class of the same module does.
+A private name belongs to the project if the project defines it: `self._name` if a related class of the project (a base
+class or a subclass) defines the name; `other._name` and `getattr(other, "_name")` if a class of the same module does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MAY = "postgen.compat"
 NO_LIBRARY = {
     # Methods of named tuples.
     *("_asdict", "_fields", "_make", "_replace"),
-    # A key of config.json and model_index.json, which diffusers documents.
+    # A documented key of config.json and model_index.json of diffusers.
     "_class_name",
 }
-"""Names with an underscore in front that are nobody's private ones."""
+"""Names that begin with an underscore but are not private."""
 TORCH = {"_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_overloadpacket", "_version"}
 TORCH |= {"_scaled_dot_product_flash_attention_for_cpu"}
-"""Private names of torch, which the rule is not about."""
+"""Private names of torch, to which the rule does not apply."""
 
 _SELF = {"self", "cls"}
 _BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "__setattr__", "__getattribute__", "__delattr__"}
@@ -33,12 +33,12 @@ _DOTTED = re.compile(r"\.*[A-Za-z_]\w*([.:][A-Za-z_]\w*)*")
 
 
 def is_private(name: str) -> bool:
-    """Whether a name has an underscore in front; `__dunder__` names and `_` have not."""
+    """Return whether a name is private: it begins with an underscore, but is neither `__dunder__` nor `_`."""
     return name.startswith("_") and bool(name.strip("_")) and not (name.startswith("__") and name.endswith("__"))
 
 
 def defined(tree: ast.AST) -> dict[str, set[str]]:
-    """Class name -> private names that its body or its methods (`self._name = ...`) define."""
+    """Return class name -> private names that the body or the methods of the class (`self._name = ...`) define."""
     return {node.name: set(_defined_by(node)) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
@@ -57,7 +57,7 @@ def _defined_by(kind: ast.ClassDef) -> Iterator[str]:
 
 
 def kin(trees: Iterable[ast.AST]) -> dict[str, set[str]]:
-    """Class name of the project -> private names of it and of every class that it inherits with, above or below."""
+    """Return class name -> private names of the class, of all its base classes and of all its subclasses."""
     names: dict[str, set[str]] = {}
     bases: list[tuple[str, str]] = []
     for tree in trees:
@@ -68,7 +68,7 @@ def kin(trees: Iterable[ast.AST]) -> dict[str, set[str]]:
                 bases += [(node.name, _last(base)) for base in node.bases]
     for child, parent in bases:
         if parent in names and names[parent] is not names[child]:
-            # One set for both, and for all that hold either.
+            # Merge both sets for all classes that have one of them.
             both = names[parent] | names[child]
             old = (id(names[parent]), id(names[child]))
             names.update({name: both for name, own in names.items() if id(own) in old})
@@ -76,7 +76,7 @@ def kin(trees: Iterable[ast.AST]) -> dict[str, set[str]]:
 
 
 def replaced(module: str, source: str) -> list[str]:
-    """Return which private names of a library's class a class that inherits from it defines anew, one line each."""
+    """Return the private names of a library's class that a subclass in the module redefines, one line each."""
     if module == MAY or module.startswith(f"{MAY}."):
         return []
     tree = tree_of(source)
@@ -100,12 +100,12 @@ def replaced(module: str, source: str) -> list[str]:
 
 
 def touched(module: str, source: str, related: Mapping[str, set[str]] | None = None) -> list[str]:
-    """Return where a module touches what is private to a library, one line each.
+    """Return the lines of a module that use private names of a library, one line each.
 
     Args:
-        module: dotted name.
-        source: its text.
-        related: `kin` of the project; only this module's classes where it is left out.
+        module: dotted name of the module.
+        source: text of the module.
+        related: result of `kin` for the project; None: only the classes of this module.
     """
     if module == MAY or module.startswith(f"{MAY}."):
         return []
@@ -144,14 +144,14 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         by_name = _last(node.func) in _BY_NAME and len(node.args) > 1
-        # A name that is put together is nobody's own: f"_{name}", "_" + name.
+        # A composed name never belongs to the project: f"_{name}", "_" + name.
         if by_name and not isinstance(node.args[1], ast.Constant) and _begins(node.args[1]).startswith("_"):
             self.found.add((node.lineno, ast.unparse(node)))
         if by_name and isinstance(node.args[1], ast.Constant):
             name = str(node.args[1].value)
             if is_private(name) and not self._own(node.args[0], name):
                 self.found.add((node.lineno, ast.unparse(node)))
-            # What follows would be reported twice, or is the class's own name.
+            # The remaining cases would be reported twice, or are names of the class itself.
             node = ast.Call(node.func, [node.args[0], *node.args[2:]], node.keywords)
         self.generic_visit(node)
 
@@ -174,7 +174,7 @@ class _Finder(ast.NodeVisitor):
                 self.visit(value)
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        """A name in a table, or a dotted path: `for name in ("_a", "_b")`, `attrgetter("x._a")`."""
+        """Collect private names in a text, such as `for name in ("_a", "_b")` or `attrgetter("x._a")`."""
         text = node.value
         if not isinstance(text, str) or not _DOTTED.fullmatch(text) or text.startswith("torch."):
             return
@@ -192,12 +192,12 @@ class _Finder(ast.NodeVisitor):
         if _is_self(holder) and self.classes:
             return any(name in self.related.get(kind, ()) for kind in self.classes)
         library = self.libraries.get(ast.unparse(holder).split(".")[0].split("(")[0])
-        # The rule is about the model libraries; torch, os and the like have private names of their own.
+        # The rule applies to the model libraries, not to torch, os and other packages.
         return name in self.here if library in (None, "postgen") else library not in MODEL_LIBRARIES
 
 
 def _is_self(node: ast.expr) -> bool:
-    """`self`, `cls`, `super()`, `type(self)`, `self.__class__`."""
+    """Return whether an expression is `self`, `cls`, `super()`, `type(self)` or `self.__class__`."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("super", "type"):
         return all(map(_is_self, node.args))
     if isinstance(node, ast.Attribute) and node.attr == "__class__":
@@ -206,7 +206,7 @@ def _is_self(node: ast.expr) -> bool:
 
 
 def _begins(node: ast.expr) -> str:
-    """What a text that is put together begins with; nothing where that is not known."""
+    """Return the constant beginning of a composed text; empty if it is unknown."""
     if isinstance(node, ast.BinOp):
         return _begins(node.left)
     if isinstance(node, ast.JoinedStr) and node.values:
@@ -215,7 +215,7 @@ def _begins(node: ast.expr) -> str:
 
 
 def _libraries(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Name in the module -> the library that it was imported from."""
+    """Return name in the module -> library from which it was imported."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -226,7 +226,7 @@ def _libraries(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def _last(node: ast.expr) -> str:
-    """`name` of `name`, `x.name`, `name[T]` and `x.name[T]`."""
+    """Return `name` for `name`, `x.name`, `name[T]` and `x.name[T]`."""
     if isinstance(node, ast.Subscript):
         return _last(node.value)
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")

@@ -1,4 +1,4 @@
-"""Runs Python code that is given as a word, in a fork of `tests.children`."""
+"""Run Python code from an argument, in a fork of `tests.children`."""
 
 import sys
 

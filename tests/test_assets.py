@@ -1,4 +1,4 @@
-"""The table of optional files, and the embedded model's place."""
+"""The table of optional files, and the path of the embedded model."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ def test_unknown_name_lists_the_known(action):
 
 
 def fake_package(folder, monkeypatch, content):
-    """Put a package of the table on the path, in a fresh name space: the file is what `content` says."""
+    """Put a package of the table on the path; its file has the given content."""
     asset = ASSETS["brisque-svm"]
     path = folder / asset.module / asset.file
     path.parent.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""The matrix of bad inputs: each is one clear line and leaves nothing behind, and its right neighbours are taken.
+"""The matrix of bad inputs: each prints one clear line and leaves no file, and similar correct inputs are accepted.
 
-It has some thousand rows, most of them made from the options and settings that there are.
+It has thousands of rows, most of them generated from the existing options and settings.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The command line from outside: what it writes and what it says."""
+"""The command line as a user sees it: its files and its output."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_generate_writes_video_sheet_and_sidecar(cli: Any, tiny_wan: Path, tmp_p
     note = json.loads((out.parent / "ball.json").read_text())
     assert (note["prompt"], note["seed"], note["format"]) == ("a red ball", 7, "mp4")
     assert note["settings"]["num_inference_steps"] == 2
-    assert note["settings"]["guidance_scale"] == 5.0  # the family's default, written out
+    assert note["settings"]["guidance_scale"] == 5.0  # the default of the family, written explicitly
     assert note["settings"]["model"] == str(tiny_wan)
     assert note["seconds"] > 0
     assert note["versions"]["torch"] == version("torch")
@@ -157,7 +157,7 @@ def test_help_and_version(cli: Any) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "compare"])
 def test_help_says_what_is_taken_where_an_option_is_left_out(cli: Any, command: str) -> None:
-    # Square brackets are markup to rich, which drops what it does not know.
+    # rich reads square brackets as markup, and removes unknown markup.
     words = " ".join(cli(command, "--help").out.replace("│", " ").split())
     for text in ("[default: the embedded model]", "[default: off]", "[default: auto]"):
         assert text in words
@@ -179,7 +179,7 @@ def test_threads_sleep_where_they_wait(said: dict[str, str], spins: str) -> None
     if library is None:
         pytest.skip("this torch has another OpenMP")
     code = "import ctypes\nfrom postgen.cli import main\ntry:\n    main(['--version'])\n"
-    code += f"except SystemExit:\n    ctypes.CDLL({str(library)!r})\n"  # torch loads it, and it reads the environment
+    code += f"except SystemExit:\n    ctypes.CDLL({str(library)!r})\n"  # torch loads OpenMP, which reads it
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment = {**kept, "OMP_DISPLAY_ENV": "verbose", **said}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The command line given wrong input, and stopped: one line, the right exit code, no file."""
+"""Wrong input and signals on the command line: one line, the right exit code, no file."""
 
 import shutil
 import signal
@@ -48,9 +48,9 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--a", "steps=1", "--b", "steps=1"], "--a and --b say the same"),
-        (["--a", "stepz=1"], "'stepz=1' names no setting. Did you mean 'steps'? Known keys: model, lora"),
-        (["--a", "seed=1"], "both videos have one seed, which --seed sets"),
+        (["--a", "steps=1", "--b", "steps=1"], "--a and --b are the same"),
+        (["--a", "stepz=1"], "'stepz=1' is not a setting. Did you mean 'steps'? Known keys: model, lora"),
+        (["--a", "seed=1"], "both videos must have the same seed, set it with --seed"),
         (["--a", "steps"], "'steps' must be key=value"),
         (["--a", "steps=many"], "the value must be int"),
         (["--a", "steps=1", "--a", "steps=2"], "gives steps twice"),
@@ -70,7 +70,7 @@ def test_compare_wrong(cli: Any, tiny_wan: Path, tmp_path: Path, words: list[str
         (["a", "--width", "100"], "width must be a multiple of 16, got 100: use 96 or 112"),
         (["a", "--height", "-16"], "height must be above 0, got -16"),
         (["a", "--size", "96"], "--size must look like 96x96"),
-        (["a", "--size", "96x96", "--width", "96"], "say the same"),
+        (["a", "--size", "96x96", "--width", "96"], "set the same size"),
         (["a", "--steps", "0"], "num_inference_steps must be above 0"),
         (["a", "--steps", "many"], "Invalid value for '--steps'"),
         (["a", "--guidance", "nan"], "guidance_scale must be at least 0, got nan"),
@@ -133,7 +133,7 @@ def test_missing_embedded_model(cli: Any, tmp_path: Path, monkeypatch: pytest.Mo
     def missing() -> Path:
         raise postgen.UserError("the embedded model is missing")
 
-    # First the package, which takes the name from the module when it is first asked for it.
+    # Access the name through the package first, because the package imports it from the module on first use.
     monkeypatch.setattr(postgen, "embedded_model", missing)
     monkeypatch.setattr(postgen.assets, "embedded_model", missing)
     assert "the embedded model is missing" in cli("generate", "a", "-o", tmp_path / "x.mp4").err
@@ -163,7 +163,7 @@ def test_places_that_cannot_be_written(cli: Any, tiny_wan: Path, tmp_path: Path)
 
 def test_pictures(cli: Any, tiny_wan_image: Path, tmp_path: Path) -> None:
     words = ["generate", "a", "--model", tiny_wan_image, "-o", tmp_path / "x.mp4", *SMALL]
-    assert "makes video from a picture: name one with --image" in cli(*words).err
+    assert "generates video from an image: give one with --image" in cli(*words).err
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
     for name in ("bad.png", "absent.png"):
         assert "cannot read the picture" in cli(*words, "--image", tmp_path / name).err
@@ -174,7 +174,7 @@ def test_pictures(cli: Any, tiny_wan_image: Path, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "cannot read the sidecar"),
-        ("[1]", "is no sidecar of postgen"),
+        ("[1]", "is not a sidecar of postgen"),
         ('{"settings": {"prompt": "a", "hight": 3}, "format": "mp4"}', "unknown settings hight"),
         ('{"settings": {"prompt": "a", "height": "tall"}, "format": "mp4"}', "height must be int"),
         ('{"settings": {"prompt": "a", "lora": "x"}, "format": "mp4"}', "lora must be a list"),
@@ -193,7 +193,7 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
     words = ["generate", "a", "--model", str(tiny_wan), "-o", str(tmp_path / "x.mp4"), "--size", "32x16"]
     command = [sys.executable, "-m", "postgen", *words, "--frames", "5", "--steps", "1000000"]
 
-    # A shell that runs tests in the background makes its children deaf to Ctrl-C.
+    # Child processes of a shell in the background ignore Ctrl-C.
     def hear() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -203,7 +203,7 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
         watch.start()
         while process.poll() is None and not _listens(process.pid):
             time.sleep(0.05)
-        time.sleep(1)  # into what it imports then
+        time.sleep(1)  # during the imports
         process.send_signal(number)
         told = process.stderr.read()
         watch.cancel()
@@ -214,7 +214,7 @@ def test_a_signal_from_the_terminal(tiny_wan: Path, tmp_path: Path, number: sign
 
 
 def _listens(process: int) -> bool:
-    """Whether a process has a handler of SIGTERM, which Python alone has not; where nobody can say, 3 s are enough."""
+    """Return whether a process has a handler of SIGTERM, which only postgen installs. If unknown, wait 3 s."""
     status = Path("/proc", str(process), "status")
     if not status.exists():
         time.sleep(3)
@@ -258,7 +258,7 @@ def test_warnings_are_one_line(tiny_wan: Path, tmp_path: Path) -> None:
 
 
 def test_control_c_while_an_object_is_deleted() -> None:
-    """Python ignores what is raised there; the command ends all the same."""
+    """Python ignores an exception that is raised there, but the command must end."""
     script = """
 import time, typer
 from postgen import cli

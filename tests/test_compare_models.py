@@ -1,4 +1,4 @@
-"""`postgen compare --vs`: a teacher and its student, side by side and measured."""
+"""`postgen compare --vs`: a teacher and its student, side by side and with measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE = ("--size", "32x16", "--steps", "1", "--frames", "9")
 
 @pytest.fixture
 def half(tiny_wan: Path, tmp_path: Path) -> Path:
-    """What `convert lit` writes: block 1 of 2 sees its own frame by softmax, and a memory of the others."""
+    """Output of `convert lit`: block 1 of 2 uses softmax for its own frame, and linear attention for other frames."""
     return converted(tiny_wan, tmp_path / "half", LiTConfig(layers="1:window_delta", window=WindowOptions(radius=0)))
 
 
@@ -39,7 +39,7 @@ def converted(model: Path, place: Path, config: LiTConfig) -> Path:
 
 
 def own_reward(folder: Path) -> str:
-    """Brightness, of clips that are long enough."""
+    """Brightness of clips that are long enough."""
     text = "def light(completions):\n    return [float(c.mean()) if len(c) > 5 else None for c in completions]\n"
     (folder / "own.py").write_text(text)
     return f"{folder / 'own.py'}:light"
@@ -71,13 +71,14 @@ def test_teacher_and_student(cli: Any, tiny_wan: Path, half: Path, tmp_path: Pat
 
 
 def test_a_student_that_is_its_teacher_makes_its_clip(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
-    """Here the window is the whole clip. Another folder's own defaults do not count: both get one setting."""
+    """The window is the whole clip. Both models use the same settings, also if the student has other defaults."""
     same = converted(tiny_wan, tmp_path / "same", LiTConfig(layers="1:window_delta"))
     pipe = load_pipeline(inspect_model(same), device="cpu")
     pipe.save_pretrained(tmp_path / "whole")
     (tmp_path / "whole" / "postgen.json").write_text('{"width": 64, "num_inference_steps": 7}')
     for vs in ("same", "whole"):
-        # Cast, so that no weights lie where a file has them: products on the CPU round by where operands begin.
+        # The cast moves the weights out of the mapped file: rounding on the CPU depends on the alignment of the
+        # operands.
         more = ("--dtype", "bfloat16", "-o", tmp_path / f"{vs}.gif")
         words = ("--model", tiny_wan, "--vs", tmp_path / vs, *SIZE, *more)
         done = cli("compare", "a", *words)
@@ -93,17 +94,15 @@ def test_other_models(tiny_wan: Path, half: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=text):
             student(prepare(GenerateConfig(prompt="a", model=str(model), **request)), str(vs))
 
-    refused("half itself: give another model", half, model=half)
+    refused("half is the same model as .*: give another model", half, model=half)
     twin = shutil.copytree(tiny_wan, tmp_path / "twin")
-    refused(
-        rf"half was made from {tiny_wan}, and the model it is compared with is .*twin: --model {tiny_wan}", half, twin
-    )
+    refused(rf"half was made from {tiny_wan}, but the comparison is with .*twin: give --model {tiny_wan}", half, twin)
     changed(half, "transformer/config.json", num_layers=4)
-    refused("half does not go with .*: num_layers of its transformer is 4, there it is 2", half)
+    refused("half cannot be compared with .*: num_layers of its transformer is 4, and in .* it is 2", half)
     changed(twin, "vae/config.json", z_dim=8)
-    refused("twin does not go with .*: z_dim of its vae is 8, there it is 4", twin)
+    refused("twin cannot be compared with .*: z_dim of its vae is 8, and in .* it is 4", twin)
     changed(twin, "model_index.json", _class_name="WanImageToVideoPipeline")
-    refused("twin is another model than .*: a WanImageToVideoPipeline with a WanTr", twin)
+    refused("twin cannot be compared with .*: it is a WanImageToVideoPipeline with a WanTr", twin)
     bound = LiTConfig(layers="1:mhla", grid=(3, 1, 2), mhla=MhlaOptions(blocks=(1, 1, 2), interpolate=False))
     fixed = converted(tiny_wan, tmp_path / "fixed", bound)
     refused(r"fixed/transformer: this mhla layer is made for a grid of \(3, 1, 2\) tokens .* got \(2, 1, 2\)", fixed,
@@ -113,7 +112,7 @@ def test_other_models(tiny_wan: Path, half: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--b", "steps=1"], "leave --a and --b out, or --vs"),
+        (["--b", "steps=1"], "omit --a and --b, or omit --vs"),
         (["--reward", "nope"], "unknown reward 'nope'"),
         (["--reward", "depth_consistency"], "needs the column 'depth'"),
         (["--vs", "absent"], "there is no model folder absent"),
@@ -146,7 +145,7 @@ def test_difference_and_motion() -> None:
     a = torch.rand(6, 3, 48, 600, generator=torch.Generator().manual_seed(0))
     told = difference(a, a + 0.1)
     assert told == {"psnr": pytest.approx(20, abs=1e-4), "largest_difference": pytest.approx(0.1, abs=1e-6)}
-    large = torch.nn.functional.avg_pool2d(a, 9, stride=1, padding=4)  # blobs that move 3 pixels a frame
+    large = torch.nn.functional.avg_pool2d(a, 9, stride=1, padding=4)  # blobs that move 3 pixels per frame
     moved = torch.stack([large[0].roll(3 * t, dims=-1) for t in range(6)])
     assert motion_of(moved) == pytest.approx(3, rel=0.35)
     assert motion_of(large[:1].expand(6, -1, -1, -1)) == 0

@@ -47,7 +47,7 @@ def test_a_wrong_place_is_found_before_the_model_is_read(
     words = [word for one in empty for word in (f"--{one.name}", "x")]
     same = cli("convert", method, tmp_path / "model", "-o", tmp_path / ".." / tmp_path.name / "model", *words)
     assert (same.code, same.err.count("\n")) == (2, 1)
-    assert "is what is to be converted" in same.err
+    assert "is the model to convert" in same.err
     for command, given in ((("convert", method), words), (("export-lora",), ("--format", "x"))):
         done = cli(*command, tmp_path / "absent", "-o", "/proc/x.safetensors", *given)
         assert (done.code, "cannot write /proc/x.safetensors" in done.err) == (2, True), done.err

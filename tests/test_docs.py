@@ -1,4 +1,4 @@
-"""The examples of these pages run as they are written, one after the other, in a folder where the model lies."""
+"""The examples of the pages run as written, one after the other, in a folder that contains the embedded model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks.docs_blocks import ROOT, blocks_of_page, pages
 from tests.doc_blocks import Page
 
 WORKED = ("CONTRIBUTING.md", "kernels.md")
-"""Other tests run their Python blocks: tests/test_worked_*.py, tests/kernels/test_docs.py."""
+"""Pages whose Python blocks run in other tests: tests/test_worked_*.py, tests/kernels/test_docs.py."""
 CHECKED = re.findall(r'parametrize\("ran", \["(.+?)"\]', Path(__file__).read_text(encoding="utf-8"))
-"""Pages of which this file asserts more than that they run."""
+"""Pages for which this file has further assertions."""
 OTHERS = [page for page in pages() if page.name not in CHECKED and any(b.no_run is None for b in blocks_of_page(page))]
 
 
 @pytest.fixture
 def ran(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
-    """Run a page; return its names and what it prints."""
+    """Run a page, and return its variables and its output."""
     monkeypatch.chdir(tmp_path)
     page = Page(ROOT / "docs" / request.param)
     printed = page.run()
@@ -128,7 +128,7 @@ def test_world(ran: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("ran", ["drift.md"], indirect=True)
 def test_drift(ran: tuple[dict[str, Any], str]) -> None:
-    """What the page says of a frozen clip, which is the second one."""
+    """The page describes a frozen clip, which is the second clip."""
     names, _ = ran
     both, text = names["both"], (ROOT / "docs" / "drift.md").read_text(encoding="utf-8")
     assert (both["motion.total"].b, both["motion.most"].b, both["contrast.sharpness.contrast"].b) == (0, 0, 0)
@@ -139,7 +139,7 @@ def test_drift(ran: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("ran", ["sampling.md"], indirect=True)
 def test_sampling(ran: tuple[dict[str, Any], str]) -> None:
-    """The page's own assertion is that the given frame stays; the first example is the pipeline's own video."""
+    """The page asserts that the given frame does not change. The first example equals the video of the pipeline."""
     names, _ = ran
     noise = names["sampler"].noise([7])
     expected = names["pipe"](
@@ -161,7 +161,7 @@ def test_worldweaver(ran: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("ran", ["worldweaver_rollout.md"], indirect=True)
 def test_worldweaver_rollout(ran: tuple[dict[str, Any], str]) -> None:
-    """The page's own assertion is that a saved state goes on to the bit; 4 latent frames are 13."""
+    """The page asserts that a saved state continues bit by bit; 4 latent frames are 13 frames."""
     names, _ = ran
     assert names["clip"].shape == (1, 13, 3, 96, 96)
     assert names["state"].calls == names["segments"].calls(4) == 10
@@ -178,7 +178,7 @@ def test_worldweaver_rollout(ran: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("ran", ["worldweaver_pipeline.md"], indirect=True)
 def test_worldweaver_pipeline(ran: tuple[dict[str, Any], str]) -> None:
-    """The page's own assertion is that a saved state goes on to the bit."""
+    """The page asserts that a saved state continues bit by bit."""
     names, _ = ran
     assert [clip.shape[1] for clip in names["rest"]] == [4, 4]
     assert names["video"].shape == (1, 9, 96, 96, 3)
@@ -186,7 +186,7 @@ def test_worldweaver_pipeline(ran: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("ran", ["faq.md"], indirect=True)
 def test_faq(ran: tuple[dict[str, Any], str]) -> None:
-    """The page's own assertions are what its answers say."""
+    """The page itself contains assertions for its answers."""
     names, printed = ran
     assert "attention auto in 8 layers" in printed
     assert "TFLOP a pass" in printed

@@ -1,4 +1,4 @@
-"""A folder whose weights take a first frame as well: text alone, and with --image."""
+"""A folder whose weights also accept a first frame: with text alone, and with --image."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_same_folder_takes_text_or_a_first_frame(tiny_wan: Path, tmp_path: P
 
 
 def test_a_side_of_a_comparison_may_have_a_first_frame(tiny_wan: Path, tmp_path: Path) -> None:
-    """The same weights in two pipelines: each side runs in its own."""
+    """Both sides have the same weights, but each side runs in its own pipeline class."""
     folder, image = shutil.copytree(tiny_wan, tmp_path / "model"), picture(tmp_path)
     changed(folder, "postgen.json", image_to_video=True)
     request = {"prompt": "a ball", "model": str(folder), "dtype": "float32", "device": "cpu", **SMALL}
@@ -70,7 +70,7 @@ def test_a_side_of_a_comparison_may_have_a_first_frame(tiny_wan: Path, tmp_path:
 
 def test_other_folders_take_no_first_frame(tiny_wan: Path, tmp_path: Path) -> None:
     request = GenerateConfig(prompt="a ball", model=str(tiny_wan), image=str(picture(tmp_path)), **SMALL)
-    with pytest.raises(UserError, match="WanPipeline takes text only: leave --image out"):
+    with pytest.raises(UserError, match="WanPipeline takes text only: omit --image"):
         prepare(request)
     folder = shutil.copytree(tiny_wan, tmp_path / "model")
     changed(folder, "postgen.json", image_to_video="yes")

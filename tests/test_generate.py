@@ -1,4 +1,4 @@
-"""The library functions behind `generate` and `compare`, and what is known of a model before it is loaded."""
+"""The library functions of `generate` and `compare`, and the properties of a model that are known before loading."""
 
 import json
 import shutil
@@ -85,7 +85,7 @@ def test_every_part_gets_its_dtype(
 ) -> None:
     from diffusers import DiffusionPipeline
 
-    # The text encoder's file is in half precision, which a plain load would keep.
+    # The file of the text encoder has half precision, and loading without a dtype would keep it.
     half = DiffusionPipeline.from_pretrained(tiny_wan, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half")
     pipe = load_pipeline(inspect_model(tmp_path / "half"), dtype=dtype, device="cpu")
@@ -181,11 +181,11 @@ def test_parse_lora() -> None:
     assert parse_lora(r"C:\x.safetensors") == LoraChoice(r"C:\x.safetensors", 1.0)
     assert parse_lora("transformer_2=a:b=c:2") == LoraChoice("a:b=c", 2.0, "transformer_2")
     for text in ("a:0.1234567890123", "transformer=a/b:1", r"C:\x.safetensors:-1000"):
-        assert str(parse_lora(text)) == text  # what a sidecar keeps
+        assert str(parse_lora(text)) == text  # the settings that a sidecar stores
     for scale in ("nan", "inf", "-inf", "1e400", "1001"):
         with pytest.raises(UserError, match=rf"the scale of the LoRA a is {scale}, it must be from -1000 to 1000"):
             parse_lora(f"a:{scale}")
-    check_lora("owner/name")  # a hub id is looked up when it is loaded
+    check_lora("owner/name")  # a Hub id is only checked when the model is loaded
     with pytest.raises(UserError, match="there is no LoRA file"):
         check_lora("name")
 
@@ -215,7 +215,7 @@ def test_comparing_clips_of_different_size(tiny_wan: Path, tmp_path: Path) -> No
     assert read_video(paths.both).shape == (9, 3, 32, 72)
     assert paths.sheet.is_file()
     other = prepare(GenerateConfig(prompt="a", model=str(tiny_wan), seed=1, **SMALL))
-    with pytest.raises(UserError, match="needs one seed, got 0 and 1"):
+    with pytest.raises(UserError, match="must have one seed, got 0 and 1"):
         compare_videos(jobs[0], other, paths)
 
 

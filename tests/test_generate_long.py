@@ -1,4 +1,4 @@
-"""Long videos of the command line: whole after every chunk, and continued by another process to the same bytes."""
+"""Long videos on the command line: complete after every chunk, and continued by another process bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ["--size", "32x32", "--steps", "6", "--fps", "8", "--guidance", "1"]
 
 @pytest.fixture(scope="module")
 def adapter(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with depth for the tiny model: groups of two latent frames."""
+    """Adapter with depth for the tiny model, with groups of two latent frames."""
     from diffusers import WanPipeline
 
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
@@ -69,7 +69,7 @@ def begun(request: LongRequest, output: Path) -> LongVideo:
 
 
 def test_whoever_is_killed_loses_the_chunk_in_flight(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
-    """kill -9 in a process of its own, another goes on here: the bytes of the video that nobody interrupted."""
+    """A process is killed, and this process continues: the bytes are those of an uninterrupted video."""
     whole = begun(request_of(tiny_wan), tmp_path / "whole.mp4")
     whole.make(lambda done, total: None)
     words = ["generate", "a ball", "--long", "5", "-o", "cut.mp4", "--model", str(tiny_wan), *SMALL]
@@ -110,11 +110,11 @@ def test_a_picture_begins(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
     done = cli("generate", "a ball", "--long", "2", "-o", tmp_path / "a", *words)
     assert done.code == 0, done.err
     assert len(list((tmp_path / "a").glob("frame_*.png"))) == 17
-    assert "there is no adapter for" in done.err
+    assert "no adapter for" in done.err
 
 
 def test_the_lora_of_an_adapter_is_merged(tiny_wan: Path, tmp_path: Path) -> None:
-    """The same frames as with the LoRA beside the layers, to rounding."""
+    """The frames equal those with an unmerged LoRA, up to rounding."""
     from diffusers import WanPipeline
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""The files that every room may use: versions and tensors."""
+"""The modules that all others may use: versions and tensor files."""
 
 import pytest
 import torch

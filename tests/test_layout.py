@@ -1,4 +1,4 @@
-"""The house rules: who imports whom, what is where, how large things are, how light the start is."""
+"""The house rules: imports between rooms, places of files, sizes, and the import time."""
 
 import ast
 import doctest
@@ -23,7 +23,7 @@ MEBIBYTE = 2**20
 
 
 def tracked(pattern="*"):
-    """Files of the commit, without the symbolic links."""
+    """Return the files of the commit without symbolic links."""
     listing = subprocess.run(["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout")
@@ -32,7 +32,7 @@ def tracked(pattern="*"):
 
 
 def library():
-    """(module name, path) of every module, by its import name; the linked folders are walked at the root."""
+    """Yield (import name, path) of every module; linked folders are read at the root."""
     for folder in ("postgen", *LINKED):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -140,14 +140,14 @@ def test_kernels_is_a_namespace_folder():
 
 
 def test_no_folder_of_the_root_is_a_package_of_the_hub():
-    """Gradio imports `spaces` where it is, and calls it in a Space: an empty folder of this name would do."""
+    """Gradio imports a module `spaces` if there is one, even an empty folder, and calls its functions in a Space."""
     assert not (ROOT / "spaces").exists()
 
 
 @pytest.mark.slow
 def test_hub_kernels_package_works_from_the_repository_root():
     spec = importlib.util.find_spec("kernels")
-    # From the root our own folder is found as a namespace, which has no origin, when the Hub's package is absent.
+    # If the Hub's package is absent, our own folder at the root is found as a namespace package, which has no origin.
     if spec is None or spec.origin is None:
         pytest.skip("needs the package kernels")
     script = (
@@ -170,7 +170,7 @@ def test_file_and_function_lengths():
 
 
 def code_lines(function):
-    """Lines of a function without its docstring."""
+    """Return the number of lines of a function without its docstring."""
     first = function.body[0]
     docstring = ast.get_docstring(function) is not None
     return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if docstring else 0)
@@ -187,14 +187,14 @@ def test_no_module_is_called_utils():
 
 def test_tracked_files_are_small():
     sizes = {path: path.stat().st_size for path in tracked()}
-    # Room for the adapters of methods.
+    # The rest of the limit is for adapters of methods.
     assert sum(sizes.values()) <= 52 * MEBIBYTE
     model = ROOT / "postgen" / "assets" / "tiny-wan"
     assert sum(size for path, size in sizes.items() if model in path.parents) <= 24_000_000
 
 
 def test_no_path_of_a_machine_is_tracked():
-    # Spelled in pieces, so that this file does not match itself.
+    # The patterns are composed of parts, so that this file does not match itself.
     roots = "|".join(("home", "root", "Users", "mnt", "wo" + "rk"))
     pattern = re.compile(rf"(?<![\w.~>-])/(?:{roots})/\w".encode())
     assert pattern.search(b"see /" + b"home/ann/x")

@@ -1,4 +1,4 @@
-"""Files of long videos when something goes wrong: video and state belong together, or neither is there."""
+"""Files of long videos after errors: video and state match each other, or neither exists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = ["--size", "32x32", "--steps", "3", "--fps", "8"]
 
 @pytest.fixture
 def long(cli: Any, tiny_wan: Path, tmp_path: Path) -> Any:
-    """Run `postgen generate` on the tiny model, in a folder that is empty: `long("a ball", "--long", "4")`."""
+    """Run `postgen generate` on the tiny model in an empty folder: `long("a ball", "--long", "4")`."""
 
     def call(*words: str | Path, guidance: str = "1") -> Any:
         if "--continue" in words:
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(long: Any, tmp_path: Path) -> None:
-    with files_of_at_most(20_000):  # the video fits, its state does not
+    with files_of_at_most(20_000):  # the disk has room for the video, but not for its state
         done = long("a ball", "--long", "4")
     assert done.code == 2
     assert "a.state: File too large" in done.err
@@ -51,7 +51,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(long: Any, tmp_path: Pa
 def test_ctrl_c_before_the_state_is_saved(
     long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    """The chunk that stands in the video already goes, or the video with it."""
+    """The chunk that was already written to the video is removed, or the whole video if it was the first chunk."""
     save, saved = RolloutState.save, []
 
     def stop(state: RolloutState, folder: Path) -> None:
@@ -76,7 +76,7 @@ def test_ctrl_c_before_the_state_is_saved(
 def test_what_decoders_remember_is_not_saved_where_it_is_much(
     long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made again of the last latents: the bytes of the video are those of a run that nobody stopped."""
+    """The decoder cache is rebuilt from the last latents: the bytes of the video are those of an uninterrupted run."""
     assert long("a ball", "--long", "4").code == 0
     expected, whole = (tmp_path / "a.mp4").read_bytes(), RolloutState.load(tmp_path / "a.state")
     assert whole.decoder_bytes > 0
@@ -117,7 +117,7 @@ def test_a_state_of_an_older_version_is_one_line(long: Any, tmp_path: Path) -> N
 
 
 def test_an_old_state_does_not_go_on_with_another_video(long: Any, tmp_path: Path) -> None:
-    """Killed between the first chunk of a new video and its state, a process leaves the state of the old one."""
+    """A process that is killed between the first chunk of a new video and its state leaves the old state."""
     assert long("a ball", "--long", "1").code == 0
     shutil.copytree(tmp_path / "a.state", tmp_path / "old")
     assert long("a ball", "--long", "4", "--seed", "5").code == 0
@@ -130,7 +130,7 @@ def test_an_old_state_does_not_go_on_with_another_video(long: Any, tmp_path: Pat
 
 
 def test_what_the_state_holds_need_not_be_there(long: Any, tmp_path: Path) -> None:
-    """The first frame is gone, and so is the contact sheet of a video that was killed when it was finished."""
+    """The image of the first frame is missing, and the contact sheet too if the process was killed at the end."""
     from PIL import Image
 
     Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "first.png")
@@ -144,7 +144,7 @@ def test_what_the_state_holds_need_not_be_there(long: Any, tmp_path: Path) -> No
 
 
 def test_a_branch_is_written_when_it_has_something_of_its_own(long: Any, tmp_path: Path) -> None:
-    """Of a video that is finished, or that does not become shorter, nothing is copied, and an old one stays."""
+    """If a video is complete or cannot become shorter, nothing is copied, and an existing video is not changed."""
     assert long("a ball", "--long", "1").code == 0
     (tmp_path / "b.mp4").write_bytes(b"old")
     for words in ([], ["--long", "0.5"], ["--format", "frames"]):
@@ -183,7 +183,7 @@ def test_two_experts_are_refused_before_their_weights_are_read(tiny_wan: Path, t
 
 
 def test_an_autoencoder_that_looks_ahead_gives_its_frames_later(cli: Any, tmp_path: Path) -> None:
-    """The first chunks of LTX have no frames."""
+    """The first chunks of LTX contain no frames."""
     from postgen.worldweaver.adapter import save_adapter
     from postgen.worldweaver.embedding import LevelEmbedder
     from postgen.worldweaver.widen import widen_transformer

@@ -1,4 +1,4 @@
-"""What a call writes: all of it or nothing, never over itself or its own input, and nothing of it after a signal."""
+"""Outputs of a call: all files or none, never over another output or an input, and none after a signal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.test_cli_errors import SMALL, names
 
 @pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with things in the way; it is the current one."""
+    """The current folder, with files and folders that are in the way of outputs."""
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").write_text("x")
@@ -40,12 +40,12 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 PLACES = {
     "": "the name of the output is empty",
     " ": "the name of the output is empty",
-    ".": "it is no name of its own",
-    "..": "it is no name of its own",
-    "...": "it is no name of its own",
-    "x/..": "it is no name of its own",
-    "/": "the slash at its end makes it a folder",
-    "x.mp4/": "the slash at its end makes it a folder",
+    ".": "it is not the name of an output",
+    "..": "it is not the name of an output",
+    "...": "it is not the name of an output",
+    "x/..": "it is not the name of an output",
+    "/": "a slash at the end means a folder",
+    "x.mp4/": "a slash at the end means a folder",
     "/dev/null": "it is a device, a pipe or a socket",
     "/dev/full": "it is a device, a pipe or a socket",
     "null.mp4": "it is a device, a pipe or a socket",
@@ -72,7 +72,7 @@ def test_odd_places_are_refused_before_anything_runs(cli: Any, tiny_wan: Path, o
 
 
 def test_a_zero_byte_and_a_file_where_a_folder_is_meant(odd: Path) -> None:
-    with pytest.raises(UserError, match="no name holds a zero byte"):
+    with pytest.raises(UserError, match="a name cannot contain a zero byte"):
         check_place(Path("x\0.mp4"))
     with pytest.raises(UserError, match="give the name of a folder"):
         check_place(Path("file"), folder=True)
@@ -165,7 +165,7 @@ def test_a_comparison_that_fails_half_way_leaves_what_was_there(
 
 @pytest.mark.parametrize("inside", [True, False], ids=["command", "library"])
 def test_signals_wait_while_names_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
-    """A signal between two renames arrives after the last."""
+    """A signal between two renames arrives after the last rename."""
     rename = os.replace
 
     def renamed(*paths: Any) -> None:
@@ -213,7 +213,7 @@ def test_termination_is_raised_once_more_where_nobody_heeds_it(monkeypatch: pyte
 
 
 def test_signals_that_are_ignored_stay_so() -> None:
-    """As under nohup."""
+    """The process ignores the signal, as under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stoppable() as stop, held():
@@ -294,8 +294,9 @@ def test_a_stop_says_how_many_videos_are_made(cli: Any, tiny_wan: Path, tmp_path
     done = cli(*words, "3")
     first, second = (tmp_path / f"x-00{n}.gif" for n in range(2))
     assert done.err.endswith(
-        f"postgen: stopped; 2 of 3 videos are made, {first} to {second}; the same command makes all of them again\n"
+        f"postgen: stopped; 2 of 3 videos were finished, {first} to {second}; the same command generates all of them"
+        " again\n"
     )
-    assert "none of 3 videos is made, and no half-written file was left" in cli(*words, "3").err
+    assert "none of 3 videos was finished, and no half-written file was left" in cli(*words, "3").err
     assert "postgen: stopped; no half-written file was left" in cli(*words, "1").err
     assert names(tmp_path) == [f"x-00{n}.{kind}" for n in range(2) for kind in ("gif", "json", "png")]

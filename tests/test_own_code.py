@@ -1,4 +1,4 @@
-"""Functions of the user's own: found in the current folder, by module or by file, however the program was started."""
+"""Functions of the user are found in the current folder by module or file, however the program was started."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLIP = torch.full((5, 3, 32, 32), 0.25)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which no import looks into."""
+    """The current folder, which is not on the import path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
     (tmp_path / "deep").mkdir()
@@ -86,9 +86,9 @@ def test_rows_of_a_function(folder: Path) -> None:
     ("named", "text"),
     [
         ("nowhere.f", "cannot be imported: No module named 'nowhere'"),
-        ("nowhere.py:f", "cannot be imported: there is no file nowhere.py"),
-        ("own_d.py:g", "cannot be imported: there is no g in it"),
-        ("own_d.py", "is a file: say which function of it, as own_d.py:name"),
+        ("nowhere.py:f", "cannot be imported: the file nowhere.py does not exist"),
+        ("own_d.py:g", "cannot be imported: its module has no g"),
+        ("own_d.py", "is a file: add the name of the function, own_d.py:name"),
         ("own_e.py:f", "cannot be imported: ZeroDivisionError: division by zero"),
         ("own_f.py:f", "cannot be imported: SyntaxError"),
         ("own_g.py:f", "cannot be imported: SystemExit: 3"),
@@ -108,7 +108,7 @@ def test_forms() -> None:
 
 
 def test_the_command_finds_it_from_the_current_folder(folder: Path) -> None:
-    """The console script has its own folder on the path, not the current one: `-P` leaves that out likewise."""
+    """The console script does not have the current folder on its import path; `-P` has the same effect."""
     (folder / "own_h.py").write_text(REWARD)
     (folder / "run.py").write_text("from postgen.rewards import get_reward\nprint(get_reward('own_h.bright').name)\n")
     code = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; exec(open('run.py').read())"

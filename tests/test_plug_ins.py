@@ -1,4 +1,4 @@
-"""The table of plug-ins: what is made from a row, how often it is asked, and which rows are refused."""
+"""The table of plug-ins: what a row defines, how often its functions are called, and which rows are refused."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TEXTS = {
     "fp8_linears": "feed_forward",
     "fused_ops": "norm_rope",
 }
-"""A text of the option of each row."""
+"""A valid text for the option of each row."""
 CONFIGS = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)}
-"""Settings of those rows whose usual ones need a GPU."""
+"""Settings of rows whose default settings need a GPU."""
 
 
 @pytest.fixture(scope="module")
 def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wan of a width that every plug-in takes."""
+    """Tiny Wan with a width that every plug-in supports."""
     from diffusers import WanPipeline as Stock
 
     path = tmp_path_factory.mktemp("models") / "wan-32"
@@ -80,7 +80,7 @@ def test_a_wrong_text_is_found_before_the_weights_are_read(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *places: str) -> Counter[str]:
-    """Count the calls of functions, which go on as they are."""
+    """Count the calls of functions without changing them."""
     calls: Counter[str] = Counter()
 
     def count(place: str, function: Any) -> Any:
@@ -122,7 +122,7 @@ def test_files_of_prompts_and_sidecars_are_prepared_once_too(
     assert done.code == 0, done.err
     assert calls == dict.fromkeys((*PREPARED[:2], *PARSED, reads[0]), 1)
     calls.clear()
-    # What an earlier version wrote: the texts of its plug-ins beside the others.
+    # A sidecar of an earlier version has the texts of plug-ins beside the other settings.
     note = json.loads((tmp_path / "x-003.json").read_text())
     assert "plug_ins" not in note["settings"]
     done = cli("generate", "--from", tmp_path / "x-003.json", "-o", tmp_path / "again")
@@ -178,24 +178,24 @@ def test_rows_that_are_refused(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(table, "_rows", list(table._rows))
     first = known_plug_ins()[0]
     for change, message in (
-        ({}, "has the name fused_ops already"),
-        ({"name": "other"}, "has the option fused already"),
+        ({}, "already has the name fused_ops"),
+        ({"name": "other"}, "already has the option fused"),
     ):
         with pytest.raises(postgen.UserError, match=message):
             register_plug_in(dataclasses.replace(first, **change))
-    for change, message in (({"option": "a b"}, "must be a name of Python"), ({"parse": "x.y"}, "be module:function")):
+    for change, message in (({"option": "a b"}, "be a Python identifier"), ({"parse": "x.y"}, "be module:function")):
         with pytest.raises(postgen.UserError, match=message):
             dataclasses.replace(first, **change)
     register_plug_in(dataclasses.replace(first, name="guidance_scale", option="guided"))
     with pytest.raises(postgen.UserError, match="already has an argument guidance_scale"):
         WanPipeline.__call__  # noqa: B018
     register_plug_in(dataclasses.replace(first, name="other", option="steps"))
-    assert "the plug-in other has the option steps, which is taken" in cli("--help").err
+    assert "the option steps of the plug-in other already exists" in cli("--help").err
 
 
 def test_settings_that_are_no_options() -> None:
     assert GenerateConfig.of({"prompt": "a", "fused": None}).plug_ins == {}
-    # Requests may stand in sets and tables.
+    # Requests are hashable, so that sets and dicts can contain them.
     assert len({GenerateConfig(prompt="a", plug_ins={"fused": text}) for text in ("auto", "auto", "off")}) == 2
     with pytest.raises(postgen.UserError, match="unknown setting 'fuse'"):
         GenerateConfig.of({"prompt": "a", "fuse": "auto"})

@@ -1,4 +1,4 @@
-"""Private names of diffusers, transformers, accelerate, peft and trl are touched in postgen.compat only."""
+"""Only postgen.compat uses private names of diffusers, transformers, accelerate, peft and trl."""
 
 import ast
 
@@ -79,11 +79,11 @@ def test_a_private_name_of_a_parent_is_not_defined_anew(base):
         ("from diffusers import hooks as h\nx = h._registry", "h._registry"),
         ("from accelerate import state\nx = state._shared()._name", "state._shared()._name"),
         ("def f(attend, q):\n    return attend(q, _parallel_config=None)", "_parallel_config="),
-        # Reached through a class of one's own.
+        # Accessed through a class of the project.
         ("from trl import X\nclass A(X):\n    def f(self):\n        return self._signature", "self._signature"),
         ("from trl import X\nclass A(X):\n    def f(self):\n        return super()._signature", "super()._signature"),
         ("class A:\n    def f(self):\n        return self.pipe._name", "self.pipe._name"),
-        # A function of the module of that name says nothing of the object.
+        # A function of the module with the same name does not make the name of an object our own.
         ("def _name():\n    pass\ndef f(pipe):\n    return pipe._name", "pipe._name"),
     ],
 )
@@ -115,7 +115,7 @@ def test_names_of_a_parent_elsewhere_are_ones_own():
     related = kin([ast.parse(OWN), ast.parse(child)])
     assert touched("postgen.families.child", child, related) == []
     assert touched("postgen.families.child", child) != []
-    # Not those of a class that it is no kin of, and not of an object that is handed in.
+    # Names of an unrelated class, and names of an argument, are not our own.
     stranger = child.replace("(Base)", "")
     assert touched("postgen.families.child", stranger, kin([ast.parse(OWN), ast.parse(stranger)])) != []
     handed = "class Child(Base):\n    def f(self, other):\n        return other._step()"

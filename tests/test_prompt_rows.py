@@ -1,4 +1,4 @@
-"""Files of prompts: what is read, and what is refused by name."""
+"""Files of prompts: supported formats, and formats that are refused."""
 
 from pathlib import Path
 
@@ -42,24 +42,28 @@ def test_what_is_read(tmp_path: Path, name: str, content: bytes, rows: list[dict
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.parquet", b"PAR1", r"\.parquet is a table of columns, which is not read. JSONL"),
+        ("p.parquet", b"PAR1", r"\.parquet is a table of columns, which is not supported. Use JSONL"),
         ("p.xlsx", b"PK\x03\x04", r"\.xlsx is a spreadsheet"),
         ("p.yaml", b"- a ball", r"\.yaml is a document"),
-        ("p.txt", b"PAR1\x15\x04", "is Parquet, which is not read"),
-        ("p", b"\x1f\x8b\x08", "is gzip"),
-        ("p.txt", b"a\x00b", "it has null characters"),
-        ("p.txt", "gr\u00f6\u00dfer".encode("latin-1"), r"it is no text in UTF-8 \(invalid start byte, byte 2\)"),
-        ("p.csv", b"a red ball\na blue cube\n", "must name the columns, `prompt` once among them, got a red ball"),
-        ("p.csv", b"prompt,prompt\na,b\n", "`prompt` once among them, got prompt, prompt"),
-        ("p.csv", b"prompt\na ball, red\n", "line 2 has 2 values for 1 columns: a text with a separator needs quotes"),
+        ("p.txt", b"PAR1\x15\x04", "of type Parquet, which is not supported"),
+        ("p", b"\x1f\x8b\x08", "of type gzip"),
+        ("p.txt", b"a\x00b", "it contains null characters"),
+        ("p.txt", "gr\u00f6\u00dfer".encode("latin-1"), r"it is not UTF-8 text \(invalid start byte, byte 2\)"),
+        (
+            "p.csv",
+            b"a red ball\na blue cube\n",
+            "must name the columns, all different and one of them `prompt`, got a red ball",
+        ),
+        ("p.csv", b"prompt,prompt\na,b\n", "all different and one of them `prompt`, got prompt, prompt"),
+        ("p.csv", b"prompt\na ball, red\n", "line 2 has 2 values for 1 columns: put quotes around a text"),
         ("p.csv", b'prompt\n"a ball\n', "line 2: unexpected end of data"),
         ("p.csv", b"prompt,file\n,a.mp4\n", "line 2: the prompt is empty"),
-        ("p.csv", b"prompt\n", "there is no prompt in it"),
-        ("p.json", b'[{"prompt": "a"}, 3]', "entry 2 is 3, it must be an object with a prompt"),
-        ("p.json", b'[{"prompt": "a"}', "is no JSON: Expecting"),
-        ("p.json", b"[" * 100_000, "is no JSON: "),
+        ("p.csv", b"prompt\n", "the file contains no prompt"),
+        ("p.json", b'[{"prompt": "a"}, 3]', "entry 2 is 3, it must be an object with a key 'prompt'"),
+        ("p.json", b'[{"prompt": "a"}', "not valid JSON: Expecting"),
+        ("p.json", b"[" * 100_000, "not valid JSON: "),
         ("p.json", b'{"prompts": ["a"]}', "has no column 'prompt', it has prompts"),
-        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt"', "line 3 is no JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt"', "line 3: this is not valid JSON"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -102,7 +106,7 @@ def test_file_names_tell_prompts_apart() -> None:
     ]
     names = [_file_name(prompt) for prompt in prompts]
     assert len(set(names)) == len(prompts)
-    # A temporary name beside the video adds some twenty bytes.
+    # The name of the temporary file is about twenty bytes longer.
     assert max(len(name.encode()) for name in names) < 200
 
 

@@ -1,4 +1,4 @@
-"""Looking on while a video is made, and ending it early."""
+"""Observing the generation of a video, and stopping it early."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_ended_early_it_is_the_clean_estimate_decoded(tiny_wan: Path, tmp_path: 
     assert note["stopped_after"] == 2
     assert note["settings"]["num_inference_steps"] == 4
     assert len(read_video(paths.video)) == 5
-    # The pipeline is as before.
+    # The pipeline is unchanged afterwards.
     assert torch.equal(run(pipe, job), run(load(job), job))
 
 

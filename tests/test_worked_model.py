@@ -1,4 +1,4 @@
-"""The worked example of a model: a row and three files, as CONTRIBUTING.md shows them."""
+"""The worked example of a model: a row and three files, from CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.tiny_wan import LATENT_CHANNELS, TEXT_DIM, wan_components
 from tests.toy_diffusers import ToyTransformer3DModel, ToyVideoPipeline
 
 SIZE = {"num_frames": 9, "height": 32, "width": 48}
-"""Latents of 3 frames of 4 x 6, tokens of 3 frames of 2 x 3."""
+"""Inputs with latents of 3 frames of 4 x 6, which are tokens of 3 frames of 2 x 3."""
 PROMPTS = ["a red ball", "a blue cube falls"]
 
 
 @pytest.fixture(scope="module")
 def row(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layout]:
-    """The row of the example, registered; its files lie where the repository has them."""
+    """Register the row of the example, and put its files in the folders of the repository."""
     entry, *files = blocks("## A model")
     places = {"attention": attention, "families": families, "pipelines": pipelines}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The worked example of a reward: one file, as CONTRIBUTING.md shows it."""
+"""The worked example of a reward: one file, from CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def redness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "room" / "redness.py").write_text(*blocks("## A reward"), encoding="utf-8")
     monkeypatch.setattr(postgen.rewards, "__path__", [*postgen.rewards.__path__, str(tmp_path / "room")])
     yield
-    # Imported again from another folder in the next test.
+    # The next test imports it again from another folder.
     sys.modules.pop("postgen.rewards.redness", None)
     vars(postgen.rewards).pop("redness", None)
 

@@ -12,7 +12,7 @@ LATENT_CHANNELS = 4
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer with one token per byte (so no text is unknown to it) and `</s>` at the end of every text."""
+    """Return a fast tokenizer with one token per byte, so that it can encode every text, and `</s>` at the end."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -28,10 +28,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wan_components(*, in_channels: int = LATENT_CHANNELS, head_dim: int = 12, seed: int = 0) -> dict[str, Any]:
-    """Components of a Wan pipeline with random weights: 8x smaller latents, 4 frames a latent, as Wan's own.
+    """Return the components of a Wan pipeline with random weights and Wan's compression: 8x in space, 4x in time.
 
-    `latents_mean` / `latents_std` are neither 0 nor 1, so that a forgotten normalisation shows. `in_channels` is
-    larger than the latent's 4 for an image-to-video transformer. With a `head_dim` of 16 layers in FP8 take its width.
+    `latents_mean` and `latents_std` are neither 0 nor 1, so that tests detect a missing normalisation. `in_channels`
+    is larger than the 4 latent channels for an image-to-video transformer. FP8 layers accept the width with `head_dim`
+    16.
     """
     import torch
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel

@@ -1,6 +1,7 @@
-"""A model that diffusers does not have, as diffusers would have it: for the worked example in CONTRIBUTING.md.
+"""A model in the style of diffusers that diffusers does not have, for the worked example in CONTRIBUTING.md.
 
-Self-attention over the video, with a norm of each head's queries and keys and no rotation; text by cross-attention.
+It has self-attention over the video, with a norm of the queries and keys of each head and without rotary embedding,
+and cross-attention to the text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 
 class ToyAttnProcessor:
-    """Attention among the tokens of the video, or from these to the text."""
+    """Self-attention over the video tokens, or cross-attention from the video tokens to the text."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -110,4 +111,4 @@ class ToyTransformer3DModel(ModelMixin, ConfigMixin, CacheMixin):
 
 
 class ToyVideoPipeline(diffusers.WanPipeline):
-    """Wan's with another transformer."""
+    """Wan's pipeline with another transformer."""

@@ -1,4 +1,4 @@
-"""The wheel of this checkout: how it is built, installed into a fresh environment, and called as a person would."""
+"""Build the wheel of this checkout, install it in a fresh environment, and run it like a user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tracked() -> list[str] | None:
-    """Return the files of the checkout, the links inside `postgen/` among them; None where it is none."""
+    """Return the files of the checkout, including the links inside `postgen/`; None if this is not a checkout."""
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         return None
@@ -22,10 +22,10 @@ def tracked() -> list[str] | None:
 
 
 def copied(folder: Path) -> Path:
-    """Copy what packages are built from into a folder, so that building leaves nothing in the checkout.
+    """Copy the sources of the package to a folder, so that the build leaves no files in the checkout.
 
     Raises:
-        FileNotFoundError: this is no checkout.
+        FileNotFoundError: this is not a checkout.
     """
     if (names := tracked()) is None:
         raise FileNotFoundError(f"{ROOT} is no git checkout")
@@ -37,10 +37,10 @@ def copied(folder: Path) -> Path:
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
-    """Build an sdist or a wheel, not packed, which takes most of the time.
+    """Build an unpacked sdist or wheel; packing would take most of the time.
 
     Raises:
-        AssertionError: it failed; the message has what was written.
+        AssertionError: the build failed; the message contains its output.
     """
     settings = {"--build-option": ["--compression=stored"]} if kind == "wheel" else {}
     script = "import json, sys\nfrom setuptools import build_meta\n"
@@ -53,28 +53,29 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 
 
 def clean() -> dict[str, str]:
-    """Return the environment of a person who knows nothing of the checkout."""
+    """Return environment variables that do not refer to the checkout."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST", "COV"))}
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """Install a wheel into a fresh environment, which takes other libraries from this one; return its command."""
+    """Install a wheel in a fresh environment that uses the libraries of this one; return the command."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *words], check=True, env=clean())
     (places,) = folder.glob("lib/python*/site-packages")
-    # A path in such a file adds a folder, and reads no such file in there: ours is not found by way of this one's.
+    # A .pth file adds a folder but does not read the .pth files in it, so the editable install of this environment is
+    # not found.
     libraries = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     (places / "libraries.pth").write_text("\n".join(libraries) + "\n")
     return folder / "bin" / "postgen"
 
 
 def run(command: Path, *words: str, folder: Path) -> str:
-    """Run an installed command in a folder; return what it wrote.
+    """Run an installed command in a folder, and return its output.
 
     Raises:
-        AssertionError: it failed; the message has what it wrote of that.
+        AssertionError: the command failed; the message contains its errors.
     """
     env = {**clean(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
     ended = subprocess.run([str(command), *words], cwd=folder, capture_output=True, text=True, env=env)
@@ -83,7 +84,7 @@ def run(command: Path, *words: str, folder: Path) -> str:
 
 
 def training_words(steps: int = 2) -> list[str]:
-    """Return the options that make `dancegrpo-tiny` a run of seconds on a CPU."""
+    """Return options with which `dancegrpo-tiny` takes seconds on a CPU."""
     small = {
         "max_steps": steps, "eval_steps": 0, "eval_on_start": "false", "num_generations": 2, "rollout_batch_size": 2,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_inference_steps": 2, "height": 32,

@@ -1,1 +1,1 @@
-"""The commands of the command line, one module each; they parse and print, the work is done elsewhere."""
+"""The commands of the command line, with one module for each. They only parse options and print results."""

@@ -12,29 +12,34 @@ from postgen.errors import UserError, did_you_mean, shown
 from postgen.files import check_apart, named
 
 _OF_BOTH = ("size", "seed", "fps")
-"""Settings that are not of one side alone."""
+"""Settings that both videos must share."""
 
-Prompt = Annotated[str, typer.Argument(help="What both videos show.", show_default=False)]
-A = Annotated[list[str] | None, typer.Option("--a", help="Setting of the left one, as steps=10; repeatable.")]
-B = Annotated[list[str] | None, typer.Option("--b", help="Setting of the right one, as steps=50; repeatable.")]
+Prompt = Annotated[str, typer.Argument(help="Prompt of both videos.", show_default=False)]
+A = Annotated[
+    list[str] | None, typer.Option("--a", help="Setting of the left video, such as steps=10; can be repeated.")
+]
+B = Annotated[
+    list[str] | None, typer.Option("--b", help="Setting of the right video, such as steps=50; can be repeated.")
+]
 Vs = Annotated[
     str | None,
     typer.Option(
         "--vs",
         metavar="MODEL",
-        help="Instead of --a and --b: a student of --model (what convert lit or train wrote, or a pipeline), right.",
+        help="Compare --model (left) with its student MODEL (right), instead of --a and --b. MODEL is the output of"
+        " convert lit or train, or a pipeline.",
     ),
 ]
 Reward = Annotated[
     str | None,
-    typer.Option("--reward", help="Scores both; names as of `postgen score`. \\[default: none]"),
+    typer.Option("--reward", help="Rewards that score both videos, as in `postgen score`. \\[default: none]"),
 ]
 Output = Annotated[
     str,
     typer.Option(
         *("-o", "--output"),
         metavar="PATH",
-        help="The side-by-side video; -a and -b stand beside.",
+        help="Side-by-side video. The names of the two single videos get -a and -b.",
         rich_help_panel=o.FILES,
     ),
 ]
@@ -51,17 +56,18 @@ def compare(
     given: dict[str, Any],
     format: o.Format = None,
 ) -> None:
-    """Make the same seed under two settings: both videos, one side by side, and a contact sheet of both rows.
+    """Generate one seed with two settings: two videos, a side-by-side video, and a contact sheet of both.
 
-    With --vs: with two models, a teacher and its student, and with what was measured of both (JSON).
+    With --vs, compare two models (a teacher and its student), and write measurements of both videos (JSON).
     """
     sides = [parse_side("--a", a or []), parse_side("--b", b or [])]
     if vs is not None and (a or b):
         raise UserError(
-            "--vs takes both videos with the same settings: leave --a and --b out, or --vs (--steps 10 is for both)"
+            "--vs compares two models with the same settings: omit --a and --b, or omit --vs (other options, such as"
+            " --steps 10, apply to both videos)"
         )
     if vs is None and sides[0] == sides[1]:
-        raise UserError("--a and --b say the same: give a setting that differs, as --a guidance=1 --b guidance=5")
+        raise UserError("--a and --b are the same: give a setting that differs, such as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
     if vs is not None:
         labels = [given.get("model", "embedded"), vs]
@@ -70,10 +76,10 @@ def compare(
 
 
 def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
-    """Turn `key=value` texts into settings for `GenerateConfig.of`; keys are the options of the command line.
+    """Convert `key=value` texts to settings for `GenerateConfig.of`; keys are options of the command line.
 
     Raises:
-        UserError: no equals sign, an unknown key, a value that is no number.
+        UserError: a text without an equals sign, an unknown or repeated key, or a value of a wrong type.
 
     >>> parse_side("--a", ["steps=10", "guidance=1"])
     {'num_inference_steps': 10, 'guidance_scale': 1.0}
@@ -87,21 +93,21 @@ def parse_side(option: str, texts: list[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"{said} must be key=value. Known keys: {', '.join(keys)}")
         if key in _OF_BOTH:
-            raise UserError(f"{said}: both videos have one {key}, which --{key} sets")
+            raise UserError(f"{said}: both videos must have the same {key}, set it with --{key}")
         if name is None:
             hint = did_you_mean(key.replace("_", "-"), keys)
-            raise UserError(f"{said} names no setting.{hint} Known keys: {', '.join(keys)}")
+            raise UserError(f"{said} is not a setting.{hint} Known keys: {', '.join(keys)}")
         if name == "lora":
             side[name] = (*side.get(name, ()), value)
         elif name in side:
-            raise UserError(f"{option} gives {key} twice")
+            raise UserError(f"{option} gives {key} twice: give it once")
         else:
             side[name] = _value(said, kind, value)
     return side
 
 
 def _keys() -> dict[str, tuple[type, str]]:
-    """Return what `--a` and `--b` take: key -> type of the value, and the setting it stands for."""
+    """Return the keys of `--a` and `--b`: key -> type of the value, and field of `GenerateConfig`."""
     keys: dict[str, tuple[type, str]] = {}
     for name, (option, field) in o.setting_options().items():
         if name not in _OF_BOTH:
@@ -154,7 +160,7 @@ def _make(
 
 
 def _runner(reward: str, device: str) -> Any:
-    """Return what scores two clips; every mistake of it, weights that are not there among them, is found now."""
+    """Return the runner of the rewards. All errors, including missing weights, are raised here."""
     from postgen.commands.score import reward_device
     from postgen.compat import quiet_libraries
     from postgen.rewards import RewardRunner, split_rewards
@@ -165,12 +171,12 @@ def _runner(reward: str, device: str) -> Any:
     with quiet_libraries():
         runner.load()
     for one in runner.rewards:
-        one.offload()  # the model needs the memory first
+        one.offload()  # free the memory for the video model
     return runner
 
 
 def _tell(report: Path) -> None:
-    """Say what was measured."""
+    """Print the measurements of a report."""
     found = json.loads(report.read_text(encoding="utf-8"))
     both = found["a"], found["b"]
     same = "the same clip" if found["largest_difference"] == 0 else "clips of other sizes"

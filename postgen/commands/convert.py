@@ -1,4 +1,4 @@
-"""`postgen convert METHOD MODEL -o OUT`: one command a method that makes a model, or part of one, of another."""
+"""`postgen convert METHOD MODEL -o OUT`: one command for each method that converts a model or a part of it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from postgen.errors import UserError
 from postgen.files import check_apart, check_place, files_of
 
 Converter = Callable[..., None]
-"""A command whose first parameter is the model (a path, or a text where a hub id will do) and that has an `output`, a
-path, with `-o`; its docstring is its help. It imports what is heavy when it is called."""
+"""Type of a command. Its first parameter is the model: a path, or a text if Hub ids are allowed. It has a parameter
+`output`, a path with the option `-o`. Its docstring is its help. It imports heavy modules when it is called."""
 
 CONVERTERS: dict[str, Converter] = {
     "lit": convert_lit,
     "lora": export_lora,
 }
-"""Method -> its command. A new one is its function, and a row here."""
+"""Commands by method. A new method needs a function and a row in this table."""
 
 
 def convert_commands() -> typer.Typer:
     """Return the commands of `CONVERTERS` as one group."""
-    text = "Make a model, or a part of one, of another: convert METHOD MODEL -o OUT."
+    text = "Convert a model, or a part of it: convert METHOD MODEL -o OUT."
     group = typer.Typer(help=text, no_args_is_help=True)
     for name, command in CONVERTERS.items():
         group.command(name)(checked(command))
@@ -36,10 +36,10 @@ def convert_commands() -> typer.Typer:
 
 
 def checked(command: Converter) -> Converter:
-    """Return a converter that looks at where it is to write before it reads the model.
+    """Return a command that checks the output path before it calls `command`.
 
     Raises:
-        UserError: when called, for a place that cannot be written or that is the model itself.
+        UserError: the output cannot be written, or it is the model itself. The returned command raises this error.
     """
     model, *others = inspect.signature(command).parameters
     assert "output" in others, f"{command.__name__} has no parameter output"
@@ -49,7 +49,7 @@ def checked(command: Converter) -> Converter:
         source, output = Path(given[model]).expanduser(), given["output"]
         check_place(output)
         if source.exists() and output.exists() and source.samefile(output):
-            raise UserError(f"{output} is what is to be converted: give another place with -o")
+            raise UserError(f"{output} is the model to convert: give another output with -o")
         check_apart([output], files_of(source))
         command(**given)
 

@@ -11,57 +11,66 @@ import typer
 from postgen.errors import UserError, check_number, first_line
 from postgen.files import replacing
 
-Source = Annotated[str, typer.Argument(help="Folder or hub id of a video pipeline, whose transformer is converted.")]
+Source = Annotated[str, typer.Argument(help="Folder or Hub id of a video pipeline; its transformer is converted.")]
 Output = Annotated[
-    Path, typer.Option("-o", "--output", help="Folder to write: the transformer, and which model it belongs to.")
+    Path,
+    typer.Option("-o", "--output", help="Folder to write: the converted transformer, and the name of its base model."),
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
         "--layers",
-        help="Which blocks become what, counted from 0, as every 2nd:window_delta,1:lit. Others stay softmax.",
+        help="Layer type of each block, counted from 0, such as every 2nd:window_delta,1:lit. All other blocks keep"
+        " softmax.",
     ),
 ]
 Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="Instead: the share of a step's cost that may remain, as 0.6; the layers are chosen by score and cost.",
+        help="Instead of --layers: share of the cost of a denoising step that may remain, such as 0.6. Scores and"
+        " costs determine the layers.",
     ),
 ]
 Kinds = Annotated[
     str | None,
     typer.Option(
         "--kinds",
-        help="Layer types that --budget chooses from, with commas between, besides softmax; lit needs long training."
+        help="With --budget: layer types to choose from besides softmax, separated by commas; lit needs long training."
         " \\[default: window_delta]",
     ),
 ]
 Measured = Annotated[
-    bool, typer.Option("--measure", help="With --budget: costs are times measured on this device, not counted FLOPs.")
+    bool, typer.Option("--measure", help="With --budget: measure times on this device as costs, instead of FLOPs.")
 ]
-First = Annotated[bool, typer.Option("--first-block", help="Block 0, the most sensitive one, may be converted too.")]
+First = Annotated[
+    bool, typer.Option("--first-block", help="Allow the conversion of block 0, the most sensitive block.")
+]
 Inherit = Annotated[
     str,
-    typer.Option("--inherit", help="all: weights of the base are kept; output: queries, keys and values begin anew."),
+    typer.Option(
+        "--inherit",
+        help="all: keep the weights of the base model; output: reinitialise the projections of queries, keys and"
+        " values.",
+    ),
 ]
 Prompt = Annotated[
     list[str] | None,
     typer.Option(
         "--prompt",
-        help="With --budget: blocks are scored on it; may be given several times. \\[default: the model's examples]",
+        help="With --budget: prompt for the scores of the blocks; can be repeated. \\[default: the model's examples]",
     ),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option("--steps", help="With --budget: denoising steps for each prompt of the scores. \\[default: 4]"),
+    typer.Option("--steps", help="With --budget: denoising steps for each prompt. \\[default: 4]"),
 ]
 Frames = Annotated[
     int | None,
-    typer.Option("--frames", help="Of the clips that it is scored and counted for. \\[default: the model's]"),
+    typer.Option("--frames", help="Number of frames of the clip for scores and costs. \\[default: the model's]"),
 ]
-Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]")]
-Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]")]
+Height = Annotated[int | None, typer.Option("--height", help="Height of the clip in pixels. \\[default: the model's]")]
+Width = Annotated[int | None, typer.Option("--width", help="Width of the clip in pixels. \\[default: the model's]")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 
@@ -86,7 +95,7 @@ def convert_lit(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Make some blocks of a transformer hybrid linear attention. New layers are not trained by it."""
+    """Convert attention layers of some blocks to hybrid linear attention. The new layers are not trained."""
     from postgen.compat import quiet_libraries
     from postgen.families.installed import transformers_of
     from postgen.generate import load, prepare
@@ -103,7 +112,7 @@ def convert_lit(
     names = None if kinds is None else _layer_types(kinds)
     job = prepare(config)
     if job.facts.transformer is None:
-        raise UserError(f"{job.facts.pipeline} has no transformer to convert")
+        raise UserError(f"{job.facts.pipeline} has no transformer to convert: use a model with a transformer")
     with quiet_libraries():
         pipe = load(job)
     for transformer in transformers_of(pipe).values():
@@ -126,7 +135,7 @@ def _write(output: Path, pipe: Any) -> None:
             for name, transformer in transformers_of(pipe).items():
                 save(transformer, part / name)
             write_note(part, pipe, [*transformers_of(pipe)])
-    except UserError as error:  # names the temporary folder
+    except UserError as error:  # its message names the temporary folder
         raise UserError(f"cannot write {output}: {first_line(error.__cause__ or error)}") from error
 
 
@@ -140,17 +149,17 @@ def _layer_types(text: str) -> tuple[str, ...]:
 
 def _check(layers: str | None, budget: float | None, output: Path, of_budget: Sequence[str]) -> None:
     if (layers is None) == (budget is None):
-        raise UserError("give one of --layers (which blocks) and --budget (how much of a step's cost may remain)")
+        raise UserError("give either --layers (layer types of blocks) or --budget (share of the cost that may remain)")
     if budget is None and of_budget:
-        raise UserError(f"{', '.join(of_budget)}: goes with --budget, with --layers nothing is scored or measured")
+        raise UserError(f"{', '.join(of_budget)} can only be used with --budget: give --budget instead of --layers")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"{output} is there already: give a new folder with -o")
+        raise UserError(f"{output} already exists: give a new folder with -o")
     if budget is not None:
         check_number("budget", budget, 1e-6, 1)
 
 
 def _converted(transformer: Any, job: Any, settings: Any) -> Any:
-    """Convert; layers that are bound to a grid are made for that of the clip."""
+    """Convert a transformer. Layers that need a fixed token grid get the grid of the clip."""
     from postgen.lit import convert
     from postgen.lit.clips import grid_of_clip
     from postgen.lit.convert import stock_transformer
@@ -173,7 +182,7 @@ def _planned(
     *,
     measured: bool,
 ) -> Any:
-    """Choose the layers by scores on the prompts, and say the table."""
+    """Choose the layers by their costs and their scores on the prompts, and print the plan."""
     from postgen.commands.progress import steps, waiting
     from postgen.generate import run
     from postgen.lit import count, measure, plan, score
@@ -184,7 +193,7 @@ def _planned(
     with waiting("Measuring" if measured else "Counting"):
         costs = (measure if measured else count)(transformer, **of_size, kinds=kinds)
     kinds = tuple(costs.changes)
-    check_budget(costs, budget, kinds, first_block=settings.first_block)  # before the scores, which take longest
+    check_budget(costs, budget, kinds, first_block=settings.first_block)  # before the slow scores
 
     def sample() -> None:
         with steps("Scoring") as on_step:
@@ -199,18 +208,18 @@ def _planned(
 
 
 def _told(on_step: Any, place: int, prompts: int, done: int, total: int) -> None:
-    """Tell of a step of one prompt as one of all."""
+    """Report the progress of one prompt as progress over all prompts."""
     on_step(place * total + done, prompts * total)
 
 
 def _shape(job: Any) -> tuple[int, int, int]:
-    """Frames, height and width of the clip.
+    """Return frames, height and width of the clip.
 
     Raises:
-        UserError: the model does not say its own.
+        UserError: neither the options nor the model define them.
     """
     config = job.config
     shape = config.num_frames, config.height, config.width
     if None in shape:
-        raise UserError("the model does not say what clip it makes: give --frames, --height and --width")
+        raise UserError("the model has no default size of a clip: give --frames, --height and --width")
     return shape

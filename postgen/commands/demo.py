@@ -17,25 +17,31 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="Local diffusers folder or hub id; given several times, the page offers all of them. The embedded model"
-        " is always offered.",
+        help="Local diffusers folder or Hub id of a model to offer; can be repeated. The page always offers the"
+        " embedded model.",
         rich_help_panel=MODEL,
     ),
 ]
 AnyModel = Annotated[
-    bool, typer.Option("--any-model", help="Let the page name any folder or hub id.", rich_help_panel=MODEL)
+    bool, typer.Option("--any-model", help="Let users of the page enter any folder or Hub id.", rich_help_panel=MODEL)
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option("--lora", help="LoRA file or folder to offer; may be given several times.", rich_help_panel=MODEL),
+    typer.Option("--lora", help="LoRA file or folder to offer; can be repeated.", rich_help_panel=MODEL),
 ]
 Outputs = Annotated[
     Path | None,
-    typer.Option("--outputs", help="Folder for what is made. \\[default: postgen-videos]", rich_help_panel=FILES),
+    typer.Option(
+        "--outputs", help="Folder for the generated files. \\[default: postgen-videos]", rich_help_panel=FILES
+    ),
 ]
 Runs = Annotated[
     Path | None,
-    typer.Option("--runs", help="Folder of training runs, to watch and to take LoRAs from.", rich_help_panel=FILES),
+    typer.Option(
+        "--runs",
+        help="Folder of training runs, to show their progress and to offer their LoRAs.",
+        rich_help_panel=FILES,
+    ),
 ]
 Port = Annotated[
     int | None,
@@ -45,7 +51,7 @@ Host = Annotated[
     str | None,
     typer.Option(
         "--host",
-        help="Address to listen at; one that other machines reach needs --auth. \\[default: 127.0.0.1]",
+        help="Address to listen on; an address that other machines can reach needs --auth. \\[default: 127.0.0.1]",
         rich_help_panel=SERVER,
     ),
 ]
@@ -54,7 +60,7 @@ AllowHosts = Annotated[
     typer.Option(
         "--allow-host",
         metavar="NAME",
-        help="Further name under which it answers, as that of a proxy before it; repeatable, * is every one.",
+        help="Another host name of the app, such as the name of a reverse proxy; * allows all names; can be repeated.",
         rich_help_panel=SERVER,
     ),
 ]
@@ -63,7 +69,8 @@ Auth = Annotated[
     typer.Option(
         "--auth",
         metavar="USER:PASSWORD|FILE",
-        help="Who may use it: a pair, or a file with one a line (others see the pair among the processes).",
+        help="Allowed users: USER:PASSWORD, or a file with one pair per line. Other users of this machine can see"
+        " options in the list of processes; a file avoids this.",
         rich_help_panel=SERVER,
     ),
 ]
@@ -71,20 +78,21 @@ Theme = Annotated[
     str | None, typer.Option("--theme", help="system, light or dark. \\[default: system]", rich_help_panel=SERVER)
 ]
 UploadMb = Annotated[
-    float | None, typer.Option("--upload-mb", help="Largest upload, in MiB. \\[default: 64]", rich_help_panel=LIMITS)
+    float | None, typer.Option("--upload-mb", help="Largest upload in MiB. \\[default: 64]", rich_help_panel=LIMITS)
 ]
 UploadSeconds = Annotated[
     float | None,
-    typer.Option("--upload-seconds", help="Longest uploaded video. \\[default: 60]", rich_help_panel=LIMITS),
+    typer.Option(
+        "--upload-seconds", help="Longest uploaded video in seconds. \\[default: 60]", rich_help_panel=LIMITS
+    ),
 ]
 LongSeconds = Annotated[
     float | None,
-    typer.Option(
-        "--long-seconds", help="Longest video that is made chunk by chunk. \\[default: 120]", rich_help_panel=LIMITS
-    ),
+    typer.Option("--long-seconds", help="Longest long video in seconds. \\[default: 120]", rich_help_panel=LIMITS),
 ]
 Waiting = Annotated[
-    int | None, typer.Option("--waiting", help="Most jobs that wait. \\[default: 50]", rich_help_panel=LIMITS)
+    int | None,
+    typer.Option("--waiting", help="Largest number of waiting jobs. \\[default: 50]", rich_help_panel=LIMITS),
 ]
 
 
@@ -107,12 +115,12 @@ def demo(
     device: Device = None,
     offload: Offload = None,
 ) -> None:
-    """Serve the app: a page in the browser that makes videos. It listens on this machine only."""
+    """Serve the app, a web page that generates videos. By default only this machine can reach it."""
     from postgen.apps.demo import launch
     from postgen.apps.settings import AppSettings, read_auth
 
     if long_seconds is not None and offload not in (None, "none"):
-        raise UserError("--long-seconds and --offload: with --offload the page makes no long videos, leave one out")
+        raise UserError("--long-seconds cannot be used with --offload: the app then makes no long videos, omit one")
     names = model or []
     given: dict[str, Any] = {
         **{"model": names[0] if names else None, "outputs": outputs, "runs": runs, "port": port, "host": host},
@@ -132,10 +140,10 @@ def demo(
     served = launch(settings)
     typer.echo(f"App at {served.url} (stop with Ctrl-C), videos in {served.app.history.folder}")
     try:
-        with when_stopped(lambda: "the app is closed; what it made is kept"):
+        with when_stopped(lambda: "the app is closed; its files are kept"):
             served.wait()
     finally:
-        with held():  # a second Ctrl-C waits for what is being written
+        with held():  # a second Ctrl-C waits until all files are written
             served.close()
 
 

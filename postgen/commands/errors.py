@@ -1,4 +1,4 @@
-"""How every command ends: a wrong input is one line on standard error and exit code 2, and no traceback."""
+"""Messages and exit codes of commands: wrong input prints one line on standard error and exits with code 2."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ from postgen.compat import command_error
 from postgen.errors import UserError, cut_words
 
 STOPPED = "no half-written file was left"
-"""What is said after Ctrl-C of a command that says nothing else."""
+"""Message after Ctrl-C of a command that has no message of its own."""
 
 _standing: list[Callable[[], str]] = []
 
 _WORD = 400
+"""Largest number of characters of a word in a message."""
 
 
 @contextmanager
 def when_stopped(standing: Callable[[], str]) -> Iterator[None]:
-    """Let `tell_stopped` say how far the block has come and how to go on, if it ends by a signal.
+    """Context manager that sets the message of `tell_stopped` for the case that a signal ends the block.
 
     Args:
-        standing: returns that, in one line.
+        standing: function that returns the message in one line: the progress so far, and how to continue.
     """
     _standing.append(standing)
     yield
-    _standing.remove(standing)  # not after an exception: what there is to say is said later
+    _standing.remove(standing)  # not after an exception, because `tell_stopped` needs the message later
 
 
 def tell_stopped() -> None:
-    """Say that the command was stopped, and what it leaves."""
+    """Print that the command was stopped, and the message of `when_stopped`."""
     tell(f"postgen: stopped; {_standing[-1]() if _standing else STOPPED}")
 
 
 def forget_standing() -> None:
-    """Forget what an earlier command of this process has come to."""
+    """Remove the messages of earlier commands of this process."""
     _standing.clear()
 
 
 def tell(message: str) -> None:
-    """Write a message to standard error, in one line; of a word that is longer than any path, a part."""
+    """Print a message to standard error in one line. Very long words are shortened."""
     print(cut_words(message, _WORD), file=sys.stderr)
 
 
 def tell_error(error: BaseException) -> int | None:
-    """Say what the user did wrong, in one line.
+    """Print the message of a user's error in one line.
 
     Returns:
-        The exit code; None for an exception that is a defect of ours, of which nothing is said.
+        The exit code; None if the exception is a bug of postgen. In this case nothing is printed.
     """
     if isinstance(error, UserError):
         tell(f"postgen: error: {error}")
         return 2
     if (told := command_error(error)) is None:
         return None
-    if told[0]:  # nothing is to be said where typer has shown the help of a group instead
+    if told[0]:  # the message is empty if typer has already printed the help of a command group
         tell(f"postgen: error: {told[0]} (see {told[2] or 'postgen'} --help)")
     return told[1]

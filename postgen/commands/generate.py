@@ -16,61 +16,74 @@ from postgen.errors import UserError
 from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
 
-Prompt = Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)]
+Prompt = Annotated[str | None, typer.Argument(help="Description of the video.", show_default=False)]
 Output = Annotated[
     str | None,
     typer.Option(
         *("-o", "--output"),
         metavar="PATH",
-        help="The video; of several, -000, -001, ... are added. \\[default: named after the (first) prompt]",
+        help="Path of the video; with several videos, the names get -000, -001, ... \\[default: named after the first"
+        " prompt]",
         rich_help_panel=o.FILES,
     ),
 ]
 Count = Annotated[
-    int, typer.Option("--count", help="Videos per prompt, with seed, seed+1, ...", rich_help_panel=o.LOOK)
+    int,
+    typer.Option("--count", help="Number of videos per prompt, with seeds SEED, SEED+1, ...", rich_help_panel=o.LOOK),
 ]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
         "--prompts",
-        help="File of prompts: one a line, JSONL, JSON, CSV or TSV with `prompt`. Of a long video: its schedule,"
-        " FRAME:PROMPT, given several times, or a file of such lines.",
+        help="File of prompts: text with one prompt per line, or JSONL, JSON, CSV or TSV with `prompt`. For a long"
+        " video: an entry FRAME:PROMPT of the prompt schedule (can be repeated), or a file of such lines.",
         rich_help_panel=o.FILES,
     ),
 ]
 Long = Annotated[
     float | None,
-    typer.Option("--long", metavar="SECONDS", help="A long video, written as it is made.", rich_help_panel=o.LONG),
+    typer.Option(
+        "--long",
+        metavar="SECONDS",
+        help="Length of a long video, which is written chunk by chunk.",
+        rich_help_panel=o.LONG,
+    ),
 ]
-Stream = Annotated[bool, typer.Option("--stream", help="A video without end, until Ctrl-C.", rich_help_panel=o.LONG)]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Generate a long video without end, until Ctrl-C.", rich_help_panel=o.LONG)
+]
 GoOn = Annotated[
     Path | None,
     typer.Option(
         "--continue",
         metavar="STATE",
-        help="Go on with a long video from the state beside it; with --output as another one.",
+        help="Continue a long video from its state; with --output, write a new video and keep the old one.",
         rich_help_panel=o.LONG,
     ),
 ]
 Depth = Annotated[
-    bool, typer.Option("--depth", help="Write the depth of a long video beside it.", rich_help_panel=o.LONG)
+    bool, typer.Option("--depth", help="Also write a depth video of a long video.", rich_help_panel=o.LONG)
 ]
 Adapter = Annotated[
     str | None,
     typer.Option(
         "--adapter",
         metavar="FOLDER",
-        help="Adapter for long videos. \\[default: the embedded model's, if it is there]",
+        help="Adapter for long videos. \\[default: the embedded adapter for the embedded model, otherwise none]",
         rich_help_panel=o.LONG,
     ),
 ]
 From = Annotated[
     Path | None,
-    typer.Option("--from", help="Sidecar of a video to make again; other options change it.", rich_help_panel=o.FILES),
+    typer.Option(
+        "--from",
+        help="Sidecar of a video to generate again; other options replace its settings.",
+        rich_help_panel=o.FILES,
+    ),
 ]
 
 _MOST_VIDEOS = 10_000
-"""Of a prompt in one call: their names are looked at before anything is made."""
+"""Largest number of videos per prompt in one call, because all file names are checked before the first video."""
 
 
 def generate(
@@ -88,16 +101,16 @@ def generate(
     depth: Depth = False,
     adapter: Adapter = None,
 ) -> None:
-    """Make videos from prompts; each with a contact sheet (PNG) and a sidecar (JSON) that makes it again."""
+    """Generate videos from prompts. Each video gets a contact sheet (PNG) and a sidecar (JSON) that reproduces it."""
     place = None if output is None else named(output, folder=format == "frames")
     words = LongWords(long=long, stream=stream, go_on=go_on, depth=depth, adapter=adapter)
     if words.asked:
         if count != 1 or sidecar is not None:
-            raise UserError("--count and --from do not go with a long video: leave them out")
+            raise UserError("--count and --from cannot be used with a long video: omit them")
         make_long(prompt, prompts or [], given, place, format, words, _file_name)
         return
     if len(prompts or []) > 1:
-        raise UserError("--prompts is one file of prompts; several are the schedule of a long video: give --long")
+        raise UserError("--prompts can be repeated only for a long video: give one file of prompts, or add --long")
     if sidecar is not None:
         given, place, format = _again(sidecar, given, place, format)
     file = Path(prompts[0]) if prompts else None
@@ -109,7 +122,7 @@ def generate(
 def _again(
     sidecar: Path, given: dict[str, Any], output: Path | None, format: str | None
 ) -> tuple[dict[str, Any], Path, str | None]:
-    """Fill in what a sidecar says where the options say nothing."""
+    """Take the settings from a sidecar that the options do not set."""
     from postgen.request import read_sidecar, with_places
 
     old, old_format = read_sidecar(sidecar)
@@ -120,7 +133,7 @@ def _again(
 
 def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[str]:
     if prompt is not None and prompts is not None:
-        raise UserError("give one prompt or --prompts FILE, not both")
+        raise UserError("give either a prompt or --prompts FILE, not both")
     if prompts is not None:
         return [str(row["prompt"]) for row in read_prompts(prompts)]
     text = prompt if prompt is not None else old
@@ -142,7 +155,7 @@ def _make(
     if not output.suffix and format is None:
         format = "mp4"
     names = [output] if len(wanted) == 1 else [_numbered(output, n) for n in range(len(wanted))]
-    # Every mistake is found here, before seconds or minutes go into loading.
+    # Find all errors before the model is loaded, which takes seconds or minutes.
     places = [output_paths(name, format) for name in names]
     check_apart((file for files, _ in places for file in files.files), [*read, *read_by(config)])
     first = prepare(config)
@@ -177,15 +190,17 @@ def _make_each(pipe: Any, jobs: list[Any], places: list[Any], made: list[Path]) 
 
 
 def _standing(made: list[Path], count: int) -> str:
-    """What is said of several videos after Ctrl-C."""
+    """Return the message after Ctrl-C for several videos."""
     if not made:
-        return f"none of {count} videos is made, and no half-written file was left"
+        return f"none of {count} videos was finished, and no half-written file was left"
     last = f" to {made[-1]}" if len(made) > 1 else ""
-    return f"{len(made)} of {count} videos are made, {made[0]}{last}; the same command makes all of them again"
+    return (
+        f"{len(made)} of {count} videos were finished, {made[0]}{last}; the same command generates all of them again"
+    )
 
 
 def _tell_unknown(pipe: Any, job: Any, prompt: str) -> None:
-    """Say in one line which words a model with a closed vocabulary does not know; nothing for other models."""
+    """Print the words of a prompt that a model with a closed vocabulary does not know. Other models know all words."""
     examples = job.facts.closed_vocabulary
     if not examples:
         return
@@ -194,7 +209,7 @@ def _tell_unknown(pipe: Any, job: Any, prompt: str) -> None:
     if words := unknown_words(pipe.tokenizer, prompt):
         name = "the embedded model" if job.config.model is None else job.facts.source
         known = ", ".join(f'"{text}"' for text in examples)
-        typer.echo(f"unknown to {name}: {', '.join(words)}. It knows prompts like {known}", err=True)
+        typer.echo(f"{name} does not know: {', '.join(words)}. It knows prompts like {known}", err=True)
 
 
 def _numbered(output: Path, number: int) -> Path:
@@ -202,15 +217,15 @@ def _numbered(output: Path, number: int) -> Path:
 
 
 def _file_name(prompt: str) -> str:
-    """Name the files of a prompt after its words, in any script; one that is cut or has no word gets a number.
+    """Return a file name made of the words of a prompt. A name that is shortened or has no words gets a hash.
 
     >>> _file_name("A red ball, rolls left!")
     'a-red-ball-rolls-left'
     """
     text = unicodedata.normalize("NFC", prompt.lower())
-    # Letters, marks (the vowels of many scripts) and digits.
+    # Keep letters, marks (the vowels of many scripts) and digits.
     words = re.sub("-+", "-", "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)).strip("-")
-    # File systems count bytes, and the temporary name beside it is longer.
+    # File systems limit the number of bytes, and the name of the temporary file is longer.
     short = words[:60].encode()[:150].decode(errors="ignore").rstrip("-")
     if short == words and words:
         return words

@@ -14,7 +14,7 @@ from postgen.commands.options import option_of
 from postgen.errors import UserError, check_number
 
 _CHANGES = ("guidance_scale", "negative_prompt", "seed")
-"""Settings that may be others when a video goes on."""
+"""Settings that may change when a video is continued."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,19 +29,19 @@ class LongWords:
 
     @property
     def asked(self) -> bool:
-        """Whether a long video is asked for.
+        """Whether the options request a long video.
 
         Raises:
-            UserError: options that mean nothing without one, or no length.
+            UserError: an option that needs a long video is used without one, or the length is wrong.
         """
         asked = self.long is not None or self.stream or self.go_on is not None
         if self.long is not None:
             check_number("--long", self.long, 0.01, 10**6)
         for name in ("depth", "adapter"):
             if not asked and getattr(self, name):
-                raise UserError(f"--{name} goes with --long, --stream or --continue")
+                raise UserError(f"--{name} needs --long, --stream or --continue: add one of them")
         if self.long is not None and self.stream:
-            raise UserError("--long gives a length, and --stream has none: give one of them")
+            raise UserError("--long sets a length, and --stream has no end: give one of them")
         return asked
 
 
@@ -54,19 +54,19 @@ def make_long(
     words: LongWords,
     name: Any,
 ) -> None:
-    """Begin a long video, or go on with one.
+    """Begin a long video, or continue one.
 
     Args:
-        prompt: from frame 0 on.
-        entries: of `--prompts`.
-        given: settings that were really given.
-        output: where to; None names it by the prompt, or is where the video is.
+        prompt: the prompt from frame 0 on.
+        entries: values of `--prompts`.
+        given: settings that the user gave.
+        output: path of the video; None: named after the prompt, or the existing video that is continued.
         format: mp4 or frames.
-        words: the other options.
-        name: makes a file name of a prompt.
+        words: options of long videos.
+        name: function that returns a file name for a prompt.
 
     Raises:
-        UserError: what is wrong, in one line.
+        UserError: an option is wrong.
     """
     if words.go_on is not None:
         _go_on(prompt, entries, given, output, format, words)
@@ -97,9 +97,9 @@ def _go_on(
 ) -> None:
     assert words.go_on is not None
     if wrong := [name for name in given if name not in _CHANGES]:
-        raise UserError(f"{option_of(wrong[0])} is the state's, from which the video goes on: leave it out")
+        raise UserError(f"{option_of(wrong[0])} is stored in the state of the video and cannot change: omit it")
     if words.depth or words.adapter:
-        raise UserError("--depth and --adapter are the state's, from which the video goes on: leave them out")
+        raise UserError("--depth and --adapter are stored in the state of the video and cannot change: omit them")
     from postgen.generate_long import LongVideo, load_long, places_of, prepare_long, read_request
     from postgen.generate_long import read_schedule as read
 
@@ -112,7 +112,7 @@ def _go_on(
     config = dataclasses.replace(request.config, **given, prompt=request.schedule[0][1])
     seconds = None if words.stream else request.seconds if words.long is None else words.long
     request = dataclasses.replace(request, config=config, seconds=seconds)
-    if changes:  # told anew as a whole: another prompt keeps the negative one, another guidance may need one
+    if changes:  # pass all prompts: a new prompt keeps the negative prompt, a new guidance scale may need one
         changes |= {"prompt": list(request.schedule), "negative_prompt": config.negative_prompt}
     if "seed" in given:
         import torch
@@ -121,7 +121,7 @@ def _go_on(
     if output is not None or format is not None:
         new = places_of(output or places.video, format, request)
         if new.kind != places.kind:
-            raise UserError(f"the video is a {places.kind}, and goes on as one: name the new one likewise")
+            raise UserError(f"the format of the video is {places.kind} and cannot change: give a name of this format")
         if new.video.absolute() != places.video.absolute():
             places, source = new, places
     job = prepare_long(request, begins=False)
@@ -138,7 +138,7 @@ def _loaded(load: Any, request: Any, job: Any) -> Any:
         pipe = load(request, job)
     if request.adapter_folder is None:
         who = "the embedded model" if request.config.model is None else job.facts.source
-        typer.echo(f"there is no adapter for {who}: it makes RGB alone, and was not trained for long videos", err=True)
+        typer.echo(f"no adapter for {who}: the model was not trained for long videos, and makes RGB only", err=True)
     return pipe
 
 

@@ -7,7 +7,7 @@ import typer
 
 
 def info(json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
-    """Show versions, devices and which optional parts work here (each one tried, not guessed)."""
+    """Show versions and devices, and test which optional parts work on this machine."""
     from postgen.info import Finding, attention_backends, devices, optional_parts, versions
 
     packages, places, parts, attention = versions(), devices(), optional_parts(), attention_backends()

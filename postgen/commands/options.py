@@ -1,4 +1,4 @@
-"""Options that several commands share. Every default is None, so that a command knows what was really said."""
+"""Options that several commands share. Every default is None, so that a command knows which options the user gave."""
 
 import functools
 import inspect
@@ -16,13 +16,13 @@ MODEL, LOOK, LONG, RUN, FILES = "Model", "Video", "Long videos", "Running", "Fil
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Local diffusers folder or hub id. \\[default: the embedded model]", rich_help_panel=MODEL
+        "--model", help="Local diffusers folder or Hub id. \\[default: the embedded model]", rich_help_panel=MODEL
     ),
 ]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
-        "--lora", help="LoRA file or folder [NETWORK=]PATH[:scale]; may be given several times.", rich_help_panel=MODEL
+        "--lora", help="LoRA file or folder as [NETWORK=]PATH[:scale]; can be repeated.", rich_help_panel=MODEL
     ),
 ]
 Lit = Annotated[
@@ -30,33 +30,43 @@ Lit = Annotated[
     typer.Option(
         "--lit",
         metavar="PATH|embedded",
-        help="Adapter of hybrid linear attention: a file, or embedded for the embedded model's.",
+        help="Adapter of hybrid linear attention: a file, or embedded for the adapter of the embedded model.",
         rich_help_panel=MODEL,
     ),
 ]
-Width = Annotated[int | None, typer.Option("--width", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
-Height = Annotated[int | None, typer.Option("--height", help="Pixels. \\[default: the model's]", rich_help_panel=LOOK)]
-Size = Annotated[str | None, typer.Option("--size", help="Width x height in one, as 96x96.", rich_help_panel=LOOK)]
+Width = Annotated[
+    int | None, typer.Option("--width", help="Width in pixels. \\[default: the model's]", rich_help_panel=LOOK)
+]
+Height = Annotated[
+    int | None, typer.Option("--height", help="Height in pixels. \\[default: the model's]", rich_help_panel=LOOK)
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Width and height in pixels, such as 96x96.", rich_help_panel=LOOK)
+]
 Frames = Annotated[
     int | None, typer.Option("--frames", help="Number of frames. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Steps = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps. \\[default: the model's]", rich_help_panel=LOOK)
+    int | None,
+    typer.Option("--steps", help="Number of denoising steps. \\[default: the model's]", rich_help_panel=LOOK),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", help="Guidance scale; 1 is off. \\[default: the model's]", rich_help_panel=LOOK),
+    typer.Option(
+        "--guidance", help="Guidance scale; 1 switches guidance off. \\[default: the model's]", rich_help_panel=LOOK
+    ),
 ]
 TrueCfg = Annotated[
     float | None,
     typer.Option(
         "--true-cfg",
-        help="Guidance beside that of a distilled model; needed by its negative prompt.",
+        help="Scale of classifier-free guidance for a guidance-distilled model; a negative prompt needs it.",
         rich_help_panel=LOOK,
     ),
 ]
 Negative = Annotated[
-    str | None, typer.Option("--negative-prompt", help="What the video should not show.", rich_help_panel=LOOK)
+    str | None,
+    typer.Option("--negative-prompt", help="Description of what the video should not show.", rich_help_panel=LOOK),
 ]
 Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the first video. \\[default: 0]", rich_help_panel=LOOK)
@@ -64,7 +74,9 @@ Seed = Annotated[
 Image = Annotated[
     str | None,
     typer.Option(
-        "--image", help="First frame, for models that take one; the embedded model does.", rich_help_panel=LOOK
+        "--image",
+        help="Image of the first frame, for image-to-video models and the embedded model.",
+        rich_help_panel=LOOK,
     ),
 ]
 Fps = Annotated[
@@ -79,12 +91,16 @@ Device = Annotated[
 ]
 Offload = Annotated[
     str | None,
-    typer.Option("--offload", help="none, auto, model or sequential. \\[default: none]", rich_help_panel=RUN),
+    typer.Option(
+        "--offload",
+        help="Offloading to CPU memory: none, auto, model or sequential. \\[default: none]",
+        rich_help_panel=RUN,
+    ),
 ]
 Format = Annotated[
     str | None,
     typer.Option(
-        "--format", help="mp4, webm, gif or frames. \\[default: by the name, else mp4]", rich_help_panel=FILES
+        "--format", help="mp4, webm, gif or frames. \\[default: by the suffix, otherwise mp4]", rich_help_panel=FILES
     ),
 ]
 
@@ -92,7 +108,7 @@ _OTHERS = (
     *("prompt", "prompts", "output", "format", "count", "sidecar", "from", "a", "b", "plug_ins", "help"),
     *("long", "stream", "go_on", "continue", "depth", "adapter"),
 )
-"""Words that the commands and `GenerateConfig` use for something else."""
+"""Names that commands and `GenerateConfig` use for other purposes, so that a plug-in cannot have them."""
 
 SETTINGS: dict[str, tuple[Any, str]] = {
     "model": (Model, "model"),
@@ -113,26 +129,26 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "device": (Device, "device"),
     "offload": (Offload, "offload"),
 }
-"""Every setting of a video: parameter of a command -> its option, and the field of `GenerateConfig`."""
+"""All settings of a video: parameter of a command -> (option, field of `GenerateConfig`)."""
 
 
 def setting_options() -> dict[str, tuple[Any, str]]:
-    """Return `SETTINGS` and the options of the plug-ins, each of which is its own field.
+    """Return `SETTINGS` and the options of the plug-ins; the field of a plug-in is its option.
 
     Raises:
-        UserError: a plug-in has the option of a setting.
+        UserError: a plug-in has the same option as a setting.
     """
     options = dict(SETTINGS)
     taken = {*SETTINGS, *(field for _, field in SETTINGS.values()), *_OTHERS}
     for row in known_plug_ins():
         if row.option in taken:
-            raise UserError(f"the plug-in {row.name} has the option {row.option}, which is taken: name it otherwise")
+            raise UserError(f"the option {row.option} of the plug-in {row.name} already exists: choose another name")
         options[row.option] = (_plug_in_option(row), row.option)
     return options
 
 
 def option_of(field: str) -> str:
-    """Return the option that sets a field of `GenerateConfig`, as the user writes it.
+    """Return the command-line option of a field of `GenerateConfig`.
 
     >>> option_of("num_inference_steps")
     '--steps'
@@ -147,11 +163,10 @@ def _plug_in_option(row: PlugIn) -> Any:
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of all settings to a command, in the place of its parameter `given`.
+    """Replace the parameter `given` of a command by the options of all settings.
 
     Args:
-        command: a function whose parameter `given` takes the settings that were really given, as `settings` returns
-            them.
+        command: function whose parameter `given` takes the settings that the user gave, in the form of `settings`.
     """
     options, parameters = setting_options(), []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
@@ -166,17 +181,17 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
         given = {field: values.pop(name) for name, (_, field) in options.items()}
         command(**values, given=settings(given.pop("size"), **given))
 
-    # typer reads both.
+    # typer reads the signature and the annotations.
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_options
 
 
 def settings(size: str | None, **given: Any) -> dict[str, Any]:
-    """Return the settings that were really given, for `GenerateConfig.of`.
+    """Return the settings that the user gave, for `GenerateConfig.of`.
 
     Raises:
-        UserError: a size that is none, or given twice.
+        UserError: the size is wrong, or given twice.
     """
     said = {name: value for name, value in given.items() if value is not None and value != []}
     if "lora" in said:
@@ -186,6 +201,6 @@ def settings(size: str | None, **given: Any) -> dict[str, Any]:
         if match is None:
             raise UserError(f"--size must look like 96x96 (width x height), got {shown(size)}")
         if "width" in said or "height" in said:
-            raise UserError("--size and --width/--height say the same: give one of them")
+            raise UserError("--size and --width/--height set the same size: give one of them")
         said["width"], said["height"] = int(match[1]), int(match[2])
     return said

@@ -1,4 +1,4 @@
-"""Progress on the terminal (standard error, so that standard output stays clean for scripts)."""
+"""Progress displays on the terminal. They use standard error, so that scripts can read standard output."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ console = Console(stderr=True)
 
 
 class _Left(TimeRemainingColumn):
-    """The time left; nothing for what has no end."""
+    """Column with the remaining time; empty for a task without an end."""
 
     def render(self, task: Task) -> Text:
         return Text() if task.total is None else super().render(task).append(" left")
@@ -29,7 +29,12 @@ class _Left(TimeRemainingColumn):
 
 @contextmanager
 def steps(title: str, unit: str = "steps") -> Iterator[StepCallback]:
-    """Show a bar of denoising steps (or of `unit`) with the time left; the block gets what to call after each."""
+    """Context manager that shows a progress bar, and yields the callback that updates it.
+
+    Args:
+        title: text before the bar.
+        unit: what the bar counts.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,6 +51,6 @@ def steps(title: str, unit: str = "steps") -> Iterator[StepCallback]:
 
 @contextmanager
 def waiting(title: str) -> Iterator[None]:
-    """Show that something without steps is going on."""
+    """Context manager that shows a title during work without steps."""
     with console.status(title):
         yield

@@ -1,4 +1,4 @@
-"""`postgen recipes`: lists, shows and copies what travels with the package."""
+"""`postgen recipes`: list, show and copy the files that come with the package."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import typer
 if TYPE_CHECKING:
     from postgen.shipped import Shipped
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name, as `postgen recipes` lists it.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name from the list of `postgen recipes`.")]
 Folder = Annotated[
-    str, typer.Argument(metavar="FOLDER", help="Where to: FOLDER/NAME.yaml, and its prompts in FOLDER/prompts.")
+    str, typer.Argument(metavar="FOLDER", help="Folder to write: FOLDER/NAME.yaml, and prompts in FOLDER/prompts.")
 ]
 
 _TITLES = {
     "recipe": "Recipes: postgen train NAME",
-    "accelerate": "Settings for accelerate launch --config_file FILE, after `postgen recipes copy NAME`",
+    "accelerate": "Configurations for accelerate launch --config_file FILE, after `postgen recipes copy NAME`",
     "prompts": "Prompts",
 }
 _LEAST, _MOST = 60, 120
-"""Columns of a terminal that lines are made for."""
+"""Smallest and largest width, in columns, to which lines are wrapped."""
 
 
 def recipes_commands() -> typer.Typer:
-    """Return `recipes`, which lists, with `show` and `copy`."""
+    """Return the command `recipes`, which lists all files, with its subcommands `show` and `copy`."""
     text = "List the recipes that come with postgen; show or copy one."
     group = typer.Typer(help=text, invoke_without_command=True)
     group.callback()(_list)
@@ -55,14 +55,14 @@ def _list(context: typer.Context) -> None:
 
 
 def show(name: Name) -> None:
-    """Print a recipe, with the comments that say what it is for and what was measured."""
+    """Print a recipe with its comments, which describe its purpose and measured results."""
     from postgen.shipped import find_shipped
 
     typer.echo(find_shipped(name).path.read_text(encoding="utf-8"), nl=False)
 
 
 def copy(name: Name, folder: Folder = "recipes") -> None:
-    """Copy a recipe, with the prompts that it names, to be changed; nothing is overwritten."""
+    """Copy a recipe and its prompts, so that you can change them. Existing files are never overwritten."""
     from postgen.files import named
     from postgen.shipped import FOLDER, find_shipped
 
@@ -87,10 +87,10 @@ def _lines(item: Shipped, width: int, columns: int) -> list[str]:
 
 
 def _copy_all(pairs: dict[Path, Path]) -> None:
-    """Copy all files or none; what is there already must be the same.
+    """Copy all files or none. A file that already exists must have the same content.
 
     Raises:
-        UserError: another file is there, or nothing can be written.
+        UserError: an existing file has other content, or a file cannot be written.
     """
     from postgen.errors import UserError
     from postgen.files import check_place, replacing_all
@@ -101,14 +101,14 @@ def _copy_all(pairs: dict[Path, Path]) -> None:
         if not target.exists():
             new.append(target)
         elif target.read_bytes() != source.read_bytes():
-            raise UserError(f"{target} is there already, and is another file: name a folder, or move it away")
+            raise UserError(f"{target} already exists with other content: give another folder, or move the file")
     with replacing_all(new) as parts:
         for target, part in zip(new, parts, strict=True):
             shutil.copyfile(pairs[target], part)
 
 
 def _next_steps(item: Shipped, folder: Path) -> list[str]:
-    """Return what to do with a copy."""
+    """Return lines for the user: how to use a copied file."""
     if item.kind == "prompts":
         return []
     place = f"{folder.as_posix().rstrip('/')}/{item.name}.yaml"
@@ -116,5 +116,5 @@ def _next_steps(item: Shipped, folder: Path) -> list[str]:
         return [f"Use it: accelerate launch --config_file {shlex.quote(place)} -m postgen.train RECIPE.yaml"]
     command = item.command or f"postgen train recipes/{item.name}.yaml"
     words = [word.replace("recipes/", f"{folder.as_posix().rstrip('/')}/", 1) for word in shlex.split(command)]
-    own = [f"It needs files of yours, or other values in their place: {', '.join(item.lacks)}"] if item.lacks else []
+    own = [f"It needs your own files, or other values for these keys: {', '.join(item.lacks)}"] if item.lacks else []
     return [*own, f"Run it: {shlex.join(words)}"]

@@ -23,48 +23,52 @@ if TYPE_CHECKING:
     from postgen.rewards.scoring import Clip
     from postgen.rewards.table import Table
 
-Paths = Annotated[list[Path], typer.Argument(help="Videos, pictures, or folders of them.")]
+Paths = Annotated[list[Path], typer.Argument(help="Videos, images, or folders of them.")]
 Reward = Annotated[
     str,
     typer.Option(
         "--reward",
-        help="Rewards with commas between: names as clip_score(frames=8), pkg.mod.fn, file.py:fn, http://...",
+        help="Rewards, separated by commas: a name such as clip_score(frames=8), pkg.mod.fn, file.py:fn or http://...",
     ),
 ]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="What every video should show.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="Prompt of all videos.")]
 Prompts = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
-        help="One prompt a video, in the order of their names: text lines, or JSONL with `prompt` (`file`).",
+        help="File with one prompt per video, in the order of the file names: text, or JSONL with `prompt` and"
+        " optionally `file`.",
     ),
 ]
-Weights = Annotated[str | None, typer.Option("--weights", help="Weights of the rewards' sum, with commas between.")]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Weights for the sum of the rewards, separated by commas.")
+]
 Output = Annotated[
     str | None,
     typer.Option(
         "-o",
         "--output",
-        help="Table to write: .jsonl or .csv, a row when a video is done. The same command again goes on with it.",
+        help="Table to write, .jsonl or .csv, row by row. The same command continues an incomplete table.",
     ),
 ]
 Frames = Annotated[
     bool,
-    typer.Option("--frames", help="A folder of pictures is one clip, where it would be so many single pictures."),
+    typer.Option("--frames", help="Score a folder of images as one clip, instead of as single images."),
 ]
 WholeMb = Annotated[
     float,
     typer.Option(
-        "--whole-mb", help="Most MiB (12 bytes a pixel) of a video for a reward that needs all its frames at once."
+        "--whole-mb",
+        help="Memory limit in MiB (12 bytes per pixel) for rewards that need all frames of a video at once.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of a reward may take.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Longest time in seconds of one call of a reward.")]
 
 _TEXT, _NUMBER = 8, 7
-"""Least widths of columns."""
+"""Smallest widths of columns with text and with numbers."""
 _MOST_MB = 2**20
-"""A terabyte: more than any machine gives to one clip."""
+"""One TiB, more memory than any machine has for one clip."""
 
 
 def score(
@@ -79,12 +83,12 @@ def score(
     frames: Frames = False,
     whole_mb: WholeMb = 4096.0,
 ) -> None:
-    """Score videos and pictures with rewards; two folders are also compared prompt by prompt.
+    """Score videos and images with rewards. Two folders are also compared prompt by prompt.
 
-    Without --prompt or --prompts, the prompt of a video is that of its sidecar, as `postgen generate` writes it.
+    Without --prompt or --prompts, the prompt of a video comes from the sidecar that `postgen generate` writes.
     """
     if prompt is not None and prompts is not None:
-        raise UserError("give --prompt or --prompts, not both")
+        raise UserError("give either --prompt or --prompts, not both")
     if prompt is not None:
         check_text("--prompt", prompt)
     table = None if output is None else named(output)
@@ -103,7 +107,7 @@ def score(
     from postgen.rewards.table import setting_of
 
     clips = find_clips(paths, frames=frames)
-    if table is not None and table.is_symlink():  # any other has a suffix that none of them has
+    if table is not None and table.is_symlink():  # only a link can lead to an input, whose suffix is different
         read = [file for clip in clips for file in (*files_of(clip.path), clip.path.with_suffix(".json"))]
         check_apart([table], read)
     _tell_pictures(clips)
@@ -111,7 +115,7 @@ def score(
     texts, place = split_rewards(reward), reward_device(device)
     runner = RewardRunner(texts, None if weights is None else _numbers(weights), device=place, timeout=timeout)
     check_needs(clips, runner)
-    # Rewards without a network need not wait for these libraries, nor hold them in memory.
+    # Rewards without a network do not import these libraries, which takes time and memory.
     with quiet_libraries() if any(hasattr(one.function, "load") for one in runner.rewards) else nullcontext():
         runner.load()
     _score_all(clips, runner, table, setting_of(runner.rewards, texts, place), weights is not None, whole_mb)
@@ -133,7 +137,7 @@ def _score_all(
             set_keys(clips, setting)
             table = Table(output, clips, runner.names, ["sum"] if weighted else [])
             if known := table.resume():
-                typer.echo(f"postgen: {known} of {len(clips)} are in {output} already and stay", err=True)
+                typer.echo(f"postgen: {known} of {len(clips)} rows are already in {output} and are kept", err=True)
             _add_sum(clips, runner.weights, weighted)
             stack.enter_context(table)
         stack.enter_context(when_stopped(lambda: _standing(clips, table)))
@@ -150,26 +154,26 @@ def _score_all(
 
 
 def _standing(clips: Sequence[Clip], table: Table | None) -> str:
-    """What is said after Ctrl-C."""
+    """Return the message after Ctrl-C."""
     if table is not None:
-        return f"{table.count} of {len(clips)} are in {table.path}: the same command goes on"
-    return f"{sum(clip.done for clip in clips)} of {len(clips)} were scored and are lost: -o t.jsonl keeps them"
+        return f"{table.count} of {len(clips)} rows are in {table.path}; to continue, run the same command again"
+    return f"the scores of {sum(clip.done for clip in clips)} of {len(clips)} are lost; -o t.jsonl keeps them"
 
 
 def _tell_pictures(clips: Sequence[Clip]) -> None:
-    """Say what was not asked for: that a folder's pictures are no frames of a clip."""
+    """Print a note for folders of images: each image is scored on its own, which the user may not expect."""
     from postgen.video import PICTURES
 
     found = Counter(c.path.parent for c in clips if not c.named and c.path.suffix.lower() in PICTURES)
     for folder, count in found.items():
         if count > 1:
             typer.echo(
-                f"postgen: {folder}: {count} pictures, scored one by one (--frames: one clip of them)", err=True
+                f"postgen: {folder}: {count} images are scored one by one (as one clip with --frames)", err=True
             )
 
 
 def _tell_failures(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
-    """Say what was not scored, and why; return whether the call has failed for one or all."""
+    """Print which videos have no score and why; return whether the exit code of the command must be 1."""
     useless = _tell_gaps(clips, rewards)
     unread = [clip for clip in clips if clip.error]
     for clip in unread:
@@ -190,14 +194,14 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--weights must be numbers with commas between, got {text!r}") from None
+        raise UserError(f"--weights must be numbers separated by commas, got {text!r}") from None
 
 
 def reward_device(asked: str) -> str:
-    """Return where rewards compute; auto is a CUDA GPU where there is one, else the CPU.
+    """Return the device of the rewards; auto is a CUDA GPU if there is one, otherwise the CPU.
 
     Raises:
-        UserError: an unknown device, or one that is not there.
+        UserError: the device is unknown or does not exist.
     """
     from postgen.families.loading import check_device
 
@@ -210,7 +214,7 @@ def reward_device(asked: str) -> str:
 
 
 def _add_sum(clips: Sequence[Clip], weights: Sequence[float], asked: bool) -> None:
-    """Put the weighted sum beside the scores of each clip; none where a reward gave none."""
+    """Add the weighted sum to the scores of each clip. It is None if a reward returned no score."""
     for clip in clips if asked else ():
         values = list(clip.scores.values())
         known = [w * v for w, v in zip(weights, values, strict=True) if v is not None] if values else []
@@ -219,7 +223,7 @@ def _add_sum(clips: Sequence[Clip], weights: Sequence[float], asked: bool) -> No
 
 
 def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
-    """Say which rewards left videos without a score; return whether one scored none at all."""
+    """Print which rewards returned no score for some videos; return whether a reward scored no video at all."""
     useless = False
     read = [clip for clip in clips if not clip.error]
     for name in rewards:
@@ -264,7 +268,7 @@ def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str
 
     rates = win_rates(clips, names)
     if not rates:
-        typer.echo("postgen: the two folders have no prompt in common, so there is nothing to compare", err=True)
+        typer.echo("postgen: the two folders have no prompt in common, so they are not compared", err=True)
         return
     for part in _fitting(names):
         table = _table("prompt", names=part)
@@ -277,7 +281,7 @@ def _show_wins(clips: Sequence[Clip], paths: Sequence[Path], names: Sequence[str
 
 
 def _fitting(names: Sequence[str]) -> list[list[str]]:
-    """Cut the rewards into as many tables as the width of the terminal asks for."""
+    """Divide the rewards among tables that fit into the width of the terminal."""
     from rich.console import Console
 
     most, tables, left = Console().width - 2 * (_TEXT + 3) - 1, list[list[str]](), 0
@@ -292,7 +296,7 @@ def _fitting(names: Sequence[str]) -> list[list[str]]:
 
 
 def _table(*texts: str, names: Sequence[str]) -> Shown:
-    """Texts wrap to what the terminal has room for; names of rewards and numbers stay whole."""
+    """Return an empty table. Text columns are wrapped; names of rewards and numbers are not."""
     from rich.table import Table
 
     table = Table()

@@ -8,21 +8,22 @@ from postgen.commands.errors import when_stopped
 from postgen.commands.score import Device, reward_device
 from postgen.errors import UserError
 
-Reward = Annotated[str, typer.Argument(help="Name of a reward, or pkg.mod.fn, file.py:fn.")]
+Reward = Annotated[str, typer.Argument(help="Name of a reward, pkg.mod.fn or file.py:fn.")]
 Port = Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 lets the system choose one.")]
-MaxMb = Annotated[float, typer.Option("--max-mb", help="Longest request that is read, in MiB.")]
-Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds that one call of the reward may take.")]
+MaxMb = Annotated[float, typer.Option("--max-mb", help="Largest request in MiB.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Longest time in seconds of one call of the reward.")]
 
 _MOST_MB = 2**20
-"""One TiB: no machine holds a longer request."""
+"""One TiB, more memory than any machine has for one request."""
 
 
 def serve_reward(
     reward: Reward, port: Port = 8765, max_mb: MaxMb = 256.0, device: Device = "auto", timeout: Timeout = None
 ) -> None:
-    """Serve a reward to training runs on this machine; they use its http:// address in place of a name.
+    """Serve a reward to training runs on this machine. A recipe names the reward by its http:// address.
 
-    It listens on 127.0.0.1 only. To reach it from another machine, use a tunnel: ssh -L 8765:127.0.0.1:8765 HOST.
+    The server listens on 127.0.0.1 only. To reach it from another machine, use a tunnel:
+    ssh -L 8765:127.0.0.1:8765 HOST.
     """
     if not 0 < max_mb <= _MOST_MB:
         raise UserError(f"--max-mb must be above 0 and at most {_MOST_MB:,}, got {max_mb}")

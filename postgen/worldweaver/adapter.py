@@ -227,7 +227,7 @@ def _lora_name(target: Any, model: Any, name: str | None) -> str | None:
 
 def _read_note(place: Path) -> dict[str, Any]:
     if not (place / CONFIG).is_file():
-        raise UserError(f"{place} is no WorldWeaver adapter: the file {CONFIG} is missing")
+        raise UserError(f"{place} is not a WorldWeaver adapter: the file {CONFIG} is missing")
     note = read_json(place / CONFIG, f"{place / CONFIG} cannot be read")
     if not isinstance(note, dict) or note.keys() != _FIELDS.keys():
         raise UserError(f"{place / CONFIG} must have {', '.join(_FIELDS)}: write the adapter with save_adapter")

@@ -1,4 +1,4 @@
-"""Calls in Python that users make: plug-ins, rewards and their options, video files, requests."""
+"""Wrong calls of the Python API: plug-ins, rewards and their options, video files, requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.bad_inputs.tiny import folder
 
 Config = postgen.EnhanceAVideoConfig
 NUMBERS: tuple[Any, ...] = (math.inf, -math.inf, math.nan, 1e30, 10**12, 10**5000, True, "", "4", None, [1], -1)
-"""What no numeric option of a reward takes."""
+"""Values that no numeric option of a reward accepts."""
 NEGATIVE_ALLOWED = ("bound", "worst")
 
 CLIP = torch.zeros(2, 3, 8, 8)
@@ -41,12 +41,12 @@ def _pipe() -> Any:
 
 
 def _applied(apply: Callable[..., Any], *given: Any) -> None:
-    """Apply, and take off again what should have been refused."""
+    """Apply a plug-in, and remove it if it was not refused."""
     apply(*given).remove()
 
 
 def _on(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
-    """Change what is on a pipeline; afterwards it is off."""
+    """Change the settings of an applied plug-in, and remove it afterwards."""
 
     def call(_: Path) -> Any:
         handle = postgen.apply_enhance_a_video(_pipe(), Config(weight=1.0))
@@ -59,7 +59,7 @@ def _on(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
 
 
 def _called(**settings: Any) -> Callable[[Path], Any]:
-    """Call a drop-in pipeline; the shape of its clip."""
+    """Call a drop-in pipeline, and return the shape of its clip."""
 
     def call(_: Path) -> Any:
         sizes = {"height": 16, "width": 16, "num_frames": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
@@ -147,7 +147,7 @@ RIGHT_PLUG_INS: dict[str, tuple[Callable[[Path], Any], Any]] = {
 
 
 def brightness(completions: list[Tensor]) -> list[float]:
-    """A reward."""
+    """Return the brightness of each clip; a reward."""
     return [clip.mean().item() for clip in completions]
 
 
@@ -169,7 +169,7 @@ REWARDS: dict[str, tuple[Callable[[], Any], str]] = {
     "an address of nothing": (lambda: get_reward("http://"), "http"),
     "an address of a bad port": (lambda: get_reward("http://127.0.0.1:99999/"), "port|address|http"),
     "a word port": (lambda: get_reward("http://127.0.0.1:many/"), "port|address|http"),
-    "absent file": (lambda: get_reward("absent.py:fn"), "there is no file"),
+    "absent file": (lambda: get_reward("absent.py:fn"), "does not exist"),
     "absent module": (lambda: get_reward("absent_module.fn"), "cannot be imported"),
     "absent name": (lambda: get_reward("os.path.nobody"), "nobody"),
     "brackets": (lambda: split_rewards("world, clip_score(frames=8"), "do not match"),
@@ -202,7 +202,7 @@ BUILDERS: dict[str, tuple[Callable[[str, Any], Callable[[Path], Any]], tuple[str
     "guarded": (_with(guarded, reward=brightness, guards=[brightness]), ("worst",)),
     "RemoteReward": (_with(RemoteReward, url="http://127.0.0.1:9/"), ("timeout", "retries", "backoff", "batch_bytes")),
 }
-"""Builder -> how a keyword is given to it, and its numeric ones."""
+"""Function -> how to call it with a keyword argument, and its numeric keyword arguments."""
 
 
 def _rewards() -> Iterator[Row]:
@@ -229,7 +229,7 @@ def _rewards() -> Iterator[Row]:
 
 
 def _numeric_options(name: str) -> set[str]:
-    """Return the options of a reward, or of its bases, that are numbers."""
+    """Return the numeric options of a reward and of its base classes."""
     target = get_reward(name).function
     kinds = type(target).__mro__[:-1] if not inspect.isroutine(target) else (target,)
     found = set()

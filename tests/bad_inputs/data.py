@@ -1,4 +1,4 @@
-"""Files of prompts, pictures and sidecars, and the rows that a run is trained on."""
+"""Wrong files of prompts, images and sidecars, and wrong rows of a training dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _picture(path: Path) -> None:
 
 
 def _bomb(path: Path) -> None:
-    """A picture of 60,000 x 60,000 pixels in a few bytes."""
+    """Write an image of 60,000 x 60,000 pixels in a few bytes."""
     size = (60_000).to_bytes(4, "big") * 2 + b"\1\0\0\0\0"
     chunk = b"IHDR" + size
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big"))
@@ -41,12 +41,12 @@ def _cut(path: Path) -> None:
 
 
 PROMPTS: dict[str, tuple[str, Content, str]] = {
-    # what: name of the file, its content, what must be said
-    "empty": ("p.txt", "", "no prompt in it"),
-    "blank lines": ("p.txt", "\n \n\t\n", "no prompt in it"),
-    "not UTF-8": ("p.txt", b"caf\xe9\n", "no text in UTF-8"),
+    # description: name of the file, its content, pattern of the message
+    "empty": ("p.txt", "", "contains no prompt"),
+    "blank lines": ("p.txt", "\n \n\t\n", "contains no prompt"),
+    "not UTF-8": ("p.txt", b"caf\xe9\n", "not UTF-8 text"),
     "null characters": ("p.txt", "a\0b\n", "null characters"),
-    "UTF-16 cut": ("p.txt", "red ball".encode("utf-16")[:-1], "cannot be read|no text"),
+    "UTF-16 cut": ("p.txt", "red ball".encode("utf-16")[:-1], "cannot be read|not text"),
     "a folder": ("p.txt", lambda path: path.mkdir(), "cannot be read"),
     "a pipe": ("p.txt", os.mkfifo, "named pipe"),
     "a device": ("p.txt", _endless, "device"),
@@ -56,9 +56,9 @@ PROMPTS: dict[str, tuple[str, Content, str]] = {
     "Parquet": ("p.parquet", b"PAR1", "table of columns"),
     "Parquet under another name": ("p.jsonl", b"PAR1\0\0", "Parquet"),
     "YAML": ("p.yaml", "- prompt: a\n", "document"),
-    "a picture": ("p.txt", b"\x89PNG\r\n\x1a\n", "no text"),
-    "JSONL cut": ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"', "line 2 is no JSON"),
-    "JSONL of words": ("p.jsonl", "a red ball\n", "line 1 is no JSON"),
+    "a picture": ("p.txt", b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
+    "JSONL cut": ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"', "line 2: this is not valid JSON"),
+    "JSONL of words": ("p.jsonl", "a red ball\n", "line 1: this is not valid JSON"),
     "JSONL of numbers": ("p.jsonl", '{"prompt": "a"}\n3\n', "line 2"),
     "JSONL of null": ("p.jsonl", "null\n", "line 1"),
     "JSONL without a prompt": ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no column 'prompt'"),
@@ -67,17 +67,17 @@ PROMPTS: dict[str, tuple[str, Content, str]] = {
     "JSONL prompt null": ("p.jsonl", '{"prompt": null}\n', "the prompt is None"),
     "JSONL prompt a mapping": ("p.jsonl", '{"prompt": {"a": 1}}\n', "the prompt is"),
     "JSONL prompt a conversation of nobody": ("p.jsonl", '{"prompt": [{"role": "system"}]}\n', "the prompt is"),
-    "JSONL deep": ("p.jsonl", DEEP, "no JSON"),
-    "JSONL of 5000 digits": ("p.jsonl", f'{{"prompt": "a", "n": {"9" * 5000}}}\n', "no JSON"),
-    "JSONL of single quotes": ("p.jsonl", "{'prompt': 'a'}\n", "no JSON"),
-    "JSONL with a comma": ("p.jsonl", '{"prompt": "a"},\n', "no JSON"),
-    "JSON empty list": ("p.json", "[]", "no prompt in it"),
+    "JSONL deep": ("p.jsonl", DEEP, "not valid JSON"),
+    "JSONL of 5000 digits": ("p.jsonl", f'{{"prompt": "a", "n": {"9" * 5000}}}\n', "not valid JSON"),
+    "JSONL of single quotes": ("p.jsonl", "{'prompt': 'a'}\n", "not valid JSON"),
+    "JSONL with a comma": ("p.jsonl", '{"prompt": "a"},\n', "not valid JSON"),
+    "JSON empty list": ("p.json", "[]", "contains no prompt"),
     "JSON empty object": ("p.json", "{}", "no column 'prompt'"),
     "JSON of lists": ("p.json", '[["a"]]', "entry 1"),
-    "JSON cut": ("p.json", '[{"prompt": "a"}', "is no JSON"),
+    "JSON cut": ("p.json", '[{"prompt": "a"}', "not valid JSON"),
     "CSV without a header": ("p.csv", "a red ball\nb\n", "must name the columns"),
     "CSV header twice": ("p.csv", "prompt,prompt\na,b\n", "must name the columns"),
-    "CSV header alone": ("p.csv", "prompt\n", "no prompt in it"),
+    "CSV header alone": ("p.csv", "prompt\n", "contains no prompt"),
     "CSV with a value more": ("p.csv", "prompt,seed\na,1,2\n", "line 2 has 3 values"),
     "CSV with a value less": ("p.csv", "prompt,seed\na\n", "line 2 has 1 values"),
     "CSV with an open quote": ("p.csv", 'prompt\n"a\n', "line"),
@@ -115,11 +115,11 @@ PICTURES: dict[str, tuple[Content, str]] = {
 SIDECARS: dict[str, tuple[Content, str]] = {
     "empty": ("", "cannot read the sidecar"),
     "cut": ('{"settings": {', "cannot read the sidecar"),
-    "a list": ("[1]", "is no sidecar"),
-    "a number": ("3", "is no sidecar"),
-    "settings a list": ('{"settings": [], "format": "mp4"}', "is no sidecar"),
-    "no format": ('{"settings": {"prompt": "a"}}', "is no sidecar"),
-    "format a number": ('{"settings": {"prompt": "a"}, "format": 3}', "is no sidecar"),
+    "a list": ("[1]", "is not a sidecar"),
+    "a number": ("3", "is not a sidecar"),
+    "settings a list": ('{"settings": [], "format": "mp4"}', "is not a sidecar"),
+    "no format": ('{"settings": {"prompt": "a"}}', "is not a sidecar"),
+    "format a number": ('{"settings": {"prompt": "a"}, "format": 3}', "is not a sidecar"),
     "format unknown": ('{"settings": {"prompt": "a"}, "format": "mov"}', "unknown video format"),
     "not UTF-8": (b"\xff\xfe{", "cannot read the sidecar"),
     "deep": (DEEP, "nested too deeply"),
@@ -147,7 +147,7 @@ SETTINGS = {
     "enhance": (3, "many", "inf", ["auto"]),
     "fused": (True, "nothing", ["adaln"]),
 }
-"""Setting of a sidecar -> values that are none."""
+"""Setting of a sidecar -> wrong values."""
 
 
 def _prompts() -> Iterator[Row]:
@@ -166,7 +166,7 @@ def _pictures() -> Iterator[Row]:
     for name, (content, says) in PICTURES.items():
         yield Row(name=f"picture: {name}", words=words, files={"i.png": content}, says=says)
     yield Row(name="picture: absent", words=words, says="cannot read the picture")
-    yield Row(name="picture: none given", words=words[:-2], says="name one with --image")
+    yield Row(name="picture: none given", words=words[:-2], says="give one with --image")
     yield Row(name="picture: right", words=words, files={"i.png": _picture}, wrong=False)
     text_only = (*words[:3], "{wan}", *words[4:])
     yield Row(name="picture: for text", words=text_only, files={"i.png": _picture}, says="takes text only")
@@ -206,7 +206,7 @@ per_device_train_batch_size: 2
 
 _GOOD = {"prompt": "a", "image": "i.png"}
 ROWS: dict[str, tuple[str, list[Mapping[str, object]], str]] = {
-    # what: model, rows, what must be said
+    # description: model, rows, pattern of the message
     "no image in row 6": ("image", [*[_GOOD] * 5, {"prompt": "b"}], "row 6 of train_dataset has no image"),
     "image null": ("image", [_GOOD, {"prompt": "a", "image": None}], "row 2 of train_dataset has no image"),
     "no image at all": ("image", [{"prompt": "a"}], "row 1 of train_dataset has no image"),
@@ -234,7 +234,7 @@ RIGHT_ROWS: dict[str, tuple[str, list[Mapping[str, object]]]] = {
 }
 
 TRAIN: dict[str, str] = {
-    # lines of the recipe -> what must be said
+    # lines of the recipe -> pattern of the message
     "train_dataset: absent.jsonl": "absent.jsonl cannot be read",
     "train_dataset: sys:exit": "ended the program",
     "train_dataset: math:pi": "not a function",
@@ -246,7 +246,7 @@ TRAIN: dict[str, str] = {
     "reward_funcs: [wrld]": "Did you mean 'world'",
     "reward_funcs: [world, world]": "two rewards are named",
     "reward_funcs: ['clip_score(frames=0)']": "frames",
-    "reward_funcs: ['file.py:fn']": "there is no file",
+    "reward_funcs: ['file.py:fn']": "does not exist",
     "reward_funcs: [sys:exit]": "reward|sys",
     "reward_device: tpu": "reward_device",
     "height: 33": "height must be a multiple",

@@ -1,4 +1,4 @@
-"""What is wrong with a call is found before the model is: there is none here, and the option is named first."""
+"""Wrong options are found before the model is loaded: the model does not exist, and the message names the option."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS: dict[tuple[str, ...], str] = {
     ("--size", "\u0663\u0662x32"): "--size",
     ("--size", f"{'9' * 5000}x32"): "--size|width",
     ("--size", "16384x16384", "--frames", "99999"): "pixels",
-    ("--size", "32x32", "--width", "32"): "say the same",
+    ("--size", "32x32", "--width", "32"): "set the same size",
     ("--guidance", "-1"): "guidance_scale",
     ("--guidance", "1e38"): "guidance_scale",
     ("--seed", "-1"): "seed",
@@ -58,7 +58,7 @@ OPTIONS: dict[tuple[str, ...], str] = {
     ("--frobnicate", "1"): "No such option",
     ("--steps",): "--steps",
 }
-"""Words after `generate a -o x.mp4 --model ./absent` -> what must be said."""
+"""Words after `generate a -o x.mp4 --model ./absent` -> pattern of the message."""
 
 GENERATE: dict[tuple[str, ...], str] = {
     ("generate",): "there is no prompt",
@@ -81,17 +81,17 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("generate", "a", "--model", "{wan}", "--width", "33"): "width must be a multiple",
     ("generate", "a", "--model", "{wan}", "--offload", "model", "--device", "cpu"): "offload",
     ("generate", "a", "--model", "{hunyuan}", "--negative-prompt", "b"): "true_cfg_scale",
-    ("generate", "a", "--depth"): "--depth goes with --long",
-    ("generate", "a", "--adapter", "b"): "--adapter goes with --long",
+    ("generate", "a", "--depth"): "--depth needs --long",
+    ("generate", "a", "--adapter", "b"): "--adapter needs --long",
     ("generate", "a", "--long", "2", "--stream"): "give one of them",
-    ("generate", "a", "--long", "2", "--count", "2"): "do not go with a long video",
+    ("generate", "a", "--long", "2", "--count", "2"): "cannot be used with a long video",
     ("generate", "--long", "2"): "there is no prompt",
     ("generate", "a", "--long", "2", "-o", "x.gif", "--model", "{wan}"): "give the format mp4 or frames, not gif",
     ("generate", "a", "--long", "2", "--model", "{hunyuan}"): "does not support long videos",
     ("generate", "a", "--long", "2", "--model", "{wan}", "--frames", "5"): "--frames cannot be used with a long video",
     ("generate", "a", "--long", "2", "--model", "{wan}", "--enhance", "1"): "a plug-in cannot be used with a long",
     ("generate", "a", "--long", "2", "--model", "{wan}", "--depth"): "--depth needs an adapter",
-    ("generate", "a", "--long", "2", "--model", "{wan}", "--adapter", "./absent"): "is no WorldWeaver adapter",
+    ("generate", "a", "--long", "2", "--model", "{wan}", "--adapter", "./absent"): "is not a WorldWeaver adapter",
     ("generate", "a", "--long", "2", "--prompts", "0:b"): "give frames in rising order",
     ("generate", "--long", "2", "--prompts", "5:b"): "there is no prompt for frame 0",
     ("generate", "--long", "2", "--prompts", "0:a", "--prompts", "b"): "FRAME:PROMPT",
@@ -99,16 +99,16 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("generate", "--prompts", "p.txt", "--prompts", "q.txt"): "one file of prompts",
     ("generate", "--continue", "./absent"): "holds no state",
     ("generate", "--continue", "{wan}"): "holds no state",
-    ("generate", "--continue", "{wan}", "--steps", "3"): "--steps is the state's",
-    ("generate", "--continue", "{wan}", "--depth"): "are the state's",
-    ("compare", "a"): "say the same",
+    ("generate", "--continue", "{wan}", "--steps", "3"): "--steps is stored in the state",
+    ("generate", "--continue", "{wan}", "--depth"): "are stored in the state",
+    ("compare", "a"): "are the same",
     ("compare", "a", "--a", "steps"): "key=value",
-    ("compare", "a", "--a", "stepz=1"): "names no setting",
+    ("compare", "a", "--a", "stepz=1"): "is not a setting",
     ("compare", "a", "--a", "step=1"): "Did you mean 'steps'",
     ("compare", "a", "--b", "guidence=1"): "Did you mean 'guidance'",
-    ("compare", "a", "--a", "=1"): "names no setting",
-    ("compare", "a", "--a", "seed=1"): "one seed",
-    ("compare", "a", "--a", "fps=8"): "one fps",
+    ("compare", "a", "--a", "=1"): "is not a setting",
+    ("compare", "a", "--a", "seed=1"): "the same seed",
+    ("compare", "a", "--a", "fps=8"): "the same fps",
     ("compare", "a", "--a", "steps=1", "--a", "steps=2"): "twice",
     ("compare", "a", "--a", "steps=0", "--model", "{wan}"): "num_inference_steps",
     ("compare", "a", "--a", "enhance=nan", "--model", "{wan}"): "enhance",
@@ -122,8 +122,8 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("paint",): "paint",
     ("convert", "colour"): "colour",
     ("convert", "lora"): "argument|PATH|path",
-    ("convert", "lit", "{wan}", "-o", "out"): "give one of --layers",
-    ("convert", "lit", "{wan}", "-o", "out", "--layers", "all:lit", "--budget", "0.5"): "give one of --layers",
+    ("convert", "lit", "{wan}", "-o", "out"): "give either --layers",
+    ("convert", "lit", "{wan}", "-o", "out", "--layers", "all:lit", "--budget", "0.5"): "give either --layers",
     ("convert", "lit", "{wan}", "-o", "out", "--layers", "all:lid"): "Did you mean 'lit'",
     ("convert", "lit", "{wan}", "-o", "out", "--layers", "every:lit"): "every N",
     ("convert", "lit", "{wan}", "-o", "out", "--budget", "0.5", "--kinds", "lit,lid"): "Did you mean 'lit'",
@@ -181,7 +181,7 @@ def rows() -> Iterator[Row]:
     """Yield all rows."""
     for words, says in OPTIONS.items():
         base = ("generate", "a", "-o", "x.mp4", "--model", "./absent")
-        # What only a model can tell is told of one that is there.
+        # Errors that depend on the model are tested with a model that exists.
         if words[0] in ("--negative-prompt", "--lora", "--enhance", "--fused") or words[1:2] == ("cuda:\u0661",):
             base = (*base[:-1], "{wan}")
         yield Row(name=f"early {' '.join(words)[:40]}", words=(*base, *words), says=says)

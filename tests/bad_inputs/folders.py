@@ -1,4 +1,4 @@
-"""Broken model folders: what their small files say is found before the weights, the rest when they are read."""
+"""Broken model folders: errors in small files are found before the weights are read, other errors while reading."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ EARLY: dict[str, tuple[Content, str]] = {
         "parts",
     ),
 }
-"""Found before any class of a model is touched."""
+"""Errors that are found before any model class is used."""
 
 
 def _export(path: Path, note: str) -> None:
@@ -187,7 +187,7 @@ LATE: dict[str, tuple[Content, str]] = {
     "scheduler shift a word": (copied(json_files={SCHEDULER: {"shift": "far"}}), "cannot load"),
     "scheduler of no steps": (copied(json_files={SCHEDULER: {"num_train_timesteps": 0}}), "cannot load"),
 }
-"""Found when the weights are read; where a class is asked for, nothing of it may have run."""
+"""Errors that are found when the weights are read. No code of a class in the folder may run."""
 
 RIGHT: dict[str, Content] = {
     "as it is": copied(),

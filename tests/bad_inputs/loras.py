@@ -1,4 +1,4 @@
-"""LoRA files: odd metadata and tensors, found before the model is loaded; what does not fit, when it is put in."""
+"""LoRA files: wrong metadata and tensors, found before the model is loaded; wrong shapes, found when it is loaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ WIDTH = 24
 
 
 def pair(name: str = OWN, rank: int = 2, halves: tuple[str, str] = ("lora_A", "lora_B")) -> dict[str, Tensor]:
-    """A change of a layer of the tiny model."""
+    """LoRA tensors for a layer of the tiny model."""
     torch.manual_seed(0)
     down, up = halves
     return {f"{name}.{down}.weight": torch.randn(rank, WIDTH), f"{name}.{up}.weight": torch.randn(WIDTH, rank)}
 
 
 def written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Callable[[Path], None]:
-    """Return what writes a file of these."""
+    """Return a function that writes a file with these tensors."""
 
     def make(path: Path) -> None:
         from safetensors.torch import save_file
@@ -41,12 +41,12 @@ def written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
 
 
 def said(**settings: Any) -> dict[str, str]:
-    """Settings of peft as diffusers writes them."""
+    """Settings of peft in the form that diffusers writes."""
     return {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
 
 
 def header(text: str | bytes) -> bytes:
-    """A safetensors file of a header alone."""
+    """Write a safetensors file that has only a header."""
     data = text.encode() if isinstance(text, str) else text
     return len(data).to_bytes(8, "little") + data
 
@@ -120,7 +120,7 @@ EARLY: dict[str, tuple[Content, str]] = {
     "note without pipeline": (written(pair(), {"postgen": "{}"}), "the note of"),
     "note of a number": (written(pair(), {"postgen": '{"pipeline": 3}'}), "the note of"),
 }
-"""Found by looking at the file."""
+"""Errors that are found in the file alone."""
 
 LATE: dict[str, tuple[Content, str]] = {
     "rank larger than said": (written(pair(rank=2), said(r=64, lora_alpha=64)), "its settings have rank 64"),
@@ -140,11 +140,11 @@ LATE: dict[str, tuple[Content, str]] = {
     "names empty": (written({"lora_A.weight": torch.ones(2, 2), "lora_B.weight": torch.ones(2, 2)}), "LoRA"),
     "a name of 5000 letters": (written(pair(f"transformer.{'a' * 5000}")), "match no layer|cannot be applied"),
 }
-"""Found when it is put into the model."""
+"""Errors that are found when the LoRA is loaded into the model."""
 
 RIGHT: dict[str, Content] = {
     "plain": written(pair()),
-    "alpha negative": written({**pair(), f"{OWN}.alpha": torch.tensor(-2.0)}),  # the change, taken away
+    "alpha negative": written({**pair(), f"{OWN}.alpha": torch.tensor(-2.0)}),  # the LoRA is subtracted
     "metadata of others": written(pair(), {"ss_network_dim": "many", "format": "pt"}),
     "settings": written(pair(), said(r=2, lora_alpha=2.5)),
     "zero": written({A: torch.zeros(2, WIDTH), B: torch.zeros(WIDTH, 2)}),
@@ -211,7 +211,7 @@ def _exports(files: Mapping[str, Content]) -> Iterator[Row]:
             (*source, *out, "comfyui", "--family", "Wan"): "unknown family 'Wan'",
             (*source, *out, "kohya", "--family", "wan"): "MLPs",
             (*command, "absent.safetensors", *out, "kohya"): "absent",
-            (*source, "-o", "l.safetensors", "--format", "diffusers"): "is what is to be converted",
+            (*source, "-o", "l.safetensors", "--format", "diffusers"): "is the model to convert",
             (*source, "-o", "y.safetensors"): "--format",
         }.items():
             yield Row(name=" ".join(words)[:60], words=words, files=files, says=says)

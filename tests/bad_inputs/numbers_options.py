@@ -1,4 +1,4 @@
-"""Numbers of the command line: made from the commands' own parameters, so that a new option is covered by itself."""
+"""Wrong numbers on the command line, generated from the parameters of all commands, including new options."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from postgen.commands.options import SETTINGS
 from tests.bad_inputs.row import Row
 
 WRONG = ("inf", "-inf", "nan", "1e30", "-1e30", "9" * 5000, "-" + "9" * 5000, "0x10", "", " ", "true", "1,5", "five")
-"""Texts that no option takes for a number."""
+"""Texts that no numeric option accepts."""
 FRACTIONS = ("1.5", "1e3")
-"""Texts that no whole number is."""
+"""Texts that no option for a whole number accepts."""
 LARGE = "1000000000000"
-"""10^12, of which only seeds may be."""
+"""10^12, which only seeds may have."""
 BY_CHANCE = ("1_0", "\u0661\u0662", " 16 ", "+16", "0016")
-"""What Python reads as a number and a person may have meant as that: taken for it, or refused, and nothing else."""
+"""Texts that Python reads as numbers, and that a user may mean as numbers: they must be accepted as such or
+refused."""
 
 RIGHT = {
     "width": "32",
@@ -37,7 +38,7 @@ RIGHT = {
     "long": "2.5",
     "budget": "0.5",
 }
-"""Of each numeric option of the commands that make videos, a text that must be taken."""
+"""A text that must be accepted, for each numeric option of the commands that generate videos."""
 
 _TRUE = ("--model", "{hunyuan}")  # the model that has this option
 BASES: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,7 @@ BASES: dict[str, tuple[str, ...]] = {
     "serve-reward": ("serve-reward", "world"),
     "demo": ("demo",),
 }
-"""What is right in a call of each command that has numeric options."""
+"""Correct arguments for each command that has numeric options."""
 
 
 def _picture(path: Path) -> None:
@@ -59,7 +60,7 @@ FILES = {"frames/frame_00000.png": _picture}
 
 
 def numeric(annotation: Any) -> type | None:
-    """Return int or float for the annotation of a numeric parameter, else None."""
+    """Return int or float for the annotation of a numeric parameter, otherwise None."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
@@ -67,7 +68,7 @@ def numeric(annotation: Any) -> type | None:
 
 
 def commands(group: typer.Typer, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield the commands of a group and of those in it."""
+    """Yield the commands of a group and of its subgroups."""
     for each in group.registered_commands:
         assert each.callback is not None
         yield " ".join((*path, each.name or each.callback.__name__.replace("_", "-"))), each.callback
@@ -82,7 +83,7 @@ def options() -> Iterator[tuple[str, str, str, type]]:
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             if (kind := numeric(parameter.annotation)) is not None:
                 (info,) = parameter.annotation.__metadata__
-                # Without a default in the annotation, typer keeps the first name in its place.
+                # Without a default in the annotation, typer stores the first option name in place of the default.
                 option = next(word for word in (info.default, *info.param_decls) if str(word).startswith("--"))
                 yield command, parameter.name, option, kind
 
@@ -109,7 +110,7 @@ def _of(command: str, name: str, kind: type, words: Callable[[str], tuple[str, .
     for text in (*WRONG, *(FRACTIONS if kind is int else ()), *(() if name == "seed" else (LARGE,))):
         yield Row(name=f"{command} {name}={_short(text)}", words=words(text), files=FILES, says=says)
     if command in ("score", "serve-reward", "demo"):
-        return  # these run when they are right; their own tests do
+        return  # with correct values these commands would run; other tests do that
     yield Row(name=f"{command} {name} right", words=words(RIGHT[name]), wrong=False)
     for text in BY_CHANCE:
         yield Row(name=f"{command} {name}={text!r}", words=words(text), wrong=False, either=True)

@@ -1,4 +1,4 @@
-"""Numbers of configurations in Python: made from the dataclasses, so that a new field is covered by itself."""
+"""Wrong numbers in configurations, generated from the dataclasses, so that new fields are covered."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WRONG: tuple[Any, ...] = (
     *(math.inf, -math.inf, math.nan, 1e30, -1e30, 10**12, -(10**12), 10**5000, -(10**5000), 2**70),
     *(True, "", "0x10", "many", "\u0661\u0662", [1, 2], {"a": 1}, date(2026, 1, 1), b"1", 1j),
 )
-"""What no field of a configuration takes for a number."""
+"""Values that no numeric field of a configuration accepts."""
 LARGEST = {"GenerateConfig.seed": 2**63 - 1}
-"""Fields that take more than others."""
+"""Largest value of fields that accept some of these values."""
 
 RIGHT: Mapping[str, Any] = {
     **{"decoder_base_dim": 16, "flow_shift": 3.0, "max_sequence_length": 128, "height": 32, "width": 32},
@@ -36,7 +36,7 @@ RIGHT: Mapping[str, Any] = {
     **{"relative_weight": 0.5, "max_gain": 2.0, "max_locations": 5, "chunk_size": 5, "weight": 2.0},
     **{"levels_per_prompt": 2, "learning_rate_new": 1e-3, "variance_weight": 0.1, "transfer_blocks": 2},
 }
-"""Of fields that are none or empty by default, a value that must be taken."""
+"""A value that must be accepted, for fields whose default is None or empty."""
 
 _NEEDED: Mapping[str, Any] = {
     "output_dir": "x",
@@ -44,14 +44,14 @@ _NEEDED: Mapping[str, Any] = {
     "train_dataset": "prompts.txt",
     **{"num_frames": 5, "height": 32, "width": 32},
 }
-"""Fields without a default."""
+"""Values of fields without a default."""
 
 _BATCH = {"WorldJudgeConfig": 4}
-"""Configurations whose default batch is too small for their other defaults."""
+"""Settings for configurations whose default batch is too small for their other defaults."""
 
 
 def classes() -> Iterator[tuple[type[Any], Callable[..., Any], dict[str, Any]]]:
-    """Yield every configuration of the package, what makes one of keywords, and the keywords that it needs."""
+    """Yield every configuration class, a function that creates one, and the keyword arguments that it needs."""
     for method in METHODS:
         config = find_method(method).config_class
         needed = [field.name for field in dataclasses.fields(config) if field.default is field.default_factory]
@@ -69,7 +69,7 @@ def classes() -> Iterator[tuple[type[Any], Callable[..., Any], dict[str, Any]]]:
 
 
 def numbers(hint: Any) -> tuple[type | None, bool]:
-    """Return int or float for a hint that has one, and whether it stands in a list."""
+    """Return int or float for the type hint of a numeric field, and whether the field is a list."""
     if typing.get_origin(hint) is list:
         return numbers(typing.get_args(hint)[0])[0], True
     if typing.get_origin(hint) is typing.Literal:
@@ -79,7 +79,7 @@ def numbers(hint: Any) -> tuple[type | None, bool]:
 
 
 def rows() -> Iterator[Row]:
-    """Yield the rows of every numeric field; one that several configurations inherit unchanged has them once."""
+    """Yield the rows of every numeric field. A field that several configurations inherit unchanged is tested once."""
     seen = set()
     for config, make, base in classes():
         hints = typing.get_type_hints(config)
@@ -97,24 +97,24 @@ def _of(config: type, field: Any, kind: type, listed: bool, make: partial[Any]) 
     name = f"{config.__name__}.{field.name}"
 
     def made(value: Any) -> Callable[[Path], Any]:
-        # A field of the base may be the one that is asked about.
+        # A required field of the configuration may be the field under test.
         return lambda _: getattr(make(**{**make.keywords, field.name: value}), field.name)
 
     for value in (*WRONG, *((1.5,) if kind is int else ())):
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST.get(name, 0):
             continue
         if isinstance(value, dict) and name.startswith("EnhanceAVideoConfig.weight"):
-            continue  # weights by layer
+            continue  # a weight per layer is allowed
         yield Row(name=f"{name}={_said(value)}", call=made([value] if listed else value), says=field.name)
     right = RIGHT.get(field.name, field.default)
-    # What follows from other fields where it is empty is as long as they are.
+    # A list that is derived from other fields has their length.
     derived = right is dataclasses.MISSING
     right = field.default_factory() if derived else right
     yield Row(name=f"{name} right", call=made(right), value=None if derived else right, wrong=False)
 
 
 def _minus_zero() -> Iterator[Row]:
-    """-0 is 0: a field takes it as 0 or refuses it, as it does 0."""
+    """A field must treat -0 like 0: accept it as 0, or refuse it if it refuses 0."""
     for config, make, base in classes():
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):

@@ -1,4 +1,4 @@
-"""Recipes: YAML of all kinds, keys, values, and words that replace them."""
+"""Wrong recipes: YAML syntax, keys, values, and overrides on the command line."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ WHOLE: dict[str, tuple[Content, str]] = {
     "env with an equals sign": (f"{BASE}env: {{'A=B': 1}}\n", "env"),
     "env without a name": (f"{BASE}env: {{'': 1}}\n", "env"),
 }
-"""Name -> content of the file, and what must be said."""
+"""Name -> content of the file, and pattern of the message."""
 
 VALUES: dict[str, str] = {
     "max_steps: 2026-01-01": "max_steps",
@@ -180,7 +180,7 @@ VALUES: dict[str, str] = {
     "negative_prompt: 3": "negative_prompt",
     "negative_prompt: 2026-01-01": "negative_prompt",
 }
-"""Lines of a recipe, instead of that key in the base -> what must be said."""
+"""Lines of a recipe that replace the same key of the base -> pattern of the message."""
 
 WORDS: dict[tuple[str, ...], str] = {
     ("--max_steps",): "max_steps",
@@ -233,7 +233,7 @@ RIGHT: dict[str, tuple[str, str, Any]] = {
     "fps": ("fps: 23.976\n", "fps", 23.976),
     "long prompts": ("max_sequence_length: 4096\n", "max_sequence_length", 4096),
 }
-"""Name -> lines before the base, the field to look at, and its value."""
+"""Name -> lines before the base, name of a field, and its expected value."""
 
 
 def _field(name: str, words: list[str], here: Path) -> Any:

@@ -1,7 +1,7 @@
-"""A row of the matrix of bad inputs, and how it is run: in this process, in a folder of its own, with no model loaded.
+"""A row of the matrix of bad inputs. It runs in this process, in its own folder, and loads no weights.
 
-A wrong row passes if it ends in one clear line and leaves its folder as it was; each kind has right neighbours, which
-must be taken, so that the matrix cannot pass by refusing everything.
+A wrong row passes if it ends with one clear line and leaves its folder unchanged. Each kind of input also has correct
+rows, which must be accepted, so that the matrix does not pass if everything is refused.
 """
 
 from __future__ import annotations
@@ -23,64 +23,65 @@ from postgen.cli import main
 from postgen.errors import UserError, shown
 
 Content = str | bytes | Callable[[Path], object]
-"""What is in a file of a row; a function makes what it is given the path of."""
+"""Content of a file of a row. A function receives the path and creates the file."""
 
 SECONDS = 40
-"""Within which a row ends; what reads from a pipe that nobody writes to does not."""
+"""Time limit of a row in seconds. A row that reads from a pipe without a writer would never end."""
 LONGEST = 2000
-"""Characters of one clear line, paths of temporary folders included."""
+"""Largest number of characters of a message, including the paths of temporary folders."""
 
 _UNCLEAR = re.compile(
     r"has no attribute|'NoneType'|unexpected keyword|positional argument|<class '|object at 0x|not subscriptable"
     r"|not supported between|not callable|\[Errno|Traceback|^\W*$"
 )
-"""Words of Python that say nothing to the person at the keyboard."""
+"""Terms of Python that must not appear in a message for users."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One input, of the command line (`words`) or of Python (`call`)."""
+    """One input of the command line (`words`) or of the Python API (`call`)."""
 
     name: str
     words: tuple[str, ...] = ()
-    """After `postgen`; `{wan}` and the like stand for folders of `models`."""
+    """Arguments after `postgen`; placeholders such as `{wan}` are replaced by folders of `models`."""
     call: Callable[[Path], Any] | None = None
-    """Given the folder of the row."""
+    """Function that receives the folder of the row."""
     files: Mapping[str, Content] = field(default_factory=dict)
-    """By name, in the folder of the row."""
+    """Files in the folder of the row, by name."""
     wrong: bool = True
     says: str = ""
-    """Pattern that the line must contain."""
+    """Pattern that the message must contain."""
     loads: bool = False
-    """Whether only the weights can tell; else loading them is a failure of a wrong row, and the end of a right one."""
+    """Whether the error is only found with the weights. Otherwise a wrong row must not load them, and a correct row
+    ends there."""
     value: Any = None
-    """What `call` must return, unless None; or an error is fine as well, see `either`."""
+    """Expected result of `call`; None: any result. With `either`, an error is allowed too."""
     either: bool = False
-    """Whether it may also be refused: taken, it must be the value."""
+    """Whether the input may be refused. If it is accepted, the result must be `value`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a row ended."""
+    """Result of a row."""
 
     kind: str
-    """refused, taken, traceback, blocked."""
+    """refused, taken, traceback or blocked."""
     line: str = ""
     value: Any = None
     changed: tuple[str, ...] = ()
-    """Files that came, went or are others now."""
+    """Files that were created, removed or changed."""
 
 
 class Loaded(BaseException):
-    """A class of diffusers was asked for weights."""
+    """Raised when a class of diffusers would load weights."""
 
 
 class Blocked(BaseException):
-    """The time is over."""
+    """Raised when the time limit is over."""
 
 
 def problem(row: Row, models: Mapping[str, Path]) -> str | None:
-    """Run a row; return what is wrong with how it ended, beginning with one word for the kind, or None."""
+    """Run a row. Return what is wrong with its result, beginning with the kind of failure; None: nothing is wrong."""
     found = run(row, models)
     if found.kind in ("traceback", "blocked"):
         return f"{found.kind}: {found.line}"
@@ -97,7 +98,7 @@ def problem(row: Row, models: Mapping[str, Path]) -> str | None:
 
 
 def _unclear(row: Row, line: str) -> str | None:
-    # What Python says may stand in brackets, behind what it means.
+    # A term of Python may follow in brackets after an explanation.
     plain = re.sub(r" \([A-Z]\w*Error: .*\)", "", line)
     if "\n" in line.strip("\n") or len(line) > LONGEST or _UNCLEAR.search(plain):
         return f"unclear: {line}"
@@ -107,7 +108,7 @@ def _unclear(row: Row, line: str) -> str | None:
 
 
 def run(row: Row, models: Mapping[str, Path]) -> Outcome:
-    """Run a row and return how it ended."""
+    """Run a row and return its result."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -170,7 +171,7 @@ def _seen(folder: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for path in folder.rglob("*"):
         stat = path.lstat()
-        # A folder's time changes when a file that vanishes at once is tried in it.
+        # The time of a folder is ignored: it changes when a check writes a temporary file.
         found[str(path.relative_to(folder))] = (stat.st_mode, 0 if path.is_dir() else stat.st_mtime_ns)
     return found
 
@@ -191,7 +192,7 @@ def _limited() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_weights() -> Iterator[None]:
-    """Every class of diffusers reads weights through one of two functions."""
+    """Replace the two functions through which all classes of diffusers load weights."""
     import diffusers
 
     def loaded(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""The tables of the matrix, and how one is run."""
+"""The tables of the matrix of bad inputs, and the function that runs one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def table(name: str) -> tuple[Row, ...]:
 
 
 def problems(name: str) -> list[tuple[str, str]]:
-    """Run a table; return the names of rows and what is wrong with them, beginning with a word for the kind."""
+    """Run a table. Return the failed rows by name, with what is wrong, beginning with the kind of failure."""
     models = {each: folder(each) for each in NAMES}
     return [(row.name, told) for row in table(name) if (told := problem(row, models)) is not None]

@@ -1,4 +1,4 @@
-"""The tiny models of the matrix, each written once a process, and copies of them with changes."""
+"""The tiny models of the matrix, each written once per process, and functions that write changed copies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _place() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def folder(name: str) -> Path:
-    """Return the folder of one of `NAMES`: text to video, from a first frame, and one with distilled guidance."""
+    """Return the folder of a model of `NAMES`: text-to-video, image-to-video, or with distilled guidance."""
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     target = Path(_place().name) / name
@@ -42,7 +42,7 @@ def copied(
     json_files: Mapping[str, Any] | None = None,
     files: Mapping[str, str | bytes | Callable[[Path], object] | None] | None = None,
 ) -> Callable[[Path], object]:
-    """Return what makes a copy of a model: entries of its JSON files changed, files replaced or (None) removed."""
+    """Return a function that copies a model with changed JSON entries, and with replaced or (None) removed files."""
 
     def make(target: Path) -> None:
         shutil.copytree(folder(name), target, copy_function=os.link)
@@ -62,7 +62,7 @@ def copied(
 
 
 def tensors(change: Callable[[dict[str, Any]], object], part: str = "transformer") -> Callable[[Path], object]:
-    """Return what writes the weights of a part of the text-to-video model after a change."""
+    """Return a function that writes changed weights of a component of the text-to-video model."""
 
     def make(path: Path) -> None:
         from safetensors.torch import load_file, save_file

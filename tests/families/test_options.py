@@ -115,11 +115,11 @@ def test_sizes_of_the_published_models() -> None:
 def test_refusals_name_the_number(ltx: Path, hunyuan: Path) -> None:
     with pytest.raises(UserError, match=r"the number of frames must be 4n\+1, got 10: use 9 or 13"):
         prepare(request(hunyuan, num_frames=10))
-    with pytest.raises(UserError, match="LTXPipeline needs at least 2 steps with its schedule, got 1"):
+    with pytest.raises(UserError, match="LTXPipeline needs at least 2 denoising steps with its scheduler, got 1"):
         prepare(request(ltx, num_inference_steps=1))
     with pytest.raises(UserError, match=r"needs true_cfg_scale \(--true-cfg\) above 1 in HunyuanVideoPipeline"):
         prepare(request(hunyuan, negative_prompt="ugly", guidance_scale=6.0))
-    with pytest.raises(UserError, match="LTXPipeline has no true_cfg_scale: leave it out"):
+    with pytest.raises(UserError, match="LTXPipeline has no true_cfg_scale: omit it"):
         prepare(request(ltx, true_cfg_scale=3.0))
 
 
@@ -183,10 +183,10 @@ def test_a_folder_says_its_own_rate(ltx: Path, tmp_path: Path) -> None:
 
 def test_pipelines_that_need_more(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "LucyEditPipeline"}')
-    with pytest.raises(UserError, match="LucyEditPipeline needs video, which this command cannot give"):
+    with pytest.raises(UserError, match="LucyEditPipeline needs video, for which this command has no option"):
         prepare(GenerateConfig(prompt="a", model=str(tmp_path)))
     (tmp_path / "model_index.json").write_text('{"_class_name": "AllegroPipeline"}')
-    with pytest.raises(UserError, match="AllegroPipeline makes no video here: its autoencoder decodes in tiles only"):
+    with pytest.raises(UserError, match="AllegroPipeline is not supported here: its autoencoder decodes in tiles"):
         prepare(GenerateConfig(prompt="a", model=str(tmp_path)))
     (tmp_path / "model_index.json").write_text('{"_class_name": "HeliosPipeline"}')
     facts = prepare(GenerateConfig(prompt="a", model=str(tmp_path))).facts
@@ -211,7 +211,7 @@ def test_number_of_frames_that_a_pipeline_changes_is_said(tiny_wan: Path, tmp_pa
 
     job = prepare(request(tiny_wan))
     paths, kind = output_paths(tmp_path / "x.mp4")
-    with pytest.warns(UserWarning, match="WanPipeline made 5 frames where 9 were asked for"):
+    with pytest.warns(UserWarning, match="WanPipeline made 5 frames instead of the requested 9"):
         write(torch.rand(5, 3, 32, 32), job, paths, kind, seconds=0.0, place="cpu")
     note = json.loads(paths.sidecar.read_text())
     assert (note["frames"], note["settings"]["num_frames"]) == (5, 9)

@@ -24,7 +24,7 @@ def test_layers_named_and_generated_with(cli: Any, tiny_wan: Path, tmp_path: Pat
         assert torch.equal(weight, pipe.transformer.state_dict()[name])
     assert "window_delta" in str(postgen.summary(pipe))
     idle = cli("convert", "lit", tiny_wan, "--layers", "all:lit", "-o", tmp_path / "no", "--measure", "--steps", 2)
-    assert (idle.code, "--measure, --steps: goes with --budget" in idle.err) == (2, True)
+    assert (idle.code, "--measure, --steps can only be used with --budget" in idle.err) == (2, True)
     chosen = cli("convert", "lit", out, "--budget", 1, "-o", tmp_path / "no", "--frames", 5)
     assert (chosen.code, "is converted: count the stock transformer" in chosen.err) == (2, True)
     again = cli("convert", "lit", tiny_wan, "--layers", "all:lit", "-o", out)

@@ -203,9 +203,9 @@ def test_the_command_line_names_words_that_the_model_does_not_know(run, cli, tmp
     words = ["-o", tmp_path / "clip.gif", "--model", run.args.folder / "export", "--steps", "1"]
     done = cli("generate", "a cat and a red ball on a sofa", *words)
     assert done.code == 0, done.err
-    lines = [line for line in done.err.splitlines() if "unknown to" in line]
+    lines = [line for line in done.err.splitlines() if "does not know" in line]
     assert len(lines) == 1
-    assert "export: cat, sofa. It knows prompts like" in lines[0]
+    assert "export does not know: cat, sofa. It knows prompts like" in lines[0]
     assert all(f'"{text}"' in lines[0] for text in EXAMPLES)
     done = cli("generate", "a red ball rolls left", *words)
     assert (done.code, "unknown" in done.err) == (0, False)

@@ -207,7 +207,7 @@ def test_one_process_records_into_a_folder(wan: tuple[Any, dict[str, int]], tmp_
     shutil.rmtree(place / "00000-000")
     with (
         RunLock(place, LOCK.format(rank=0), "where"),
-        pytest.raises(UserError, match=rf"where {place} is in use by process {os.getpid()} on .* name another where"),
+        pytest.raises(UserError, match=rf"where {place} is in use by process {os.getpid()} on .* give another where"),
     ):
         records_of(pipe, size, "blocks.0", where=place)
     # The lock file of a killed process is no lock, and the lock of another rank belongs to the same run.

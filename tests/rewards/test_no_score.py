@@ -144,7 +144,7 @@ def test_a_folder_with_files_that_have_no_prompt(cli, tmp_path, suffix):
             "world: it needs a prompt, but the clip has none",
             None,
         ]
-    assert "2 of 3 are in" in done.err
+    assert "2 of 3 rows are already in" in done.err
     (tmp_path / "a.json").unlink()
     (tmp_path / "c.json").unlink()
     assert "world needs a prompt for a.webm and 2 more: use --prompt" in cli(*words).err
@@ -185,8 +185,10 @@ def test_a_stop_says_how_far_it_came(cli, tmp_path, monkeypatch):
     words = ["score", tmp_path / "in", "--reward", f"{__name__}.stop"]
     done = cli(*words, "-o", tmp_path / "t.jsonl")
     assert done.code == 130
-    assert done.err.endswith(f"postgen: stopped; 2 of 5 are in {tmp_path / 't.jsonl'}: the same command goes on\n")
+    assert done.err.endswith(
+        f"postgen: stopped; 2 of 5 rows are in {tmp_path / 't.jsonl'}; to continue, run the same command again\n"
+    )
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 2
-    assert "stopped; 2 of 5 were scored and are lost: -o t.jsonl keeps them" in cli(*words).err
+    assert "stopped; the scores of 2 of 5 are lost; -o t.jsonl keeps them" in cli(*words).err
     monkeypatch.setattr("postgen.rewards.serve.RewardServer.serve_forever", lambda self: stop([[0] * 4]))
     assert "stopped; requests scored: 0" in cli("serve-reward", "motion_floor", "--port", "0").err

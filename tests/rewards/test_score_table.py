@@ -54,7 +54,7 @@ def test_the_same_command_goes_on_where_it_stopped(cli, folder, tmp_path, suffix
     assert SEEN == [2, 3, 4, 5, 6]
     again = cli(*words)
     assert (again.code, SEEN[5:]) == (0, [])
-    assert "5 of 5 are in" in again.err
+    assert "5 of 5 rows are already in" in again.err
     assert again.out.count("0.5") == 6
     # Killed in the middle of a row; nothing but that row is lost.
     out.write_bytes(whole[: whole.rfind(b"webm") + 30])
@@ -139,7 +139,7 @@ def test_pictures_are_stills_or_frames(cli, tmp_path):
     SEEN.clear()
     done = cli("score", tmp_path / "in", "--reward", OWN, "-o", out)
     assert (done.code, SEEN) == (0, [1, 1, 1, 1])
-    assert "4 pictures, scored one by one (--frames: one clip of them)" in done.err
+    assert "4 images are scored one by one (as one clip with --frames)" in done.err
     assert [row["level"] for row in rows(out)] == pytest.approx([k * 50 / 255 for k in (1, 2, 3, 4)], abs=0.01)
     shutil.copytree(tmp_path / "in", tmp_path / "more" / "one", ignore=shutil.ignore_patterns("0.png"))
     shutil.copytree(tmp_path / "in", tmp_path / "more" / "two")
@@ -242,7 +242,7 @@ def test_a_cell_that_is_no_score_is_scored_anew(cli, folder, tmp_path, value):
     SEEN.clear()
     done = cli(*words)
     assert (done.code, SEEN, out.read_text()) == (0, [2], whole)
-    assert "1 of 2 are in" in done.err
+    assert "1 of 2 rows are already in" in done.err
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -252,7 +252,7 @@ def test_names_of_files_need_not_be_unicode(cli, folder, tmp_path, suffix):
     for known in range(2):
         done = cli("score", folder, "--reward", OWN, "-o", out)
         assert (done.code, "\\udcff.webm" in done.out) == (0, True)
-        assert ("5 of 5 are in" in done.err) is bool(known)
+        assert ("5 of 5 rows are already in" in done.err) is bool(known)
         assert out.read_text(encoding="utf-8").count("\\udcff.webm") == 1
 
 
@@ -306,7 +306,7 @@ def test_half_a_character_is_no_prompt(cli, folder, tmp_path, words):
         how = ("--prompts", prompts) if len(words) == 1 else ("--prompt", "a\udcff")
         words = ("score", folder, "--reward", OWN, *how)
     done = cli(*words)
-    assert (done.code, done.err.count("\n"), "is no text in UTF-8: character" in done.err) == (2, 1, True)
+    assert (done.code, done.err.count("\n"), "is not UTF-8 text: character" in done.err) == (2, 1, True)
 
 
 @pytest.mark.parametrize("name", ["a.webm", "a.json"])

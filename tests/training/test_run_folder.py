@@ -292,4 +292,4 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "flock", none)
     make(tmp_path, max_steps=1).train()
-    assert "has no locks (No locks available): start no second run" in capsys.readouterr().err
+    assert "does not support locks (No locks available), so a second run is not detected" in capsys.readouterr().err

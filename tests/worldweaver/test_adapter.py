@@ -172,7 +172,7 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no note": (lambda folder: (folder / "worldweaver.json").unlink(), "is no WorldWeaver adapter: the file"),
+    "no note": (lambda folder: (folder / "worldweaver.json").unlink(), "is not a WorldWeaver adapter: the file"),
     "half a note": (cut("worldweaver.json"), "worldweaver.json cannot be read: "),
     "an entry more": (changed_note(more=1), "worldweaver.json must have modalities, placed, base"),
     "a base that is none": (changed_note(base={}), "is damaged: its description of the base model is {}"),

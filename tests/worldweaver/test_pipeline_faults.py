@@ -67,7 +67,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": Image.new("RGB", (8, 8)), "depth": "far"}, "depth cannot be converted to distances"),
     ({"prompt": 3}, "the prompt must be a text"),
     ({"prompt": [(0, 3)]}, "must be a text or texts"),
-    ({"prompt": "\ud800"}, "no text in UTF-8"),
+    ({"prompt": "\ud800"}, "not UTF-8 text"),
     ({"negative_prompt": [3], "guidance_scale": 3.0}, "the negative prompt must be"),
     ({"prompt": None, "prompt_embeds": torch.rand(32, 16)}, "give a finite tensor"),
     ({"prompt": None, "prompt_embeds": torch.full((1, 32, 16), NONE)}, "give a finite tensor"),
