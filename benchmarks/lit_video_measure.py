@@ -42,7 +42,7 @@ class Measured:
     """Measurements of a model, one value per clip."""
 
     right: list[bool] = dataclasses.field(default_factory=list)
-    """Whether the judge finds the clip wholly right."""
+    """Whether the judge finds the clip fully right."""
     score: list[float] = dataclasses.field(default_factory=list)
     """Score of the judge."""
     motion: list[float] = dataclasses.field(default_factory=list)
