@@ -109,10 +109,10 @@ def test_a_cancelled_comparison_leaves_nothing_and_the_next_one_runs(app: App) -
     [
         ({}, None, "the same"),
         ({"steps": 2.0, "plug_ins": {}}, None, "the same"),
-        ({"steps": "many"}, None, "the video after: steps must be a whole number"),
-        ({"model": "/etc"}, None, "the video after: this server has no model"),
-        ({"lora": "/etc/passwd"}, None, "the video after: this server has no LoRA"),
-        ({"lora_scale": 0.5}, None, "the video after: the strength is 0.5, and there is no LoRA"),
+        ({"steps": "many"}, None, "the After video: steps must be a whole number"),
+        ({"model": "/etc"}, None, "the After video: this server has no model"),
+        ({"lora": "/etc/passwd"}, None, "the After video: this server has no LoRA"),
+        ({"lora_scale": 0.5}, None, "the After video: the LoRA scale is 0.5, but no LoRA is chosen"),
         ({"prompt": "a blue ball"}, None, "cannot differ in prompt"),
         ({"steps": 1}, "os.remove", "no reward of that name"),
         ({"steps": 1}, "pickscore", "no reward of that name"),
@@ -157,7 +157,7 @@ def test_labels_name_what_differs_and_no_folder_of_the_server(tmp_path: Path) ->
     b = {"model": str(tmp_path), "guidance_scale": None, "lora": [f"{lora}:0.5"]}
     assert labels_of(a, b) == (
         "guidance 3, embedded model, no LoRA",
-        f"own guidance scale, {tmp_path.name}, LoRA lora at 0.5",
+        f"default guidance scale, {tmp_path.name}, LoRA lora at 0.5",
     )
 
 

@@ -96,7 +96,7 @@ def test_more_than_may_wait_are_refused_and_there_is_room_again(jobs):
     jobs.submit("running", gate)
     assert gate.begun.wait(5)
     tasks = [jobs.submit(str(n), lambda task: 0) for n in range(3)]
-    with pytest.raises(UserError, match="3 jobs wait already"):
+    with pytest.raises(UserError, match="the queue is full, 3 jobs are waiting"):
         jobs.submit("too many", lambda task: 0)
     gate.go.set()
     ended(jobs, tasks[-1])

@@ -170,7 +170,7 @@ def test_few_states_are_kept_of_a_long_video_the_first_and_the_last_among_them(a
         ({"segments": [[9.0, "a cube"]]}, "row 1 .* below 2, got 9"),
         ({"segments": [["soon", "a cube"]]}, "row 1"),
         ({"segments": [[None, ""], [1, " "]]}, "row 2 of the prompts has no prompt"),
-        ({"segments": [[1, "a cube", "a cone"]]}, "nothing more"),
+        ({"segments": [[1, "a cube", "a cone"]]}, "no other values"),
         ({"segments": [["a cube"]]}, "row 1"),
         ({"segments": [[1, "a cube"], [1.01, "a cone"]]}, "row 2 .* change one"),
     ],
@@ -183,7 +183,7 @@ def test_what_is_wrong_is_said_before_the_queue(app: App, changes: dict[str, Any
 def test_places_and_lengths_of_a_branch_are_those_of_the_server(app: App) -> None:
     made = begun(app)
     for frame in (2, "1", -1, None, "../../x"):
-        with pytest.raises(UserError, match="no such place"):
+        with pytest.raises(UserError, match="cannot branch at that time"):
             branch_work(app, made.entry.id, frame, 1.0)
     with pytest.raises(UserError, match=r"at most 1\.9"):
         go_on_work(app, made.entry.id, 2.5)

@@ -87,7 +87,7 @@ def test_a_first_frame_is_kept_as_long_as_a_job_or_a_result_names_it(app: App, u
     image, go = sent(uploads, "a"), threading.Event()
     before = files(app, uploads)
     gate = app.jobs.submit("gate", lambda task: go.wait(20))
-    with pytest.raises(UserError, match="wait already"):
+    with pytest.raises(UserError, match="the queue is full"):
         making.submitted(app, form(app, image=image))
     assert files(app, uploads) == before
     app.jobs.most_waiting = 5

@@ -91,7 +91,7 @@ def test_a_run_of_rewards_has_every_group_it_should(root):
     assert lines["Held-out judge"] == ["near"]
     assert lines["KL"] == ["to the rollout"]
     assert sorted(lines["Ratio"]) == ["max", "mean", "min"]
-    for title in ("Spread of the reward", "Motion", "Loss", "Learning rate", "Seconds a step"):
+    for title in ("Spread of the reward", "Motion", "Loss", "Learning rate", "Seconds per step"):
         assert lines[title], title
     named = {metric for metric in curves["dance"] if any(group.label(metric) for group in GROUPS)}
     assert {*others(curves["dance"]), *named} == {*curves["dance"]}

@@ -72,7 +72,7 @@ def test_those_that_need_a_download_say_so_and_are_not_offered(nothing_here):
         ("clip_score", "hf download openai/clip-vit-large-patch14"),
         ("hps_v2_1", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"),
         ("videoalign_mq", "hf download KwaiVGI/VideoReward"),
-        ("depth_consistency", "more than a clip and a prompt"),
+        ("depth_consistency", "more data than a clip and a prompt"),
     ):
         assert told in lacks[name]
         with pytest.raises(UserError, match=f"{name} cannot be used here"):

@@ -32,8 +32,8 @@ def test_before_and_after_with_a_plug_in(page: Any) -> None:
     tab(page, "Before and after")
     page.locator("#compare-prompt textarea").fill("a ball")
     page.locator("#compare").click()
-    assert "before and after are the same" in page.locator(".toast-body").inner_text()
-    page.get_by_role("button", name="What both have").click()
+    assert "Before and After are the same" in page.locator(".toast-body").inner_text()
+    page.get_by_role("button", name="Settings of Before").click()
     for name, value in {**TINY, "frames": 17}.items():
         page.locator(f"#before-{name} input").fill(str(value))
     page.locator("#after-enhance input").fill("4")
@@ -61,9 +61,9 @@ def _run_in_step(page: Any) -> None:
     bar = page.get_by_role("slider", name="Time")
     bar.fill("0.5")
     _at(page, 0.5)
-    page.get_by_role("button", name="One frame on").click()
+    page.get_by_role("button", name="Next frame").click()
     _at(page, 0.5 + _FRAME)
-    page.get_by_role("button", name="One frame back").click()
+    page.get_by_role("button", name="Previous frame").click()
     _at(page, 0.5)
     page.locator("#compare-players .play").click()
     page.wait_for_function(f"{_VIDEOS}.every(v => !v.paused && v.currentTime > 0.6)")
@@ -95,7 +95,7 @@ def test_an_uploaded_clip_is_scored(page: Any, tmp_path: Path) -> None:
     page.locator("#score").click()
     says(page, "Done", "#score-status")
     assert "world" in page.locator("#scores").inner_text()
-    says(page, "Everything is as asked.", "#judge")
+    says(page, "The clip shows everything in the prompt.", "#judge")
     assert page.wrong == []
 
 
@@ -104,7 +104,7 @@ def test_clips_that_are_refused(page: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"\xff" * 500)
     write_video(tmp_path / "long.mp4", torch.rand(48, 3, 32, 32), fps=8)
     tab(page, "Rewards")
-    for name, line in (("long.mp4", "the clip takes 6.0 seconds, and at most 4 are allowed"), ("broken.mp4", "clip")):
+    for name, line in (("long.mp4", "the clip has 6.0 seconds, and at most 4 are allowed"), ("broken.mp4", "clip")):
         told = heard(
             page, lambda name=name: page.locator("#score-clip input[type=file]").set_input_files(tmp_path / name), line
         )
