@@ -161,14 +161,14 @@ def test_gates_of_numbers() -> None:
 def test_a_try_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["--tiny", "--output", str(app.RESULTS / "app.json")])
-    assert "is no result" in capsys.readouterr().err
+    assert "must not overwrite" in capsys.readouterr().err
 
 
 def test_the_table_says_what_was_not_measured() -> None:
     lines = list(app.markdown({"parts": {"paths": {"tries": 90}}, "gates": app.gates({})}))
     assert len(lines) == 2 + 6
     assert sum("not measured yet" in line for line in lines) == 5
-    assert "files of the server that 90 tries could read" in lines[5]
+    assert "private files of the server that 90 tries could read" in lines[5]
 
 
 def test_what_a_server_said_names_no_place(tmp_path: Path) -> None:
