@@ -1,4 +1,4 @@
-"""The benchmark of the app: what it counts, from given answers. No server is started here."""
+"""The benchmark of the app, with prepared answers instead of a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_jobs_are_drawn_alike_each_time() -> None:
 
 @pytest.fixture
 def wanted() -> list[Wanted]:
-    """Three valid jobs, and one of each other kind."""
+    """Three valid jobs, and one job of each other kind."""
     kinds = ("make", "make", "make", "invalid", "fail", "cancelled while it waits", "cancelled while it runs", "left")
     return [Wanted(number=n, kind=kind, words={"seed": n, "prompt": f"p{n}"}) for n, kind in enumerate(kinds)]
 
@@ -101,7 +101,7 @@ def test_enough_ways_to_read_a_file_are_tried(tmp_path: Path) -> None:
     found = tries(places)
     assert len({one.what for one in found}) == len(found) >= 80
     assert all(sum((bool(one.address), bool(one.call), bool(one.name))) == 1 for one in found)
-    # To know an upload's address is to have it: what is tried goes by its name.
+    # The full path of an upload gives access to it, so the tries may use its file name only.
     assert not [one for one in found if str(places.other) in one.address + str(one.data)]
     assert sum(str(places.private) in one.address + str(one.data) for one in found) >= 20
 
@@ -152,7 +152,7 @@ def test_gates_of_numbers() -> None:
     missed["jobs"]["memory_growth_mb"], missed["paths"]["readable"] = 101.0, [{"what": "a"}]
     missed["uploads"]["stopped"] = missed["wheel"]["works"] = 0.0
     assert [row["ok"] for row in app.gates(missed)] == [False] * 6
-    # Where a result cannot be read either, or too little was tried, nothing was shown.
+    # The gate has no value if the public result is not readable either, or if there were too few tries.
     for change in ({"result_is_given": False}, {"tries": 19}):
         gates = {row["name"]: row["value"] for row in app.gates({**parts, "paths": {**parts["paths"], **change}})}
         assert gates["server_paths_readable"] is None

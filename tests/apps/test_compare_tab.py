@@ -1,4 +1,4 @@
-"""The tab "Before and after": two jobs of one prompt and seed, what is measured of them, and how they are shown."""
+"""The tab "Before and after": two jobs with one prompt and seed, their measurements, and their display."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_both_are_made_measured_and_kept(app: App) -> None:
     a, b = (read_video(side.video) for side in (made.paths.a, made.paths.b))
     assert a.shape == b.shape == (9, 3, 16, 32)
     assert made.report["largest_difference"] > 0
-    assert difference(a, b)["psnr"] < made.report["psnr"]  # of the clips themselves: the files are compressed
+    assert difference(a, b)["psnr"] < made.report["psnr"]  # the report compares the clips before compression
     assert probe(made.paths.both).width == 32 + 8 + 32
     told = measured(made)
     assert f"{made.report['psnr']:.1f} dB" in told

@@ -1,4 +1,4 @@
-"""Settings, results on disk, uploads: what is refused, and what is left behind."""
+"""Settings, results on disk and uploads: which input is refused, and which files remain."""
 
 import json
 import os
@@ -215,7 +215,7 @@ def test_a_poster_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path):
     file = tmp_path / "large.png"
     Image.new("RGB", (300, 300)).save(file)
-    file.write_bytes(file.read_bytes()[:100])  # to be decoded it would have to be whole
+    file.write_bytes(file.read_bytes()[:100])  # a truncated file: decoding it would fail with another message
     with pytest.raises(UserError, match="300 x 300 pixels, and at most 64"):
         uploaded_picture(str(file), AppSettings(outputs=tmp_path, upload_pixels=1024))
 

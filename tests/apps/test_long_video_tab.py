@@ -1,4 +1,4 @@
-"""The tab "Long video": begun, stopped, gone on with and branched, in the history of the app."""
+"""The tab "Long video": videos that are made, stopped, continued and branched, in the history of the app."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from postgen.worldweaver.widen import widen_transformer
 
 SIZE = {"steps": 6, "width": 32, "height": 32, "guidance": 1.0}
 RATE = 16.0
-"""Of Wan."""
+"""Frames per second of Wan."""
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of training runs, of which one made an adapter with depth."""
+    """A folder of training runs; one of them has an adapter with depth."""
     from diffusers import WanPipeline
 
     folder = tmp_path_factory.mktemp("runs")
@@ -116,7 +116,9 @@ def test_cancelled_a_new_one_leaves_nothing_and_one_that_goes_on_what_it_has(app
     assert ended(app, begin_work(app, *request_of(app, form(app))), cancel).state == "cancelled"
     assert [*app.history.folder.iterdir()] == []
     made = begun(app, seconds=1.0)
-    assert ended(app, go_on_work(app, made.entry.id, 2.0), cancel).state == "done"  # in its place: that is a stop
+    assert (
+        ended(app, go_on_work(app, made.entry.id, 2.0), cancel).state == "done"
+    )  # a cancel of a continued video acts as a stop
     more = made_of(app.history.get(made.entry.id))
     assert made.frames < more.frames < made.frames + 32
     assert more.note["seconds"] == pytest.approx(more.seconds, abs=1e-3)

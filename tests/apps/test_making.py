@@ -1,4 +1,4 @@
-"""Presets, controls of plug-ins, and what becomes of a form before it is queued."""
+"""Presets, plug-in controls, and the checks of a form before it enters the queue."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The Rewards tab: which rewards can be used, and what is found of a clip."""
+"""The Rewards tab: available rewards, and the scores of a clip."""
 
 import json
 import threading
@@ -39,14 +39,14 @@ def app(tmp_path):
 
 @pytest.fixture
 def nothing_here(tmp_path, monkeypatch):
-    """No weights of others, whatever this machine has."""
+    """Hide all published weights on this machine."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     return tmp_path
 
 
 def done(work):
-    """What a job's work returns, and what it told."""
+    """Run the work of a job and return its final state."""
     task = Task("a job", work)
     task.run()
     return task.progress()

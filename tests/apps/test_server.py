@@ -1,4 +1,4 @@
-"""A server on a free port, and programs that use it."""
+"""A server on a free port, used by client programs."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_a_wrong_call_is_one_line(client, wrong, message):
 
 
 def event(served, element, data, query=""):
-    """Do what a browser does for an event whose outputs have an element: return what the page gets."""
+    """Trigger the load event whose outputs contain an element, as a browser does; return the server's messages."""
     with httpx.Client(base_url=served.url, trust_env=False, timeout=30) as web:
         page = web.get("/config").json()
         own = {each["id"] for each in page["components"] if each["props"].get("elem_id") == element}
