@@ -319,7 +319,7 @@ def _own_model(app: App, model: Any, missing: list[str]) -> str:
         return EMBEDDED
     named = [name for name in app.model_names if name == model]
     named = named or [name for name in app.model_names if name != EMBEDDED and _same_place(name, model)]
-    if len(named) == 1:  # two folders of one name cannot be told apart
+    if len(named) == 1:  # models in two folders of the same name cannot be distinguished
         return named[0]
     if app.settings.any_model and isinstance(model, str):
         return model

@@ -95,7 +95,7 @@ def chosen_rewards(names: Any) -> list[Reward]:
             raise UserError(f"unknown reward {shown(name)}. Known: {', '.join(known_rewards())}")
         reward = get_reward(name)
         if (lacks := _lacks(reward)) is not None:
-            raise UserError(f"{name} cannot be used here: {lacks}")
+            raise UserError(f"{name} is not available on this machine: {lacks}")
         found.append(reward)
     return found
 

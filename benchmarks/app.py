@@ -137,7 +137,7 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "shared": "other work ran on the same cores; CPU seconds stand beside wall seconds, the load before each part",
+        "shared": "other programs used the same cores: see the CPU seconds and the load average of each part",
     }
 
 

@@ -155,7 +155,7 @@ def done(web: Web, one: Try, lines: Mapping[str, bytes], folder: Path) -> dict[s
     else:
         status, content = web.ask("GET", one.address)
     found = read(content, lines)
-    found += [f"it stands at {path.name}" for path in _escaped(folder)] if one.name else []
+    found += [f"written to {path.name}" for path in _escaped(folder)] if one.name else []
     return {"what": one.what, "status": status, "read": found}
 
 

@@ -65,7 +65,7 @@ def files(places: Places) -> list[Try]:
         "the environment of the server": "/proc/self/environ",
         "the log of the server": places.outputs.parent / "server.log",
         "a file beside the outputs": private,
-        "a first frame of somebody": places.outputs / "pictures" / "frame.png",
+        "a first frame of another user": places.outputs / "pictures" / "frame.png",
         "code of postgen": ROOT / "postgen" / "cli.py",
         "the project's settings": ROOT / "pyproject.toml",
         "a model": places.model / "model_index.json",
@@ -78,16 +78,16 @@ def files(places: Places) -> list[Try]:
         "a link in a result": result / "link.txt",
         "a linked folder in a result": result / "folder" / private.name,
         "a kept state in a result": result / "long.state" / "state.json",
-        "what stands beside results": places.outputs / "results" / "stray.txt",
-        "up from where it was started": f"../../../../../../..{private}",
+        "a file beside the results": places.outputs / "results" / "stray.txt",
+        "up from the working directory": f"../../../../../../..{private}",
         "a file with a null character": f"{private}%00.mp4",
         "all encoded": quote(str(private), safe=""),
         "an address of the system": f"file://{private}",
         "the folder of uploads": places.uploads,
         "uploads, then up": f"{places.uploads}/../{private.name}",
-        "somebody's upload by its name": places.uploads / places.other.name,
-        "somebody's upload by any folder": f"{places.uploads}/*/{places.other.name}",
-        "somebody's upload by a digest of its name": (
+        "another user's upload by its name": places.uploads / places.other.name,
+        "another user's upload by any folder": f"{places.uploads}/*/{places.other.name}",
+        "another user's upload by a digest of its name": (
             places.uploads / hashlib.sha256(places.other.name.encode()).hexdigest() / places.other.name
         ),
     }
@@ -159,7 +159,7 @@ def calls(places: Places) -> list[Try]:
         "a clip as a text": private,
         "a clip through a link": {"path": str(places.result / "link.txt"), **FILE},
         "a clip beside uploads": {"path": f"{places.uploads}/../{places.private.name}", **FILE},
-        "somebody's upload": {"path": str(places.uploads / places.other.name), **FILE},
+        "another user's upload": {"path": str(places.uploads / places.other.name), **FILE},
     }
     rewards = ["brightness_band"]
     tries += [Try(what=f"score, {what}", call="score", data=[clip, "", "", rewards]) for what, clip in kinds.items()]

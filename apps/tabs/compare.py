@@ -208,7 +208,7 @@ def _after(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]
             after[name] = _number(first, name, "after")
     after["lora"], after["lora_scale"] = _lora(app, "after")
     after["model"] = gr.Dropdown(
-        [("same as Before", ""), *((name, name) for name in app.model_names)],
+        [("same", ""), *((name, name) for name in app.model_names)],
         value="",
         label="Model",
         allow_custom_value=app.settings.any_model,
@@ -236,7 +236,7 @@ def _before(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]
 def _lora(app: App, side: str) -> tuple[Any, Any]:
     names = app.loras()
     with gr.Row(visible=bool(names)):
-        choices = [("none", "") if side == "before" else ("same as Before", ""), *((name, name) for name in names)]
+        choices = [("none", "") if side == "before" else ("same", ""), *((name, name) for name in names)]
         lora = gr.Dropdown(choices, value="", label="LoRA", elem_id=f"{side}-lora")
         own: dict[str, Any] = {"value": 1.0} if side == "before" else {"value": None, "placeholder": "same"}
         scale = gr.Number(**own, label="LoRA scale", min_width=90, elem_id=f"{side}-lora-scale")

@@ -75,7 +75,7 @@ def test_those_that_need_a_download_say_so_and_are_not_offered(nothing_here):
         ("depth_consistency", "more data than a clip and a prompt"),
     ):
         assert told in lacks[name]
-        with pytest.raises(UserError, match=f"{name} cannot be used here"):
+        with pytest.raises(UserError, match=f"{name} is not available on this machine"):
             scoring.chosen_rewards(["world", name])
     shown = tab.away_of([one for one in scoring.known() if one.lacks])
     assert "xswu/HPSv2" in shown
