@@ -75,9 +75,7 @@ def _layout(app: App, known: Sequence[Known]) -> _Page:
                 max_length=making.LONGEST,
                 elem_id="score-prompt",
             )
-            note = gr.UploadButton(
-                "Load the prompt from a JSON file", file_types=[".json"], size="sm", elem_id="score-note"
-            )
+            note = gr.UploadButton("Load prompt from JSON", file_types=[".json"], size="sm", elem_id="score-note")
         with gr.Column(scale=6, min_width=320):
             rewards = gr.CheckboxGroup(
                 [one.name for one in here],
