@@ -44,7 +44,7 @@ class LongForm:
     adapter: Any = OWN
     """A name of `adapters`."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """Values of steps, width, height and guidance; None means the default of the adapter, or else of the model."""
+    """Values of steps, width, height and guidance; None and 0 mean the default of the adapter or the model."""
 
 
 def adapters(app: App) -> dict[str, Path]:
@@ -70,7 +70,7 @@ def request_of(app: App, form: LongForm) -> tuple[LongRequest, Job]:
     from postgen.generate_long import LongRequest, prepare_long
 
     model = app.model(form.model)
-    numbers = {_NUMBERS[name]: _number(value) for name, value in form.numbers.items() if value not in (None, "")}
+    numbers = {_NUMBERS[name]: _number(value) for name, value in form.numbers.items() if value not in (None, "", 0)}
     config = app.request(_text(form.prompt), model=model, seed=_seed(form.seed), **numbers)
     adapter = _adapter(app, form.adapter)
     rate = float(app.facts(model).default("fps") or 8.0)

@@ -238,8 +238,7 @@ def _lora(app: App, side: str) -> tuple[Any, Any]:
     with gr.Row(visible=bool(names)):
         choices = [("none", "") if side == "before" else ("same", ""), *((name, name) for name in names)]
         lora = gr.Dropdown(choices, value="", label="LoRA", elem_id=f"{side}-lora")
-        own: dict[str, Any] = {"value": 1.0} if side == "before" else {"value": None, "placeholder": "same"}
-        scale = gr.Number(**own, label="LoRA scale", min_width=90, elem_id=f"{side}-lora-scale")
+        scale = gr.Number(1.0, label="LoRA scale", min_width=90, elem_id=f"{side}-lora-scale")
     return lora, scale
 
 
@@ -291,7 +290,7 @@ def _wire(app: App, page: _Page) -> None:
     page.preset.input(chosen, [page.before["model"], page.preset], numbers, **PRIVATE)
     for number in own:
         number.input(lambda: None, None, page.preset, **PRIVATE)  # own numbers: no preset is selected
-    for name in _BOTH:
+    for name in (*_BOTH, "lora_scale"):
         page.before[name].input(lambda value: value, page.before[name], page.after[name], **PRIVATE)
     page.start.click(start, [page.randomise, *page.values], [page.seed, page.browser, *page.told], **PRIVATE)
     page.cancel.click(cancel, page.job, None, **PRIVATE)

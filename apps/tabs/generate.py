@@ -128,10 +128,9 @@ def _more(app: App) -> dict[str, Any]:
         fields["negative_prompt"] = gr.Textbox(label="Negative prompt", info="Needs a guidance scale above 1.")
         with gr.Row(elem_classes="numbers"):
             for name, label in zip(_NUMBERS, ("Steps", "Width", "Height", "Frames", "Guidance"), strict=True):
-                whole = None if name == "guidance" else 0
-                fields[name] = gr.Number(
-                    getattr(first, name), label=label, precision=whole, minimum=0, min_width=90, elem_id=name
-                )
+                own: dict[str, Any] = {"value": (value := getattr(first, name)), "visible": value is not None}
+                own["precision"] = None if name == "guidance" else 0
+                fields[name] = gr.Number(**own, label=label, minimum=0, min_width=90, elem_id=name)
         with gr.Row():
             offered = [("none", ""), *((name, name) for name in app.loras())]
             fields["lora"] = gr.Dropdown(offered, value="", label="LoRA", elem_id="lora", visible=len(offered) > 1)
@@ -156,11 +155,11 @@ def _wire_settings(app: App, page: _Page) -> None:
         own = said(lambda: controls.presets(app.facts(app.model(name))))
         chosen = own[preset or "balanced"]
         image = gr.update(visible=_takes_image(app, name))
-        return [image, *(getattr(chosen, number) for number in _NUMBERS)]
+        return [image, *_numbers(chosen)]
 
     def preset_chosen(preset: str, name: str) -> list[Any]:
         chosen = said(lambda: controls.presets(app.facts(app.model(name))))[preset]
-        return [getattr(chosen, number) for number in _NUMBERS]
+        return _numbers(chosen)
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.fields["model"].input(
@@ -169,6 +168,15 @@ def _wire_settings(app: App, page: _Page) -> None:
     page.preset.input(preset_chosen, [page.preset, page.fields["model"]], numbers, **private)
     for number in numbers:
         number.input(lambda: None, None, page.preset, **private)  # own numbers: no preset is selected
+
+
+def _numbers(preset: controls.Preset) -> list[Any]:
+    """Return the updates of the number fields for a preset.
+
+    A number that the model does not have is hidden: the browser turns an empty number field into 0.
+    """
+    values = [getattr(preset, name) for name in _NUMBERS]
+    return [gr.update(value=value, visible=value is not None) for value in values]
 
 
 def _wire_jobs(app: App, page: _Page) -> None:

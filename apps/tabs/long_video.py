@@ -203,9 +203,9 @@ def _more(app: App, fields: dict[str, Any]) -> dict[str, Any]:
     with gr.Row():
         return {
             name: gr.Number(
-                None,
+                0,  # the browser turns an empty number field into 0, so 0 is the default here
                 label=label,
-                placeholder="default",
+                info="0: default",
                 precision=None if name == "guidance" else 0,
                 minimum=0,
                 min_width=90,

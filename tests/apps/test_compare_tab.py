@@ -169,6 +169,18 @@ def test_players_take_nothing_of_a_text_as_html(tmp_path: Path) -> None:
     assert 'data-key="&quot;k&quot;"' in html
 
 
+def test_every_number_on_the_page_has_a_value(tiny_wan: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    """The browser turns an empty number field into 0; the LoRA scale of After was refused for that."""
+    gr = pytest.importorskip("gradio")
+    from postgen.apps.demo import build
+
+    settings = AppSettings(outputs=tmp_path, model=str(tiny_wan), loras=(str(tiny_lora),), device="cpu")
+    page = build(settings)
+    numbers = [block for block in page.blocks.values() if isinstance(block, gr.Number) and block.visible]
+    assert {"after-lora-scale", "long-steps", "guidance"} <= {block.elem_id for block in numbers}
+    assert [block.elem_id for block in numbers if block.value is None] == []
+
+
 def test_the_page_builds_with_the_tab_and_no_event_of_it_is_public(app: App) -> None:
     pytest.importorskip("gradio")
     from postgen.apps.demo import build

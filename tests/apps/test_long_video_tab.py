@@ -195,6 +195,11 @@ def test_places_and_lengths_of_a_branch_are_those_of_the_server(app: App) -> Non
     assert [*adapters(app)] == ["weaver/adapter"]
 
 
+def test_a_number_of_0_is_the_default_as_an_empty_field_is_0_in_the_browser(app: App) -> None:
+    zeros = dict.fromkeys(("steps", "width", "height", "guidance"), 0)
+    assert request_of(app, form(app, numbers=zeros)) == request_of(app, form(app, numbers={}))
+
+
 def test_prompts_on_the_way_come_in_any_order() -> None:
     rows = [[3.0, " b "], ["1.5", "a"], [None, "  "], ["", ""], [], [float("nan"), ""], [3.5, "c", ""]]
     assert schedule_of("first", rows, 4.0, 8.0) == ((0, "first"), (12, "a"), (24, "b"), (28, "c"))
