@@ -1,1 +1,1 @@
-"""Applications on top of the library. Import as `postgen.apps`: `postgen.apps.demo` is the Gradio app."""
+"""Applications on top of the library. `postgen.apps.demo` is the Gradio app; import the package as `postgen.apps`."""

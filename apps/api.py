@@ -1,6 +1,7 @@
-"""What a program may call, with `gradio_client` or plain HTTP: each function here is one documented endpoint.
+"""Public HTTP endpoints, for `gradio_client` or plain HTTP. All other events of the page are private.
 
-They take and return plain values; everything else of the page is private.
+Arguments and return values are plain JSON values. The endpoints `/score` and `/run` are in the tabs Rewards and
+Training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MOST_LISTED = 500
 
 
 def add_endpoints(app: App) -> None:
-    """Add the endpoints to the open `gr.Blocks`: generate, cancel and history."""
+    """Add the endpoints `/generate`, `/cancel` and `/history` to the open `gr.Blocks`."""
     import gradio as gr
     from gradio.events import api  # gr.api is the same, which type checkers do not see
 
@@ -38,7 +39,7 @@ def add_endpoints(app: App) -> None:
         lora_scale: float = 1.0,
         plug_ins: dict[str, str] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
-        """Make a video: how the job stands, again and again, and at last its files. Ending the call cancels it."""
+        """Make a video. Yields the state of the job, at the end with the result. Cancelling the call ends the job."""
         form = making.Form(
             prompt=prompt,
             model=model if model is not None else app.model_names[0],
@@ -54,14 +55,14 @@ def add_endpoints(app: App) -> None:
                     raise gr.Error(progress.error, print_exception=False)
                 yield _stands(app, task.id, progress)
         finally:
-            app.jobs.cancel(task.id)  # nothing, where it has ended
+            app.jobs.cancel(task.id)  # no effect if the job has ended
 
     def cancel(job: str) -> bool:
-        """End a job by the id that generate gave: whether there was one that had not ended. Nothing of it is kept."""
+        """Cancel a job by its id from generate and keep nothing. Returns whether the job existed and had not ended."""
         return app.jobs.cancel(job)
 
     def history(limit: int = 20) -> list[dict[str, Any]]:
-        """List the newest results with their settings and files."""
+        """Return the newest results with their settings and files."""
         said(lambda: check_number("limit", limit, 0, 10**9, whole=True))
         entries = app.history.entries(making.KIND)[: min(limit, _MOST_LISTED)]
         return [row for entry in entries if (row := _row(entry)) is not None]
@@ -72,7 +73,7 @@ def add_endpoints(app: App) -> None:
 
 
 def _stands(app: App, job: str, progress: Progress) -> dict[str, Any]:
-    """Return how a job stands as plain values, and its result when it is done."""
+    """Return the state of a job as plain values, with its result if it is done."""
     names = ("state", "position", "text", "done", "total", "seconds_left")
     made = app.history.find(progress.result) if progress.state == "done" else None
     return {
@@ -84,7 +85,7 @@ def _stands(app: App, job: str, progress: Progress) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> dict[str, Any] | None:
-    """Return a result as plain values; None for one of which a part has been removed by hand."""
+    """Return a result as plain values; None if one of its files is missing or damaged."""
     try:
         note = making.note_of(entry.file(SIDECAR))
         return {
@@ -100,7 +101,7 @@ def _row(entry: Entry) -> dict[str, Any] | None:
 
 
 def _file(entry: Entry, name: str) -> dict[str, Any]:
-    """Return a file as Gradio's clients take it, which download it."""
+    """Return a file in the format of Gradio's clients, which download it."""
     from gradio import FileData
 
     path = entry.file(name)

@@ -1,7 +1,7 @@
-"""Ending one call of a client ends that call alone.
+"""ASGI middleware that limits the cancel of a call to that call.
 
-To Gradio a client that gives a call up means every call of its session to the same endpoint: the others would be ended
-too, their jobs with them, and their callers would wait for ever.
+When a client cancels one call, Gradio ends all calls of the same session to the same endpoint. That would also end the
+jobs of the other calls, and their callers would wait forever.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 _ROUTE = "/gradio_api/cancel"
 _MARK = "<gradio-sep>"
-"""Stands before the id of an event in the name of the task that works on it (`gradio.utils.set_task_name`)."""
+"""Text before the event id in the name of the asyncio task of an event (`gradio.utils.set_task_name`)."""
 _NONE = -1
-"""Number of no function of the page."""
+"""Function index that no function of the page has."""
 
 
 class CancelOne:
-    """An ASGI application around another one: a cancel ends the event that it names, and no other."""
+    """ASGI middleware: a cancel request ends only the event that it names."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -30,7 +30,7 @@ class CancelOne:
         receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
     ) -> None:
-        """Answer a request."""
+        """Answer a cancel request; pass every other request on unchanged."""
         if scope["type"] != "http" or scope["method"] != "POST" or not _is_cancel(scope["path"]):
             await self._app(scope, receive, send)
             return
@@ -51,11 +51,11 @@ def _is_cancel(path: str) -> bool:
 
 
 async def _without_the_others(body: bytes) -> bytes:
-    """End the task of the event that a cancel names, and return a body that leaves all others alone."""
+    """End the task of the event in a cancel request; return a body with which Gradio ends no other event."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
-        return body  # no JSON, which Gradio says
+        return body  # the body is not JSON: Gradio reports this error
     if not isinstance(asked, dict) or not isinstance(event := asked.get("event_id"), str):
         return body
     tasks = [task for task in asyncio.all_tasks() if task.get_name().endswith(f"{_MARK}{event}")]

@@ -1,4 +1,4 @@
-"""One prompt and seed under two settings: from what the page asks for to two jobs, and what is told of both."""
+"""Comparison of two settings with one prompt and seed: check the request, make both videos, report the results."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from postgen.reading import read_json
 from postgen.request import portable
 
 KIND = "compare"
-"""Kind of these results in the history."""
+"""Kind of the results in the history."""
 VIDEO = "compare.mp4"
-"""The two videos side by side."""
+"""File name of the side-by-side video."""
 CHANGES = ("steps", "guidance", "model", "lora", "lora_scale", "plug_ins")
-"""What of a form the two sides may have different."""
+"""Fields of a form that may differ between the two sides."""
 SIDES = ("Before", "After")
 _PARTS = ("video", "frames", "settings")
 _LABELS = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}", "model": "{}"}
@@ -37,14 +37,15 @@ _LABELS = {"num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairForm:
-    """What somebody asks for, as it came."""
+    """A requested comparison, unchecked, with the values that the page or a client sent."""
 
     before: Form
-    """The left video, and what both have in common."""
+    """Settings of the left video; the right video uses them too, except for `changes`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Of `CHANGES`, for the right video; None or "" is as before. Plug-ins are taken as they are."""
+    """Changed fields of the right video, by a name of `CHANGES`. None or "" keeps the value of `before`; `plug_ins`
+    replaces all plug-ins."""
     reward: Any = None
-    """A name of `rewards_here`; None or "" measures none."""
+    """A name of `rewards_here`; with None or "" no reward is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,41 +58,41 @@ class Pair:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """What tells them apart."""
+        """Labels that describe the differences between the two jobs."""
         return labels_of(portable(self.a.config), portable(self.b.config))
 
 
 def pair_of(app: App, form: PairForm) -> Pair:
-    """Check all that can be checked before the queue.
+    """Check the request before it enters the queue, and return its two jobs.
 
     Raises:
-        UserError: the first thing that is wrong; also two sides that are the same.
+        UserError: a value is invalid (the message is about the first one), or the two sides are the same.
     """
     given = {name: value for name, value in form.changes.items() if value not in (None, "")}
     if unknown := given.keys() - {*CHANGES}:
-        raise UserError(f"the two videos cannot differ in {sorted(unknown)[0]}. They can in: {', '.join(CHANGES)}")
+        raise UserError(f"the two videos cannot differ in {sorted(unknown)[0]}, only in: {', '.join(CHANGES)}")
     reward = form.reward or None
     if reward is not None and reward not in rewards_here():
-        raise UserError(f"this server measures no reward of that name. It has: {', '.join(rewards_here())}")
+        raise UserError(f"this server has no reward of that name. Choose one of: {', '.join(rewards_here())}")
     a = job_of(app, form.before)
     try:
         b = job_of(app, dataclasses.replace(form.before, **given))
     except UserError as error:
-        raise UserError(f"the video after: {error}") from None
+        raise UserError(f"the After video: {error}") from None
     if a.config == b.config:
-        raise UserError("before and after are the same: choose a plug-in, a LoRA, a model or other numbers for after")
+        raise UserError("Before and After are the same: change a plug-in, the LoRA, the model or a number of After")
     return Pair(a=a, b=b, reward=reward)
 
 
 def rewards_here() -> tuple[str, ...]:
-    """Return the names of the rewards that score a prompt and its clip with what this machine has."""
+    """Return the names of the rewards that need only a prompt and a clip, and that are available on this machine."""
     return tuple(row.name for row in known() if row.lacks is None)
 
 
 def work_of(app: App, pair: Pair) -> Work:
-    """Return what a job of the queue does: it makes both videos, measures them and keeps all of it in the history.
+    """Return the work of a queued job that makes both videos, measures them and adds them to the history.
 
-    Its result is the id of the entry.
+    The work returns the id of the new history entry.
     """
 
     def work(task: Task) -> str:
@@ -115,7 +116,7 @@ def work_of(app: App, pair: Pair) -> Work:
             compare_videos(pair.a, pair.b, paths, labels=pair.labels, on_step=step, rewards=runner, lend=lend)
             task.check()
             hide_places(new.folder)
-            new.poster  # noqa: B018 - made now, and not while somebody waits for the list
+            new.poster  # noqa: B018 - written here, so that the list of results does not wait for it later
         return new.id
 
     return work
@@ -130,18 +131,18 @@ def _runner(reward: str, device: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Made:
-    """A comparison of the history."""
+    """A comparison in the history."""
 
     entry: Entry
     paths: PairPaths
     report: Mapping[str, Any]
-    """As `postgen.compare` writes it."""
+    """The report that `postgen.compare` writes."""
     settings: tuple[Mapping[str, Any], Mapping[str, Any]]
-    """Of the sidecars of both."""
+    """Settings from the two sidecars: before, after."""
 
     @property
     def labels(self) -> tuple[str, str]:
-        """What tells the two apart."""
+        """Labels that describe the differences between the two videos."""
         return labels_of(*self.settings)
 
     @property
@@ -151,18 +152,18 @@ class Made:
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """All files, by what they are called."""
+        """All files, each with its label on the page."""
         found = [("Side by side, video", self.paths.both), ("Side by side, frames", self.paths.sheet)]
         for side, paths in zip(SIDES, (self.paths.a, self.paths.b), strict=True):
             found += [(f"{side}, {what}", path) for what, path in zip(_PARTS, paths.files, strict=True)]
-        return found if self.paths.report is None else [*found, ("What was measured", self.paths.report)]
+        return found if self.paths.report is None else [*found, ("Measurements", self.paths.report)]
 
 
 def made_of(entry: Entry) -> Made:
-    """Read a comparison.
+    """Read a comparison from the history.
 
     Raises:
-        UserError: a part of it has been removed or is damaged.
+        UserError: a file of the comparison is missing or damaged.
     """
     paths = pair_paths(entry.folder / VIDEO, report=True)
     for file in paths.files:
@@ -175,12 +176,16 @@ def made_of(entry: Entry) -> Made:
         made = Made(entry=entry, paths=paths, report=report, settings=settings)
         measured(made)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise UserError(f"{hint}: its notes are none of postgen") from None
+        raise UserError(f"{hint}: its JSON files were not written by postgen, or are damaged") from None
     return made
 
 
 def labels_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what tells two videos apart, from their settings as sidecars have them.
+    """Return labels that describe the differences between two videos.
+
+    Args:
+        a: settings of the first video, as in its sidecar.
+        b: settings of the second video, as in its sidecar.
 
     >>> labels_of({"num_inference_steps": 10, "lora": []}, {"num_inference_steps": 20, "lora": []})
     ('10 steps', '20 steps')
@@ -190,7 +195,7 @@ def labels_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, str]:
         if a.get(name) != b.get(name):
             for side, settings in zip(sides, (a, b), strict=True):
                 value = shown_model(settings.get(name)) if name == "model" else settings.get(name)
-                text = form.format(value) if value is not None else f"own {name.replace('_', ' ')}"
+                text = form.format(value) if value is not None else f"default {name.replace('_', ' ')}"
                 side.append("1 step" if text == "1 steps" else text)
     if a.get("lora") != b.get("lora"):
         for side, settings in zip(sides, (a, b), strict=True):
@@ -209,11 +214,11 @@ def _lora_label(loras: Any) -> str:
 
 
 def measured(made: Made) -> str:
-    """Return HTML with what was measured of both, and how far they are from each other."""
+    """Return HTML with the measurements of both videos, and the difference between the videos."""
     report = made.report
     both = report["a"], report["b"]
     rows = [("Time", *(_took(side["seconds"]) for side in both))]
-    rows.append(("Motion, pixels a frame", *(_number(side["motion"]) for side in both)))
+    rows.append(("Motion, pixels per frame", *(_number(side["motion"]) for side in both)))
     for name in both[0].get("rewards") or {}:
         rows.append((name, *(_number(side["rewards"][name]) for side in both)))
     head = "".join(f"<th scope='col'>{escape(text)}</th>" for text in ("", *SIDES))
@@ -232,11 +237,11 @@ def measured(made: Made) -> str:
 def _distance(report: Mapping[str, Any]) -> str:
     largest, psnr = report["largest_difference"], report["psnr"]
     if largest is None:
-        return "<span>The two have other sizes, so no difference is measured</span>"
+        return "<span>The two videos differ in size, so no difference is measured</span>"
     if psnr is None:
-        return "<span>The two are the same to the bit: what was changed does nothing here</span>"
+        return "<span>The two videos are identical bit by bit: the change has no effect here</span>"
     return (
-        f'<span title="The higher, the more alike; above 40 dB hardly anybody sees a difference">'
+        f'<span title="Higher values mean more similar videos; above 40 dB differences are hardly visible">'
         f"<b>PSNR</b> {psnr:.1f} dB</span><span><b>Largest difference</b> {largest:.2f} of 1</span>"
     )
 

@@ -1,4 +1,4 @@
-"""Controls of the page that are made from tables: presets from a model's own defaults, plug-ins from their rows."""
+"""Controls of the page that are built from data: presets from the defaults of a model, plug-ins from their table."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.families.loading import ModelFacts
 from postgen.plug_ins import PlugIn, known_plug_ins
 
 OFF = "off"
-"""What a control says of a plug-in that is not used."""
+"""Value of a control for a plug-in that is off."""
 CUSTOM = "custom"
-"""Name of the preset that is none: the numbers are the user's own."""
+"""Name for numbers that the user chose instead of a preset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """The numbers that cost time, all of one model. None leaves a number to the pipeline."""
+    """Numbers of one model that determine speed and quality. None uses the default of the pipeline."""
 
     name: str
     steps: int | None
@@ -30,16 +30,17 @@ class Preset:
 
 
 _SHARES = {"draft": (0.4, 0.5), "balanced": (0.7, 1.0), "quality": (1.0, 1.0)}
-"""Of the model's own steps, and of its own pixels where a picture has many."""
+"""Preset -> its share of the model's default steps, and of the default pixels if a frame has more than `_MANY`."""
 _MANY = 256 * 256
-"""Pixels of a picture: models made for fewer make no good smaller ones, and are quick anyway."""
+"""Pixels per frame up to which `draft` keeps the size: such models are fast, and make poor videos at smaller sizes."""
 
 
 def presets(facts: ModelFacts) -> dict[str, Preset]:
-    """Return the presets of a model by name: draft, balanced and quality, which is the model's own defaults.
+    """Return the presets of a model by name: draft, balanced and quality.
 
-    balanced takes 0.7 of its steps and draft 0.4; draft also makes a picture of half the pixels where the model's has
-    more than 256 x 256. Frames and guidance are the model's. No preset has fewer steps than its schedule needs.
+    quality has the default steps of the model, balanced 0.7 of them, draft 0.4; no preset has fewer steps than the
+    schedule needs. draft also halves the pixels of frames with more than 256 x 256 pixels. Frames and guidance scale
+    are the defaults of the model.
     """
     return {name: _preset(name, facts, *share) for name, share in _SHARES.items()}
 
@@ -58,13 +59,13 @@ def _preset(name: str, facts: ModelFacts, of_steps: float, of_pixels: float) -> 
 
 
 def plug_in_controls(prefix: str = "plug-in") -> list[Any]:
-    """Build a control for each row of the table of plug-ins, inside the open layout; a new row appears by itself.
+    """Create a control for each registered plug-in in the open Gradio layout.
 
     Args:
-        prefix: begins the ids of their elements, of which a page has each once.
+        prefix: start of the element ids, which must be unique on a page.
 
     Returns:
-        Components in the order of the table. Their values together are what `plug_in_texts` takes.
+        The components in the order of the plug-in table. `plug_in_texts` takes the list of their values.
     """
     import gradio as gr
 
@@ -83,7 +84,7 @@ def plug_in_controls(prefix: str = "plug-in") -> list[Any]:
 
 
 def words_of(row: PlugIn) -> list[str]:
-    """Return the words that a row's option takes as they stand, which its metavar has in lower case.
+    """Return the fixed words that the option of a plug-in accepts: the lower-case words of its metavar.
 
     >>> words_of(known_plug_ins()[-1])
     ['auto']
@@ -92,25 +93,25 @@ def words_of(row: PlugIn) -> list[str]:
 
 
 def plug_in_texts(values: Sequence[Any]) -> dict[str, str]:
-    """Return what `GenerateConfig.plug_ins` takes, from the values of the controls; what is off is left out.
+    """Return the value of `GenerateConfig.plug_ins` for the values of the controls, without plug-ins that are off.
 
     Raises:
-        UserError: another number of values than there are plug-ins, or one that is no text.
+        UserError: the number of values differs from the number of plug-ins, or a value is not a text.
     """
     rows = known_plug_ins()
     if len(values) != len(rows):
-        raise UserError("plug-ins were registered after the page was made: start the app anew")
+        raise UserError("a plug-in was registered after the page was built: restart the app")
     texts = {}
     for row, value in zip(rows, values, strict=True):
         text = value.strip() if isinstance(value, str) else value
         if text in (None, "", OFF):
             continue
         if not isinstance(text, str):
-            raise UserError(f"{row.title} takes a text, {row.metavar}")
+            raise UserError(f"{row.title} takes a text such as {row.metavar}, got {shown(value)}")
         texts[row.option] = text
     return texts
 
 
 def plug_in_values(texts: Mapping[str, Any]) -> list[str]:
-    """Return the values of the controls for settings that have texts of plug-ins under their options."""
+    """Return the values of the controls for settings, a mapping from option names of plug-ins to texts."""
     return [str(texts.get(row.option) or OFF) for row in known_plug_ins()]

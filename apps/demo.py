@@ -27,7 +27,7 @@ from postgen.families.offload import check_offload
 from postgen.generate import prepare
 
 _LOOK, _AGE = 1800, 6 * 3600
-"""Seconds after which uploads are looked through, and after which one is removed."""
+"""Seconds between two checks for old uploads, and age in seconds at which an upload is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +35,11 @@ class TabRow:
     """One tab of the page."""
 
     title: str
-    """What the page calls it."""
+    """Title of the tab on the page."""
     place: str
-    """Module with `tab(app)`, which builds the tab inside the open `gr.Blocks` and wires its events."""
+    """Module with a function `tab(app)`, which builds the tab in the open `gr.Blocks` and registers its events."""
     shown: Callable[[App], bool] = lambda app: True
-    """Whether this server has what the tab needs; without it there is no tab."""
+    """Whether the settings of this server allow the tab; otherwise the page has no such tab."""
 
 
 TABS = (
@@ -48,50 +48,51 @@ TABS = (
     TabRow(
         title="Long video",
         place="postgen.apps.tabs.long_video",
-        shown=lambda app: app.settings.offload == "none",  # groups in flight keep the whole model busy
+        # A long video denoises several groups of frames at once, so the whole model must stay on the device.
+        shown=lambda app: app.settings.offload == "none",
     ),
     TabRow(title="Rewards", place="postgen.apps.tabs.rewards"),
     TabRow(title="Training", place="postgen.apps.tabs.training", shown=lambda app: app.settings.runs is not None),
 )
-"""In the order of the page."""
+"""All tabs, in the order of the page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A server that runs."""
+    """A running server."""
 
     url: str
-    """Where."""
+    """Address of the page."""
     app: App
-    """What it holds."""
+    """Jobs, models and results of the server."""
     close: Callable[[], None]
-    """Ends it: jobs, models, uploads and the server."""
+    """Function that ends the jobs, frees the models, deletes the uploads and stops the server."""
 
     def wait(self) -> None:
-        """Wait until Ctrl-C or another signal, which is raised."""
+        """Block until Ctrl-C or another signal raises an exception."""
         while True:
             time.sleep(3600)
 
 
 def check_gradio() -> None:
-    """Say in one line that the app needs Gradio.
+    """Check that Gradio is installed.
 
     Raises:
-        UserError: it is not installed.
+        UserError: Gradio is not installed.
     """
     if find_spec("gradio") is None:
         raise UserError("the app needs Gradio: pip install 'postgen[demo]'")
 
 
 def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any:
-    """Return the page, a `gr.Blocks`. `launch` also serves it.
+    """Build the page and return it as a `gr.Blocks`. `launch` also serves the page.
 
     Args:
-        settings: None are the defaults.
-        app: what the server holds; None makes one of the settings.
+        settings: settings of the app; None means the defaults.
+        app: an existing `App`; None creates one from the settings.
 
     Raises:
-        UserError: Gradio is not installed, or a folder cannot be written.
+        UserError: Gradio is not installed, or the folder of outputs cannot be written.
     """
     check_gradio()
     import gradio as gr
@@ -100,34 +101,35 @@ def build(settings: AppSettings | None = None, *, app: App | None = None) -> Any
     gr.set_static_paths([app.history.folder])
     with gr.Blocks(title="postgen", analytics_enabled=False, delete_cache=(_LOOK, _AGE)) as page:
         app.page = page
-        add_endpoints(app)  # first, as functions of tabs may have the same names
+        add_endpoints(app)  # before the tabs: Gradio renames later functions of the same name
         gr.HTML(
-            "<h1>postgen</h1><p>Video from text, with what makes it better switched on or off.</p>",
+            "<h1>postgen</h1><p>Generate videos from text, with plug-ins that you can switch on and off.</p>",
             elem_id="page-head",
         )
         rows = [row for row in TABS if row.shown(app)]
         for row in rows:
             key = f"{row.place}-kept"
             app.remembered[row.place] = gr.BrowserState(None, storage_key=key, secret="postgen")
-        with gr.Tabs(overflow_behavior="wrap"):  # a menu hides tabs, and loses them when the window changes its width
+        # "wrap": Gradio's overflow menu hides tabs, and loses them when the window changes its width.
+        with gr.Tabs(overflow_behavior="wrap"):
             for row in rows:
                 with gr.Tab(row.title, id=row.title.lower()):
                     import_module(row.place).tab(app)
-    # Jobs wait in a queue of their own, which says where they stand: Gradio's lets everything through.
+    # Jobs wait in `App.jobs`, which reports their position; Gradio's own queue must not hold events back.
     page.queue(max_size=None, default_concurrency_limit=None)
     return page
 
 
 def launch(settings: AppSettings | None = None, *, warm: bool = True) -> Served:
-    """Serve the page from threads of this process.
+    """Start the server in threads of this process and return it.
 
     Args:
-        settings: None are the defaults.
-        warm: whether the first model is loaded meanwhile.
+        settings: settings of the app; None means the defaults.
+        warm: whether a first job loads the first model in the background.
 
     Raises:
-        UserError: Gradio is not installed, the port is taken, the model is none, a folder cannot be written, there is
-            nothing to offload from.
+        UserError: Gradio is not installed, the port is in use, the model does not exist, the folder of outputs cannot
+            be written, or offloading is set and the device is not a GPU.
     """
     check_gradio()
     settings = settings or AppSettings()
@@ -157,7 +159,7 @@ def launch(settings: AppSettings | None = None, *, warm: bool = True) -> Served:
             quiet=True,
             show_error=True,
             max_file_size=settings.upload_bytes,
-            allowed_paths=[str(app.history.folder)],  # also keeps the environment from naming more
+            allowed_paths=[str(app.history.folder)],  # set here, so that no environment variable adds folders
             enable_monitoring=False,
             run_history=False,
             ssr_mode=False,
@@ -175,17 +177,20 @@ def launch(settings: AppSettings | None = None, *, warm: bool = True) -> Served:
 
 
 def _warm(app: App, task: Task) -> None:
-    """Load the first model, as the first job; what is wrong with it is said when it is used."""
+    """Load the first model, as the first job. Errors are ignored here: the first use of the model reports them."""
     from postgen.families.latent_colours import latent_colours
 
     task.tell(f"Loading {shown_model(app.settings.model)}")
     job = prepare(app.request("warm", model=app.settings.model))
     with suppress(UserError), app.models.pipeline(job) as pipe:
-        latent_colours(pipe)  # so that the first job has not to wait for it
+        latent_colours(pipe)  # computed here, so that the first video does not wait for it
 
 
 def _upload_folder() -> str | None:
-    """Give Gradio a folder for uploads that ends with the server, unless the environment names one."""
+    """Create a temporary folder for Gradio's uploads, and return it; None if the environment names a folder.
+
+    `launch` deletes the folder when the server closes.
+    """
     if os.environ.get(TEMPORARY):
         return None
     folder = tempfile.mkdtemp(prefix="postgen-uploads-")
@@ -194,10 +199,10 @@ def _upload_folder() -> str | None:
 
 
 def _free_port(settings: AppSettings) -> int:
-    """Return the port, or one that is free where it is 0.
+    """Return the port of the settings, or a free port if it is 0.
 
     Raises:
-        UserError: it is taken, or the address is none of this machine.
+        UserError: the port is in use, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -206,8 +211,8 @@ def _free_port(settings: AppSettings) -> int:
             probe.bind((settings.host.strip("[]"), settings.port))
         except OSError as error:
             raise UserError(
-                f"cannot listen at {settings.host}:{settings.port}: {error.strerror or error}; --port 0 takes a free"
-                " one"
+                f"cannot listen at {settings.host}:{settings.port}: {error.strerror or error}; use another port, or"
+                " --port 0 for a free one"
             ) from error
         port: int = probe.getsockname()[1]
     return port

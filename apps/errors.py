@@ -1,4 +1,4 @@
-"""How the page says that something is wrong: one line, and nothing in the terminal."""
+"""Errors on the page: one line for the user, and no traceback in the terminal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def said(ask: Callable[[], T]) -> T:
-    """Return what a function returns; what it has to say to the user goes to the page.
+    """Call a function and return its result; show its `UserError` on the page.
 
     Raises:
-        gradio.Error: instead of a `UserError`.
+        gradio.Error: the function raised a `UserError`; the message is the same.
     """
     import gradio as gr
 
@@ -26,9 +26,10 @@ def said(ask: Callable[[], T]) -> T:
 
 
 def raise_failed(progress: Progress) -> None:
-    """Tell why a job failed, in a message that stays. A page calls it after it has yielded how the job stands.
+    """Show why a job failed, in a message that stays until the user closes it.
 
-    What is raised leaves the page as it is: buttons that were not released before would stay as of a running job.
+    Event handlers call this after they have yielded the state of the job. The error stops further updates of the
+    page, so buttons that are not released before would stay disabled.
 
     Raises:
         gradio.Error: the job failed.

@@ -1,7 +1,7 @@
-"""What of Gradio's HTTP interface is closed: this stands before all of its routes.
+"""ASGI middleware before all routes of Gradio. It closes the parts of the HTTP interface that the page does not need.
 
-Gradio opens more than the page needs: it fetches addresses of the network for whoever asks, keeps what it refuses, and
-has routes for recordings, links and editors. It answers under every name (`postgen.apps.hosts`).
+Gradio fetches network addresses that a client names, keeps files of refused uploads, and has routes for recordings,
+links and editors. It also accepts every host name (see `postgen.apps.hosts`).
 """
 
 from __future__ import annotations
@@ -23,44 +23,46 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 TEMPORARY = "GRADIO_TEMP_DIR"
-"""Names, to Gradio, the folder of uploads."""
+"""Environment variable that tells Gradio the folder of uploads."""
 _PREFIX = "/gradio_api/"
 _CLOSED = (
     *("proxy=", "process_recording", "deep_link", "component_server", "custom_component/", "stream/", "dev/"),
     *("runs", "run-history/", "vibe-", "undo-vibe-", "profiling/"),
 )
-"""Begins of routes that nothing here uses."""
+"""Prefixes of routes that the page does not use."""
 _FILES = ("file=", "file/")
 _CALLS = ("queue/join", "call/", "run/", "api/")
-"""Begins of routes whose JSON may name files."""
+"""Prefixes of routes whose JSON body may name files."""
 _BODY = 2**22
-"""Bytes of a request that is no upload."""
+"""Largest body of a request other than an upload, in bytes."""
 _FORM = 2**16
-"""Bytes of an upload that are none of its file."""
+"""Bytes that an upload may have in addition to its file, for the headers of the form."""
 _DISCARDED = 2**26
-"""Bytes that are read of a request that is refused."""
-_NOT_GIVEN = "this server gives out results and uploads, and opens uploads: nothing else of this machine or a network"
+"""Largest number of bytes that the server reads from a refused request."""
+_NOT_GIVEN = "this server only opens files of results and uploads: upload the file, then name the upload"
 
 
 def uploads_folder() -> Path:
-    """Return the folder where Gradio keeps uploads."""
+    """Return the folder in which Gradio stores uploads."""
     return Path(os.environ.get(TEMPORARY) or Path(tempfile.gettempdir()) / "gradio")
 
 
 class Guard:
-    """An ASGI application around another one, which refuses what the page never asks for.
+    """ASGI middleware that refuses requests that the page never makes.
 
-    - A request names this server, and comes from no other site: `postgen.apps.hosts`.
-    - `file=` gives what stands, through all links, in the folder of a result or of uploads, and fetches no address.
-    - A call that names a file has uploaded it, or names a result.
-    - An upload is held to the limit before it is read. Of one that breaks off nothing is kept.
+    - Host name and origin: a request must name this server and must not come from another site
+      (`postgen.apps.hosts`).
+    - Files: the `file=` routes return files of results and uploads only, after symbolic links are resolved, and never
+      fetch a network address.
+    - Calls: a file in the JSON of a call must be an upload or a file of a result.
+    - Uploads: the size limit is checked before the body is read, and files of an interrupted upload are deleted.
 
     Args:
-        app: the application.
-        folder: of results.
-        names: of the server.
-        upload_bytes: largest upload.
-        own_uploads: whether nobody but this server uses the folder of uploads.
+        app: the wrapped ASGI application.
+        folder: folder of the results.
+        names: accepted host names.
+        upload_bytes: largest upload, in bytes.
+        own_uploads: whether only this server uses the folder of uploads, so that it may delete leftover files there.
     """
 
     def __init__(self, app: Any, folder: Path, names: Names, upload_bytes: int, own_uploads: bool = False) -> None:
@@ -85,15 +87,15 @@ class Guard:
             await self._app(scope, receive, send)
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let what is no request go on, a socket only where a request might."""
+        """Pass on events that are not HTTP requests; a WebSocket must pass the same name check as a request."""
         if scope["type"] == "websocket" and self._names.refused(scope["headers"]) is not None:
             await receive()
-            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: the answer is 403
+            await send({"type": "websocket.close", "code": 1008})  # a close before the accept is sent as status 403
             return
         await self._app(scope, receive, send)
 
     def _refused(self, scope: Scope, route: str) -> tuple[int, str] | None:
-        """Return the status and the reason why a request goes no further, as its head tells."""
+        """Return HTTP status and reason if the headers of a request are refused, otherwise None."""
         if (why := self._names.refused(scope["headers"])) is not None:
             return 403, why
         if route.startswith(_CLOSED):
@@ -105,17 +107,17 @@ class Guard:
             return None
         size = _size(scope)
         if size is None:
-            return 411, "a request must say how many bytes it has"
+            return 411, "the request has no valid Content-Length header: send the body with its length, not in chunks"
         most = self._most + _FORM if route.startswith("upload") else _BODY
         if size > most:
             return 413, f"the request has {size:,} bytes, and at most {most:,} are allowed: make it smaller"
         return None
 
     def _given(self, name: str) -> bool:
-        """Whether a path, as a request has it, is one that this server gives out."""
+        """Whether a path in a request is a file that clients may read."""
         try:
             place, results = Path(os.path.realpath(name)), Path(os.path.realpath(self._folder))
-            # Folders inside a result have the states of a long video, which name files of this machine.
+            # Subfolders of a result hold states of long videos, which contain paths of this machine.
             if place.is_relative_to(results):
                 return len(place.relative_to(results).parts) == 2
             return place.is_relative_to(os.path.realpath(uploads_folder()))
@@ -123,7 +125,7 @@ class Guard:
             return False
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at the files that a call names, and let it go on."""
+        """Check the files that a call names, then pass the call on."""
         messages = [await receive()]
         while messages[-1].get("more_body"):
             messages.append(await receive())
@@ -131,9 +133,9 @@ class Guard:
         try:
             names = _paths_in(json.loads(body))
         except ValueError:
-            names = []  # no JSON, which Gradio says
+            names = []  # the body is not JSON: Gradio reports this error
         except RecursionError:
-            await _answer(send, 400, "the request is nested too deeply")
+            await _answer(send, 400, "the JSON of the request is nested too deeply: send fewer levels")
             return
         if not all(self._given(name) for name in names):
             await _answer(send, 403, _NOT_GIVEN)
@@ -146,24 +148,25 @@ class Guard:
         await self._app(scope, again, send)
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an upload go on, and remove what Gradio has written of one that did not come to its end."""
+        """Pass an upload on, then delete leftover files of uploads that did not finish."""
         self._uploading += 1
         try:
             await self._app(scope, receive, send)
         finally:
             self._uploading -= 1
-            # A finished upload stands in a folder of its own. What stands beside these may belong to another one; else
-            # it is of what was refused, broke off, or came in a form without an end, to which Gradio answers 200.
+            # Gradio moves a finished upload into its own subfolder. A file directly in the folder of uploads belongs
+            # to a running upload, or it is left over from an upload that was refused, was interrupted, or had a form
+            # without an end (Gradio answers 200 to such a form).
             if self._own and not self._uploading:
                 _remove_files(uploads_folder())
 
 
 def guarded(settings: AppSettings, *, own_uploads: bool = False) -> dict[str, Any]:
-    """Return arguments for `gr.Blocks.launch` that put a `Guard` before the page.
+    """Return arguments for `gr.Blocks.launch` that add the middleware `Guard` and `CancelOne`.
 
     Args:
-        settings: of the page.
-        own_uploads: as of `Guard`.
+        settings: settings of the app.
+        own_uploads: see `Guard`.
     """
     from starlette.middleware import Middleware
 
@@ -174,7 +177,7 @@ def guarded(settings: AppSettings, *, own_uploads: bool = False) -> dict[str, An
 
 
 def _size(scope: Scope) -> int | None:
-    """Return how many bytes a request has; None where it does not say, or comes in chunks, whatever it says."""
+    """Return the length of a request's body; None if it has no valid `Content-Length` or a transfer encoding."""
     if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
         return None
     found = [value for name, value in scope["headers"] if name == b"content-length"]
@@ -182,7 +185,7 @@ def _size(scope: Scope) -> int | None:
 
 
 def _paths_in(value: Any) -> list[str]:
-    """Return what a call names as files, wherever they stand in it."""
+    """Return all file paths in the JSON of a call, at any depth."""
     found: list[str] = []
     left = [value]
     while left:
@@ -197,7 +200,7 @@ def _paths_in(value: Any) -> list[str]:
 
 
 async def _discarded(receive: Receive) -> None:
-    """Read what a refused request still sends, up to a limit: who sends into a closed connection gets no answer."""
+    """Read the rest of a refused request, up to a limit; a client that sends to a closed connection gets no answer."""
     left = _DISCARDED
     while left > 0:
         message = await receive()

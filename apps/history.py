@@ -1,4 +1,4 @@
-"""What the app has made, as folders on disk: it is there after a reload of the page and a restart of the server."""
+"""The history: results of the app as folders on disk. They survive reloads of the page and restarts of the server."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from postgen.files import replacing
 _NAME = re.compile(r"(\d{8}-\d{6})-([a-z]+)-([0-9a-f]{8})")
 _TIME = "%Y%m%d-%H%M%S"
 POSTER = "poster.png"
-"""One picture of a result, for the gallery."""
+"""File name of a result's picture in the gallery."""
 SIDECAR = "video.json"
-"""Settings beside the video of a result of Generate."""
+"""File name of the settings beside the video, for results of the Generate tab."""
 VIDEOS = (".mp4", ".webm", ".gif")
-"""Ends of names of the videos of results."""
+"""File extensions of the videos of results."""
 _WIDEST = 320
-"""Pixels of the longer side of a poster."""
+"""Longest side of a poster, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,44 +33,47 @@ class Entry:
     """One result: a folder that the app made."""
 
     id: str
-    """Name of the folder, which is all that a page knows of its place."""
+    """Name of the folder. The page knows this name only, not the path."""
     folder: Path
-    """Where it is."""
+    """Path of the folder."""
     kind: str
-    """Which tab made it."""
+    """Name of the tab that made the result."""
 
     @property
     def made(self) -> datetime:
-        """When it was asked for."""
+        """Time at which the result was begun, in local time."""
         return datetime.strptime(self.id[:15], _TIME)
 
     def file(self, name: str) -> Path:
-        """Return one of its files.
+        """Return the path of a file of the result.
+
+        Args:
+            name: file name; chosen by the program, never by the page.
 
         Raises:
-            UserError: it has none of that name, which a program gives and no page.
+            UserError: the file does not exist.
         """
         path = self.folder / name
         if not path.is_file():
-            raise UserError("this result has been removed, or a part of it: reload the page")
+            raise UserError("this result, or one of its files, has been removed: reload the page")
         return path
 
     @property
     def video(self) -> Path:
-        """Its first video by name.
+        """Path of the result's video; of several, the first by name.
 
         Raises:
-            UserError: it has none any more.
+            UserError: the video has been removed.
         """
         names = sorted(path.name for path in _files(self.folder) if path.suffix in VIDEOS)
         return self.file(names[0] if names else "video.mp4")
 
     @property
     def poster(self) -> Path:
-        """A small picture of the middle of its video, which is made when it is first asked for.
+        """Path of a small picture of the middle frame of the video. The first access writes the picture.
 
         Raises:
-            UserError: it has no video any more, or one that cannot be read, or the picture cannot be written.
+            UserError: the video has been removed or cannot be read, or the picture cannot be written.
         """
         path = self.folder / POSTER
         if not path.is_file():
@@ -85,11 +88,11 @@ class History:
     """The results in a folder, newest first.
 
     Args:
-        folder: made when it is missing. Everything in it can be read by whoever uses the app, so nothing else belongs
-            there.
+        folder: folder of the results, created if it is missing. All users of the app can read every file in it, so
+            keep nothing else there.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,15 +104,16 @@ class History:
 
     @contextmanager
     def adding(self, kind: str) -> Iterator[Entry]:
-        """Give a new result to write files into its folder; it counts when the block ends well, else it vanishes.
+        """Add a result: the block writes files into the folder of the yielded entry.
+
+        The result appears in the history when the block ends without an error; after an error the folder is deleted.
+        While the block runs the folder has a temporary name, so keep the entry's `id` and call `get` afterwards.
 
         Args:
-            kind: which tab makes it, lower case letters.
+            kind: name of the tab that makes the result, lower-case letters.
 
         Raises:
-            UserError: it cannot be written.
-
-        While the block runs the folder has another name: keep its `id`, and ask for the entry afterwards.
+            UserError: the folder cannot be written.
         """
         id = f"{datetime.now().strftime(_TIME)}-{kind}-{secrets.token_hex(4)}"
         assert _NAME.fullmatch(id)
@@ -120,18 +124,18 @@ class History:
                 yield Entry(id=id, folder=part, kind=kind)
         except OSError as error:
             raise UserError(f"the server cannot keep the result: {error.strerror or error}") from error
-        except UserError as error:  # it goes to a page, which need not know where the results are
+        except UserError as error:  # shown on a page, which must not reveal the folder of the results
             text = str(error).replace(f"{part}{os.sep}", "").replace(f"{self.folder}{os.sep}", "")
             raise UserError(text) from error
 
     def entries(self, kind: str | None = None) -> list[Entry]:
-        """Return the results, newest first; of one kind where it is named."""
+        """Return the results, newest first; with `kind`, the results of this kind only."""
         found = [entry for path in _files(self.folder, folders=True) if (entry := self.find(path.name)) is not None]
         found = [entry for entry in found if kind is None or entry.kind == kind]
         return sorted(found, key=lambda entry: entry.id, reverse=True)
 
     def find(self, id: Any) -> Entry | None:
-        """Return a result by its id, of whatever type and content the page sent; None where there is none."""
+        """Return the result with an id, or None; `id` may be any value that the page sent."""
         match = _NAME.fullmatch(id) if isinstance(id, str) else None
         if match is None or not _is_time(match[1]):
             return None
@@ -139,21 +143,21 @@ class History:
         return Entry(id=id, folder=folder, kind=match[2]) if folder.is_dir() and not folder.is_symlink() else None
 
     def get(self, id: Any) -> Entry:
-        """Return a result by its id.
+        """Return the result with an id.
 
         Raises:
-            UserError: there is none.
+            UserError: no result has this id.
         """
         entry = self.find(id)
         if entry is None:
-            raise UserError("there is no such result: it may have been removed, reload the page")
+            raise UserError("there is no such result. It may have been removed: reload the page")
         return entry
 
     def remove(self, id: Any) -> None:
-        """Remove a result and its files for good.
+        """Delete a result and its files permanently.
 
         Raises:
-            UserError: there is none.
+            UserError: no result has this id.
         """
         shutil.rmtree(self.get(id).folder, ignore_errors=True)
 

@@ -1,8 +1,9 @@
-"""Under which names a server answers.
+"""Check of the host name and the origin of requests, against DNS rebinding and requests from other sites.
 
-A page of another site can give its own name the address of this machine (DNS rebinding): to the browser, what answers
-there is then that site. The name stands in `Host`, and the site that asks in `Origin`; a page can forge neither.
-Gradio's CORS says which sites may read an answer. It does not look at `Host`, and what a request does is then done.
+With DNS rebinding another site points its own domain name to the address of this machine; the browser then treats this
+server as a part of that site. The header `Host` contains the domain name, and `Origin` contains the site that sends a
+request; a page in a browser can forge neither. Gradio's CORS rules are not enough: they do not check `Host`, and they
+limit who may read the response, not what the request does.
 """
 
 from __future__ import annotations
@@ -17,39 +18,40 @@ from urllib.parse import urlsplit
 from postgen.errors import UserError, shown
 
 ANY = "*"
-"""Stands for every name: the check is off."""
+"""Value of `--allow-host` that accepts every name and disables the check."""
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,252}[a-z0-9_])?")
 _HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^\s:/?#@\[\]\\]{1,253})(:[0-9]{1,5})?")
-_REFUSED = "this server does not answer under that name: use its address, or start it with --allow-host NAME"
-_OTHER_SITE = "a page of another site may not use this server"
+_REFUSED = "this server does not accept that host name: use its IP address, or start it with --allow-host NAME"
+_OTHER_SITE = "a page of another site may not use this server: open the page of the server itself"
 
 
 def is_own(host: str) -> bool:
-    """Whether an address, or a name, is the loopback of this machine."""
+    """Whether an address or a name is a loopback address of this machine."""
     address = _address(host)
     return host.lower() == "localhost" if address is None else address.is_loopback
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Names:
-    """The names of a server."""
+    """The host names that a server accepts."""
 
     host: str
-    """Address at which it listens."""
+    """Address on which the server listens."""
     allowed: Sequence[str] = ()
-    """Further names, as of a proxy or a Space before it; `ANY` among them allows every one."""
+    """Further names, such as the name of a reverse proxy or a Space; `ANY` accepts every name."""
 
     def refused(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """Return why a request goes no further, as its head tells; None where it may go on.
+        """Return the reason to refuse a request, or None to accept it.
 
-        - `Host` is localhost or a loopback address, `host`, or one of `allowed`. Of a server that other machines reach
-          also any address and the name of this machine: an address cannot be made to lead elsewhere.
-        - `Origin`, where there is one, is what `Host` says, its port included, or one of `allowed`.
+        - `Host` must be localhost, a loopback address, `host`, or one of `allowed`. A server that other machines can
+          reach also accepts any IP address and the name of this machine: DNS rebinding needs a domain name, so an IP
+          address is safe.
+        - `Origin`, if present, must equal `Host` including the port, or be one of `allowed`.
 
-        The port of `Host` is free, as behind a forwarded one it is another.
+        `Host` may have any port, because a forwarded port differs from the port of the server.
 
         Args:
-            headers: of ASGI, names in lower case.
+            headers: headers of the ASGI request, names in lower case.
         """
         if ANY in self.allowed:
             return None
@@ -85,16 +87,16 @@ class Names:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Hold names to what a browser can send as a host.
+    """Check that a browser can send each name in the header `Host`.
 
     Raises:
-        UserError: the first that is none.
+        UserError: a name is not valid; the message is about the first one.
     """
     for name in names:
         if name != ANY and _address(name) is None and not _NAME.fullmatch(name.lower()):
             raise UserError(
-                f"allow_host takes a name or an address without scheme, port or path, as app.example.org, or {ANY}"
-                f" for all, got {shown(name)}"
+                f"allow_host takes a name or an address without scheme, port or path, such as app.example.org, or"
+                f" {ANY} for all names, got {shown(name)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Jobs of the app: one after another, each with its progress, its end, and one line where it fails."""
+"""The job queue of the app: jobs run one after another and report progress; an error of one job ends that job only."""
 
 from __future__ import annotations
 
@@ -17,56 +17,57 @@ from postgen.errors import UserError, cut_words, named_error
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Work = Callable[["Task"], Any]
-"""What a job does, in a thread of its own. It calls `Task.step` now and then, which ends it when it is cancelled."""
+"""The function of a job, called in a worker thread with the `Task`. It calls `Task.step` regularly: that call raises
+`CancelledError` when the job is cancelled."""
 
 LOOK = 0.15
-"""Seconds after which `Jobs.follow` looks again."""
+"""Seconds between two checks in `Jobs.follow`."""
 _REMEMBERED = 200
-"""Finished jobs that are still known, so that a page can ask how they ended."""
+"""Number of finished jobs that the queue remembers, so that a page can still ask for their results."""
 
 
 class CancelledError(Exception):
-    """The job was cancelled: raised by `Task.step` and `Task.check`, and caught by whoever runs the job."""
+    """The job was cancelled. `Task.step` and `Task.check` raise this error, and `Task.run` catches it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How a job stands."""
+    """The state of a job."""
 
     state: State
     position: int = 0
-    """Jobs before it, those that run included; 0 when it runs or has ended."""
+    """Number of jobs before this one, including running jobs; 0 if the job runs or has ended."""
     text: str = ""
-    """What it is doing, in a few words."""
+    """Current activity, in a few words."""
     done: int = 0
-    """Steps that are done."""
+    """Number of finished steps."""
     total: int = 0
-    """Steps in all; 0 where that is not known."""
+    """Total number of steps; 0 if unknown."""
     unit: str = "step"
-    """What a step is."""
+    """Name of one step on the page, such as "step" or "frame"."""
     seconds: float = 0.0
-    """Since it began to run."""
+    """Seconds since the job started to run."""
     seconds_left: float | None = None
-    """Measured on its own steps; None before two are done."""
+    """Estimate of the remaining seconds, from the measured time of the job's steps; None until two steps are done."""
     preview: Any = None
-    """What `Task.show` was given last."""
+    """The last value of `Task.show`."""
     note: str = ""
-    """What `Task.note` was given last; it stays when the job has ended."""
+    """The last value of `Task.note`; it stays after the end of the job."""
     stopping: bool = False
-    """Whether it was asked to end and has not yet."""
+    """Whether a cancel or an early stop was requested and the job still runs."""
     result: Any = None
-    """What the work returned, when it is done."""
+    """The return value of the work, if the state is "done"."""
     error: str | None = None
-    """Why it failed, in one line."""
+    """The reason of a failure, in one line."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the job is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
 
 
 class Task:
-    """One job. The page knows it by `id`, which nobody can guess."""
+    """One job. The page refers to the job by `id`, a random text that cannot be guessed."""
 
     def __init__(self, title: str, work: Work, over: Callable[[], None] | None = None) -> None:
         self.id = secrets.token_urlsafe(12)
@@ -86,34 +87,39 @@ class Task:
         self._cancel = threading.Event()
         self._early = threading.Event()
         self.changes = 0
-        """Goes up whenever something changes."""
+        """Counter that grows with every change of the job."""
 
-    # For the work.
+    # The work calls the following methods.
 
     def check(self) -> None:
-        """End the work if the job was cancelled.
+        """Raise `CancelledError` if the job was cancelled.
 
         Raises:
-            CancelledError: it was.
+            CancelledError: the job was cancelled.
         """
         if self._cancel.is_set():
             raise CancelledError
 
     def step(self, done: int, total: int, unit: str = "step") -> None:
-        """Say that `done` of `total` steps are done: a `postgen.generate.StepCallback`. `unit` says what a step is.
+        """Report that `done` of `total` steps are done; a `postgen.generate.StepCallback`.
+
+        Args:
+            done: number of finished steps.
+            total: total number of steps.
+            unit: name of one step on the page.
 
         Raises:
             CancelledError: the job was cancelled.
         """
         now = time.monotonic()
         if self._first is None or total != self._total or done < self._done:
-            self._first = (done, now)  # the step before it also warmed caches up, so it is not measured
+            self._first = (done, now)  # the time until the first step is not measured: it includes warm-up
         self._done, self._total, self._unit, self._last = done, total, unit, now
         self.changes += 1
         self.check()
 
     def tell(self, text: str) -> None:
-        """Say what it is doing, in a few words; steps are counted anew.
+        """Report the current activity in a few words, and reset the step count.
 
         Raises:
             CancelledError: the job was cancelled.
@@ -123,24 +129,24 @@ class Task:
         self.check()
 
     def show(self, preview: Any) -> None:
-        """Show something of what is being made, on every page that follows the job. Keep it small."""
+        """Set the preview that every page following the job shows. The value is sent often: keep it small."""
         self._preview = preview
         self.changes += 1
 
     def note(self, text: str) -> None:
-        """Say something that the user should know and that stops nothing, in one line."""
+        """Show one line of information to the user; the job goes on."""
         self._note = text
         self.changes += 1
 
     @property
     def early(self) -> bool:
-        """Whether the work should end as soon as it can and keep what there is; `Jobs.finish_early` asks for it."""
+        """Whether the work should end as soon as possible and keep its partial result; set by `Jobs.finish_early`."""
         return self._early.is_set()
 
-    # For pages.
+    # Pages and the queue call the following methods.
 
     def progress(self, position: int = 0) -> Progress:
-        """Return how it stands."""
+        """Return the state of the job; `position` is its place in the queue."""
         end = self._ended or time.monotonic()
         return Progress(
             state=self._state,
@@ -165,8 +171,8 @@ class Task:
         return max(0.0, each * (self._total - self._done) - (time.monotonic() - self._last))
 
     def run(self) -> None:
-        """Do the work, in this thread; whatever it raises becomes the end of this job alone."""
-        work, self._work = self._work, None  # what it holds is free when it is over
+        """Run the work in the current thread. Every exception of the work, of any type, only ends this job."""
+        work, self._work = self._work, None  # so that objects of the work can be freed when it ends
         assert work is not None
         self._state, self._began = "running", time.monotonic()
         self.changes += 1
@@ -179,23 +185,23 @@ class Task:
         except UserError as error:
             self._error = cut_words(str(error), 400)
             self._close("failed")
-        except BaseException as error:  # also what a library raises to end the process: the server goes on
+        except BaseException as error:  # includes SystemExit of a library, which must not end the server
             traceback.print_exception(error)
-            self._error = f"this is a fault of the program, which its terminal tells more of: {named_error(error)}"
+            self._error = f"internal error, the terminal of the server shows the details: {named_error(error)}"
             self._close("failed")
 
     def cancel(self) -> None:
-        """Ask it to end at its next step and to keep nothing; one that waits has ended already."""
+        """Request that the running job ends at its next step and keeps nothing."""
         self._cancel.set()
         self.changes += 1
 
     def finish_early(self) -> None:
-        """Ask it to end soon and to keep what there is; only work that looks at `early` does so."""
+        """Request that the job ends soon and keeps its partial result; only work that reads `early` supports this."""
         self._early.set()
         self.changes += 1
 
     def drop(self) -> None:
-        """End it before it has begun."""
+        """Cancel the job before it has started."""
         self._work = None
         self._close("cancelled")
 
@@ -208,11 +214,11 @@ class Task:
 
 
 class Jobs:
-    """All jobs of a server, in the order in which they came.
+    """All jobs of a server; they run in the order of submission.
 
     Args:
-        at_once: jobs that run at a time.
-        waiting: most jobs that wait.
+        at_once: number of jobs that run at the same time.
+        waiting: largest number of waiting jobs.
     """
 
     def __init__(self, *, at_once: int = 1, waiting: int = 50) -> None:
@@ -230,20 +236,21 @@ class Jobs:
         """Put a job at the end of the queue.
 
         Args:
-            title: what it is, in a few words.
-            work: what it does; what it returns is `Progress.result`, and is kept, so it should be small.
-            over: called once at its end, also when it never began; not where it is refused. It asks nothing of jobs.
+            title: short description of the job.
+            work: function of the job. Its return value becomes `Progress.result` and stays in memory: keep it small.
+            over: called once at the end of the job, also if the job never started, but not if `submit` raises. It must
+                not call methods of `Jobs`.
 
         Raises:
-            UserError: too many jobs wait, or the server is closing.
+            UserError: too many jobs are waiting, or the server is closing.
         """
         task = Task(title, work, over)
         with self._lock:
             if self._closed:
-                raise UserError("the app is being closed: it takes no more jobs")
+                raise UserError("the app is being closed and takes no more jobs: start it again")
             free = len(self._threads) - len(self._running)
             if len(self._queue) >= self.most_waiting + free:
-                raise UserError(f"{len(self._queue)} jobs wait already, and no more may: try again in a while")
+                raise UserError(f"the queue is full, {len(self._queue)} jobs are waiting: try again later")
             self._queue.append(task)
             self._known[task.id] = task
             self._forget()
@@ -251,20 +258,20 @@ class Jobs:
         return task
 
     def find(self, id: object) -> Task | None:
-        """Return a job by its id, of whatever type the page sent; None where there is none or it is long over."""
+        """Return the job with an id; None if no remembered job has it. `id` may be any value that the page sent."""
         return self._known.get(id) if isinstance(id, str) else None
 
     def progress(self, task: Task) -> Progress:
-        """Return how a job stands, its place in the queue included."""
+        """Return the state of a job, including its place in the queue."""
         with self._lock:
             before = self._queue.index(task) + len(self._running) if task in self._queue else 0
             return task.progress(before)
 
     def cancel(self, id: object) -> bool:
-        """Cancel a job: one that waits at once, one that runs at its next step. Nothing of it is kept.
+        """Cancel a job and keep nothing: a waiting job ends immediately, a running job at its next step.
 
         Returns:
-            Whether there was such a job and it had not ended.
+            Whether a job with this id existed and had not ended.
         """
         with self._lock:
             task = self.find(id)
@@ -278,10 +285,10 @@ class Jobs:
         return True
 
     def finish_early(self, id: object) -> bool:
-        """Ask a running job to end soon and to keep what there is.
+        """Request that a running job ends soon and keeps its partial result.
 
         Returns:
-            Whether there was such a job and it ran.
+            Whether a job with this id was running.
         """
         task = self.find(id)
         if task is None or task.progress().state != "running":
@@ -290,9 +297,9 @@ class Jobs:
         return True
 
     async def follow(self, task: Task) -> AsyncIterator[Progress]:
-        """Yield how a job stands, whenever that has changed and once a second, until it has ended.
+        """Yield the state of a job after every change and once a second, until the job has ended.
 
-        Leaving the loop, also by a page that is closed, leaves the job as it is. No thread waits meanwhile.
+        Leaving the loop, for instance because the page is closed, does not affect the job. Waiting blocks no thread.
         """
         seen: tuple[int, int, int] | None = None
         while True:
@@ -306,7 +313,7 @@ class Jobs:
             await asyncio.sleep(LOOK)
 
     def close(self, patience: float = 10.0) -> bool:
-        """Cancel everything and wait for it, at most `patience` seconds; return whether all of it has ended."""
+        """Cancel all jobs, wait at most `patience` seconds, and return whether all worker threads have ended."""
         with self._lock:
             self._closed = True
             while self._queue:

@@ -1,4 +1,4 @@
-"""Settings in the address of the page: `/?prompt=a+red+ball&seed=3` fills the form of Generate, and runs nothing."""
+"""Settings in the address of the page: `/?prompt=a+red+ball&seed=3` fills the Generate form and starts nothing."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from postgen.errors import UserError, did_you_mean, shown
 from postgen.plug_ins import known_plug_ins
 
 PRESET = "balanced"
-"""Gives the numbers that a link does not."""
+"""Default preset of a link; it sets the numbers that the link does not contain."""
 _WHOLE = ("steps", "width", "height", "frames", "seed")
 _NUMBERS = (*_WHOLE, "guidance", "lora_scale")
 _OTHERS = ("view", "logs")
-"""Words of Gradio and of Spaces; those that begin with an underscore are theirs too."""
+"""Query parameters of Gradio and Spaces; names that begin with an underscore are also theirs."""
 
 
 def names() -> list[str]:
-    """Return what a link may say: the fields of a form but the first frame, a preset, and the options of plug-ins."""
+    """Return the parameters of a link: all fields of a form except the first frame, `preset`, and plug-in options."""
     return [*(name for name in FIELDS if name != "image"), "preset", *(row.option for row in known_plug_ins())]
 
 
 def form_in(app: App, words: Mapping[str, str]) -> tuple[Form, str | None, bool] | None:
-    """Return the form that an address asks for, checked as a call of the API.
+    """Return the form for the query parameters of an address, with the same checks as a call of `/generate`.
 
     Args:
         app: the server.
-        words: of the address, as `gradio.Request.query_params`.
+        words: query parameters, as in `gradio.Request.query_params`.
 
     Returns:
-        The form; the preset, where it has all numbers of it; whether the seed is drawn anew. None where the address
-        says nothing of a video.
+        The form; the preset if all numbers come from it, otherwise None; whether each video gets a new seed. None
+        without any parameter of a video.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: a parameter is invalid; the message is about the first one.
     """
     known = names()
     if not any(word in known for word in words):
         return None
     for word in words:
         if word not in (*known, *_OTHERS) and not word.startswith("_"):
-            raise UserError(f"a link has no {shown(word)}.{did_you_mean(word, known)} It has: {', '.join(known)}")
+            raise UserError(f"unknown parameter {shown(word)}.{did_you_mean(word, known)} Known: {', '.join(known)}")
     preset = words.get("preset", PRESET)
     texts = {row.option: words[row.option] for row in known_plug_ins() if words.get(row.option)}
     values: dict[str, Any] = {name: _value(name, words[name]) for name in FIELDS if words.get(name) and name in known}
@@ -56,9 +56,9 @@ def form_in(app: App, words: Mapping[str, str]) -> tuple[Form, str | None, bool]
 
 
 def link_of(app: App, settings: Mapping[str, Any]) -> str | None:
-    """Return the address, from `?` on, that asks for the settings of a sidecar; None where a link cannot.
+    """Return a link (from `?` on) for the settings of a sidecar; None if the server cannot provide all of them.
 
-    A first frame is left out: it is no text.
+    The link leaves out a first frame, which cannot be part of an address.
     """
     try:
         form, missing = form_of(app, settings)
@@ -75,7 +75,7 @@ def link_of(app: App, settings: Mapping[str, Any]) -> str | None:
 
 
 def _value(name: str, text: str) -> Any:
-    """Return a number where a field takes one; what is none stays a text, which the form refuses."""
+    """Return the number in a text for fields that take numbers; other texts stay texts, and the form refuses them."""
     if name in _NUMBERS:
         with suppress(ValueError):
             return int(text) if name in _WHOLE else float(text)

@@ -1,4 +1,4 @@
-"""What a long video of the app leaves on disk: the video, its note, its state, and the states to branch from."""
+"""Files of a long video in the history: the video, its settings, its last state, and states to branch from."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from postgen.long_files import Places
 
 KIND = "long"
-"""Kind of these results in the history."""
+"""Kind of the results in the history."""
 VIDEO, NOTE, POINTS = "long.mp4", "note.json", "points"
-"""The video, what was asked for, and the folder of states to branch from."""
+"""Names of the video, of the JSON file with its settings, and of the folder of states to branch from."""
 MOST_POINTS = 8
-"""States that are kept of a video, evenly spread."""
+"""Largest number of kept states per video; they are spread evenly over the video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Growing:
-    """What of a long video can be watched: `Progress.preview` while it is made."""
+    """The part of a long video that can be watched; `Progress.preview` while the video is being made."""
 
     video: Path
     depth: Path | None
     frames: int
     fps: float
     key: str
-    """Names the video."""
+    """Key of the players: id of the history entry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongMade:
-    """A long video of the history."""
+    """A long video in the history."""
 
     entry: Entry
     note: Mapping[str, Any]
@@ -50,7 +50,7 @@ class LongMade:
 
     @property
     def growing(self) -> Growing:
-        """What can be watched."""
+        """The whole video, for the players."""
         depth = self.places.depth
         return Growing(
             video=self.places.video,
@@ -62,32 +62,32 @@ class LongMade:
 
     @property
     def seconds(self) -> float:
-        """Of the video."""
+        """Length of the video in seconds."""
         return self.frames / float(self.note["fps"])
 
     @property
     def places(self) -> Places:
-        """Where its files are."""
+        """Paths of the video's files."""
         return places_in(self.entry.folder)
 
     @property
     def points(self) -> dict[int, Path]:
-        """Folders of states to branch from, by the frames that are before each."""
+        """Folders of states to branch from, by the number of frames before the branch."""
         return points_in(self.entry.folder)
 
 
 def made_of(entry: Entry) -> LongMade:
-    """Read a long video.
+    """Read a long video from the history.
 
     Raises:
-        UserError: a part of it has been removed or is damaged.
+        UserError: a file of the video is missing or damaged.
     """
     from postgen.worldweaver.state import HEAD
 
     note = read_json(entry.file(NOTE), "this long video cannot be read")
     places = places_in(entry.folder)
     if not isinstance(note, dict) or not _is_sound(note):
-        raise UserError("this long video cannot be read: its note is none of postgen")
+        raise UserError("this long video cannot be read: its settings file was not written by postgen, or is damaged")
     entry.file(places.video.name)
     if not (places.state / HEAD).is_file():
         raise UserError("the state of this long video has been removed: reload the page")
@@ -102,7 +102,13 @@ def _is_sound(note: Mapping[str, Any]) -> bool:
 
 
 def keep_point(video: LongVideo, folder: Path, frames: int) -> None:
-    """Keep the state after a chunk to branch from, without what decoders can find again."""
+    """Save the state after a chunk for branches, if possible without the decoder caches, which can be recomputed.
+
+    Args:
+        video: the video; its last state is on disk.
+        folder: folder of the result.
+        frames: number of frames before the branch.
+    """
     from postgen.worldweaver.state import RolloutState
 
     state = RolloutState.load(video.places.state)
@@ -118,7 +124,7 @@ def keep_point(video: LongVideo, folder: Path, frames: int) -> None:
 
 
 def points_in(folder: Path) -> dict[int, Path]:
-    """Return the folders of states to branch from, by the frames that are before each."""
+    """Return the folders of states to branch from, by the number of frames before the branch."""
     from postgen.worldweaver.state import HEAD
 
     found = sorted(path for path in (folder / POINTS).glob("*") if (path / HEAD).is_file() and path.name.isdigit())
@@ -126,7 +132,7 @@ def points_in(folder: Path) -> dict[int, Path]:
 
 
 def note_down(video: LongVideo, folder: Path) -> None:
-    """Write what the page shows of the video."""
+    """Write the JSON file with the settings that the page shows for the video."""
     config, request = video.request.config, video.request
     note = {
         "prompt": request.schedule[0][1],
@@ -142,7 +148,7 @@ def note_down(video: LongVideo, folder: Path) -> None:
 
 
 def places_in(folder: Path) -> Places:
-    """Return where the files of a long video are."""
+    """Return the paths of a long video's files."""
     from postgen.long_files import Places
 
     base = folder / Path(VIDEO).stem

@@ -1,6 +1,6 @@
-"""Long videos: from what the page asks for to a request, and the jobs that begin one, go on with it and branch.
+"""Long videos: check a request of the page, and the jobs that make, continue and branch a long video.
 
-Light to import: the page is there before diffusers, which takes seconds.
+The module does not import diffusers at the top, so the page opens without waiting for that import.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from postgen.generate_long import LongRequest, LongVideo
 
 OWN = ""
-"""Stands for the adapter that comes with a model, or none."""
+"""Value of `LongForm.adapter` for the adapter inside the model folder, or no adapter if the model has none."""
 _NUMBERS = {"steps": "num_inference_steps", "width": "width", "height": "height", "guidance": "guidance_scale"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LongForm:
-    """What somebody asks for, as it came."""
+    """A request for a long video as the page sent it; no value is checked yet."""
 
     prompt: Any = ""
     segments: Any = ()
-    """Rows (second, prompt) of further prompts; empty ones are left out."""
+    """Rows (second, prompt): from this second on, the prompt replaces the previous one. Empty rows are ignored."""
     seconds: Any = None
     seed: Any = 0
     model: Any = None
@@ -44,11 +44,11 @@ class LongForm:
     adapter: Any = OWN
     """A name of `adapters`."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """steps, width, height, guidance; None is the adapter's, or the model's."""
+    """Values of steps, width, height and guidance; None and 0 mean the default of the adapter or the model."""
 
 
 def adapters(app: App) -> dict[str, Path]:
-    """Return the folders of adapters among the training runs, by the name that the page shows."""
+    """Return the folders of WorldWeaver adapters in the training runs, by their name on the page."""
     found: dict[str, Path] = {}
     if not (runs := app.runs()):
         return found
@@ -62,15 +62,15 @@ def adapters(app: App) -> dict[str, Path]:
 
 
 def request_of(app: App, form: LongForm) -> tuple[LongRequest, Job]:
-    """Check all that can be checked before the queue.
+    """Check a request before it enters the queue, and return the request for the pipeline and its job.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: a value is invalid; the message is about the first one.
     """
     from postgen.generate_long import LongRequest, prepare_long
 
     model = app.model(form.model)
-    numbers = {_NUMBERS[name]: _number(value) for name, value in form.numbers.items() if value not in (None, "")}
+    numbers = {_NUMBERS[name]: _number(value) for name, value in form.numbers.items() if value not in (None, "", 0)}
     config = app.request(_text(form.prompt), model=model, seed=_seed(form.seed), **numbers)
     adapter = _adapter(app, form.adapter)
     rate = float(app.facts(model).default("fps") or 8.0)
@@ -81,27 +81,27 @@ def request_of(app: App, form: LongForm) -> tuple[LongRequest, Job]:
 
 
 def schedule_of(prompt: str, segments: Any, seconds: float, rate: float) -> tuple[tuple[int, str], ...]:
-    """Return the prompts by the frame from which on each is told.
+    """Return pairs (frame, prompt): each prompt applies from its frame on.
 
     Args:
-        prompt: from the beginning on.
-        segments: rows (second, prompt), in any order; empty ones are left out.
+        prompt: prompt at frame 0.
+        segments: rows (second, prompt) in any order; empty rows are ignored.
         seconds: length of the video.
         rate: frames per second.
 
     Raises:
-        UserError: a row that is none, a second outside of the video, or two for one frame.
+        UserError: a row is not a second and a prompt, a second is outside the video, or two rows have the same frame.
     """
     found = {0: prompt}
     rows = segments if isinstance(segments, Sequence) and not isinstance(segments, str) else ()
     for number, row in enumerate(rows, 1):
         second, text, *more = (*row, None, None)[: max(2, len(row))] if isinstance(row, list | tuple) else (None, row)
         if any(each not in (None, "") for each in more):
-            raise UserError(f"row {number} of the prompts must have a second and a prompt, and nothing more")
+            raise UserError(f"row {number} of the prompts must have a second and a prompt, and no other values")
         at = _second(second)
         if not isinstance(text, str) or not text.strip():
             if at > 0 or (isinstance(second, str) and second.strip()):
-                raise UserError(f"row {number} of the prompts has no prompt: write one, or take its second out")
+                raise UserError(f"row {number} of the prompts has no prompt: write one, or delete its second")
             continue
         if not 0 < at < seconds:
             raise UserError(
@@ -109,14 +109,14 @@ def schedule_of(prompt: str, segments: Any, seconds: float, rate: float) -> tupl
             )
         frame = max(1, round(at * rate))
         if frame in found:
-            raise UserError(f"row {number} of the prompts: another one begins at {at:g} s: change one of the two")
+            raise UserError(f"row {number} of the prompts: another prompt starts at {at:g} s: change one of the two")
         check_prompts(text)
         found[frame] = text.strip()
     return tuple(sorted(found.items()))
 
 
 def begin_work(app: App, request: LongRequest, job: Job) -> Work:
-    """Return the job of the queue that makes a new long video; its result is the id of the entry."""
+    """Return the work of a queued job that makes a new long video; it returns the id of the history entry."""
 
     def work(task: Task) -> str:
         from postgen.generate_long import LongVideo, places_of
@@ -130,10 +130,15 @@ def begin_work(app: App, request: LongRequest, job: Job) -> Work:
 
 
 def go_on_work(app: App, id: Any, seconds: Any) -> Work:
-    """Return the job that makes a long video of the history longer, in its place.
+    """Return the work of a job that extends a long video of the history and replaces it by the longer video.
+
+    Args:
+        app: the server.
+        id: id of the video's history entry.
+        seconds: length to add.
 
     Raises:
-        UserError: no such video, or it would be longer than the server allows.
+        UserError: the video does not exist, or it would exceed the longest length that the server allows.
     """
     from postgen.generate_long import LongVideo, prepare_long, read_request
 
@@ -148,7 +153,7 @@ def go_on_work(app: App, id: Any, seconds: Any) -> Work:
             video = LongVideo(pipe, request, job, places, pipe.load_state(places.state))
             try:
                 _make(task, video, {}, made.entry)
-            except CancelledError:  # what was written stays in the video, so it is no "nothing was kept"
+            except CancelledError:  # new chunks stay in the video, so "nothing was kept" would be wrong
                 if video.files.frames == made.frames:
                     raise
             finally:
@@ -160,25 +165,25 @@ def go_on_work(app: App, id: Any, seconds: Any) -> Work:
 
 
 def branch_work(app: App, id: Any, frame: Any, seconds: Any, prompt: Any = None, seed: Any = None) -> Work:
-    """Return the job that goes on from an earlier place of a long video, as a new result; the old one stays.
+    """Return the work of a job that continues a long video from an earlier frame, as a new result beside the old one.
 
     Args:
         app: the server.
-        id: of the video.
-        frame: one of `LongMade.points`.
-        seconds: how much is added behind that place.
-        prompt: from there on; None or "" goes on with those of the video.
-        seed: of the noise from there on; None goes on as the video did.
+        id: id of the video's history entry.
+        frame: frame of the branch, one of `LongMade.points`.
+        seconds: length to add after that frame.
+        prompt: prompt after the branch; None or "" keeps the prompts of the video.
+        seed: seed of the noise after the branch; None continues the noise of the video.
 
     Raises:
-        UserError: no such video or place, or a wrong setting.
+        UserError: the video does not exist, it has no state at this frame, or a value is invalid.
     """
     from postgen.generate_long import LongVideo, places_of, prepare_long, read_request
 
     made = made_of(app.history.get(id))
     points = made.points
     if not is_whole(frame, 0) or frame not in points:
-        raise UserError("this video has no such place to branch from: reload the page for the present list")
+        raise UserError("this video cannot branch at that time: reload the page and choose a time from its list")
     begun = frame / float(made.note["fps"])
     length = begun + _seconds(seconds, app.settings.long_seconds, begun)
     request, source = read_request(made.places.state)
@@ -210,11 +215,11 @@ def branch_work(app: App, id: Any, frame: Any, seconds: Any, prompt: Any = None,
 
 
 class _Stopped(Exception):
-    """The video was stopped, and what there is is kept."""
+    """The user stopped the video early; its chunks are kept."""
 
 
 class _Keeping:
-    """A new entry of the history, which is kept as soon as there is something to watch, whatever ends the work."""
+    """A new history entry that is kept once the video has a first chunk, also if the job is stopped or fails later."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -234,23 +239,23 @@ class _Keeping:
         except UserError as error:
             if not video.files.frames:
                 raise
-            self._error = UserError(f"{error}; what was made until then is kept")
+            self._error = UserError(f"{error}; the part made before the error is kept")
         if not video.files.frames:
             raise CancelledError
         with suppress(UserError):
             video.write_sheet()
         note_down(video, self.entry.folder)
-        self.entry.poster  # noqa: B018 - made now, and not while somebody waits for it
+        self.entry.poster  # noqa: B018 - written here, so that the page does not wait for it later
 
     def finished(self) -> str:
-        """Return the id; say what went wrong after the entry is in its place."""
+        """Return the id of the entry, or raise the error of `make`; call this after the entry has its final folder."""
         if self._error is not None:
             raise self._error
         return self.entry.id
 
 
 def _make(task: Task, video: LongVideo, changes: Mapping[str, Any], entry: Entry) -> None:
-    """Make chunks until the video has its length or somebody stops it."""
+    """Make chunks until the video has its full length or the user stops it."""
     task.tell("Making the video")
 
     def report(done: int, total: int | None) -> None:
@@ -279,7 +284,7 @@ def _lent(app: App, task: Task, request: LongRequest, job: Job) -> Any:
 
 
 def _has_depth(request: LongRequest) -> bool:
-    """Whether the adapter of a request makes depth."""
+    """Whether the adapter of a request predicts depth."""
     folder = request.adapter_folder
     if folder is None:
         return False
@@ -294,12 +299,15 @@ def _adapter(app: App, name: Any) -> str | None:
         return None
     found = adapters(app).get(name) if isinstance(name, str) else None
     if found is None:
-        raise UserError("this server has no adapter of that name: reload the page for the present list")
+        raise UserError("this server has no adapter of that name: reload the page and choose one from its list")
     return str(found)
 
 
 def _second(value: Any) -> float:
-    """Return a second that a table has, as a number or as it was typed; 0, which is none, for anything else."""
+    """Return the second in a table cell, given as a number or a text; 0 for every other value.
+
+    0 is not a valid second of a row, so the caller refuses it.
+    """
     with suppress(ValueError, OverflowError):
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return float(value)
@@ -312,7 +320,7 @@ def _text(prompt: Any) -> str:
 
 
 def _number(value: Any) -> Any:
-    """Return a number as settings take it, which hold it to its type and its range."""
+    """Return a whole float as an int and every other value unchanged; the settings check type and range."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -323,10 +331,12 @@ def _seed(seed: Any) -> int:
 
 
 def _seconds(seconds: Any, most: float, before: float = 0.0) -> float:
-    """Check a length; `before` is what is there already."""
+    """Check a length in seconds and return it; `before` is the length of the part that exists already."""
     left = math.floor((most - before) * 10) / 10
     if left <= 0:
-        raise UserError(f"the video is {before:.1f} s long, and no more than {most:g} are allowed here")
+        raise UserError(
+            f"the video has {before:.1f} s, and this server allows {most:g} s at most (postgen demo --long-seconds)"
+        )
     if not is_number(seconds) or not 0 < seconds <= left:
         raise UserError(f"the seconds must be above 0 and at most {left:g}, got {shown(seconds)}")
     return float(seconds)

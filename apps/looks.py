@@ -1,4 +1,4 @@
-"""How the page looks: colours, type and spacing, without anything from another server."""
+"""Appearance of the page: colours, fonts and spacing. The page loads nothing from other servers."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ _DARK = "() => document.body.classList.toggle('dark', {})"
 
 
 def theme() -> Any:
-    """Return the theme: neutral, one accent, the fonts of the system."""
+    """Return the Gradio theme: neutral greys, one accent colour, fonts of the user's system."""
     import gradio as gr
 
     return gr.themes.Base(
@@ -110,7 +110,7 @@ def theme() -> Any:
         body_background_fill="*neutral_50",
         block_border_width="1px",
         block_shadow="none",
-        body_text_color_subdued="*neutral_500",  # the next lighter one is below 4.5 : 1 on this ground
+        body_text_color_subdued="*neutral_500",  # the next lighter grey has a contrast below 4.5:1
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_text_color="white",
@@ -118,10 +118,10 @@ def theme() -> Any:
 
 
 def launch_looks(colours: str) -> dict[str, Any]:
-    """Return what `gr.Blocks.launch` is given for the looks.
+    """Return the arguments of `gr.Blocks.launch` for the appearance.
 
     Args:
-        colours: one of `postgen.apps.settings.THEMES`.
+        colours: colour scheme, one of `postgen.apps.settings.THEMES`.
     """
     looks: dict[str, Any] = {"theme": theme(), "css": CSS + PLAYERS, "footer_links": ["api"]}
     if colours != "system":

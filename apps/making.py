@@ -1,4 +1,4 @@
-"""From what the page or a client asks for to a checked job, and what that job does."""
+"""Requests for a video: check the values of a page or client, queue the job, make the video, read settings back."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from postgen.reading import read_json
 from postgen.request import GenerateConfig, name_of, without_places
 
 KIND = "generate"
-"""Kind of these results in the history."""
+"""Kind of the results in the history."""
 VIDEO = "video.mp4"
-"""Their video."""
+"""File name of the video of a result."""
 LARGEST_SEED = 2**53 - 1
-"""Beyond it a browser's numbers are not exact."""
+"""Largest seed: numbers of a browser are exact up to this value."""
 _RANDOM = 2**31
 LONGEST = 2000
-"""Characters of a prompt: a tokenizer takes minutes for a million, and nothing cancels it."""
+"""Most characters of a prompt: a tokenizer takes minutes for a million characters and cannot be cancelled."""
 _TITLE = 60
-"""Characters of a prompt that name a job."""
+"""Characters of the prompt that are used as the title of a job."""
 _ALSO = {"negative prompt": "negative_prompt", "LoRA": "lora", "first frame": "image", "picture": "image"}
-_ALSO |= {"strength": "lora_scale"}
-"""What messages call fields."""
+_ALSO |= {"LoRA scale": "lora_scale"}
+"""Words of messages that name a field -> the field."""
 _COPIES = 2
-"""Of a finished clip as float32, that are in memory at once at the least."""
+"""Smallest number of float32 copies of a finished clip that are in memory at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """What somebody asks for, as it came: nothing of it is trusted. None takes the model's default."""
+    """A request as the page or a client sent it. No value is checked yet; None means the default of the model."""
 
     prompt: Any = ""
     model: Any = None
@@ -61,25 +61,26 @@ class Form:
     """A name of `App.loras`."""
     lora_scale: Any = 1.0
     image: Any = None
-    """An upload: where Gradio keeps it."""
+    """Path of an uploaded first frame in Gradio's folder of uploads."""
     plug_ins: Mapping[str, str] = field(default_factory=dict)
-    """Texts by option, as `GenerateConfig.plug_ins`."""
+    """Settings of plug-ins as texts, by option name, as in `GenerateConfig.plug_ins`."""
 
 
 FIELDS = tuple(item.name for item in dataclasses.fields(Form) if item.name != "plug_ins")
-"""In this order the page's components stand; those of plug-ins follow."""
+"""Fields in the order of the page's components; the components of plug-ins follow."""
 _SETTINGS = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
 _SETTINGS |= {name: name for name in ("negative_prompt", "width", "height")}
 _WHOLE = {"steps": "steps", "width": "width", "height": "height", "frames": "frames"}
 
 
 def job_of(app: App, form: Form) -> Job:
-    """Check all that can be checked before the queue.
+    """Check a request before it enters the queue, and return its job.
 
-    Its first frame is the upload: `submitted` keeps it. An upload that is no picture is removed.
+    The first frame of the job is the path of the upload; `submitted` stores a copy. An upload that is not a valid
+    picture is deleted.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: a value is invalid; the message is about the first one.
     """
     check_prompts(form.prompt, form.negative_prompt)
     fields: dict[str, Any] = {}
@@ -93,7 +94,7 @@ def job_of(app: App, form: Form) -> Job:
     if (lora := app.lora(form.lora)) is not None:
         fields["lora"] = (_scaled(lora, scale),)
     elif scale != 1:
-        raise UserError(f"the strength is {shown(scale)}, and there is no LoRA: choose one, or set the strength to 1")
+        raise UserError(f"the LoRA scale is {shown(scale)}, but no LoRA is chosen: choose one, or set the scale to 1")
     model = app.model(form.model)
     if form.image is not None:
         _check_takes_image(app.facts(model))
@@ -106,10 +107,10 @@ def job_of(app: App, form: Form) -> Job:
 
 
 def check_prompts(prompt: Any, negative: Any = None) -> None:
-    """Hold a prompt, and what is not to be in the video, to texts of at most `LONGEST` characters.
+    """Check that the prompt is a text, and that prompt and negative prompt have at most `LONGEST` characters.
 
     Raises:
-        UserError: the prompt is no text, or one of the two is too long.
+        UserError: the prompt is not a text, or one of the two is too long.
     """
     if not isinstance(prompt, str):
         raise UserError("the prompt must be a text: say what the video shows")
@@ -119,16 +120,17 @@ def check_prompts(prompt: Any, negative: Any = None) -> None:
 
 
 def submitted(app: App, form: Form) -> Task:
-    """Check a form and queue its job.
+    """Check a form and put its job into the queue.
 
     Raises:
-        UserError: as `job_of`, or too many jobs wait.
+        UserError: a value is invalid (see `job_of`), or too many jobs are waiting.
     """
     job = job_of(app, form)
     title = job.config.prompt[:_TITLE]
     if form.image is None:
         return app.jobs.submit(title, work_of(app, job))
-    # A result names its first frame, so it is kept from now on: until the job ends, and longer where it has a result.
+    # The sidecar of a result names the first frame, so the picture must outlive the upload: `hold` keeps it until the
+    # job ends, and as long as a result uses it.
     path = app.pictures.hold(uploaded_picture(form.image, app.settings, "first frame"))
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, image=str(path)))
     try:
@@ -139,10 +141,10 @@ def submitted(app: App, form: Form) -> Task:
 
 
 def filled(app: App, form: Form, preset: str) -> Form:
-    """Return a form with the numbers of a preset where it has none.
+    """Return the form with the numbers of a preset in place of missing numbers.
 
     Raises:
-        UserError: an unknown preset or model.
+        UserError: the preset or the model is unknown.
     """
     own = presets(app.facts(app.model(form.model)))
     if not isinstance(preset, str) or preset not in own:
@@ -153,14 +155,14 @@ def filled(app: App, form: Form, preset: str) -> Form:
 
 
 def drawn_seed() -> int:
-    """Return a seed by chance."""
+    """Return a random seed, from 0 to 2**31 - 1."""
     return secrets.randbelow(_RANDOM)
 
 
 def work_of(app: App, job: Job) -> Work:
-    """Return what a job of the queue does: it loads the model, makes the video and keeps it in the history.
+    """Return the work of a queued job that loads the model, makes the video and adds it to the history.
 
-    Its result is the id of the entry.
+    The work returns the id of the new history entry.
     """
 
     def work(task: Task) -> str:
@@ -175,7 +177,7 @@ def work_of(app: App, job: Job) -> Work:
                 clip = make_video(pipe, job, paths, kind, lambda done, total: _stepped(task, done, total), watch)
                 task.check()
                 hide_places(new.folder)
-                new.poster  # noqa: B018 - made now, and not while somebody waits for the gallery
+                new.poster  # noqa: B018 - written here, so that the gallery does not wait for it later
             preview.learn(watch.latents, clip)
         return new.id
 
@@ -183,36 +185,37 @@ def work_of(app: App, job: Job) -> Work:
 
 
 def shown_model(model: str | None) -> str:
-    """Return what the page calls a model: of a folder its name, not where it is."""
+    """Return the name of a model on the page; for a local folder the folder name without its path."""
     from postgen.apps.state import EMBEDDED
 
     return EMBEDDED if model is None else Path(model).name if Path(model).is_dir() else model
 
 
 def note_of(path: Path) -> Mapping[str, Any]:
-    """Return the sidecar of a result.
+    """Read the sidecar of a result.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the sidecar cannot be read or is damaged.
     """
     note = read_json(path, "the settings of this result cannot be read")
     if not isinstance(note, dict) or not isinstance(note.get("settings"), dict):
-        raise UserError("the settings of this result cannot be read: they are none of postgen")
+        raise UserError("the settings of this result cannot be read: the file was not written by postgen")
+    # JSON answers of the server hold integers of at most 64 bits.
     if any(isinstance(one, int) and one.bit_length() > 63 for one in (*note.values(), *note["settings"].values())):
-        raise UserError("the settings of this result cannot be read: a number is too large")  # for any answer
+        raise UserError("the settings of this result cannot be read: a number is too large")
     return note
 
 
 def hide_places(folder: Path) -> None:
-    """Take the places of files of this machine out of the sidecars and the report in a folder; their names stay.
+    """Replace paths of this machine by file names in the sidecars and the report in a folder.
 
-    Whoever uses the page can read them.
+    All users of the page can read these files.
     """
     for path in folder.glob("*.json"):
         note = read_json(path, "the settings of this result cannot be read")
         if "settings" in note:
             note["settings"] = without_places(note["settings"])
-        for side in ("a", "b"):  # of a comparison
+        for side in ("a", "b"):  # only the report of a comparison has these keys
             if side in note:
                 note[side]["model"] = name_of(note[side]["model"])
         with replacing(path) as part:
@@ -220,27 +223,29 @@ def hide_places(folder: Path) -> None:
 
 
 def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
-    """Return the form that asks for the settings of a sidecar, and what of them this server does not have.
+    """Return the form for the settings of a sidecar, and a list of the settings that this server cannot provide.
 
-    Nothing that a sidecar names is opened: its model, its LoRA and its first frame are used only where they are those
-    of this server.
+    The sidecar may come from anyone, so no path in it is opened. Its model, LoRA and first frame are used only if this
+    server already offers them.
 
     Args:
         app: the server.
-        settings: of a sidecar of anybody.
+        settings: the `settings` of a sidecar.
 
     Raises:
-        UserError: they are no settings.
+        UserError: the settings have no prompt or no valid seed.
     """
     prompt, seed = settings.get("prompt"), settings.get("seed")
     if not isinstance(prompt, str) or not is_whole(seed, 0, LARGEST_SEED):
-        raise UserError("the settings have no prompt, or no seed that a page can hold: use postgen generate --from")
+        raise UserError(
+            f"the settings have no prompt, or no seed from 0 to {LARGEST_SEED:,}: use postgen generate --from"
+        )
     missing: list[str] = []
     model = _own_model(app, settings.get("model"), missing)
     lora, scale = _own_lora(app, settings.get("lora"), missing)
     picture = _own_picture(app, settings.get("image"), missing)
-    if settings.get("lit") is not None:  # the page has no control for it
-        missing.append("its adapter of linear attention")
+    if settings.get("lit") is not None:  # the page has no control for LiT adapters
+        missing.append("the linear-attention adapter")
     rest = {name: _number_or_text(settings.get(setting)) for name, setting in _SETTINGS.items()}
     texts = {row.option: text for row in known_plug_ins() if isinstance(text := settings.get(row.option), str)}
     form = Form(
@@ -250,17 +255,22 @@ def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
 
 
 def values_of(form: Form, plug_ins: Sequence[Any]) -> list[Any]:
-    """Return the values of the page's components for a form, in their order; `plug_ins` are those of the controls."""
+    """Return the values of the page's components for a form, in their order.
+
+    Args:
+        form: the form.
+        plug_ins: values of the plug-in controls, from `postgen.apps.controls.plug_in_values`.
+    """
     return [*(getattr(form, name) for name in FIELDS), *plug_ins]
 
 
 def _check_takes_image(facts: ModelFacts) -> None:
     if not facts.takes_image and facts.image_pipeline is None:
-        raise UserError(f"{facts.pipeline} takes text only: leave the first frame out")
+        raise UserError(f"{facts.pipeline} takes text only: remove the first frame or use an image-to-video model")
 
 
 def _check_memory(config: GenerateConfig) -> None:
-    """Refuse a clip that fits into no memory of this machine, however it is made."""
+    """Refuse a clip whose decoded frames alone do not fit into the memory of this machine."""
     if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -273,7 +283,7 @@ def _check_memory(config: GenerateConfig) -> None:
 
 
 def _tell_unknown(task: Task, pipe: Any, job: Job) -> None:
-    """Say which words of the prompt a model with a closed vocabulary does not know."""
+    """Show a note with the words of the prompt that are not in the closed vocabulary of the model, if it has one."""
     if not (examples := job.facts.closed_vocabulary):
         return
     from postgen.training.tokenizers import unknown_words
@@ -298,7 +308,7 @@ def _whole(name: str, value: Any) -> int:
 
 def _scaled(lora: str, scale: Any) -> str:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not -LARGEST <= scale <= LARGEST:
-        raise UserError(f"the strength of the LoRA must be from -{LARGEST:g} to {LARGEST:g}, got {shown(scale)}")
+        raise UserError(f"the LoRA scale must be from -{LARGEST:g} to {LARGEST:g}, got {shown(scale)}")
     return str(dataclasses.replace(parse_lora(lora), scale=float(scale)))
 
 
@@ -309,11 +319,11 @@ def _own_model(app: App, model: Any, missing: list[str]) -> str:
         return EMBEDDED
     named = [name for name in app.model_names if name == model]
     named = named or [name for name in app.model_names if name != EMBEDDED and _same_place(name, model)]
-    if len(named) == 1:  # two folders of one name cannot be told apart
+    if len(named) == 1:  # models in two folders of the same name cannot be distinguished
         return named[0]
     if app.settings.any_model and isinstance(model, str):
         return model
-    missing.append("its model")
+    missing.append("the model")
     return app.model_names[0]
 
 
@@ -327,7 +337,7 @@ def _own_lora(app: App, loras: Any, missing: list[str]) -> tuple[str | None, flo
             own = parse_lora(text)
             if own.network == choice.network and (own.path == choice.path or _same_place(own.path, choice.path)):
                 return name, choice.scale
-    missing.append("its LoRA" if len(texts) < 2 else "its LoRAs, of which the page takes one")
+    missing.append("the LoRA" if len(texts) < 2 else "the LoRAs (the page takes only one)")
     return None, 1.0
 
 
@@ -336,12 +346,12 @@ def _own_picture(app: App, image: Any, missing: list[str]) -> str | None:
         return None
     if (path := app.pictures.find(image)) is not None:
         return str(path)
-    missing.append("its first frame")
+    missing.append("the first frame")
     return None
 
 
 def _same_place(own: str, other: Any) -> bool:
-    """Whether a file of this server is the one that a sidecar names: by its place, or by its name in a video."""
+    """Whether a sidecar names this file of the server, by its path or by its file name."""
     place = Path(own).expanduser()
     return isinstance(other, str) and place.exists() and other in (str(place.resolve()), place.resolve().name)
 
@@ -351,9 +361,9 @@ def _number_or_text(value: Any) -> Any:
 
 
 def place_of(message: str) -> int:
-    """Return the place, among `FIELDS` and the controls of plug-ins after them, of what a message is about.
+    """Return the index of the field that an error message is about, in `FIELDS` and the plug-in controls after them.
 
-    It is the first that the message names; the prompt, where it names none.
+    The first field that the message names counts; a message without a field name counts as one about the prompt.
     """
     words = {name: FIELDS.index(name) for name in FIELDS}
     words |= {setting: words[name] for name, setting in _SETTINGS.items()}

@@ -1,4 +1,4 @@
-"""First frames that results are made from: kept as long as a job or a result names them, and no longer."""
+"""Storage of uploaded first frames: a picture is kept as long as a job or a result uses it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from postgen.reading import read_json
 
 
 class Pictures:
-    """The server's folder of first frames; results name them there, so that they can be made again.
+    """The server's folder of first frames. Sidecars of results name these files, so a result can be made again.
 
     Args:
-        folder: made when the first picture is kept. The page reads none of them.
+        folder: folder of the pictures, created with the first picture. The page cannot read it.
         history: the results.
     """
 
@@ -30,7 +30,9 @@ class Pictures:
         self._lock = threading.Lock()
 
     def hold(self, picture: Any) -> Path:
-        """Write a picture under a name made from its content, and keep it until `release`; the same one is kept once.
+        """Store a picture until `release` is called, and return its path.
+
+        The file name is a hash of the content, so equal pictures share one file.
 
         Args:
             picture: a PIL image in RGB.
@@ -51,21 +53,25 @@ class Pictures:
         return path
 
     def release(self, path: Path) -> None:
-        """Say that what held a picture is over: it stays where a result names it, or something else holds it."""
+        """End one `hold` of a picture; delete the file if no other `hold` and no result uses it."""
         with self._lock:
             self._held[path.name] -= 1
             self._tidy(path.name)
 
     def find(self, name: Any) -> Path | None:
-        """Return the picture that a sidecar of anybody names; None where there is none. Nothing else is opened."""
+        """Return the path of the stored picture with the file name in `name`, or None.
+
+        Args:
+            name: a value from a sidecar of any origin. Only its file name is used, so no other folder is opened.
+        """
         path = self.folder / Path(str(name)).name
         return path if path.parent == self.folder and path.is_file() else None
 
     def remove_result(self, id: Any) -> None:
-        """Remove a result, and its first frame where no other one names it.
+        """Delete a result, and its first frame if no other result uses it.
 
         Raises:
-            UserError: there is no such result.
+            UserError: no result has this id.
         """
         name = _named(self._history.get(id).folder)
         self._history.remove(id)
@@ -84,7 +90,7 @@ class Pictures:
 
 
 def _named(folder: Path) -> str | None:
-    """Return the name of the first frame of a result; None where it has none, or no sidecar that can be read."""
+    """Return the file name of a result's first frame; None if there is no first frame or no readable sidecar."""
     with suppress(UserError):
         note = read_json(folder / SIDECAR, "")
         settings = note.get("settings") if isinstance(note, dict) else None

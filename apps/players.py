@@ -1,4 +1,4 @@
-"""Files of results on the page: players that run together under one button and one bar, and links."""
+"""Files of results on the page: synchronised video players with one set of controls, and download links."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ CSS = """
 }
 """
 
-# Media events do not bubble, so they are caught on their way down; what is inside is drawn anew with every value.
+# Media events do not bubble, so the listeners are on the root element and use the capture phase. Gradio replaces the
+# HTML inside with every new value, so the script looks elements up each time.
 JS = """
 const all = () => [...element.querySelectorAll('.players video')];
 const length = (v) => Number.isFinite(v.duration) ? v.duration : 0;
@@ -100,21 +101,21 @@ begin();
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """One of the videos."""
+    """One video of a group of players."""
 
     label: str
-    """What stands above it."""
+    """Caption above the video."""
     path: Path
-    """The file, of a result."""
+    """The video file in the folder of a result."""
     version: int = 0
-    """Another number for another content: a file that grows is otherwise not read again."""
+    """Number that changes with the content of the file; without a change the browser does not read the file again."""
 
 
 def players(**options: Any) -> Any:
-    """Build the component, inside the open layout; `shown` makes its values.
+    """Create the component in the open Gradio layout; `shown` returns values for it.
 
     Args:
-        options: of `gr.HTML`, such as `elem_id`.
+        options: arguments of `gr.HTML`, such as `elem_id`.
     """
     import gradio as gr
 
@@ -122,12 +123,12 @@ def players(**options: Any) -> Any:
 
 
 def shown(clips: Sequence[Clip], *, fps: float, key: str) -> str:
-    """Return HTML with the videos side by side, under them one button, steps by a frame, and one bar.
+    """Return HTML with the videos side by side and shared controls: play, single-frame steps and a time bar.
 
     Args:
-        clips: at least one.
-        fps: frames per second, for the steps.
-        key: names what is shown: videos that take the place of others under the same key go on where those were.
+        clips: the videos, at least one.
+        fps: frames per second, for the single-frame steps.
+        key: name of the shown content. New videos under the same key continue at the time of the old ones.
     """
     videos = "".join(
         f'<figure><figcaption>{escape(clip.label)}</figcaption><video muted playsinline preload="auto"'
@@ -136,8 +137,8 @@ def shown(clips: Sequence[Clip], *, fps: float, key: str) -> str:
     )
     bar = (
         '<div class="bar"><button type="button" class="play">Play</button>'
-        '<button type="button" class="back" aria-label="One frame back">&#8249;</button>'
-        '<button type="button" class="next" aria-label="One frame on">&#8250;</button>'
+        '<button type="button" class="back" aria-label="Previous frame">&#8249;</button>'
+        '<button type="button" class="next" aria-label="Next frame">&#8250;</button>'
         '<input type="range" min="0" max="1" step="any" value="0" aria-label="Time"><output>0.0 s</output></div>'
     )
     return (
@@ -147,7 +148,11 @@ def shown(clips: Sequence[Clip], *, fps: float, key: str) -> str:
 
 
 def downloads(files: Sequence[tuple[str, Path]]) -> str:
-    """Return HTML with a link for each file that is there, by what it is called."""
+    """Return HTML with a download link for each existing file.
+
+    Args:
+        files: label and path of each file.
+    """
     links = "".join(
         f'<a href="{escape(address(path))}" download="{escape(path.name)}">{escape(what)}'
         f"<span>{_size(path)}</span></a>"
@@ -163,5 +168,5 @@ def _size(path: Path) -> str:
 
 
 def address(path: Path) -> str:
-    """Return where the page finds a file of a result, from the page's own address."""
+    """Return the address of a result's file, relative to the address of the page."""
     return f"gradio_api/file={quote(str(path))}"

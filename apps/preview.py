@@ -1,4 +1,4 @@
-"""Pictures of what is being made: the clean estimate in the colours of its latents, a small clip inside the page."""
+"""Previews during sampling: the estimate of the clean latents, mapped to colours and shown as a small clip."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from postgen.families.latent_colours import LatentColours
 
 MOST_SHARE = 0.03
-"""Of the time of the steps between two previews, that one may take: where it takes longer, there are fewer."""
+"""Largest share of the time between two previews that making one may take; slower previews are made less often."""
 _MOST_SIDE = 160
-"""Pixels of the longer side that are sent; the page enlarges them."""
+"""Longest side of a preview in pixels; the page enlarges the preview."""
 _MOST_PICTURES = 12
-"""Of a preview: of longer ones every second is sent, or fewer."""
+"""Most frames of a preview; longer clips send every second frame, or fewer."""
 _SECONDS = 1.6
-"""That a preview takes to play."""
+"""Seconds that a preview takes to play."""
 
 
 class Preview:
-    """Makes previews of one video as it comes into being.
+    """Makes previews of one video during sampling.
 
     Args:
-        pipe: that makes it.
-        show: takes each preview, HTML.
-        every: steps from one to the next, at least.
+        pipe: the pipeline that makes the video.
+        show: callback that receives the HTML of each preview.
+        every: smallest number of steps between two previews.
     """
 
     def __init__(self, pipe: Any, show: Any, every: int = 2) -> None:
@@ -42,10 +42,10 @@ class Preview:
         self._last: tuple[int, float] = (0, time.perf_counter())
         self._each = 0.0
         self.seconds = 0.0
-        """Spent on previews."""
+        """Seconds spent on previews."""
 
     def look(self, moment: Moment) -> None:
-        """Show a preview where it is time for one: a look for `postgen.running.Watch`."""
+        """Show a preview if one is due; a `look` callback for `postgen.running.Watch`."""
         done, since = self._last
         now = time.perf_counter()
         if moment.done - done < self._every or moment.done == moment.total or self._colours is None:
@@ -61,7 +61,12 @@ class Preview:
         self.seconds += self._each
 
     def learn(self, latents: Tensor | None, clip: Tensor) -> None:
-        """Have the next previews profit from a video that is finished."""
+        """Fit the colours of later previews to a finished video.
+
+        Args:
+            latents: the latents of the video; None changes nothing.
+            clip: its decoded frames.
+        """
         if self._colours is not None and latents is not None and self._colours.fits(latents):
             self._colours.learn(latents, clip)
 
@@ -74,7 +79,7 @@ def _html(clip: Tensor, done: int, total: int) -> str:
 
 
 def animated(clip: Tensor) -> bytes:
-    """Return a clip (t, 3, h, w) in [0, 1] as a moving WebP: at most 160 pixels wide and high, and 12 pictures."""
+    """Return a clip (t, 3, h, w) in [0, 1] as an animated WebP with at most 12 frames of at most 160 x 160 pixels."""
     from PIL import Image
 
     chosen = clip[:: -(-len(clip) // _MOST_PICTURES)]

@@ -1,4 +1,4 @@
-"""What the page draws of training runs: known metrics in groups with names for people, all others by choice."""
+"""Plots of training runs: known metrics are in groups with readable labels, other metrics can be chosen by name."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any
 from postgen.grpo.curves import Points, thinned
 
 PIECES = 150
-"""Pieces of a line on the page, of which each has two points at most."""
+"""Number of segments of a line on the page; each keeps at most two points."""
 _MOST_LINES = 12
-"""Lines of one plot; as many as there are colours."""
+"""Most lines of one plot, equal to the number of colours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Metrics that stand in one plot."""
+    """Metrics that share one plot."""
 
     title: str
     about: str
-    """What to look for, in one line."""
+    """One line that helps to read the plot."""
     metrics: tuple[tuple[str, str], ...]
-    """Pattern of the whole name of a metric, and what its line is called; `{}` is what the pattern's brackets hold."""
+    """Pairs of a regular expression for the full name of a metric, and the label of its line. `{}` in the label is
+    replaced by the match of the group in the expression."""
 
     def label(self, metric: str) -> str | None:
-        """Return what the line of a metric is called; None where it belongs elsewhere."""
+        """Return the label of a metric's line; None if the metric is not in this group."""
         for pattern, label in self.metrics:
             if (match := re.fullmatch(pattern, metric)) is not None:
                 return label.format(*match.groups())
@@ -36,7 +37,7 @@ class Group:
 GROUPS = (
     Group(
         title="Reward",
-        about="What is trained on. It should rise, that of held-out prompts too.",
+        about="The training objective. It should rise, also for held-out prompts.",
         metrics=(("reward", "training"), ("eval_reward", "held-out prompts")),
     ),
     Group(
@@ -46,56 +47,56 @@ GROUPS = (
     ),
     Group(
         title="Held-out judge",
-        about="Measured and never trained on. If it falls while the reward rises, stop.",
+        about="A reward that is not used for training. If it falls while the reward rises, stop.",
         metrics=((r"eval_gold/(.+)/mean", "{}"),),
     ),
     Group(
         title="Spread of the reward",
-        about="Standard deviation. Near 0 there is nothing to learn from.",
+        about="Standard deviation. Near 0 there is no training signal.",
         metrics=(("reward_std", "all"), (r"rewards/(.+)/std", "{}")),
     ),
     Group(
         title="KL",
-        about="How far the policy is from the model it began as, or from its last rollout.",
+        about="Distance of the policy from its initial weights, or from the policy of the last rollout.",
         metrics=(("kl", "to the start"), ("approx_kl", "to the rollout")),
     ),
     Group(
         title="Ratio",
-        about="New to old probability. The mean should stay near 1.",
+        about="Probability under the new policy divided by the old one. The mean should stay near 1.",
         metrics=((r"ratio/(mean|min|max)", "{}"),),
     ),
     Group(
         title="Motion",
-        about="Change between frames of the evaluated clips. Near 0 they are frozen.",
+        about="Change between frames of the evaluation clips. Near 0 the clips are frozen.",
         metrics=(("eval_motion", "held-out prompts"),),
     ),
     Group(
         title="Loss",
-        about="Of the method. With rewards it need not fall.",
+        about="The loss of the training method. In reward training it need not fall.",
         metrics=(("loss", "loss"), ("eval_loss", "held out"), (r"(.+)_loss", "{}")),
     ),
-    Group(title="Learning rate", about="As the schedule sets it.", metrics=(("learning_rate", "learning rate"),)),
+    Group(title="Learning rate", about="Set by the schedule.", metrics=(("learning_rate", "learning rate"),)),
     Group(
-        title="Seconds a step",
-        about="Evaluations and checkpoints left out.",
+        title="Seconds per step",
+        about="Without evaluations and checkpoints.",
         metrics=(("step_time", "seconds"),),
     ),
 )
-"""In the order of the page. A metric belongs to the first group that knows it."""
+"""All groups, in the order of the page. A metric belongs to the first group with a matching expression."""
 
 _HUES = [
     *("#4f46e5", "#ea580c", "#16a34a", "#db2777", "#0891b2", "#ca8a04"),
     *("#7c3aed", "#64748b", "#dc2626", "#65a30d", "#0369a1", "#a16207"),
 ]
 COLOURS = {str(number): hue for number, hue in enumerate(_HUES)}
-"""Of lines, by their number; seen on light and on dark. A plot that is shown draws no line of a name that comes later,
-so lines have numbers there, always the same ones, and their names stand above it."""
+"""Number of a line -> its colour, visible on light and dark backgrounds. A visible `gr.LinePlot` does not draw lines
+whose names appear later. So the lines of a plot always have these numbers as names, and their labels are above it."""
 COLUMNS = ("step", "value", "line")
-"""Of a plot's table."""
+"""Columns of a plot's table."""
 
 
 def others(metrics: Iterable[str]) -> list[str]:
-    """Return the metrics that no group knows, in alphabetical order."""
+    """Return the metrics that belong to no group, in alphabetical order."""
     return sorted(metric for metric in set(metrics) if all(group.label(metric) is None for group in GROUPS))
 
 
@@ -104,10 +105,10 @@ def group_lines(group: Group, runs: Mapping[str, Mapping[str, Points]]) -> list[
 
     Args:
         group: one of `GROUPS`.
-        runs: name of a run -> metric -> its points.
+        runs: name of a run -> metric -> points.
 
     Returns:
-        What each line is called, and its points. With several runs a line is called after its run too.
+        Label and points of each line. With several runs the label contains the name of the run.
     """
     lines = []
     for name, curves in runs.items():
@@ -117,15 +118,15 @@ def group_lines(group: Group, runs: Mapping[str, Mapping[str, Points]]) -> list[
 
 
 def metric_lines(metric: str, runs: Mapping[str, Mapping[str, Points]]) -> list[tuple[str, Points]]:
-    """Return the lines of one metric, a line for each run that has it."""
+    """Return label and points of one line for each run that has the metric."""
     own = {name: curves[metric] for name, curves in runs.items() if curves.get(metric)}
     return [(name if len(runs) > 1 else metric, points) for name, points in own.items()][:_MOST_LINES]
 
 
 def table(lines: Sequence[tuple[str, Points]]) -> dict[str, Any]:
-    """Return lines in the form in which `gr.LinePlot` sends them to the page, by their numbers, long ones thinned.
+    """Return the lines in the format that `gr.LinePlot` sends to the page; long lines are thinned.
 
-    Numbers without a line have a row without a value.
+    Lines are named by their number. Every unused number has one row without a value, so that all names always exist.
     """
     parts = [thinned(points, PIECES) for _, points in lines]
     first = min((points[0][0] for points in parts), default=0)

@@ -1,4 +1,4 @@
-"""Training runs as the page shows them: found by the server, read as they grow, never outside their folder."""
+"""Training runs for the page: the server finds them and reads new lines as they are written, only in their folder."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from postgen.training.checkpoint_head import read_head
 from postgen.training.warning_log import NAME as WARNINGS
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
-"""What makes a folder a run: one of the two."""
+"""File names of metrics and configuration; a folder with at least one of them is a run."""
 _DEEPEST, _MOST = 3, 500
-"""Folders inside folders that are looked through for runs, and runs that are listed."""
+"""Depth of the search for runs, in folder levels, and largest number of listed runs per folder."""
 _KEPT = 16
-"""Runs whose curves stay in memory."""
+"""Number of runs whose curves stay in memory."""
 _SETTINGS_BYTES, _TAIL_BYTES = 2**18, 2**16
-"""Of a configuration, and of the end of the file of warnings."""
+"""Largest configuration that is read, and length of the part that is read at the end of the warnings, in bytes."""
 _SAMPLE = re.compile(r"step-(\d{1,12})\.png")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 _INSIDE = ("samples", "completions", "export")
-"""Folders of a run that are none themselves."""
+"""Subfolders of a run that are never runs themselves."""
 _QUIET, _STEPS = 120.0, 20
-"""A run without a new line for so many seconds, and so many of its steps, is said to stand still."""
+"""A run counts as stopped if it writes no line for this many seconds and for the time of this many steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The samples of fixed seeds of one evaluation."""
+    """Samples with fixed seeds from one evaluation."""
 
     step: int
     sheet: Path
-    """A picture: a row of frames for each clip."""
+    """Picture with one row of frames per clip."""
     video: Path | None
-    """The clips side by side; None of pictures, and where there was no ffmpeg."""
+    """Video of the clips side by side; None if the samples are pictures or ffmpeg was missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +55,20 @@ class Checkpoint:
     step: int
     bytes: int
     sound: bool
-    """Whether all files are there with their sizes."""
+    """Whether all files exist and have the recorded sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """How far a run is."""
+    """Progress of a run."""
 
     step: int
     total: int
-    """0 where its configuration does not say."""
+    """Total number of steps; 0 if the configuration has no `max_steps`."""
     step_time: float | None
-    """Seconds a step, of the last line."""
+    """Seconds per step, from the last metrics."""
     age: float | None
-    """Seconds since the last line; None without any."""
+    """Seconds since the last metrics were written; None if there are none."""
 
     @property
     def done(self) -> bool:
@@ -77,25 +77,25 @@ class Standing:
 
     @property
     def writes(self) -> bool:
-        """Whether new lines may come."""
+        """Whether the run seems to be active: not done, and new metrics are not overdue."""
         quiet = max(_QUIET, _STEPS * (self.step_time or 0.0))
         return not self.done and self.age is not None and self.age < quiet
 
     @property
     def seconds_left(self) -> float | None:
-        """Of a run that writes; None where that is not known."""
+        """Estimated remaining seconds of an active run; None if unknown."""
         if not self.writes or not self.total or not self.step_time:
             return None
         return max(0.0, (self.total - self.step) * self.step_time - (self.age or 0.0))
 
 
 class Run:
-    """One run, whose files are read where they are new.
+    """One training run. Its metrics are read incrementally: each call reads new lines only.
 
     Args:
-        name: what the page calls it.
-        folder: its own.
-        root: the folder of all runs, outside which nothing is read.
+        name: name of the run on the page.
+        folder: folder of the run.
+        root: folder of all runs; files outside of it are never read.
     """
 
     def __init__(self, name: str, folder: Path, root: Path) -> None:
@@ -104,19 +104,19 @@ class Run:
         self._lock = threading.Lock()
 
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """Return the points of each metric, those of new lines too; of long runs those that matter to the eye."""
+        """Read new lines and return the points (step, value) of each metric; the curves of long runs are thinned."""
         with self._lock:
             self._read_on()
             return self._curves.points()
 
     def newest(self) -> dict[str, float | None]:
-        """Return the last value of each metric; None of one that was no number (NaN, infinity)."""
+        """Read new lines and return the last value of each metric; None stands for NaN or infinity."""
         with self._lock:
             self._read_on()
             return dict(self._curves.newest)
 
     def standing(self) -> Standing:
-        """Return how far it is."""
+        """Return the progress of the run."""
         newest, total = self.newest(), self.settings().get("max_steps")
         step_time, age = newest.get("step_time"), None
         if (path := self.file(METRICS)) is not None:
@@ -131,18 +131,18 @@ class Run:
         )
 
     def settings(self) -> Mapping[str, Any]:
-        """Return its configuration; nothing where that is missing or none."""
+        """Return the configuration of the run; an empty mapping if it is missing or invalid."""
         with suppress(UserError, yaml.YAMLError, RecursionError):
             found = yaml.safe_load(self._config_text())
             return found if isinstance(found, dict) else {}
         return {}
 
     def recipe(self) -> str:
-        """Return its configuration as YAML; of a place on this machine the name alone."""
+        """Return the configuration as YAML, with absolute paths replaced by file names."""
         return yaml.safe_dump(_without_places(dict(self.settings())), sort_keys=False, allow_unicode=True, width=100)
 
     def samples(self) -> list[Sample]:
-        """Return the samples of fixed seeds, in the order of their steps."""
+        """Return the samples with fixed seeds, ordered by step."""
         found = []
         for path in self._inside("samples"):
             match = _SAMPLE.fullmatch(path.name)
@@ -152,7 +152,14 @@ class Run:
         return sorted(found, key=lambda sample: sample.step)
 
     def warnings(self, most: int = 20) -> list[dict[str, Any]]:
-        """Return the last warnings, the newest first: `step`, `text`, `time`, and `times` it came in a row."""
+        """Return the last warnings, newest first.
+
+        Args:
+            most: largest number of warnings.
+
+        Returns:
+            For each warning `step`, `text`, `time`, and `times`: how often it was repeated in a row.
+        """
         rows: deque[dict[str, Any]] = deque(maxlen=most)
         for line in self._tail(WARNINGS):
             with suppress(UserError):
@@ -166,7 +173,7 @@ class Run:
         return list(reversed(rows))
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return its checkpoints, the newest first."""
+        """Return the checkpoints, newest first."""
         found = []
         for path in self._inside(""):
             match = _CHECKPOINT.fullmatch(path.name)
@@ -179,13 +186,20 @@ class Run:
         return sorted(found, key=lambda one: one.step, reverse=True)
 
     def mark(self) -> str:
-        """Return a text that changes when there is something new to show beside the curves."""
+        """Return a text that changes whenever the run has new data to show."""
         names = [path.name for path in (*self._inside("samples"), *self._inside(""))]
         sizes = [self._size(name) for name in (METRICS, WARNINGS, CONFIG)]
         return f"{self.name} {sizes} {hash(tuple(sorted(names)))}"
 
     def file(self, name: str) -> Path | None:
-        """Return one of its files by a name that a program gives; None where there is none, or it leads elsewhere."""
+        """Return the path of a file in the run's folder.
+
+        Args:
+            name: relative path; chosen by the program, never by the page.
+
+        Returns:
+            None if the file does not exist, or if a symbolic link leads out of the folder of runs.
+        """
         path = self.folder / name
         return path if self._safe(path) and path.is_file() else None
 
@@ -205,7 +219,7 @@ class Run:
         return "" if path is None else read_text(path, "its configuration", most=_SETTINGS_BYTES)
 
     def _tail(self, name: str) -> list[str]:
-        """The whole lines at the end of a file."""
+        """Return the complete lines in the last `_TAIL_BYTES` bytes of a file."""
         path = self.file(name)
         if path is None:
             return []
@@ -228,10 +242,10 @@ class Run:
 
 
 class Runs:
-    """The runs in a folder.
+    """The training runs in a folder.
 
     Args:
-        root: the folder; None has none.
+        root: the folder; None means that there are no runs.
     """
 
     def __init__(self, root: Path | None) -> None:
@@ -240,19 +254,19 @@ class Runs:
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
-        """Return the names of all runs, that which was written last first."""
+        """Return the names of all runs; the run with the most recent changes is first."""
         found = self._found()
         return sorted(found, key=lambda name: (-_written(found[name]), name))
 
     def get(self, name: Any) -> Run:
-        """Return a run by a name of `names`, of whatever type and content the page sent.
+        """Return the run with a name; `name` may be any value that the page sent.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: `names` has no such name.
         """
         folder = self._found().get(name) if isinstance(name, str) else None
         if folder is None or self._root is None:
-            raise UserError("there is no such run: it may have been removed, reload the list")
+            raise UserError("there is no such run. It may have been removed: refresh the list of runs")
         with self._lock:
             run = self._known.pop(name, None) or Run(name, folder, self._root)
             self._known[name] = run
@@ -267,7 +281,7 @@ class Runs:
 
 
 def _walk(folder: Path, root: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders of runs, of which none is looked into."""
+    """Yield the folders of runs; the search does not continue inside a run."""
     count, inner = 0, []
     with suppress(OSError):
         inner = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_dir())
@@ -282,7 +296,12 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterator[Path]:
 
 
 def within(path: Path, root: Path) -> bool:
-    """Whether a path leads, through all links, into a folder, whose own place has none."""
+    """Whether a path, with symbolic links resolved, is inside a folder.
+
+    Args:
+        path: any path.
+        root: the folder, already resolved.
+    """
     with suppress(OSError, RuntimeError):
         return path.resolve().is_relative_to(root)
     return False
@@ -305,7 +324,13 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _without_places(value: Any, known: dict[int, Any] | None = None) -> Any:
-    """Return a configuration in which a place is a name; what YAML names twice is copied once, a loop is cut."""
+    """Return a copy of a configuration in which absolute paths are replaced by file names.
+
+    Args:
+        value: the configuration or a part of it, as YAML is read.
+        known: copies that exist already, by object id. An object that YAML refers to twice is copied once, and a
+            reference of an object to itself becomes None.
+    """
     known = {} if known is None else known
     if isinstance(value, str):
         return Path(value).name if os.path.isabs(value) else value

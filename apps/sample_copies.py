@@ -1,4 +1,4 @@
-"""Copies of videos of runs for the players of the page."""
+"""Copies of the sample videos of training runs, for the players of the page."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from postgen.apps.runs import Sample
 
 _LARGEST = 2**26
-"""Bytes of a video of samples that is played."""
+"""Largest sample video that the page plays, in bytes."""
 _VIDEOS = 16
-"""Copies that are kept."""
+"""Number of copies that are kept."""
 
 
 class SampleCopies:
-    """Copies of videos of samples in a folder of this server: players are given nothing of the runs' own folders."""
+    """Copies of sample videos in a temporary folder of this server, so that players never open folders of the runs."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="postgen-samples-", dir=os.environ.get("GRADIO_TEMP_DIR"))
 
     def of(self, sample: Sample) -> str | None:
-        """Return the copy of a sample's video; None where it has none, or too large a one."""
+        """Return the path of the copy of a sample's video; None if the sample has no video or a too large one."""
         if sample.video is None:
             return None
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the Rewards tab does: which rewards can be used here, and the job that scores a clip with some of them."""
+"""Work of the Rewards tab: list the rewards that this machine can use, and score a clip with some of them."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
     from postgen.video import Footage
 
 FIRST = ("world", "motion_floor", "brightness_band", "sharpness_band", "flow_smoothness", "world_judge")
-"""Rewards that are chosen at first, as far as they are here."""
+"""Rewards that are selected at the start, if they are available."""
 _IN_MEMORY = 2**26
-"""Bytes (12 a pixel) of a clip that is read once; a longer one is read in windows by each reward."""
+"""Largest clip in bytes (12 per pixel) that is read into memory once; each reward reads a longer clip in windows."""
 _WHOLE = 2**31
-"""Most bytes of a longer one for a reward that needs all its frames at once."""
+"""Largest longer clip in bytes for rewards that need all frames at once."""
 _WATCH = 0.2
-"""Seconds after which a cancelled job ends what reads frames."""
+"""Seconds between two checks whether a job that reads frames was cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """A reward that has a name."""
+    """A named reward."""
 
     name: str
     says: str
     range: str
     lacks: str | None
-    """Why it cannot be used here at once, and how that is mended; None where it can."""
+    """What is missing to use the reward on this machine, and how to get it; None if it is available."""
     needs_prompt: bool
 
 
 @dataclass(kw_only=True, slots=True)
 class Scored:
-    """What was found of a clip."""
+    """Scores of a clip and the findings of the judge of the synthetic world."""
 
     scores: dict[str, float | None] = field(default_factory=dict)
-    """By reward, larger is better; None where it gave none."""
+    """Reward -> score, larger is better; None if the reward has no score."""
     notes: dict[str, str] = field(default_factory=dict)
-    """By reward: why it has no score."""
+    """Reward -> reason why it has no score."""
     clauses: list[tuple[str, str]] = field(default_factory=list)
-    """Each part of a prompt of the synthetic world, and why it cannot be judged (empty: it can)."""
+    """Clauses of a prompt of the synthetic world, each with the reason why it cannot be judged (empty: it can be)."""
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """What the world's judge looked at: `what`, `wanted`, `found`, `right`."""
+    """Checks of the world's judge, each with `what`, `wanted`, `found` and `right`."""
     all_right: bool | None = None
-    """Its verdict; None where the prompt names nothing of that world, or the clip cannot be judged."""
+    """Verdict of the judge; None if the prompt describes no scene of the world or the clip cannot be judged."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -61,7 +61,7 @@ class Scored:
 
 
 def known() -> list[Known]:
-    """Return all rewards that have a name, as they can be used on this machine now."""
+    """Return all named rewards, with what is missing to use them on this machine."""
     from postgen.rewards import get_reward, known_rewards
 
     found = []
@@ -80,10 +80,10 @@ def known() -> list[Known]:
 
 
 def chosen_rewards(names: Any) -> list[Reward]:
-    """Return the rewards of names that the page sent.
+    """Return the rewards for the names that the page sent.
 
     Raises:
-        UserError: none, an unknown one, or one that cannot be used here.
+        UserError: no reward is chosen, a name is unknown, or a reward is not available on this machine.
     """
     from postgen.rewards import get_reward, known_rewards
 
@@ -91,51 +91,51 @@ def chosen_rewards(names: Any) -> list[Reward]:
         raise UserError("no reward is chosen: choose at least one")
     found = []
     for name in dict.fromkeys(name for name in names if isinstance(name, str)):
-        if name not in known_rewards():  # a text may name code, which no page may run
+        if name not in known_rewards():  # `get_reward` also takes the name of code, which a page must never run
             raise UserError(f"unknown reward {shown(name)}. Known: {', '.join(known_rewards())}")
         reward = get_reward(name)
         if (lacks := _lacks(reward)) is not None:
-            raise UserError(f"{name} cannot be used here: {lacks}")
+            raise UserError(f"{name} is not available on this machine: {lacks}")
         found.append(reward)
     return found
 
 
 def checked_prompt(prompt: Any, rewards: Sequence[Reward]) -> str | None:
-    """Return the prompt; None where there is none.
+    """Return the checked prompt; None if it is empty.
 
     Raises:
-        UserError: it is no text, too long, or all of the rewards need one and there is none.
+        UserError: the prompt is not a text or too long, or it is empty and all rewards need one.
     """
     check_prompts(text := "" if prompt is None else prompt)
     text = text.strip()
     check_text("the prompt", text)
     if not text and all(reward.needs_prompts for reward in rewards):
-        raise UserError("these rewards need a prompt: say what the video should show")
+        raise UserError("these rewards need a prompt: describe what the clip should show")
     return text or None
 
 
 def work_of(app: App, footage: Footage, prompt: str | None, rewards: Sequence[Reward]) -> Callable[[Task], Scored]:
-    """Return what a job does: it scores a clip with each reward, and asks the world's judge.
+    """Return the work of a job that scores a clip with each reward and runs the world's judge.
 
     Args:
         app: the server.
         footage: the clip.
-        prompt: what it should show; None for none.
-        rewards: from `chosen_rewards`.
+        prompt: prompt of the clip, or None.
+        rewards: rewards from `chosen_rewards`.
     """
 
     def work(task: Task) -> Scored:
         from postgen.commands.score import reward_device
 
         if any(getattr(reward.function, "needed", tuple)() for reward in rewards):
-            app.models.clear()  # networks of a size that does not fit beside a pipeline's
+            app.models.clear()  # the networks of these rewards may not fit into memory beside a pipeline
         task.tell("Reading the clip")
         clip = _clip(footage)
         found, device = Scored(), reward_device(app.settings.device)
         with _closed_by_cancel(task, footage):
-            task.tell("Asking the judge of the world")
+            task.tell("Running the judge of the synthetic world")
             score = _judged(found, clip, prompt)
-            # The judge's score is that of the reward `world`.
+            # The score of the judge is the score of the reward `world`, so this reward is not computed again.
             rest = [reward for reward in rewards if score is None or reward.name != "world"]
             groups = _groups(rest)
             for number, group in enumerate(groups):
@@ -153,12 +153,12 @@ def _lacks(reward: Reward) -> str | None:
     try:
         reward.check_columns(())
     except UserError:
-        return "it needs more than a clip and a prompt: use postgen score with --prompts"
+        return "it needs more data than a clip and a prompt: use postgen score with --prompts"
     return reward.lacking()
 
 
 def _clip(footage: Footage) -> Any:
-    """Return a short clip's frames, which each reward then has at once; a long one as it is."""
+    """Return the frames of a short clip, or the `Footage` of a long clip, which each reward reads in windows."""
     from postgen.video import VideoError, read_video
 
     if 4 * footage.numel() > _IN_MEMORY:
@@ -171,7 +171,7 @@ def _clip(footage: Footage) -> Any:
 
 
 def _groups(rewards: Sequence[Reward]) -> list[list[Reward]]:
-    """Views of one network together, so that it looks once."""
+    """Group the rewards that share one network, so that the network sees the clip once."""
     groups: dict[int, list[Reward]] = {}
     for reward in rewards:
         groups.setdefault(id(reward.function), []).append(reward)
@@ -187,11 +187,11 @@ def _score(found: Scored, clip: Any, fps: float, prompt: str | None, rewards: Se
         found.scores[name] = None if value != value else value
         if value != value:
             told = result.failures.get(name, {}).get(0) or result.reasons.get(name, {}).get(0)
-            found.notes[name] = _without_place(told or "it gave no score", clip)
+            found.notes[name] = _without_place(told or "the reward returned no score", clip)
 
 
 def _judged(found: Scored, clip: Any, prompt: str | None) -> float | None:
-    """Ask the world's judge; return its score, None where it cannot judge."""
+    """Run the world's judge and return its score; None if it cannot judge the clip or the prompt."""
     from postgen.rewards.world import reports_of, why_not
     from postgen.video import VideoError
     from postgen.world import read
@@ -211,7 +211,7 @@ def _judged(found: Scored, clip: Any, prompt: str | None) -> float | None:
 
 
 def _checks(report: Any, reading: Any) -> list[dict[str, Any]]:
-    """Rows of what the judge looked at, the bodies one by one."""
+    """Return a row for each check of the judge: count, then every body, then the rest of the scene."""
     bodies = reading.scene.bodies
     rows = [_row("number of bodies", len(bodies), report.found_count, report.count)]
     for body, seen in zip(bodies, report.bodies, strict=True):
@@ -222,7 +222,7 @@ def _checks(report: Any, reading: Any) -> list[dict[str, Any]]:
             rows.append(_row(f"{name}: event", body.event, seen.found_event, seen.event >= 0.5))
         if seen.direction is not None:
             rows.append(_row(f"{name}: direction", None, None, seen.direction >= 0.5))
-        rows.append(_row(f"{name}: there in every frame, and the same", None, None, seen.steady >= 0.5))
+        rows.append(_row(f"{name}: present and unchanged in every frame", None, None, seen.steady >= 0.5))
     more = f"something in {report.strange} frames" if report.strange else "nothing"
     rows.append(_row("nothing else in the picture", None, more, report.steady or not report.strange))
     if report.camera is not None:
@@ -240,7 +240,7 @@ def _text(value: Any) -> str | None:
 
 @contextmanager
 def _closed_by_cancel(task: Task, footage: Footage) -> Iterator[None]:
-    """Inside, a cancelled job ends what reads frames at their next window."""
+    """While the block runs, close the footage when the job is cancelled: reading then ends at the next window."""
     over = threading.Event()
 
     def watch() -> None:
@@ -256,7 +256,7 @@ def _closed_by_cancel(task: Task, footage: Footage) -> Iterator[None]:
     try:
         yield
     except UserError:
-        task.check()  # it failed because it was closed
+        task.check()  # a closed footage raises a UserError: report the cancel instead
         raise
     finally:
         over.set()

@@ -1,4 +1,4 @@
-"""What the app is started with. Light to import."""
+"""Settings of the app. This module imports no heavy library."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from postgen.families.model_folder import DTYPES
 from postgen.families.offload import OFFLOADS
 
 LOCAL = "127.0.0.1"
-"""Where the app listens where nothing else is said: this machine alone can reach it."""
+"""Default address of the app, which only this machine can reach."""
 OUTPUTS = "postgen-videos"
-"""Folder for what is made, in the folder where the app is started."""
+"""Default folder of outputs, inside the working directory."""
 RESULTS = "results"
-"""Folder of what was made, inside the folder of outputs: the page can read everything in it."""
+"""Folder of the results, inside the folder of outputs. The page can read every file in it."""
 THEMES = ("system", "light", "dark")
-"""Colours of the page: what the browser's system says, or always one of the two."""
+"""Colour schemes of the page; "system" follows the setting of the user's system."""
 
 _LIMITS: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
@@ -31,50 +31,50 @@ _LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AppSettings:
-    """The app: its models, its folders, who reaches it, and how much it takes.
+    """Settings of the app: models, folders, access and limits.
 
     Raises:
-        UserError: a setting that is none, an address that others can reach without `auth`, no such folder.
+        UserError: a value is invalid, a folder does not exist, or other machines can reach `host` and `auth` is empty.
     """
 
     model: str | None = None
-    """The model that is chosen at first, a local diffusers folder or a hub id; None is the embedded model."""
+    """Model that the page selects first: a local diffusers folder or a hub id; None is the embedded model."""
     models: tuple[str, ...] = ()
-    """Further models to choose from, beside `model` and the embedded one."""
+    """Further models that the page offers. It always offers the embedded model."""
     any_model: bool = False
-    """Whether the page takes the name of a model as a text: a folder of this machine, or a hub id."""
+    """Whether users may type the name of any model: a folder of this machine, or a hub id."""
     loras: tuple[str, ...] = ()
-    """LoRA files, folders or hub ids to choose from."""
+    """LoRA files, folders or hub ids that the page offers."""
     outputs: Path = Path(OUTPUTS)
-    """Where what is made is kept; made when it is missing."""
+    """Folder of results and uploaded first frames; created if it is missing."""
     runs: Path | None = None
-    """Folder of training runs, which the page shows and whose LoRAs it offers; None shows none."""
+    """Folder of training runs. The page shows the runs and offers their LoRAs; None disables both."""
     host: str = LOCAL
-    """Address to listen at. Another one than this machine's own needs `auth`."""
+    """Address on which the server listens. An address that other machines can reach needs `auth`."""
     allow_hosts: tuple[str, ...] = ()
-    """Further names under which the app answers, as of a proxy before it; `*` allows every one."""
+    """Further host names that the app accepts, such as the name of a reverse proxy; `*` accepts every name."""
     port: int = 7860
-    """Port; 0 lets the system choose one."""
+    """Port; 0 selects a free port."""
     auth: tuple[tuple[str, str], ...] = ()
-    """Names and passwords of those who may use the app; nothing lets everybody in who reaches it."""
+    """Names and passwords of the users. Without any, everybody who can reach the server can use the app."""
     upload_bytes: int = 64 * 2**20
-    """Largest file that may be uploaded."""
+    """Largest size of an uploaded file, in bytes."""
     upload_seconds: float = 60.0
-    """Longest video that may be uploaded."""
+    """Longest duration of an uploaded video, in seconds."""
     upload_pixels: int = 2**28
-    """Most pixels of all frames of a video that may be uploaded; a picture may have a sixteenth of them."""
+    """Largest number of pixels in all frames of an uploaded video; the limit of a picture is a sixteenth of it."""
     long_seconds: float = 120.0
-    """Longest video that may be made chunk by chunk."""
+    """Longest duration of a video that is made chunk by chunk, in seconds."""
     waiting: int = 50
-    """Most jobs that wait; another one is refused."""
+    """Largest number of waiting jobs; further jobs are refused."""
     at_once: int = 1
-    """Jobs that run at a time; each has a model of its own in memory."""
+    """Number of jobs that run at the same time; each keeps its own model in memory."""
     dtype: str = "auto"
-    """As `GenerateConfig.dtype`."""
+    """Same as `GenerateConfig.dtype`."""
     device: str = "auto"
-    """As `GenerateConfig.device`."""
+    """Same as `GenerateConfig.device`."""
     offload: str = "none"
-    """As `GenerateConfig.offload`."""
+    """Same as `GenerateConfig.offload`."""
     theme: str = "system"
     """One of `THEMES`."""
 
@@ -89,34 +89,38 @@ class AppSettings:
         check_device_name(self.device)
         self._check_people()
         if self.outputs.exists() and not self.outputs.is_dir():
-            raise UserError(f"the folder for outputs {self.outputs} is a file: name a folder")
+            raise UserError(f"outputs must be a folder, and {self.outputs} is a file: name another folder")
         if self.runs is not None and not self.runs.is_dir():
-            raise UserError(f"there is no folder of training runs {self.runs}: name one, or leave it out")
+            raise UserError(f"there is no folder of training runs {self.runs}: name an existing one, or omit runs")
 
     @property
     def local(self) -> bool:
-        """Whether only this machine reaches the app."""
+        """Whether only this machine can reach the app."""
         return is_own(self.host)
 
     def _check_people(self) -> None:
         if not self.host.strip():
-            raise UserError(f"the host is empty: leave it out for {LOCAL}")
+            raise UserError(f"the host is empty: give an address, or omit it for {LOCAL}")
         check_names(self.allow_hosts)
         for pair in self.auth:
             if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(t, str) and t for t in pair):
-                raise UserError("auth must be pairs of a name and a password, neither of them empty")
+                raise UserError("auth must be pairs of a name and a password that are not empty")
         if not self.local and not self.auth:
             raise UserError(
-                f"{self.host} can be reached from other machines: give --auth USER:PASSWORD, or a file of such lines;"
-                f" without it the app listens at {LOCAL} only"
+                f"other machines can reach {self.host}: give --auth USER:PASSWORD (or a file with such lines), or use"
+                f" the default host {LOCAL}"
             )
 
 
 def read_auth(text: str) -> tuple[tuple[str, str], ...]:
-    """Return the names and passwords of USER:PASSWORD, or of a file with such lines.
+    """Return pairs of names and passwords.
+
+    Args:
+        text: `USER:PASSWORD`, or the path of a file with one such pair per line. Empty lines and lines that begin with
+            `#` are ignored.
 
     Raises:
-        UserError: neither a pair nor a readable file, a line without a colon, a name that comes twice.
+        UserError: the text is neither a pair nor a readable file, a line is not a pair, or a name occurs twice.
 
     >>> read_auth("ann:secret:word")
     (('ann', 'secret:word'),)
@@ -127,13 +131,13 @@ def read_auth(text: str) -> tuple[tuple[str, str], ...]:
     pairs = []
     for number, line in enumerate(lines, 1):
         name, colon, password = line.partition(":")
-        if not (colon and name and password):  # what stands there may be a password, so it is not shown
-            raise UserError(f"{what}: line {number} is no USER:PASSWORD")
+        if not (colon and name and password):  # the message does not quote the line: it may be a password
+            raise UserError(f"{what}: line {number} must be USER:PASSWORD")
         pairs.append((name, password))
     if not pairs:
-        raise UserError(f"{what} names nobody: write USER:PASSWORD into it, one a line")
+        raise UserError(f"{what} has no users: write one USER:PASSWORD per line")
     if len({name for name, _ in pairs}) < len(pairs):
-        raise UserError(f"{what} names somebody twice: keep one line for each")
+        raise UserError(f"{what} has a name twice: keep one line per name")
     return tuple(pairs)
 
 

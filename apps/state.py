@@ -1,4 +1,4 @@
-"""What a server of the app holds: its settings, its jobs, its results, and the models it may use."""
+"""State of a server: settings, jobs, results and loaded models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from postgen.interrupts import give_up_threads
 from postgen.request import GenerateConfig
 
 EMBEDDED = "embedded model"
-"""What the page calls the model that comes along."""
+"""Name of the model inside the package, as the page shows it."""
 PICTURES = "pictures"
-"""Folder of the first frames that were uploaded, beside it: results name them, the page reads none of them."""
+"""Folder of uploaded first frames, inside the folder of outputs. Sidecars name its files; the page cannot read it."""
 _WEIGHTS = "*.safetensors"
 
 
 class Models:
-    """Loaded models: as many in memory as jobs run at a time, each lent to one job."""
+    """Loaded models. Each job borrows one; memory holds at most as many models as jobs run at the same time."""
 
     def __init__(self, most: int = 1) -> None:
         self._most = most
@@ -40,16 +40,16 @@ class Models:
 
     @contextmanager
     def lent(self, key: Any, load: Callable[[], Any]) -> Iterator[Any]:
-        """Lend a loaded model to a block: one that was loaded before under the same key, else what `load` returns.
+        """Lend a model to a block: the loaded model with this key, or a new one from `load`.
 
-        A model of another key leaves memory before another one is loaded.
+        If memory is full, idle models with other keys are freed before `load` is called.
 
         Args:
-            key: equal for models that are the same, such as `Job.loading`.
-            load: loads it.
+            key: identifies the model; equal keys mean the same model, for example `Job.loading`.
+            load: function that loads the model.
 
         Raises:
-            UserError: whatever `load` raises.
+            UserError: `load` raised it.
         """
         pipe = self._taken(key)
         if pipe is None:
@@ -63,17 +63,17 @@ class Models:
                 self._idle.append((key, pipe))
 
     def pipeline(self, job: Job) -> Any:
-        """As `lent`, for the pipeline of a job of `postgen.generate`."""
+        """Lend the pipeline of a job of `postgen.generate`; see `lent`."""
         return self.lent(job.loading, lambda: load(job))
 
     def clear(self) -> None:
-        """Take the models that nobody uses out of memory, as for work that loads its own."""
+        """Free the models that no job uses, for example before work that loads other networks."""
         with self._lock:
             self._idle.clear()
         _give_back()
 
     def _taken(self, key: Any) -> Any:
-        """Return an idle model of a key, or make room and return None."""
+        """Return an idle model with this key; otherwise free idle models to make room and return None."""
         with self._lock:
             self._lent += 1
             for number, (other, pipe) in enumerate(self._idle):
@@ -88,7 +88,7 @@ class Models:
 
 
 class App:
-    """One server: made once, handed to every tab.
+    """One server. It is created once and passed to every tab.
 
     Raises:
         UserError: the folder of outputs cannot be written.
@@ -102,65 +102,65 @@ class App:
         self.jobs = Jobs(at_once=settings.at_once, waiting=settings.waiting)
         self.models = Models(settings.at_once)
         self.facts: Callable[[str | None], ModelFacts] = cache(self._facts)
-        """What is known of a model by its name, None for the embedded one; read once."""
+        """Function that returns the facts of a model by its name (None: the embedded model); cached per name."""
         self.page: Any = None
-        """The `gr.Blocks` that is being built, for events of the page itself."""
+        """The `gr.Blocks` of the page, for its load events."""
         self.remembered: dict[str, Any] = {}
-        """What the browser keeps for each tab, a `gr.BrowserState` by the tab's module. They stand outside of the
-        tabs: when the page loads, only what is in the first tab is there."""
+        """Module of a tab -> `gr.BrowserState` with the values that the browser keeps for the tab. These components
+        are created outside the tabs, because only components of the first tab exist when the page loads."""
 
     @property
     def model_names(self) -> list[str]:
-        """What the page offers, the first one first chosen."""
+        """Names of the models that the page offers; the page selects the first one at the start."""
         named = [self.settings.model or EMBEDDED, *self.settings.models, EMBEDDED]
         return list(dict.fromkeys(named))
 
     def model(self, name: Any) -> str | None:
-        """Return the model of a name that the page sent: what `GenerateConfig.model` takes.
+        """Return the value of `GenerateConfig.model` for a model name that the page sent.
 
         Raises:
-            UserError: it is not among `model_names`, and the server was not started with `any_model`.
+            UserError: the name is not in `model_names`, and the setting `any_model` is off.
         """
         if name in (None, "", EMBEDDED):
             return None
         if isinstance(name, str) and (name in self.model_names or self.settings.any_model):
             return name
-        raise UserError(f"this server has no model of that name. It has: {', '.join(self.model_names)}")
+        raise UserError(f"this server has no model of that name. Choose one of: {', '.join(self.model_names)}")
 
     def request(self, prompt: str, *, model: str | None, **fields: Any) -> GenerateConfig:
-        """Return a request that runs as the server's settings say.
+        """Return a request with the dtype, device and offloading of the server's settings.
 
         Args:
-            prompt: what the video shows.
-            model: from `model`, or `AppSettings.model`.
+            prompt: description of the video.
+            model: return value of the method `model`, or `AppSettings.model`.
             **fields: further fields of `GenerateConfig`.
 
         Raises:
-            UserError: a wrong one.
+            UserError: a field is invalid.
         """
         own = {name: getattr(self.settings, name) for name in ("dtype", "device", "offload")}
         return GenerateConfig(prompt=prompt, model=model, **own, **fields)
 
     @property
     def runs_root(self) -> Path | None:
-        """Folder of the training runs, without links on the way; None for none."""
+        """Folder of the training runs, with symbolic links resolved; None if there is none."""
         root = self.settings.runs
         return None if root is None else Path(root).expanduser().resolve()
 
     def of_runs(self, path: Path) -> bool:
-        """Whether a path leads, through all links, into the folder of the training runs."""
+        """Whether a path, with symbolic links resolved, is inside the folder of the training runs."""
         return (root := self.runs_root) is not None and within(path, root)
 
     def runs(self) -> dict[str, Path]:
-        """Return the folders of training runs by the name that the page shows; links that lead out are no runs."""
+        """Return the folders of training runs by name; symbolic links to other places are left out."""
         found: list[Path] = []
         if (root := self.runs_root) is not None:
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # the folder may have been removed since the start
                 found = sorted(root.iterdir())
         return {path.name: path for path in found if path.name[0] != "." and path.is_dir() and self.of_runs(path)}
 
     def loras(self) -> dict[str, str]:
-        """Return the LoRAs that the page offers, by the name that it shows: those of the settings, and of the runs."""
+        """Return the LoRAs of the settings and of the training runs, by their name on the page."""
         found: dict[str, str] = {}
         for text in self.settings.loras:
             place = Path(text)
@@ -172,20 +172,20 @@ class App:
         return found
 
     def lora(self, name: Any) -> str | None:
-        """Return what a name of `loras` stands for; None for none.
+        """Return the LoRA with a name of `loras`; None if the name is None or empty.
 
         Raises:
-            UserError: it is not among them.
+            UserError: `loras` has no such name.
         """
         if name in (None, ""):
             return None
         found = self.loras().get(name) if isinstance(name, str) else None
         if found is None:
-            raise UserError("this server has no LoRA of that name: reload the page for the present list")
+            raise UserError("this server has no LoRA of that name: reload the page and choose one from its list")
         return found
 
     def close(self) -> None:
-        """End the jobs and free the models. A job that does not end soon is given up."""
+        """Cancel the jobs and free the models. A job that does not end within some seconds is abandoned."""
         if not self.jobs.close():
             give_up_threads()
         self.models.clear()
@@ -197,7 +197,7 @@ class App:
 
 
 def _give_back() -> None:
-    """Return memory of what is gone to the device."""
+    """Collect garbage and return cached GPU memory to the device."""
     import torch
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""What the page says of a job: one line and a bar, the same in every tab."""
+"""HTML for the state of a job: one line and a progress bar, the same in every tab."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from postgen.apps.jobs import Progress
 
 
 def status(progress: Progress | None, idle: str = "") -> str:
-    """Return HTML that says how a job stands: its place in the queue, or steps and seconds left, or how it ended.
+    """Return HTML with the state of a job: its place in the queue, or its steps and remaining time, or its end.
 
     Args:
-        progress: of the job; None while there is none.
-        idle: what is said then.
+        progress: state of the job; None if there is no job.
+        idle: text that is shown if there is no job.
     """
     if progress is None:
         return line("idle", idle, "")
@@ -21,13 +21,13 @@ def status(progress: Progress | None, idle: str = "") -> str:
         return line("waiting", f"Waiting: {jobs} before this one", "", 0.0)
     if progress.state == "running":
         return _running(progress)
-    took = f"{duration(progress.seconds)} in all" if progress.seconds else ""
+    took = f"{duration(progress.seconds)} in total" if progress.seconds else ""
     said = {"done": "Done", "failed": f"Failed: {progress.error}", "cancelled": "Cancelled: nothing was kept"}
     return line(progress.state, said[progress.state], took, note=progress.note)
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it.
+    """Return a duration in seconds as a short text with units.
 
     >>> duration(7.4), duration(75), duration(4000)
     ('7 s', '1 min 15 s', '1 h 6 min')
@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def _running(progress: Progress) -> str:
-    what = "Ending" if progress.stopping else progress.text or "Running"
+    what = "Stopping" if progress.stopping else progress.text or "Running"
     if not progress.total:
         return line("running", what, duration(progress.seconds), 0.0, progress.note)
     left = progress.seconds_left
@@ -51,14 +51,14 @@ def _running(progress: Progress) -> str:
 
 
 def line(state: str, what: str, more: str, share: float | None = None, note: str = "") -> str:
-    """Return HTML of a line, and of a bar where there is a share in [0, 1].
+    """Return HTML of a status line, optionally with a progress bar and a note.
 
     Args:
-        state: idle, waiting, running, done, failed or cancelled.
-        what: stands on the left.
-        more: stands on the right.
-        share: how much is done.
-        note: stands below.
+        state: idle, waiting, running, done, failed or cancelled; selects the style.
+        what: text on the left.
+        more: text on the right.
+        share: finished share in [0, 1] for the progress bar; None omits the bar.
+        note: text below the line.
     """
     bar = "" if share is None else f'<div class="bar"><div style="width:{share * 100:.1f}%"></div></div>'
     text = f'<div class="line"><span>{escape(what)}</span><span>{escape(more)}</span></div>'

@@ -1,6 +1,6 @@
-"""Files that come in through the page: held to the limits of the server before anything else looks at them.
+"""Uploads of the page: check the limits of the server before any other code reads a file.
 
-Gradio keeps an upload in a folder of its own under a name that it made safe; postgen.video decodes it.
+Gradio stores each upload in its own folder under a safe file name; `postgen.video` decodes it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from postgen.apps.settings import AppSettings
 from postgen.errors import UserError
 
 _NOTE_BYTES = 2**20
-"""Largest sidecar: its prompt is the longest part."""
+"""Largest sidecar, in bytes; the prompt is the longest part of one."""
 
 
 def uploaded(path: Any, settings: AppSettings, what: str) -> Path:
-    """Return an upload whose size is allowed.
+    """Check the size of an upload and return its path.
 
     Args:
-        path: what the page's component gave.
-        settings: with the limits.
-        what: what it should be, for messages.
+        path: value of the upload component.
+        settings: settings with the limits.
+        what: name of the upload in messages, such as "clip".
 
     Raises:
-        UserError: nothing was uploaded, or the file is too large or empty.
+        UserError: there is no upload, or the file is empty or too large.
     """
     if not isinstance(path, str) or not path:
         raise UserError(f"there is no {what}: choose a file")
@@ -48,12 +48,12 @@ def uploaded(path: Any, settings: AppSettings, what: str) -> Path:
 
 
 def uploaded_video(path: Any, settings: AppSettings, what: str = "video") -> Any:
-    """Return an uploaded video that keeps to all limits, as a `postgen.video.Footage`.
+    """Check an uploaded video against all limits and return it as a `postgen.video.Footage`.
 
-    Frames are decoded no further than the limit of pixels reaches: a small file may hold hours.
+    Decoding stops at the pixel limit, because a small file may contain hours of video.
 
     Raises:
-        UserError: no file, too large, too long, too many pixels, no video, damaged.
+        UserError: there is no file, it is not a video or damaged, or it has too many bytes, seconds or pixels.
     """
     from postgen.video import Footage, VideoError, probe
 
@@ -64,7 +64,7 @@ def uploaded_video(path: Any, settings: AppSettings, what: str = "video") -> Any
         raise UserError(f"the {what} is refused: {_without_place(error, file)}") from error
     if info.seconds > settings.upload_seconds:
         raise UserError(
-            f"the {what} takes {info.seconds:.1f} seconds, and at most {settings.upload_seconds:g} are allowed: cut it"
+            f"the {what} has {info.seconds:.1f} seconds, and at most {settings.upload_seconds:g} are allowed: cut it"
         )
     return Footage(file, info)
 
@@ -73,14 +73,14 @@ def uploaded_picture(path: Any, settings: AppSettings, what: str = "picture") ->
     """Return an uploaded picture as a PIL image in RGB.
 
     Raises:
-        UserError: no file, too large, too many pixels, no picture.
+        UserError: there is no file, it is not a picture, or it has too many bytes or pixels.
     """
     from postgen.video import VideoError, check_picture, read_picture
 
     file = uploaded(path, settings, what)
     most = settings.upload_pixels // 16
     try:
-        width, height = check_picture(file)  # before it is decoded: a small file may hold a large picture
+        width, height = check_picture(file)  # before decoding, because a small file may contain a huge picture
         if width * height > most:
             raise UserError(
                 f"the {what} has {width} x {height} pixels, and at most {most:,} are allowed: make it smaller"
@@ -92,10 +92,10 @@ def uploaded_picture(path: Any, settings: AppSettings, what: str = "picture") ->
 
 @contextmanager
 def discarding(path: Any) -> Iterator[None]:
-    """Remove an upload when the block refuses it, by a `UserError`: nobody can do anything with it then.
+    """Delete an upload if the block raises a `UserError`, because the refused file has no further use.
 
     Args:
-        path: what the page's component gave. Nothing outside of the folder of uploads is removed.
+        path: value of the upload component. Files outside the folder of uploads are never deleted.
     """
     try:
         yield
@@ -105,7 +105,7 @@ def discarding(path: Any) -> Iterator[None]:
             if file.is_file() and file.is_relative_to(folder):
                 file.unlink()
                 if file.parent != folder:
-                    file.parent.rmdir()  # each upload has a folder of its own
+                    file.parent.rmdir()  # each upload has its own folder
         raise
 
 
@@ -113,7 +113,7 @@ def uploaded_json(path: Any, settings: AppSettings, what: str = "settings file")
     """Return the object in an uploaded JSON file.
 
     Raises:
-        UserError: no file, larger than 1 MiB, or no JSON object.
+        UserError: there is no file, it is larger than 1 MiB, or it does not contain a JSON object.
     """
     from postgen.reading import read_json
 
@@ -123,15 +123,15 @@ def uploaded_json(path: Any, settings: AppSettings, what: str = "settings file")
     except UserError as error:
         raise UserError(_without_place(error, file)) from error
     if not isinstance(found, dict):
-        raise UserError(f"the {what} holds no settings: upload the JSON that stands beside a video of postgen")
+        raise UserError(f"the {what} has no settings: upload the JSON file beside a video of postgen")
     return found
 
 
 def uploaded_settings(path: Any, settings: AppSettings) -> Mapping[str, Any]:
-    """Return the settings in an uploaded sidecar, or in a video that postgen wrote them into.
+    """Return the settings in an uploaded sidecar, or in the metadata of an uploaded video of postgen.
 
     Raises:
-        UserError: no such file, or one without settings of postgen.
+        UserError: there is no file, or it has no settings of postgen.
     """
     from postgen.reading import parse_json
     from postgen.video import VideoError, read_comment
@@ -145,16 +145,16 @@ def uploaded_settings(path: Any, settings: AppSettings) -> Mapping[str, Any]:
         except VideoError as error:
             raise UserError(f"the file cannot be read as a video: {_without_place(error, file)}") from error
         if text is None:
-            raise UserError("the video holds no settings: upload the JSON that postgen wrote beside it")
+            raise UserError("the video has no settings: upload the JSON file that postgen wrote beside it")
         note = parse_json(text, "the settings in the video cannot be read")
     found = note.get("settings") if isinstance(note, dict) else None
     if not isinstance(found, dict):
-        raise UserError("the file holds no settings of postgen: upload a video that it made, or the JSON beside one")
+        raise UserError("the file has no settings: upload a video made by postgen, or the JSON file beside it")
     return found
 
 
 def _without_place(error: Exception, file: Path) -> str:
-    """Return what an error says, with the name of the upload in place of where the server keeps it."""
+    """Return the message of an error with the path of the upload replaced by its file name."""
     text = str(error)
     with suppress(OSError):
         text = text.replace(str(file.resolve()), file.name)

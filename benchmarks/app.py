@@ -1,11 +1,10 @@
-"""The app under load and attack, and as a pip user gets it. `python -m benchmarks.app` writes `results/app.json`.
+"""Benchmark of the app under load, under attack, and installed with pip: `python -m benchmarks.app`.
 
-Everything is asked of real servers, `postgen demo` in processes of their own, on the CPU. Parts: `start` (the median
-of three starts), `jobs` (`benchmarks.app_jobs`), `paths` (`benchmarks.app_paths`), `uploads`
-(`benchmarks.app_uploads`), `wheel` (`benchmarks.app_wheel`). The file is written after each part, so what an
-interrupted run has measured stays; `--only PART` measures some and keeps what the file says of the others. `--tiny`
-goes through it with less of everything, in less than a minute, and writes elsewhere. `--docs` measures nothing and
-writes the table of `docs/app.md` anew.
+The benchmark starts real servers (`postgen demo`) as processes on the CPU and writes `results/app.json`. Parts:
+`start` (median time of three starts), `jobs` (`benchmarks.app_jobs`), `paths` (`benchmarks.app_paths`), `uploads`
+(`benchmarks.app_uploads`) and `wheel` (`benchmarks.app_wheel`). The file is written after each part, so an interrupted
+run keeps its finished parts. `--only PART` measures some parts and keeps the results of the others. `--tiny` is a
+short run of less than a minute that writes to another file. `--docs` only rewrites the table in `docs/app.md`.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from benchmarks.lit_tables import table
 
 STARTS = 3
 TRIES = 20
-"""Fewest tries to read a file of the server that count."""
+"""Smallest number of tries to read a file of the server for which the gate has a value."""
 PAGE = RESULTS.parent.parent / "docs" / "app.md"
 
 
 def start(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """Start the command so many times; return the seconds until its page is answered, and the median of them."""
+    """Start the command several times; return wall and CPU seconds until the page answers, with their medians."""
     from tests.apps.served import serving
 
     rows = []
@@ -50,21 +49,21 @@ def start(folder: Path, *, tiny: bool) -> dict[str, Any]:
 
 
 def jobs(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """As `benchmarks.app_jobs.measured`."""
+    """Run `benchmarks.app_jobs.measured`."""
     from benchmarks.app_jobs import measured
 
     return measured(folder, tiny=tiny)
 
 
 def paths(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """As `benchmarks.app_paths.measured`."""
+    """Run `benchmarks.app_paths.measured`."""
     from benchmarks.app_paths import measured
 
     return measured(folder, tiny=tiny)
 
 
 def uploads(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """As `benchmarks.app_uploads.measured`, with the value of its gate."""
+    """Run `benchmarks.app_uploads.measured` and add the value of its gate."""
     from benchmarks.app_uploads import measured, stopped
 
     found = measured(folder)
@@ -72,7 +71,7 @@ def uploads(folder: Path, *, tiny: bool) -> dict[str, Any]:
 
 
 def wheel(folder: Path, *, tiny: bool) -> dict[str, Any]:
-    """As `benchmarks.app_wheel.measured`, with the value of its gate."""
+    """Run `benchmarks.app_wheel.measured` and add the value of its gate."""
     from benchmarks.app_wheel import measured, works
 
     found = measured(folder, tiny=tiny)
@@ -89,10 +88,10 @@ PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
 
 
 def gates(parts: Mapping[str, Mapping[str, Any]]) -> list[Gate]:
-    """Return the gates of what was measured; what was not has no value."""
+    """Return the gates; the gate of a part that was not measured has no value."""
     found = {name: parts.get(name, {}) for name in PARTS}
     lost = found["jobs"].get("lost")
-    # A page that cannot be read any more, or too few tries, show nothing.
+    # "No file was readable" means nothing if results cannot be read either, or if there were too few tries.
     sound = found["paths"].get("result_is_given") and found["paths"].get("tries", 0) >= TRIES
     return [
         gate("queued_jobs_lost", None if lost is None else len(lost), "==", 0),
@@ -105,17 +104,17 @@ def gates(parts: Mapping[str, Mapping[str, Any]]) -> list[Gate]:
 
 
 def measure(only: Sequence[str], output: Path, *, tiny: bool) -> list[Gate]:
-    """Measure parts one after another and write the file after each; return the gates.
+    """Measure parts one after another, write the file after each part, and return the gates.
 
     Args:
-        only: names of parts.
-        output: the file, from which the other parts are kept.
-        tiny: less of everything.
+        only: names of the parts.
+        output: result file; parts in it that are not measured again are kept.
+        tiny: whether to run the short version.
     """
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     parts = {name: part for name, part in before.get("parts", {}).items() if name in PARTS}
     for name in only:
-        print(f"{name}: begins", flush=True)
+        print(f"{name}: started", flush=True)
         load, begin, used = os.getloadavg()[0], time.monotonic(), _children_seconds()
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[name](Path(folder), tiny=tiny)
@@ -134,22 +133,22 @@ def measure(only: Sequence[str], output: Path, *, tiny: bool) -> list[Gate]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers depend on: processors, memory, and whether others were at work."""
+    """Return the facts of the machine that the numbers depend on: CPU cores, memory, other load."""
     return {
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "shared": "other work ran on the same cores; CPU seconds stand beside wall seconds, the load before each part",
+        "shared": "other programs used the same cores: see the CPU seconds and the load average of each part",
     }
 
 
 def _children_seconds() -> float:
-    """Return the processor seconds of this process and of those that it started and that have ended."""
+    """Return the CPU seconds of this process and of its child processes that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def markdown(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the table of `docs/app.md`; what was not measured says so."""
+    """Yield the lines of the table in `docs/app.md`; rows of missing parts say "not measured yet"."""
     parts = result["parts"]
     rows = []
     for row in result["gates"]:
@@ -157,21 +156,21 @@ def markdown(result: Mapping[str, Any]) -> Iterator[str]:
         told = words(parts[part]) if part in parts else "not measured yet"
         value = "" if row["value"] is None else f"{row['value']:g}"
         rows.append([f"`{row['name']}`", value, f"{row['op']} {row['target']:g}", told])
-    yield from table(["Gate", "Measured", "Asked for", "What"], rows)
+    yield from table(["Gate", "Measured", "Target", "Meaning"], rows)
 
 
 def _of_jobs(part: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in part["by_kind"].items() if kind != "make")
     return (
-        f"of {part['jobs']} jobs of {part['users']} users at once ({kinds}), valid ones without video and sidecar;"
-        f" {part['wall_seconds']:.0f} s, {part['server_cpu_seconds']:.0f} s of CPU"
+        f"valid jobs without a video and a sidecar, of {part['jobs']} jobs from {part['users']} concurrent users"
+        f" ({kinds}); {part['wall_seconds']:.0f} s, {part['server_cpu_seconds']:.0f} s of CPU time"
     )
 
 
 def _of_start(part: Mapping[str, Any]) -> str:
     return (
-        f"until the page answers, median of {len(part['rows'])} starts: {part['cpu_seconds']:.1f} s of CPU;"
-        f" {part['measured']['load_before']:g} processes wanted the cores before"
+        f"seconds until the page answers, median of {len(part['rows'])} starts; {part['cpu_seconds']:.1f} s of CPU"
+        f" time, load average of the machine before: {part['measured']['load_before']:g}"
     )
 
 
@@ -179,48 +178,58 @@ _TOLD: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "queued_jobs_lost": ("jobs", _of_jobs),
     "memory_growth_mb": (
         "jobs",
-        lambda part: f"after these jobs, above {part['after_first_jobs']['rss_mb']:.0f} MB after the first ones",
+        lambda part: (
+            f"memory of the server after these jobs, above the {part['after_first_jobs']['rss_mb']:.0f} MB after its"
+            " first jobs"
+        ),
     ),
     "start_seconds": ("start", _of_start),
-    "server_paths_readable": ("paths", lambda part: f"files of the server that {part['tries']} tries could read"),
+    "server_paths_readable": (
+        "paths",
+        lambda part: f"private files of the server that {part['tries']} tries could read",
+    ),
     "oversize_uploads_stopped": (
         "uploads",
         lambda part: (
-            f"of {part['uploads']} uploads over a limit {len(part['got_through'])} got through, and"
-            f" {len(part['left_on_disk'])} left something on the disk"
+            f"1 if every upload over a limit is refused: of {part['uploads']} uploads"
+            f" {len(part['got_through'])} were accepted, and {len(part['left_on_disk'])} left files on the disk"
         ),
     ),
     "wheel_install_works": (
         "wheel",
-        lambda part: f"the wheel in a fresh environment, its commands and its app, {len(part['rows'])} steps",
+        lambda part: (
+            f"1 if the wheel installs in a fresh environment and its commands and app work, {len(part['rows'])} steps"
+        ),
     ),
 }
-"""Part that measures each gate, and what the docs say of its number."""
+"""Gate -> its part, and a function that writes the meaning of its number for the table in the docs."""
 
 
 def write_table(page: Path = PAGE) -> None:
-    """Write the table of the docs anew, of the result that is there."""
+    """Rewrite the table of the docs page from the stored result."""
     docs_tables.write(page, {"app": markdown(read_result("app"))})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write the file."""
+    """Run the benchmark from the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.app", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="measure these alone")
-    parser.add_argument("--tiny", action="store_true", help="less of everything, to see that it works")
-    parser.add_argument("--output", type=Path, help="results/app.json, or out/app-tiny.json with --tiny")
-    parser.add_argument("--docs", action="store_true", help="measure nothing, write the table of docs/app.md")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="short run that checks the benchmark itself")
+    parser.add_argument(
+        "--output", type=Path, help="result file (default: results/app.json, with --tiny out/app-tiny.json)"
+    )
+    parser.add_argument("--docs", action="store_true", help="only rewrite the table in docs/app.md")
     options = parser.parse_args(argv)
     if options.docs:
         write_table()
         return 0
     output = options.output or (Path("out/app-tiny.json") if options.tiny else RESULTS / "app.json")
     if options.tiny and output.resolve() == (RESULTS / "app.json").resolve():
-        parser.error("what --tiny measures is no result: name another --output")
+        parser.error("a --tiny run must not overwrite results/app.json: give another --output")
     for row in measure(options.only, output, tiny=options.tiny):
-        print(
-            f"{row['name']}: {row['value']}, asked for {row['op']} {row['target']:g}{'' if row['ok'] else ': MISSED'}"
-        )
+        print(f"{row['name']}: {row['value']}, target {row['op']} {row['target']:g}{'' if row['ok'] else ': MISSED'}")
     return 0
 
 

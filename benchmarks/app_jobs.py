@@ -1,11 +1,10 @@
-"""Many jobs at once on a real server of the app: is one of them lost, and does the server keep memory of them?
+"""Load test of the app: many jobs at once on a real server, checked for lost jobs and memory growth.
 
     python -m benchmarks.app_jobs
 
-Several users of `gradio_client` put all their jobs in at once. Some of these are wrong and refused, some are cancelled
-while they wait or run, some are left by their caller, some fail on purpose: their model has weights that are cut off.
-Every other job must come back with a video that can be read, of its own seed and prompt, and stand once in the
-history.
+Several `gradio_client` users submit all their jobs at once. Some jobs are invalid and refused, some are cancelled
+while they wait or run, some are abandoned by their caller, and some fail because their model has truncated weights.
+Every other job must return a readable video of its own seed and prompt, and must be in the history exactly once.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from tests.apps.served import Served, serving
 SEED = 24
 USERS = 5
 JOBS = {"make": 30, "invalid": 6, "fail": 4, "cancelled while it waits": 4, "cancelled while it runs": 3, "left": 3}
-"""Kinds of jobs, and how many of each; they come in an order that is drawn."""
+"""Kind of job -> number of jobs; their order is random with a fixed seed."""
 FEW = {**dict.fromkeys(JOBS, 1), "make": 3}
-"""As `JOBS`, for a try."""
+"""Kinds and numbers of jobs for a short run."""
 LEVEL = 3
-"""Jobs before the level of memory is read."""
+"""Number of jobs before the first measurement of memory."""
 SIZE = 64
 PATIENCE = 600.0
-"""Seconds that a job may take, the whole queue before it included."""
+"""Most seconds that a job may take, including the time in the queue."""
 _LONG = 2000
-"""Steps of a job that is cancelled while it runs."""
+"""Number of steps of a job that is cancelled while it runs."""
 _BODIES = ("red ball", "blue cube", "green cylinder", "yellow ball", "purple cube")
 _MOVES = ("rolls left", "rolls right", "falls", "stays still")
 _WRONG: tuple[dict[str, Any], ...] = (
@@ -54,7 +53,7 @@ _WRONG: tuple[dict[str, Any], ...] = (
     {"model": "no such model"},
     {"lora": "no such LoRA"},
 )
-# The command itself, with a signal that collects what Python has not collected yet.
+# The command `postgen demo`, with a signal handler that runs the garbage collector before memory is measured.
 _PROGRAM = (
     "import gc, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: gc.collect())\n"
     "from postgen.cli import main; main(sys.argv[1:])"
@@ -63,7 +62,7 @@ _PROGRAM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """One job, and what is done with it."""
+    """One planned job."""
 
     number: int
     kind: str
@@ -72,31 +71,31 @@ class Wanted:
 
     @property
     def user(self) -> int:
-        """Who asks for it."""
+        """Number of the user who submits the job."""
         return self.number % USERS
 
 
 @dataclass(kw_only=True)
 class Ended:
-    """What became of a job."""
+    """Outcome of a job."""
 
     number: int
     kind: str
     user: int
     state: str
-    """As the server says; "refused" before the queue, "left", "no answer"."""
+    """Final state on the server, or "refused" (before the queue), "left" (abandoned by its caller), "no answer"."""
     said: str = ""
-    """The error, in the server's words."""
+    """Error message of the server."""
     cancelled_as: str = ""
-    """How it stood when it was cancelled."""
+    """State of the job when it was cancelled."""
     seconds: float = 0.0
-    """From when it was put in."""
+    """Seconds from the submission to the end."""
     wrong: list[str] = field(default_factory=list)
-    """What is wrong with the files of one that is done."""
+    """Errors in the files of a finished job."""
 
 
 def planned(counts: Mapping[str, int], broken: str) -> list[Wanted]:
-    """Return jobs of these kinds in an order that is drawn; `broken` is the name of a model that cannot be loaded."""
+    """Return jobs of these kinds in random order; `broken` is the name of a model that cannot be loaded."""
     draw = random.Random(SEED)
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     draw.shuffle(kinds)
@@ -119,12 +118,12 @@ def _words(number: int, kind: str, broken: str) -> dict[str, Any]:
 
 
 def lost(rows: Sequence[Ended], history: Sequence[Mapping[str, Any]], wanted: Sequence[Wanted]) -> list[int]:
-    """Return the numbers of jobs that are lost: valid, cancelled by nobody, and not there as they were asked for.
+    """Return the numbers of the lost jobs: valid jobs, not cancelled, without the requested result.
 
     Args:
-        rows: what became of jobs. A valid one without a row is lost.
-        history: what the server lists, with `seed` and `prompt`.
-        wanted: all jobs.
+        rows: outcomes of the jobs. A valid job without a row is lost.
+        history: results in the history of the server, with `seed` and `prompt`.
+        wanted: all planned jobs.
     """
     listed = Counter((entry["seed"], entry["prompt"]) for entry in history)
     ended = {row.number: row for row in rows}
@@ -139,9 +138,9 @@ def lost(rows: Sequence[Ended], history: Sequence[Mapping[str, Any]], wanted: Se
 
 
 def unexpected(rows: Sequence[Ended], history: Sequence[Mapping[str, Any]], wanted: Sequence[Wanted]) -> list[str]:
-    """Return what else went otherwise than it must: of jobs that are no valid ones, or were cancelled."""
+    """Return descriptions of unexpected outcomes of invalid, failing, cancelled and abandoned jobs."""
     states = {"invalid": {"refused"}, "fail": {"failed"}, "left": {"left"}}
-    # Between the last look at a job and the cancel it may have come to its end.
+    # A waiting job may finish between the last check of its state and the cancel.
     states |= {"cancelled while it waits": {"cancelled", "done"}, "cancelled while it runs": {"cancelled"}}
     listed = {entry["seed"] for entry in history}
     ended = {row.number: row for row in rows}
@@ -157,7 +156,7 @@ def unexpected(rows: Sequence[Ended], history: Sequence[Mapping[str, Any]], want
 
 @contextmanager
 def server(folder: Path) -> Iterator[Served]:
-    """Start `postgen demo` with the embedded model and one whose weights are cut off."""
+    """Start `postgen demo` with the embedded model and a copy of it with truncated weights."""
     broken = folder / BROKEN
     shutil.copytree(embedded_model(), broken)
     (weights,) = (broken / "transformer").glob("*.safetensors")
@@ -174,7 +173,7 @@ BROKEN = "cut-off"
 
 
 def resources(process: psutil.Process) -> dict[str, float]:
-    """Return what a process holds, in MB where it is memory, after it has collected its garbage."""
+    """Return memory (MB), threads, open files and CPU seconds of a process, after a garbage collection in it."""
     process.send_signal(signal.SIGUSR1)
     time.sleep(2)
     memory, times = process.memory_full_info(), process.cpu_times()
@@ -188,7 +187,7 @@ def resources(process: psutil.Process) -> dict[str, float]:
 
 
 class User(threading.Thread):
-    """Puts all its jobs in at once, cancels what is to be cancelled, and looks at what comes back."""
+    """A user who submits all jobs at once, cancels some of them, and checks the results."""
 
     def __init__(self, url: str, jobs: Sequence[Wanted], downloads: Path, tell: Callable[[Ended], None]) -> None:
         super().__init__(daemon=True)
@@ -196,7 +195,7 @@ class User(threading.Thread):
         self.rows: list[Ended] = []
 
     def run(self) -> None:
-        """Ask."""
+        """Submit the jobs and wait for their outcomes."""
         from gradio_client import Client
 
         client = Client(self._url, verbose=False, download_files=str(self._downloads))
@@ -219,7 +218,7 @@ class User(threading.Thread):
 
 
 def _act(client: Any, wanted: Wanted, call: Any) -> str:
-    """Cancel a job where its time has come; return how it stood then, nothing where it was not cancelled."""
+    """Cancel a job if it has reached the state for its kind; return that state, or "" if it was not cancelled."""
     outputs = call.outputs() if wanted.kind in ("cancelled while it waits", "cancelled while it runs", "left") else []
     if not outputs:
         return ""
@@ -234,7 +233,7 @@ def _act(client: Any, wanted: Wanted, call: Any) -> str:
 
 
 def ended(wanted: Wanted, call: Any, cancelled_as: str) -> Ended:
-    """Return what became of a call that is done."""
+    """Return the outcome of a finished call."""
     row = Ended(number=wanted.number, kind=wanted.kind, user=wanted.user, state="", cancelled_as=cancelled_as)
     outputs = call.outputs()
     left = wanted.kind == "left" and cancelled_as
@@ -243,14 +242,14 @@ def ended(wanted: Wanted, call: Any, cancelled_as: str) -> Ended:
         row.state = "left" if left else last["state"]
         if row.state == "done":
             row.wrong = wrong_with(last["result"], wanted.words)
-    except Exception as error:  # whatever the client makes of an answer
+    except Exception as error:  # the client raises errors of many types
         row.said = str(error)[:300]
         row.state = "left" if left else "failed" if outputs else "refused"
     return row
 
 
 def wrong_with(result: Mapping[str, Any], words: Mapping[str, Any]) -> list[str]:
-    """Return what of the files of a result, as a client has them, is not what was asked for."""
+    """Return the differences between the downloaded files of a result and the request."""
     try:
         clip = read_video(result["video"])
         note = json.loads(Path(result["sidecar"]).read_text(encoding="utf-8"))
@@ -267,11 +266,11 @@ def wrong_with(result: Mapping[str, Any], words: Mapping[str, Any]) -> list[str]
 
 
 def measured(folder: Path, *, tiny: bool = False) -> dict[str, Any]:
-    """Start a server, put the jobs in, and return what became of them and of the server's memory.
+    """Start a server, run the jobs, and return their outcomes and the memory of the server.
 
     Args:
-        folder: for the server and for what it gives; nobody else uses it.
-        tiny: whether a few jobs are enough.
+        folder: empty folder for the server and the downloads.
+        tiny: whether to run few jobs.
     """
     with server(folder) as served:
         process = psutil.Process(served.process.pid)
@@ -303,7 +302,7 @@ def measured(folder: Path, *, tiny: bool = False) -> dict[str, Any]:
 
 
 def _asked(url: str, wanted: Sequence[Wanted], folder: Path) -> list[Ended]:
-    """Let the users ask for jobs, all at once, and wait for them."""
+    """Run all users at the same time, wait for them, and return the outcomes of their jobs."""
     count, lock = 0, threading.Lock()
 
     def tell(row: Ended) -> None:
@@ -326,7 +325,7 @@ def _asked(url: str, wanted: Sequence[Wanted], folder: Path) -> list[Ended]:
 
 
 def without_places(text: str, folder: Path) -> str:
-    """Return what a server said, with names in place of the folders of this machine."""
+    """Return a message of the server without the paths of this machine's folders."""
     for place in (folder, Path(embedded_model()).parent):
         text = text.replace(f"{place}/", "")
     return text

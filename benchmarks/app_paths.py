@@ -1,10 +1,10 @@
-"""Can a file of the server be read through the app that is neither a result nor an asset of the page?
+"""Attack test of the app: can a client read a file of the server that is not a result or an asset of the page?
 
     python -m benchmarks.app_paths
 
-A real server, beside it files that nobody should read, each with a line that nothing else has. Then the tries of
-`benchmarks.app_tries`, and every event of the page with a path in place of each input. What comes back is searched for
-those lines. An upload whose name leads elsewhere counts too when it stands there.
+The test starts a real server next to private files, each with a unique line. It runs the tries of
+`benchmarks.app_tries`, triggers every event of the page with a path in place of each input, and searches the answers
+for the unique lines. An upload whose name makes the server write outside the folder of uploads counts too.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from postgen import embedded_model
 from tests.apps.served import ROOT, Served, serving
 
 GIVEN = b"what everybody may read"
-"""Content of a result: that it comes back shows that the others would be found."""
+"""Content of a public result; reading it back shows that the search works."""
 _PATIENCE = 20.0
 _MOST = 2**21
-"""Bytes of an answer that are searched."""
+"""Largest part of an answer that is searched, in bytes."""
 _TAKES_FILES = {"image", "video", "file", "uploadbutton", "imageslider", "audio", "gallery"}
 
 
 @dataclass(kw_only=True)
 class Web:
-    """Asks a server as it stands, without what a library does to a path."""
+    """HTTP client that sends paths unchanged; libraries would normalise them."""
 
     url: str
     session: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -42,7 +42,7 @@ class Web:
     def ask(
         self, method: str, path: str, body: bytes | None = None, kind: str = "application/json"
     ) -> tuple[int, bytes]:
-        """Return the status and the first bytes of an answer; 0 where the server only closed the connection."""
+        """Send a request; return the status (0 if the server closed the connection) and the start of the answer."""
         place = urllib.parse.urlsplit(self.url)
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=_PATIENCE)
         path = "".join(letter if 32 < ord(letter) < 127 else urllib.parse.quote(letter) for letter in path)
@@ -56,14 +56,14 @@ class Web:
             connection.close()
 
     def call(self, name: str, data: Sequence[Any]) -> tuple[int, bytes]:
-        """Call an endpoint, and wait for what it gives."""
+        """Call an endpoint and return its answer."""
         status, found = self.ask("POST", f"/gradio_api/call/{name}", json.dumps({"data": data}).encode())
         with suppress(ValueError, LookupError, TypeError):
             return self.ask("GET", f"/gradio_api/call/{name}/{json.loads(found)['event_id']}")
         return status, found
 
     def event(self, number: int, data: Sequence[Any]) -> tuple[int, bytes]:
-        """Cause an event of the page, and wait for what it gives."""
+        """Trigger an event of the page and return its answer."""
         session = secrets.token_hex(8)
         body = {"data": data, "fn_index": number, "session_hash": session, "event_data": None, "trigger_id": None}
         status, found = self.ask("POST", "/gradio_api/queue/join?", json.dumps(body).encode())
@@ -72,7 +72,7 @@ class Web:
         return self.ask("GET", f"/gradio_api/queue/data?session_hash={session}")
 
     def upload(self, name: str, content: bytes) -> tuple[int, bytes]:
-        """Upload a file; return the answer."""
+        """Upload a file and return the answer."""
         text = name.replace('"', "%22")
         head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{text}"\r\n\r\n'
         body = head.encode() + content + b"\r\n--x--\r\n"
@@ -80,7 +80,7 @@ class Web:
 
 
 def _read(answer: http.client.HTTPResponse) -> bytes:
-    """Return an answer's bytes; of one that goes on and on, what came until an event of the page had ended."""
+    """Return the bytes of an answer; an event stream is read until the event of the page has ended."""
     found, end = b"", time.monotonic() + _PATIENCE
     with suppress(OSError, http.client.HTTPException):
         while len(found) < _MOST and time.monotonic() < end and (part := answer.read1(2**16)):
@@ -92,7 +92,7 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
 
 @contextmanager
 def server(folder: Path) -> Iterator[tuple[Served, Places, dict[str, bytes]]]:
-    """Start a server; give it, the places of its files, and a line of each file that nobody should read."""
+    """Start a server; yield it, the paths of its files, and the unique line of each private file by name."""
     outputs, runs = folder / "outputs", folder / "runs"
     private, lora = folder / "private.txt", folder / "offered.safetensors"
     result, pictures = outputs / "results" / RESULT, outputs / "pictures"
@@ -139,12 +139,12 @@ def _hide(path: Path) -> bytes:
 
 
 def read(content: bytes, lines: Mapping[str, bytes]) -> list[str]:
-    """Return the names of the hidden files whose line stands in an answer."""
+    """Return the names of the private files whose line is in an answer."""
     return [name for name, line in lines.items() if line in content]
 
 
 def done(web: Web, one: Try, lines: Mapping[str, bytes], folder: Path) -> dict[str, Any]:
-    """Make a try; return its row."""
+    """Run one try and return its row for the result."""
     if one.call:
         status, content = web.call(one.call, one.data)
     elif one.name:
@@ -155,20 +155,21 @@ def done(web: Web, one: Try, lines: Mapping[str, bytes], folder: Path) -> dict[s
     else:
         status, content = web.ask("GET", one.address)
     found = read(content, lines)
-    found += [f"it stands at {path.name}" for path in _escaped(folder)] if one.name else []
+    found += [f"written to {path.name}" for path in _escaped(folder)] if one.name else []
     return {"what": one.what, "status": status, "read": found}
 
 
 def _escaped(folder: Path) -> list[Path]:
-    """Return uploads that do not stand in the folder of uploads."""
+    """Return uploaded files outside the folder of uploads."""
     inside = folder / "temporary"
     return [path for path in folder.rglob("*escaped*") if not path.is_relative_to(inside)]
 
 
 def events(web: Web, places: Places, lines: Mapping[str, bytes]) -> Iterator[dict[str, Any]]:
-    """Cause every event of the page, with a path of the server in place of each input, and yield the rows.
+    """Trigger every event of the page with a path of the server in place of each input, and yield the rows.
 
-    Inputs that take a file get first the path, which a call may not name, then an upload: settings that name files.
+    An event with file inputs runs twice: with the path as the file, which the server must refuse, and with an uploaded
+    settings file that names private files.
     """
     config = json.loads(web.ask("GET", "/config")[1])
     kinds = {one["id"]: one["type"] for one in config["components"]}
@@ -194,7 +195,7 @@ def events(web: Web, places: Places, lines: Mapping[str, bytes]) -> Iterator[dic
 
 
 def measured(folder: Path, *, tiny: bool = False) -> dict[str, Any]:
-    """Start a server, make all tries, and return their rows; `tiny` leaves the events of the page out."""
+    """Start a server, run all tries, and return their rows; `tiny` skips the events of the page."""
     rows = []
     with server(folder) as (served, places, lines):
         web = Web(url=served.url)

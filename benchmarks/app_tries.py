@@ -1,6 +1,6 @@
-"""Ways in which somebody may try to read a file of the machine that serves the app: `benchmarks.app_paths` tries them.
+"""Tries to read private files through the app, run by `benchmarks.app_paths`.
 
-Addresses of Gradio's routes, arguments of calls, names of uploads.
+They use addresses of Gradio's routes, arguments of calls and names of uploads.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tests.apps.served import ROOT
 RESULT = "20260101-000000-generate-0123abcd"
 """Name of a result."""
 FILE = {"meta": {"_type": "gradio.FileData"}}
-"""What a call says beside the path of a file."""
+"""Fields that a call sends with the path of a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where things are on the server's machine."""
+    """Paths on the machine of the server."""
 
     outputs: Path
     private: Path
-    """A file beside the outputs."""
+    """A private file next to the folder of outputs."""
     lora: Path
     """A LoRA that the server offers."""
     runs: Path
@@ -34,38 +34,38 @@ class Places:
     model: Path
     """Folder of a model that the server offers."""
     uploads: Path
-    """Where the server keeps uploads."""
+    """Folder of uploads."""
     other: Path
-    """An upload of somebody else: its name is known to whoever asks, its content is not."""
+    """An upload of another user; the attacker knows its file name, not its full path."""
 
     @property
     def result(self) -> Path:
-        """A result, in which links lead out."""
+        """Folder of a result that contains symbolic links to other places."""
         return self.outputs / "results" / RESULT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Try:
-    """One try to read a file: an address that is asked for, a call, or the name of an upload."""
+    """One try to read a file, by an address, a call, or the name of an upload."""
 
     what: str
     address: str = ""
     call: str = ""
-    """Endpoint that is called, with `data`."""
+    """Endpoint to call with `data`."""
     data: Sequence[Any] = ()
     name: str = ""
-    """Of an upload."""
+    """File name of an upload."""
 
 
 def files(places: Places) -> list[Try]:
-    """Return files that are asked for by the route that gives results."""
+    """Return tries that request files through the route of results."""
     private, result = places.private, places.result
     named = {
         "a system file": "/etc/passwd",
         "the environment of the server": "/proc/self/environ",
         "the log of the server": places.outputs.parent / "server.log",
         "a file beside the outputs": private,
-        "a first frame of somebody": places.outputs / "pictures" / "frame.png",
+        "a first frame of another user": places.outputs / "pictures" / "frame.png",
         "code of postgen": ROOT / "postgen" / "cli.py",
         "the project's settings": ROOT / "pyproject.toml",
         "a model": places.model / "model_index.json",
@@ -78,16 +78,16 @@ def files(places: Places) -> list[Try]:
         "a link in a result": result / "link.txt",
         "a linked folder in a result": result / "folder" / private.name,
         "a kept state in a result": result / "long.state" / "state.json",
-        "what stands beside results": places.outputs / "results" / "stray.txt",
-        "up from where it was started": f"../../../../../../..{private}",
+        "a file beside the results": places.outputs / "results" / "stray.txt",
+        "up from the working directory": f"../../../../../../..{private}",
         "a file with a null character": f"{private}%00.mp4",
         "all encoded": quote(str(private), safe=""),
         "an address of the system": f"file://{private}",
         "the folder of uploads": places.uploads,
         "uploads, then up": f"{places.uploads}/../{private.name}",
-        "somebody's upload by its name": places.uploads / places.other.name,
-        "somebody's upload by any folder": f"{places.uploads}/*/{places.other.name}",
-        "somebody's upload by a digest of its name": (
+        "another user's upload by its name": places.uploads / places.other.name,
+        "another user's upload by any folder": f"{places.uploads}/*/{places.other.name}",
+        "another user's upload by a digest of its name": (
             places.uploads / hashlib.sha256(places.other.name.encode()).hexdigest() / places.other.name
         ),
     }
@@ -95,7 +95,7 @@ def files(places: Places) -> list[Try]:
 
 
 def routes(places: Places) -> list[Try]:
-    """Return other addresses under which a server may give files."""
+    """Return tries that request files through other routes."""
     private = places.private
     up = str(private).lstrip("/")
     others = {
@@ -128,7 +128,7 @@ def routes(places: Places) -> list[Try]:
 
 
 def calls(places: Places) -> list[Try]:
-    """Return the calls whose arguments name files."""
+    """Return tries that name files in the arguments of calls."""
     private = str(places.private)
     words = {"prompt": "a ball", "width": 32, "height": 32, "frames": 5, "steps": 1}
     order = ("prompt", "model", "preset", "seed", "negative_prompt", "steps", "width", "height", "frames", "guidance")
@@ -159,7 +159,7 @@ def calls(places: Places) -> list[Try]:
         "a clip as a text": private,
         "a clip through a link": {"path": str(places.result / "link.txt"), **FILE},
         "a clip beside uploads": {"path": f"{places.uploads}/../{places.private.name}", **FILE},
-        "somebody's upload": {"path": str(places.uploads / places.other.name), **FILE},
+        "another user's upload": {"path": str(places.uploads / places.other.name), **FILE},
     }
     rewards = ["brightness_band"]
     tries += [Try(what=f"score, {what}", call="score", data=[clip, "", "", rewards]) for what, clip in kinds.items()]
@@ -175,7 +175,7 @@ def calls(places: Places) -> list[Try]:
 
 
 def uploads(places: Places) -> list[Try]:
-    """Return the names under which files are uploaded."""
+    """Return tries that upload a file under a dangerous name."""
     names = ["../escaped.txt", "../../escaped.txt", f"{places.outputs.parent}/escaped.txt", "..%2f..%2fescaped.txt"]
     names += ["..\\..\\escaped.txt", "a/../../../escaped.txt", ".", "..", "\\", "a" * 300, "escaped.txt\0.mp4"]
     told = [name.replace(str(places.outputs.parent), "/...")[:40] for name in names]
@@ -183,5 +183,5 @@ def uploads(places: Places) -> list[Try]:
 
 
 def tries(places: Places) -> list[Try]:
-    """Return all that do not depend on the page's events."""
+    """Return all tries except those through events of the page."""
     return [*files(places), *routes(places), *calls(places), *uploads(places)]

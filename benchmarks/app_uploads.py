@@ -1,10 +1,11 @@
-"""Is every upload over a limit of the app refused, and is nothing of it left on the disk?
+"""Test of the upload limits: does the app refuse every upload over a limit, and delete its files?
 
     python -m benchmarks.app_uploads
 
-A real server with small limits. Some uploads are refused by their head or while they come in: too large, in chunks
-without a length, cut off, too many parts. Others are small files that hold too much, or something else than they say:
-these are uploaded, and the call that uses them refuses them. After each, what the server has on its disk is counted.
+The test starts a real server with small limits. The server refuses some uploads by their headers or during the
+transfer: too large, chunked without a length, cut off, too many parts. Other files are small, but contain too much or
+are not what their name says: the server accepts the upload, and the call that uses the file refuses it. After each
+upload the test counts the files on the disk of the server.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from tests.apps.served import serving
 MOST = 256 * 2**10
 """Largest upload, in bytes."""
 SECONDS = 2.0
-"""Longest uploaded video."""
+"""Longest uploaded video, in seconds."""
 _ROUTE = "/gradio_api/upload"
 _KIND = "multipart/form-data; boundary=x"
 _WAIT = 10.0
-"""Seconds in which what was refused must be gone."""
+"""Seconds within which the files of a refused upload must be deleted."""
 Outcome = tuple[int, str]
-"""Status of the answer, 0 for none, and what was said."""
+"""HTTP status (0 without an answer) and text of the answer."""
 
 
 def part(name: str, content: bytes) -> bytes:
-    """Return a file as a part of a form."""
+    """Return a file as one part of a multipart form."""
     head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
     return head.encode() + content + b"\r\n"
 
@@ -53,12 +54,19 @@ def _sent(web: Web, body: bytes) -> Outcome:
 
 
 def _raw(web: Web, head: str, body: bytes, *, leave: bool = False) -> Outcome:
-    """Send bytes as they are; return the status of the answer, 0 where there is none."""
+    """Send raw bytes; return the outcome, with status 0 if there is no answer.
+
+    Args:
+        web: client of the server.
+        head: further header lines.
+        body: body of the request.
+        leave: whether to close the connection before the answer.
+    """
     place = urllib.parse.urlsplit(web.url)
     text = f"POST {_ROUTE} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: {_KIND}\r\n{head}\r\n\r\n"
     answer = b""
     at = (place.hostname or "", place.port or 80)
-    with socket.create_connection(at, timeout=_WAIT) as connection, suppress(OSError):  # it may be closed meanwhile
+    with socket.create_connection(at, timeout=_WAIT) as connection, suppress(OSError):  # the server may close it
         connection.sendall(text.encode() + body)
         if leave:
             time.sleep(0.5)
@@ -70,7 +78,7 @@ def _raw(web: Web, head: str, body: bytes, *, leave: bool = False) -> Outcome:
 
 
 def stopped_uploads() -> dict[str, Callable[[Web], Outcome]]:
-    """Return uploads that must not get through, by what is wrong with them."""
+    """Return uploads that the server must refuse, by what is wrong with them."""
     full = _whole(part("a.mp4", b"0" * MOST))
     more = _whole(part("a.mp4", b"0" * MOST), part("b.mp4", b"1" * MOST))
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (more[:5000], more[5000:])) + b"0\r\n\r\n"
@@ -101,13 +109,13 @@ def stopped_uploads() -> dict[str, Callable[[Web], Outcome]]:
 
 
 def refused_files(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Return files that an upload may bring and a call must refuse: name and content, by what is wrong with them."""
+    """Return files that can be uploaded but that a call must refuse: name and content, by what is wrong with them."""
     from PIL import Image
 
     long = _video(folder / "long.mp4", "64x64", rate=8, seconds=30)
     picture = io.BytesIO()
     Image.new("RGB", (6000, 6000)).save(picture, "PNG")
-    # More pixels than the limit of 2**28, in less than the longest duration.
+    # This video has more pixels than the limit of 2**28, and is shorter than the longest allowed duration.
     many = _video(folder / "many.mp4", "1920x1080", rate=120, seconds=1.5)
     return {
         "30 seconds": ("a.mp4", long),
@@ -131,7 +139,7 @@ def _video(path: Path, size: str, *, rate: int, seconds: float) -> bytes:
 
 
 def on_disk(folder: Path) -> dict[str, int]:
-    """Return the files that a server keeps, with their bytes; its log is not one of them."""
+    """Return the files of a server with their sizes in bytes, without its log."""
     found = {}
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -141,7 +149,7 @@ def on_disk(folder: Path) -> dict[str, int]:
 
 
 def left_over(folder: Path, before: dict[str, int]) -> list[str]:
-    """Return the files that are there beside those of before; they have some seconds to go."""
+    """Return the new files since `before`; the server has some seconds to delete them."""
     end = time.monotonic() + _WAIT
     while (more := sorted(on_disk(folder).keys() - before.keys())) and time.monotonic() < end:
         time.sleep(0.1)
@@ -149,7 +157,7 @@ def left_over(folder: Path, before: dict[str, int]) -> list[str]:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """Start a server, upload, and return a row for each upload."""
+    """Start a server, send the uploads, and return a row for each."""
     home = folder / "server"
     home.mkdir()
     limits = ["--upload-mb", str(MOST / 2**20), "--upload-seconds", str(SECONDS)]
@@ -183,7 +191,7 @@ def _uploaded(web: Web, home: Path, folder: Path) -> Iterator[dict[str, Any]]:
         yield {
             "what": what,
             "status": status,
-            "refused": status != 200 or told.strip() == "[]",  # an answer that names no file
+            "refused": status != 200 or told.strip() == "[]",  # "[]" is an answer without a file
             "left": left_over(home, before),
         }
     for what, (name, content) in refused_files(folder).items():
@@ -195,7 +203,7 @@ def _uploaded(web: Web, home: Path, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _call(web: Web, status: int, told: str) -> tuple[bool, str]:
-    """Let the server score an upload; return whether it did, and else what it said."""
+    """Score an upload on the server; return whether that succeeded, and the text of the answer."""
     if status != 200:
         return False, told
     clip = {"path": json.loads(told)[0], "meta": {"_type": "gradio.FileData"}}
@@ -205,7 +213,7 @@ def _call(web: Web, status: int, told: str) -> tuple[bool, str]:
 
 
 def stopped(found: dict[str, Any]) -> float:
-    """Return 1 where every upload was refused and left nothing, an allowed one got through, and the server lives."""
+    """Return 1 if all uploads were refused without leftover files, an allowed one was scored, and the server runs."""
     fine = found["an_allowed_one"]["scored"] and found["page_after_all"] == 200
     return float(fine and not found["got_through"] and not found["left_on_disk"])
 

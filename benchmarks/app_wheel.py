@@ -1,8 +1,8 @@
-"""Does what a pip user gets work? A wheel is built, installed elsewhere, and its commands are run.
+"""Test of the wheel: build it, install it outside the checkout, and run its commands.
 
     python -m benchmarks.app_wheel
 
-The environment is fresh and outside of the checkout; it takes other libraries from the one that runs this.
+The virtual environment is new; it takes the other libraries from the environment that runs the test.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CLIP = ("--frames", "5", "--size", "32x32", "--steps", "2")
 
 
 def generate(command: Path, folder: Path) -> str:
-    """Make a video; return what is wrong with it, nothing where it is fine."""
+    """Make a video; return an error text, or "" if the video is correct."""
     run(command, "generate", _PROMPT, "-o", "ball.mp4", *_CLIP, folder=folder)
     note = json.loads((folder / "ball.json").read_text(encoding="utf-8"))
     return "" if (len(read_video(folder / "ball.mp4")), note["prompt"]) == (5, _PROMPT) else f"its sidecar is {note}"
 
 
 def recipes(command: Path, folder: Path) -> str:
-    """List the recipes, show one and copy it."""
+    """List the recipes and show one; return an error text or ""."""
     if "dancegrpo-tiny" not in run(command, "recipes", folder=folder):
         return "dancegrpo-tiny is not listed"
     return (
@@ -42,15 +42,15 @@ def recipes(command: Path, folder: Path) -> str:
 
 
 def train(command: Path, folder: Path) -> str:
-    """Train one step of a recipe by its name."""
+    """Train one step of a recipe by its name; return an error text or ""."""
     run(command, "train", "dancegrpo-tiny", *training_words(steps=1), folder=folder)
     lines = (folder / "runs" / "dancegrpo-tiny" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     step = max(json.loads(line)["step"] for line in lines)
-    return "" if step == 1 else f"it stands at step {step}"
+    return "" if step == 1 else f"training ended at step {step} instead of 1"
 
 
 def demo(command: Path, folder: Path) -> str:
-    """Start the app and let it make a video."""
+    """Start the app and make a video with it; return an error text or ""."""
     from gradio_client import Client
 
     words = ["-m", "postgen", "demo", "--port", "0"]
@@ -64,11 +64,11 @@ def demo(command: Path, folder: Path) -> str:
 
 
 def installed(command: Path, folder: Path) -> str:
-    """See that the package is that of the wheel."""
+    """Check that Python imports the package of the wheel; return an error text or ""."""
     script = "import postgen, postgen.apps, postgen.recipes as r\nprint(postgen.__file__, *r.__path__)"
     places = run(command.with_name("python"), "-c", script, folder=folder).split()
     wrong = [place for place in places if not Path(place).is_relative_to(command.parents[1])]
-    return f"it comes from {', '.join(wrong)}" if wrong else ""
+    return f"the package is imported from {', '.join(wrong)}" if wrong else ""
 
 
 STEPS: Mapping[str, Callable[[Path, Path], str]] = {
@@ -81,14 +81,14 @@ STEPS: Mapping[str, Callable[[Path, Path], str]] = {
 
 
 def measured(folder: Path, *, tiny: bool = False) -> dict[str, Any]:
-    """Build, install and run; return a row for each step.
+    """Build and install the wheel, run all steps, and return a row for each step.
 
     Args:
-        folder: for all of it, outside of the checkout.
-        tiny: leave training and the demo out.
+        folder: folder for all files, outside the checkout.
+        tiny: whether to skip training and the demo.
     """
     if folder.resolve().is_relative_to(ROOT):
-        raise UserError(f"{folder} is in the checkout: name a folder elsewhere")
+        raise UserError(f"{folder} is inside the checkout: give a folder outside of it")
     begin = time.monotonic()
     (folder / "source").mkdir()
     wheel = build("wheel", copied(folder / "source"), folder / "built")
@@ -109,7 +109,7 @@ def measured(folder: Path, *, tiny: bool = False) -> dict[str, Any]:
 
 
 def works(found: Mapping[str, Any]) -> float:
-    """Return 1 where every step was run and went well."""
+    """Return 1 if every step was run without an error, otherwise 0."""
     there = {row["what"] for row in found["rows"] if not row["wrong"]}
     return float(there >= STEPS.keys())
 

@@ -1,1 +1,1 @@
-"""The tabs of the page: each module has `tab(app)`, which builds one inside the open `gr.Blocks`."""
+"""The tabs of the page. Each module has a function `tab(app)` that builds one tab in the open `gr.Blocks`."""

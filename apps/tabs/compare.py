@@ -1,4 +1,4 @@
-"""Tab: the same prompt and seed before and after a change."""
+"""Tab "Before and after": two videos with the same prompt and seed and different settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from postgen.apps.status import status
 from postgen.apps.tabs.earlier import PRIVATE, Earlier
 from postgen.errors import UserError
 
-IDLE = "Choose what is to be different after, and compare."
+IDLE = "Change at least one setting for After, then press Compare."
 _TITLE, _CAPTION = 60, 46
-"""Characters that name a job and a result."""
+"""Most characters of the title of a job and of the caption of a result."""
 _NUMBERS = {"steps": "Steps", "width": "Width", "height": "Height", "frames": "Frames", "guidance": "Guidance"}
 _BEFORE = ("prompt", "model", "negative_prompt", *_NUMBERS, "lora", "lora_scale")
 _AFTER = ("steps", "guidance", "model", "lora", "lora_scale")
 _BOTH = ("steps", "guidance")
-"""Numbers of each side: those after follow those before until they are changed."""
+"""Numbers that both sides have. The numbers of After follow those of Before until the user changes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class _Page:
     before: dict[str, Any]
     after: dict[str, Any]
     plug_ins: list[Any]
-    """Of the one before, then of the one after."""
+    """Controls of Before, then controls of After."""
     seed: Any
     randomise: Any
     preset: Any
@@ -51,17 +51,17 @@ class _Page:
 
     @property
     def values(self) -> list[Any]:
-        """What a form is made of, in the order of `_form`."""
+        """Components with the values of a request, in the order that `_form` expects."""
         return [self.seed, self.reward, *self.before.values(), *self.after.values(), *self.plug_ins]
 
     @property
     def told(self) -> list[Any]:
-        """What changes while a job runs."""
+        """Components that change while a job runs."""
         return [self.job, self.status, self.start, self.cancel, *self.result.shown]
 
 
 class _Result(Earlier):
-    """The part of the tab that shows a comparison; built inside the open layout."""
+    """The part of the tab that shows a comparison; built in the open Gradio layout."""
 
     def __init__(self, app: App) -> None:
         super().__init__(app, KIND)
@@ -69,13 +69,15 @@ class _Result(Earlier):
         with gr.Column(visible=False) as self.place:
             self.players = players(elem_id="compare-players")
             self.measured = gr.HTML(elem_id="compare-measured", apply_default_css=False)
-            with gr.Accordion("One frame of both", open=True):
+            with gr.Accordion("Compare one frame", open=True):
                 self.slider = gr.ImageSlider(
                     label="Before | After", type="pil", interactive=False, elem_id="compare-frame", max_height=420
                 )
                 self.frame = gr.Slider(0, 1, value=0, step=1, label="Frame", elem_id="compare-frame-number")
-            with gr.Accordion("Side by side, and all files", open=False):
-                self.both = gr.Video(label="Both in one file", loop=True, elem_id="compare-both", buttons=["download"])
+            with gr.Accordion("Side-by-side video and all files", open=False):
+                self.both = gr.Video(
+                    label="Side-by-side video", loop=True, elem_id="compare-both", buttons=["download"]
+                )
                 self.files = gr.HTML(elem_id="compare-files", apply_default_css=False)
             self.remove = gr.Button("Remove this comparison", size="sm", elem_id="compare-remove")
         self.list = gr.Dropdown(label="Earlier comparisons", choices=[], value=None, elem_id="compare-list")
@@ -83,9 +85,9 @@ class _Result(Earlier):
         self.shown = [self.chosen, self.place, self.players, self.measured, *frame, self.both, self.files, self.list]
 
     def wire(self) -> None:
-        """Wire the events."""
+        """Register the events."""
         super().wire()
-        # A frame is asked for when the handle is let go, and when a number is typed.
+        # `release` fires when the user lets go of the slider, `input` when the user types a number.
         for event in (self.frame.release, self.frame.input):
             event(
                 lambda id, n: said(lambda: self.pictures(id, n)),
@@ -99,7 +101,7 @@ class _Result(Earlier):
         """Return the values of `shown` for a comparison.
 
         Raises:
-            UserError: it is no longer there.
+            UserError: the comparison does not exist or is damaged.
         """
         made = made_of(self.app.history.get(id))
         last = min(note["num_frames"] for note in made.settings) - 1
@@ -117,19 +119,19 @@ class _Result(Earlier):
         ]
 
     def nothing(self) -> list[Any]:
-        """Return the values of `shown` where there is no comparison."""
+        """Return the values of `shown` if there is no comparison."""
         return [None, gr.update(visible=False), "", "", None, gr.skip(), None, "", self.listed(None)]
 
     def pictures(self, id: Any, number: Any) -> Any:
-        """Return a frame of both.
+        """Return the frame with this number from both videos, as two pictures.
 
         Raises:
-            UserError: no such comparison or frame.
+            UserError: the comparison does not exist, or the number is invalid.
         """
         return _pictures(made_of(self.app.history.get(id)), number)
 
     def caption(self, entry: Entry) -> str:
-        """Return what is different after, and the prompt."""
+        """Return the label of After and the prompt."""
         made = made_of(entry)
         text = f"{made.labels[1]}: {made.report.get('prompt')}"
         return text if len(text) <= _CAPTION else f"{text[:_CAPTION]}..."
@@ -142,13 +144,13 @@ def _players(made: Made) -> str:
 
 
 def _pictures(made: Made, number: Any) -> Any:
-    """Return one frame of both as pictures of one size."""
+    """Return one frame of both videos as pictures of equal size; the second is scaled to the size of the first."""
     from PIL import Image
 
     from postgen.video import read_video
 
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 2**31:
-        raise UserError("the number of the frame must be a whole number from 0 on")
+        raise UserError("the frame must be a whole number of at least 0")
     found = []
     for paths, note in zip((made.paths.a, made.paths.b), made.settings, strict=True):
         at = min(int(number), note["num_frames"] - 1)
@@ -162,15 +164,15 @@ def tab(app: App) -> None:
     facts = app.facts(app.settings.model)
     first = controls.presets(facts)["draft"]
     page: dict[str, Any] = {"job": gr.State(None)}
-    # Three boxes, which stand under one another on a narrow screen: what is asked, what is made, more settings.
+    # Three boxes, one below the other on a narrow screen: request, result, further settings.
     with gr.Row(elem_classes="make"):
         with gr.Column(elem_classes="ask"):
             prompt = gr.Textbox(
-                label="Prompt", placeholder="What both videos show", lines=2, max_lines=6, elem_id="compare-prompt"
+                label="Prompt", placeholder="Describe both videos", lines=2, max_lines=6, elem_id="compare-prompt"
             )
             if known := facts.closed_vocabulary:
-                gr.Examples([[text] for text in known], inputs=[prompt], label="Prompts that this model knows")
-            with gr.Accordion("What is different after", open=True):
+                gr.Examples([[text] for text in known], inputs=[prompt], label="Example prompts for this model")
+            with gr.Accordion("Settings of After", open=True):
                 after, ours = _after(app, first)
             with gr.Row(elem_classes="buttons"):
                 page["start"] = gr.Button("Compare", variant="primary", elem_id="compare", scale=3, min_width=100)
@@ -181,16 +183,14 @@ def tab(app: App) -> None:
         with gr.Column(elem_classes="made"):
             result = _Result(app)
         with gr.Column(elem_classes="settings"):
-            page["preset"] = gr.Radio(list(controls.presets(facts)), value="draft", label="Preset of both")
+            page["preset"] = gr.Radio(list(controls.presets(facts)), value="draft", label="Preset")
             with gr.Row():
                 page["seed"] = gr.Number(
-                    0, label="Seed of both", precision=0, minimum=0, elem_id="compare-seed", min_width=120
+                    0, label="Seed", precision=0, minimum=0, elem_id="compare-seed", min_width=120
                 )
-                page["randomise"] = gr.Checkbox(True, label="New each time", min_width=120)
-            page["reward"] = gr.Dropdown(
-                [("none", "")], value="", label="Measure a reward of both", elem_id="compare-reward"
-            )
-            with gr.Accordion("What both have", open=False):
+                page["randomise"] = gr.Checkbox(True, label="New seed each time", min_width=120)
+            page["reward"] = gr.Dropdown([("none", "")], value="", label="Reward to measure", elem_id="compare-reward")
+            with gr.Accordion("Settings of Before", open=False):
                 before, theirs = _before(app, first)
     before["prompt"] = prompt
     browser = app.remembered[__name__]
@@ -200,7 +200,7 @@ def tab(app: App) -> None:
 
 
 def _after(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]:
-    """Build what is different; return the fields in the order of `_AFTER`, and the plug-ins."""
+    """Build the settings of After; return the fields in the order of `_AFTER`, and the plug-in controls."""
     plug_ins = controls.plug_in_controls("after")
     after: dict[str, Any] = dict.fromkeys(_AFTER)
     with gr.Row():
@@ -208,7 +208,7 @@ def _after(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]
             after[name] = _number(first, name, "after")
     after["lora"], after["lora_scale"] = _lora(app, "after")
     after["model"] = gr.Dropdown(
-        [("the same", ""), *((name, name) for name in app.model_names)],
+        [("same", ""), *((name, name) for name in app.model_names)],
         value="",
         label="Model",
         allow_custom_value=app.settings.any_model,
@@ -219,7 +219,7 @@ def _after(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]
 
 
 def _before(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]]:
-    """Build what both have; return the fields in the order of `_BEFORE`, and the plug-ins."""
+    """Build the settings of Before; return the fields in the order of `_BEFORE`, and the plug-in controls."""
     before: dict[str, Any] = dict.fromkeys(_BEFORE)
     names = app.model_names
     before["model"] = gr.Dropdown(
@@ -228,7 +228,7 @@ def _before(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]
     with gr.Row():
         for name in _NUMBERS:
             before[name] = _number(first, name, "before")
-    before["negative_prompt"] = gr.Textbox(label="Not in the videos", info="Needs guidance above 1.")
+    before["negative_prompt"] = gr.Textbox(label="Negative prompt", info="Needs a guidance scale above 1.")
     before["lora"], before["lora_scale"] = _lora(app, "before")
     return before, controls.plug_in_controls("before")
 
@@ -236,10 +236,9 @@ def _before(app: App, first: controls.Preset) -> tuple[dict[str, Any], list[Any]
 def _lora(app: App, side: str) -> tuple[Any, Any]:
     names = app.loras()
     with gr.Row(visible=bool(names)):
-        choices = [("none", "") if side == "before" else ("the same", ""), *((name, name) for name in names)]
+        choices = [("none", "") if side == "before" else ("same", ""), *((name, name) for name in names)]
         lora = gr.Dropdown(choices, value="", label="LoRA", elem_id=f"{side}-lora")
-        own: dict[str, Any] = {"value": 1.0} if side == "before" else {"value": None, "placeholder": "the same"}
-        scale = gr.Number(**own, label="Its strength", min_width=90, elem_id=f"{side}-lora-scale")
+        scale = gr.Number(1.0, label="LoRA scale", min_width=90, elem_id=f"{side}-lora-scale")
     return lora, scale
 
 
@@ -276,7 +275,7 @@ def _wire(app: App, page: _Page) -> None:
 
     async def again(id: Any) -> AsyncIterator[list[Any]]:
         rewards = gr.update(choices=[("none", ""), *((name, name) for name in rewards_here())])
-        # The rest is as it was laid out, or of a job that was asked for while the page loaded.
+        # The other components keep their values: the user may have started a job while the page was loading.
         rest = [gr.skip()] * (len(page.told) - len(page.result.shown))
         yield [rewards, *rest, *page.result.newest()]
         if (task := app.jobs.find(id)) is not None and not app.jobs.progress(task).ended:
@@ -290,8 +289,8 @@ def _wire(app: App, page: _Page) -> None:
     page.before["model"].input(chosen, [page.before["model"], page.preset], numbers, **PRIVATE)
     page.preset.input(chosen, [page.before["model"], page.preset], numbers, **PRIVATE)
     for number in own:
-        number.input(lambda: None, None, page.preset, **PRIVATE)  # it is no preset any more
-    for name in _BOTH:
+        number.input(lambda: None, None, page.preset, **PRIVATE)  # own numbers: no preset is selected
+    for name in (*_BOTH, "lora_scale"):
         page.before[name].input(lambda value: value, page.before[name], page.after[name], **PRIVATE)
     page.start.click(start, [page.randomise, *page.values], [page.seed, page.browser, *page.told], **PRIVATE)
     page.cancel.click(cancel, page.job, None, **PRIVATE)
@@ -299,7 +298,7 @@ def _wire(app: App, page: _Page) -> None:
 
 
 def _form(values: tuple[Any, ...]) -> PairForm:
-    """Return what the values of `_Page.values` ask for."""
+    """Return the request for the values of `_Page.values`."""
     seed, reward, *rest = values
     count = len(_BEFORE)
     before = dict(zip(_BEFORE, rest[:count], strict=True))
@@ -316,7 +315,7 @@ def _submitted(app: App, form: PairForm) -> Task:
 
 
 def _told(app: App, page: _Page, task: Task, progress: Progress) -> list[Any]:
-    """Return what `_Page.told` shows of a job."""
+    """Return the values of `_Page.told` for the state of a job."""
     live = not progress.ended
     buttons = [gr.update(interactive=not live), gr.update(interactive=live)]
     result = [gr.skip() for _ in page.result.shown]

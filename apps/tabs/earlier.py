@@ -1,4 +1,4 @@
-"""The part of a tab that shows one result of its kind, and the list of all of them."""
+"""Base class for the part of a tab that shows one result of a kind and the list of earlier results."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from postgen.apps.state import App
 from postgen.errors import UserError
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""What events of the page are."""
+"""Arguments of all events that are no public endpoints."""
 _MOST = 24
-"""Results that the list shows."""
+"""Most results in the list."""
 
 
 class Earlier(ABC):
-    """Built inside the open layout. Who derives it makes `chosen`, `list`, `remove` and `shown`.
+    """One result of a kind and a list of earlier results, in the open Gradio layout.
+
+    Subclasses create `chosen`, `list`, `remove` and `shown`.
 
     Args:
         app: the server.
-        kind: of the results, in the history.
+        kind: kind of the results in the history.
     """
 
     chosen: Any
-    """Id of the result that is shown, in the session."""
+    """Session state with the id of the result that is shown."""
     list: Any
-    """A dropdown of results."""
+    """Dropdown of earlier results."""
     remove: Any
-    """A button."""
+    """Button that removes the result that is shown."""
     shown: list[Any]
-    """The components that change with a result."""
+    """Components that change with the result."""
 
     def __init__(self, app: App, kind: str) -> None:
         self.app, self.kind = app, kind
@@ -43,28 +45,28 @@ class Earlier(ABC):
         """Return the values of `shown` for a result.
 
         Raises:
-            UserError: it is no longer there.
+            UserError: the result does not exist or is damaged.
         """
 
     @abstractmethod
     def nothing(self) -> list[Any]:
-        """Return the values of `shown` where there is no result."""
+        """Return the values of `shown` if there is no result."""
 
     @abstractmethod
     def caption(self, entry: Entry) -> str:
-        """Return what the list says of a result, beside its time.
+        """Return the text of a result in the list, after its time.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the result cannot be read.
         """
 
     def wire(self) -> None:
-        """Wire the list and the button."""
+        """Register the events of the list and the button."""
         self.list.input(lambda id: said(lambda: self.one(id)), self.list, self.shown, **PRIVATE)
         self.remove.click(lambda id: said(lambda: self.removed(id)), self.chosen, self.shown, **PRIVATE)
 
     def newest(self) -> list[Any]:
-        """Return the values of `shown` for the newest result that can be read."""
+        """Return the values of `shown` for the newest readable result."""
         for entry in self.app.history.entries(self.kind):
             try:
                 return self.one(entry.id)
@@ -73,16 +75,16 @@ class Earlier(ABC):
         return self.nothing()
 
     def removed(self, id: Any) -> list[Any]:
-        """Remove a result, and return the values of `shown` for the newest that is left.
+        """Remove a result, and return the values of `shown` for the newest remaining one.
 
         Raises:
-            UserError: it is no longer there.
+            UserError: the result does not exist.
         """
         self.app.history.remove(id)
         return self.newest()
 
     def listed(self, id: str | None) -> Any:
-        """Return the list with one chosen."""
+        """Return an update of the list with the result `id` selected."""
         choices = []
         for entry in self.app.history.entries(self.kind)[:_MOST]:
             try:

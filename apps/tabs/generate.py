@@ -1,4 +1,4 @@
-"""Tab: a video from a prompt, and the history of what was made."""
+"""Tab "Generate": a video from a prompt, and the history of results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from postgen.apps.status import line, status
 from postgen.apps.tabs.results import Results
 from postgen.errors import UserError
 
-IDLE = "Ready. A prompt and one click make a video."
+IDLE = "Ready. Enter a prompt and press Generate."
 _NUMBERS = ("steps", "width", "height", "frames", "guidance")
-"""Fields that a preset sets."""
+"""Fields that are set by a preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class _Page:
     """The components of the tab."""
 
     fields: dict[str, Any]
-    """By the names of `FIELDS`."""
+    """Name in `FIELDS` -> component."""
     plug_ins: list[Any]
     preset: Any
     randomise: Any
@@ -38,19 +38,19 @@ class _Page:
     status: Any
     preview: Any
     job: Any
-    """Id of the job that the page follows, in the session."""
+    """Session state with the id of the job that the page follows."""
     browser: Any
-    """What the browser keeps: the values of the controls, and the job, so that a reload goes on with both."""
+    """Browser storage for the values of the controls and the job, so that a reload of the page restores them."""
     results: Results
 
     @property
     def values(self) -> list[Any]:
-        """What a form is made of."""
+        """Components with the values of a request, in the order that `_form` expects."""
         return [*(self.fields[name] for name in FIELDS), *self.plug_ins]
 
     @property
     def told(self) -> list[Any]:
-        """What changes while a job runs."""
+        """Components that change while a job runs."""
         return [self.job, self.status, self.preview, self.start, self.cancel, self.keep, *self.results.shown]
 
 
@@ -64,12 +64,12 @@ def tab(app: App) -> None:
 
 def _layout(app: App) -> _Page:
     fields: dict[str, Any] = {}
-    # Three boxes, which stand under one another on a narrow screen: what is asked, what is made, more settings.
+    # Three boxes, one below the other on a narrow screen: request, result, further settings.
     with gr.Row(elem_id="make"):
         with gr.Column(elem_id="ask"):
             fields["prompt"] = gr.Textbox(
                 label="Prompt",
-                placeholder="What the video shows",
+                placeholder="Describe the video",
                 lines=2,
                 max_lines=6,
                 elem_id="prompt",
@@ -89,8 +89,8 @@ def _layout(app: App) -> _Page:
         with gr.Column(elem_id="settings"):
             with gr.Row():
                 fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
-                randomise = gr.Checkbox(True, label="New each time", elem_id="randomise", min_width=120)
-            with gr.Accordion("What makes it better", open=True):
+                randomise = gr.Checkbox(True, label="New seed each time", elem_id="randomise", min_width=120)
+            with gr.Accordion("Plug-ins", open=True):
                 plug_ins = controls.plug_in_controls()
             fields |= _more(app)
     return _Page(
@@ -110,13 +110,13 @@ def _layout(app: App) -> _Page:
 
 
 def _examples(app: App, prompt: Any) -> None:
-    """Offer prompts that the first model knows, where it says which."""
+    """Offer example prompts if the first model has a closed vocabulary."""
     if known := app.facts(app.settings.model).closed_vocabulary:
-        gr.Examples([[text] for text in known], inputs=[prompt], label="Prompts that this model knows")
+        gr.Examples([[text] for text in known], inputs=[prompt], label="Example prompts for this model")
 
 
 def _more(app: App) -> dict[str, Any]:
-    """Build the controls that a first video does not need."""
+    """Build the controls under "More settings"."""
     facts = app.facts(app.settings.model)
     first = controls.presets(facts)["balanced"]
     fields: dict[str, Any] = {}
@@ -125,17 +125,16 @@ def _more(app: App) -> dict[str, Any]:
         fields["model"] = gr.Dropdown(
             names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="model"
         )
-        fields["negative_prompt"] = gr.Textbox(label="Not in the video", info="Needs guidance above 1.")
+        fields["negative_prompt"] = gr.Textbox(label="Negative prompt", info="Needs a guidance scale above 1.")
         with gr.Row(elem_classes="numbers"):
             for name, label in zip(_NUMBERS, ("Steps", "Width", "Height", "Frames", "Guidance"), strict=True):
-                whole = None if name == "guidance" else 0
-                fields[name] = gr.Number(
-                    getattr(first, name), label=label, precision=whole, minimum=0, min_width=90, elem_id=name
-                )
+                own: dict[str, Any] = {"value": (value := getattr(first, name)), "visible": value is not None}
+                own["precision"] = None if name == "guidance" else 0
+                fields[name] = gr.Number(**own, label=label, minimum=0, min_width=90, elem_id=name)
         with gr.Row():
             offered = [("none", ""), *((name, name) for name in app.loras())]
             fields["lora"] = gr.Dropdown(offered, value="", label="LoRA", elem_id="lora", visible=len(offered) > 1)
-            fields["lora_scale"] = gr.Number(1.0, label="Strength of the LoRA", visible=len(offered) > 1)
+            fields["lora_scale"] = gr.Number(1.0, label="LoRA scale", visible=len(offered) > 1)
         fields["image"] = gr.Image(
             label="First frame",
             type="filepath",
@@ -149,18 +148,18 @@ def _more(app: App) -> dict[str, Any]:
 
 
 def _wire_settings(app: App, page: _Page) -> None:
-    """Let presets follow the model, numbers the preset, and the browser remember."""
+    """Register the events of model and preset: a new model or preset sets the numbers."""
     numbers = [page.fields[name] for name in _NUMBERS]
 
     def model_chosen(name: str, preset: str | None) -> list[Any]:
         own = said(lambda: controls.presets(app.facts(app.model(name))))
         chosen = own[preset or "balanced"]
         image = gr.update(visible=_takes_image(app, name))
-        return [image, *(getattr(chosen, number) for number in _NUMBERS)]
+        return [image, *_numbers(chosen)]
 
     def preset_chosen(preset: str, name: str) -> list[Any]:
         chosen = said(lambda: controls.presets(app.facts(app.model(name))))[preset]
-        return [getattr(chosen, number) for number in _NUMBERS]
+        return _numbers(chosen)
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.fields["model"].input(
@@ -168,11 +167,20 @@ def _wire_settings(app: App, page: _Page) -> None:
     )
     page.preset.input(preset_chosen, [page.preset, page.fields["model"]], numbers, **private)
     for number in numbers:
-        number.input(lambda: None, None, page.preset, **private)  # it is no preset any more
+        number.input(lambda: None, None, page.preset, **private)  # own numbers: no preset is selected
+
+
+def _numbers(preset: controls.Preset) -> list[Any]:
+    """Return the updates of the number fields for a preset.
+
+    A number that the model does not have is hidden: the browser turns an empty number field into 0.
+    """
+    values = [getattr(preset, name) for name in _NUMBERS]
+    return [gr.update(value=value, visible=value is not None) for value in values]
 
 
 def _wire_jobs(app: App, page: _Page) -> None:
-    """Start, follow, cancel."""
+    """Register the events that start, follow, stop and cancel a job."""
 
     async def start(randomise: bool, preset: str | None, *values: Any) -> AsyncIterator[list[Any]]:
         values = (*values[:_SEED], making.drawn_seed() if randomise else values[_SEED], *values[_SEED + 1 :])
@@ -203,7 +211,7 @@ def _wire_jobs(app: App, page: _Page) -> None:
 
     inputs = [page.randomise, page.preset, *page.values]
     begin: dict[str, Any] = {"inputs": inputs, "outputs": [page.fields["seed"], page.browser, *page.told]}
-    # Gradio would decode the first frame itself, before any limit, and keep what it made of it.
+    # With preprocessing, Gradio would decode the first frame before its size is checked, and store a copy.
     begin["preprocess"] = False
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(start, **begin, **private)
@@ -215,21 +223,21 @@ def _wire_jobs(app: App, page: _Page) -> None:
 
 _SEED = FIELDS.index("seed")
 _FOLDED = {FIELDS.index(name) for name in FIELDS if name not in ("prompt", "seed")}
-"""Places of the fields under More settings, which may be closed."""
+"""Indices of the fields under "More settings", which may be closed."""
 
 
 def _form(values: tuple[Any, ...]) -> Form:
     own = dict(zip(FIELDS, values[: len(FIELDS)], strict=True))
-    if isinstance(own["image"], dict):  # as the browser sends it
+    if isinstance(own["image"], dict):  # the browser sends a file as an object with its path
         own["image"] = own["image"].get("path") or ""
     return Form(**own, plug_ins=controls.plug_in_texts(values[len(FIELDS) :]))
 
 
 def _refused(page: _Page, why: str) -> list[Any]:
-    """Return what `_Page.told` shows of a form that cannot be made.
+    """Return the values of `_Page.told` for a refused form: the reason in the status line.
 
-    A line of the page's own: what Gradio's `validator` says at a control goes away with the next event of any
-    tab, such as the timer of the training plots.
+    Gradio's `validator` is not used, because its messages disappear with the next event of any tab, for example the
+    timer of the training plots.
     """
     folded = "More settings: " if making.place_of(why) in _FOLDED else ""
     said = line("failed", f"{folded}{why}", "")
@@ -237,8 +245,8 @@ def _refused(page: _Page, why: str) -> list[Any]:
 
 
 def _told(app: App, page: _Page, task: Task | None, progress: Progress | None) -> list[Any]:
-    """Return what `_Page.told` shows of a job."""
-    if task is None:  # the rest is as it was laid out, or of a job that was asked for while the page loaded
+    """Return the values of `_Page.told` for the state of a job; without a job, only the results change."""
+    if task is None:  # the user may have started a job while the page was loading: leave its components unchanged
         kept = len(page.told) - len(page.results.shown)
         return [*(_same() for _ in range(kept)), *page.results.newest()]
     live = progress is None or not progress.ended
@@ -261,14 +269,15 @@ def _kept(job: str, randomise: bool, preset: str | None, values: tuple[Any, ...]
 
 
 def _linked(app: App, request: gr.Request) -> list[Any] | None:
-    """Return the values of preset, randomise and all controls that the address asks for; None where it asks nothing.
+    """Return the values of preset, randomise and all controls for the parameters in the address of the page.
 
-    What is wrong with it is said, and it then asks nothing.
+    Returns:
+        None if the address has no parameters of a video, or invalid ones; the page then shows a warning.
     """
     try:
         found = links.form_in(app, dict(request.query_params))
     except UserError as error:
-        gr.Warning(f"The link is refused: {escape(str(error))}", duration=None)
+        gr.Warning(f"The link is not valid: {escape(str(error))}", duration=None)
         return None
     if found is None:
         return None
@@ -277,7 +286,7 @@ def _linked(app: App, request: gr.Request) -> list[Any] | None:
 
 
 def _restored(page: _Page, kept: Any) -> list[Any]:
-    """Return the values of preset, randomise and all controls that the browser kept; what does not fit stays."""
+    """Return the stored values of preset, randomise and all controls; no change if they do not fit this page."""
     fields = kept.get("fields") if isinstance(kept, dict) else None
     if not isinstance(fields, dict) or len(kept.get("plug_ins") or ()) != len(page.plug_ins):
         return [_same()] * (2 + len(page.values))
@@ -289,7 +298,7 @@ def _reused(app: App, page: _Page, settings: Any) -> list[Any]:
     """Return the values of preset, randomise and all controls for the settings of a result."""
     form, missing = said(lambda: making.form_of(app, settings))
     if missing:
-        gr.Warning(f"This server does not have {', '.join(missing)}: the rest is as it was.")
+        gr.Warning(f"Not available on this server: {', '.join(missing)}. All other settings are loaded.")
     return [None, False, *making.values_of(form, controls.plug_in_values(form.plug_ins))]
 
 

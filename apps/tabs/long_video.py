@@ -1,4 +1,4 @@
-"""Tab: a video of any length, which appears chunk by chunk, and can be stopped, go on and branch."""
+"""Tab "Long video": a video that appears chunk by chunk, and that can be stopped, continued and branched."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from postgen.apps.state import App
 from postgen.apps.status import status
 from postgen.apps.tabs.earlier import PRIVATE, Earlier
 
-IDLE = "The first seconds appear while the rest is being made."
+IDLE = "Ready. You can watch the first seconds while the rest is being made."
 _TITLE, _CAPTION = 60, 40
-"""Characters that name a job and a result."""
+"""Most characters of the title of a job and of the caption of a result."""
 _FIRST, _ROWS = 6, 3
-"""Seconds, and rows for further prompts, of a new page."""
+"""Default length in seconds, and number of empty rows for further prompts."""
 _NUMBERS = {"steps": "Steps", "guidance": "Guidance", "width": "Width", "height": "Height"}
 
 
@@ -33,7 +33,7 @@ class _Page:
     """The components of the tab."""
 
     fields: dict[str, Any]
-    """Of `LongForm`, without its numbers."""
+    """Field of `LongForm` -> component, without the fields in `numbers`."""
     numbers: dict[str, Any]
     randomise: Any
     start: Any
@@ -46,13 +46,13 @@ class _Page:
 
     @property
     def told(self) -> list[Any]:
-        """What changes while a job runs."""
+        """Components that change while a job runs."""
         result = self.result
         return [self.job, self.status, self.start, self.stop, self.cancel, result.more, result.branch, *result.shown]
 
 
 class _Result(Earlier):
-    """The part of the tab that shows a long video; built inside the open layout."""
+    """The part of the tab that shows a long video; built in the open Gradio layout."""
 
     def __init__(self, app: App) -> None:
         super().__init__(app, KIND)
@@ -63,18 +63,18 @@ class _Result(Earlier):
             self.about = gr.HTML(elem_id="long-about")
             with gr.Row(elem_classes="beside"):
                 self.seconds = gr.Number(
-                    min(4, most), label="Seconds more", minimum=0.1, maximum=most, min_width=100, elem_id="long-more"
+                    min(4, most), label="Seconds to add", minimum=0.1, maximum=most, min_width=100, elem_id="long-more"
                 )
                 self.more = gr.Button("Continue", elem_id="long-continue", min_width=100)
-            with gr.Accordion("Branch from an earlier place", open=False):
-                self.points = gr.Dropdown(label="From", choices=[], elem_id="long-points")
+            with gr.Accordion("Branch from an earlier time", open=False):
+                self.points = gr.Dropdown(label="Branch at", choices=[], elem_id="long-points")
                 self.prompt = gr.Textbox(
-                    label="Prompt from there on", placeholder="As it was", elem_id="long-branch-prompt"
+                    label="Prompt after the branch", placeholder="Unchanged", elem_id="long-branch-prompt"
                 )
                 with gr.Row():
-                    self.seed = gr.Number(1, label="Seed from there on", precision=0, minimum=0, min_width=100)
+                    self.seed = gr.Number(1, label="Seed after the branch", precision=0, minimum=0, min_width=100)
                     self.length = gr.Number(
-                        min(4, most), label="Seconds more", minimum=0.1, maximum=most, min_width=100
+                        min(4, most), label="Seconds to add", minimum=0.1, maximum=most, min_width=100
                     )
                 self.branch = gr.Button("Branch", elem_id="long-branch")
             with gr.Accordion("Files", open=False):
@@ -89,7 +89,7 @@ class _Result(Earlier):
         """Return the values of `shown` for a long video.
 
         Raises:
-            UserError: it is no longer there.
+            UserError: the video does not exist or is damaged.
         """
         made = made_of(self.app.history.get(id))
         points = [(f"{frame / made.growing.fps:.1f} s", frame) for frame in made.points]
@@ -109,7 +109,7 @@ class _Result(Earlier):
         return [gr.skip(), _watched(growing), gr.update(visible=False), *(gr.skip() for _ in self.shown[3:])]
 
     def nothing(self) -> list[Any]:
-        """Return the values of `shown` where there is no long video."""
+        """Return the values of `shown` if there is no long video."""
         return [None, "", gr.update(visible=False), "", gr.skip(), "", self.listed(None)]
 
     def caption(self, entry: Entry) -> str:
@@ -119,14 +119,14 @@ class _Result(Earlier):
 
 
 def about(made: LongMade) -> str:
-    """Return HTML that says what a long video shows, and how it was made."""
+    """Return HTML with the prompts and the settings of a long video."""
     note = made.note
     prompts = "".join(
         f'<p class="about-prompt">{f"{frame / made.growing.fps:.1f} s: " if frame else ""}{escape(str(text))}</p>'
         for frame, text in note["schedule"]
     )
     facts = [("Seed", note.get("seed")), ("Length", f"{made.seconds:.1f} s, {made.frames} frames")]
-    facts += [("Model", note.get("model")), ("Adapter", note.get("adapter") or "none: not trained for long videos")]
+    facts += [("Model", note.get("model")), ("Adapter", note.get("adapter") or "none (not trained for long videos)")]
     said = "".join(f"<span><b>{escape(str(k))}</b> {escape(str(v))}</span>" for k, v in facts if v is not None)
     return f'{prompts}<p class="about-facts">{said}</p>'
 
@@ -143,22 +143,22 @@ def tab(app: App) -> None:
     facts = app.facts(app.settings.model)
     fields: dict[str, Any] = {}
     page: dict[str, Any] = {"job": gr.State(None)}
-    # Three boxes, which stand under one another on a narrow screen: what is asked, what is made, more settings.
+    # Three boxes, one below the other on a narrow screen: request, result, further settings.
     with gr.Row(elem_classes="make"):
         with gr.Column(elem_classes="ask"):
             fields["prompt"] = gr.Textbox(
-                label="Prompt", placeholder="What the video shows", lines=2, max_lines=6, elem_id="long-prompt"
+                label="Prompt", placeholder="Describe the video", lines=2, max_lines=6, elem_id="long-prompt"
             )
             if known := facts.closed_vocabulary:
                 gr.Examples(
-                    [[text] for text in known], inputs=[fields["prompt"]], label="Prompts that this model knows"
+                    [[text] for text in known], inputs=[fields["prompt"]], label="Example prompts for this model"
                 )
             most = app.settings.long_seconds
             fields["seconds"] = gr.Slider(
                 min(1, most), most, value=min(_FIRST, most), step=0.5, label="Seconds", elem_id="long-seconds"
             )
             with gr.Row(elem_classes="buttons"):
-                page["start"] = gr.Button("Begin", variant="primary", elem_id="long-begin", scale=3, min_width=100)
+                page["start"] = gr.Button("Start", variant="primary", elem_id="long-begin", scale=3, min_width=100)
                 page["stop"] = gr.Button(
                     "Stop and keep", interactive=False, elem_id="long-stop", scale=2, min_width=100
                 )
@@ -167,7 +167,7 @@ def tab(app: App) -> None:
         with gr.Column(elem_classes="made"):
             result = _Result(app)
         with gr.Column(elem_classes="settings"):
-            with gr.Accordion("Other prompts on the way", open=False):
+            with gr.Accordion("Change the prompt over time", open=False):
                 fields["segments"] = gr.Dataframe(
                     [[None, ""] for _ in range(_ROWS)],
                     headers=["From second", "Prompt"],
@@ -182,7 +182,7 @@ def tab(app: App) -> None:
                 )
             with gr.Row():
                 fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="long-seed", min_width=120)
-                page["randomise"] = gr.Checkbox(True, label="New each time", min_width=120)
+                page["randomise"] = gr.Checkbox(True, label="New seed each time", min_width=120)
             with gr.Accordion("More settings", open=False):
                 page["numbers"] = _more(app, fields)
     browser = app.remembered[__name__]
@@ -192,20 +192,20 @@ def tab(app: App) -> None:
 
 
 def _more(app: App, fields: dict[str, Any]) -> dict[str, Any]:
-    """Build what a first long video does not need; return the numbers."""
-    names, own = app.model_names, [("the model's own, or none", OWN), *((name, name) for name in adapters(app))]
+    """Build the controls under "More settings" and return the number fields."""
+    names, own = app.model_names, [("the model's own adapter, if any", OWN), *((name, name) for name in adapters(app))]
     fields["model"] = gr.Dropdown(
         names, value=names[0], label="Model", allow_custom_value=app.settings.any_model, elem_id="long-model"
     )
     fields["adapter"] = gr.Dropdown(
-        own, value=OWN, label="Adapter of WorldWeaver", visible=len(own) > 1, elem_id="long-adapter"
+        own, value=OWN, label="WorldWeaver adapter", visible=len(own) > 1, elem_id="long-adapter"
     )
     with gr.Row():
         return {
             name: gr.Number(
-                None,
+                0,  # the browser turns an empty number field into 0, so 0 is the default here
                 label=label,
-                placeholder="own",
+                info="0: default",
                 precision=None if name == "guidance" else 0,
                 minimum=0,
                 min_width=90,
@@ -233,12 +233,12 @@ def _wire(app: App, page: _Page) -> None:
             yield told
 
     async def more(id: Any, seconds: Any) -> AsyncIterator[list[Any]]:
-        task = said(lambda: _submitted(app, "more of a long video", lambda: go_on_work(app, id, seconds)))
+        task = said(lambda: _submitted(app, "continue a long video", lambda: go_on_work(app, id, seconds)))
         async for told in _first(followed(task), task.id):
             yield told
 
     async def branch(id: Any, *asked: Any) -> AsyncIterator[list[Any]]:
-        task = said(lambda: _submitted(app, "a branch of a long video", lambda: branch_work(app, id, *asked)))
+        task = said(lambda: _submitted(app, "branch a long video", lambda: branch_work(app, id, *asked)))
         async for told in _first(followed(task), task.id):
             yield told
 
@@ -267,7 +267,7 @@ def _wire(app: App, page: _Page) -> None:
 
 
 async def _first(told: AsyncIterator[list[Any]], *values: Any) -> AsyncIterator[list[Any]]:
-    """Put values before the first of what is told, and nothing before the others."""
+    """Prefix the first list of updates with values, and the later lists with "no change"."""
     async for one in told:
         yield [*values, *one]
         values = tuple(gr.skip() for _ in values)
@@ -284,7 +284,7 @@ def _submitted(app: App, title: str, work: Callable[[], Work]) -> Task:
 
 
 def _told(page: _Page, task: Task, progress: Progress, new: bool) -> list[Any]:
-    """Return what `_Page.told` shows of a job; `new` says whether there is more to watch."""
+    """Return the values of `_Page.told` for the state of a job; `new` tells whether a new chunk can be watched."""
     live = not progress.ended
     off, on = gr.update(interactive=not live), gr.update(interactive=live)
     result = [gr.skip() for _ in page.result.shown]
@@ -298,9 +298,9 @@ def _told(page: _Page, task: Task, progress: Progress, new: bool) -> list[Any]:
 
 
 def _loaded(page: _Page) -> list[Any]:
-    """Return what `_Page.told` shows once the page is loaded: its results, and the rest as it was laid out.
+    """Return the values of `_Page.told` for a loaded page: only the results change.
 
-    A job may have been asked for in the meantime.
+    The user may have started a job while the page was loading, so its components keep their values.
     """
     kept = len(page.told) - len(page.result.shown)
     return [*(gr.skip() for _ in range(kept)), *page.result.newest()]

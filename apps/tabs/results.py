@@ -1,4 +1,4 @@
-"""The part of a tab that shows results: a player, the gallery of all that was made, and what can be done with one."""
+"""The part of the Generate tab that shows results: a player, actions for the chosen result, and the gallery."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from postgen.apps.uploads import discarding, uploaded_settings
 from postgen.errors import UserError, is_number
 
 PAGE = 24
-"""Results that the gallery shows at first, and how many more each time."""
+"""Number of results in the gallery at first, and number of results that "Show more" adds."""
 _CAPTION = 40
 
 
 class Results:
-    """A player with the result that is chosen, and the gallery; built inside the open layout.
+    """A player for the chosen result, and the gallery, in the open Gradio layout.
 
-    `shown` are the components that change with a result: what `newest`, `one` and `unchanged` return is for them.
+    `shown` lists the components that change with a result; `newest` and `unchanged` return values for them, and `one`
+    returns values for the components without the gallery.
     """
 
     def __init__(self, app: App) -> None:
@@ -52,7 +53,7 @@ class Results:
         )
         self.more = gr.Button("Show more", visible=False, size="sm", elem_id="more")
         self.upload = gr.UploadButton(
-            "Take settings from a video or JSON of postgen",
+            "Load settings from a postgen video or JSON file",
             file_types=[".json", ".mp4", ".webm"],
             size="sm",
             elem_id="from-file",
@@ -64,11 +65,11 @@ class Results:
         self.shown = [*self._one, self.gallery, self.more, self.ids]
 
     def wire(self, reuse: Callable[[Mapping[str, Any]], list[Any]], controls: list[Any]) -> None:
-        """Wire the events.
+        """Register the events.
 
         Args:
-            reuse: returns the values of `controls` for settings of a sidecar.
-            controls: what they are for.
+            reuse: function from the settings of a sidecar to the values of `controls`.
+            controls: components of the request.
         """
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -102,7 +103,7 @@ class Results:
         )
 
     def newest(self, id: str | None = None) -> list[Any]:
-        """Return the values of `shown` for the gallery as it is now, and a result: this one, or the newest."""
+        """Return the values of `shown`: the current gallery, and the result `id`, or the newest without an id."""
         listed = self._listed(PAGE)
         entry = self.app.history.find(id) if id is not None else None
         if entry is None:
@@ -110,14 +111,14 @@ class Results:
         return [*(self._nothing() if entry is None else self._one_or_nothing(entry)), *listed]
 
     def unchanged(self) -> list[Any]:
-        """Return the values of `shown` that leave all as it is."""
+        """Return the values of `shown` that change nothing."""
         return [gr.skip() for _ in self.shown]
 
     def one(self, entry: Entry) -> list[Any]:
-        """Return the values of the player and what is beside it for a result.
+        """Return the values of the player, the facts and the buttons for a result.
 
         Raises:
-            UserError: it is no longer there.
+            UserError: the result does not exist or is damaged.
         """
         video, note = str(entry.video), self._note(entry)
         on = gr.update(interactive=True)
@@ -147,7 +148,7 @@ class Results:
         for entry in entries[:count]:
             try:
                 pictures.append((str(entry.poster), str(self._note(entry).get("prompt"))[:_CAPTION]))
-            except UserError:  # half of it was removed by hand
+            except UserError:  # a file of the result is missing
                 continue
             ids.append(entry.id)
         return [pictures, gr.update(visible=len(entries) > count), ids]
@@ -157,7 +158,12 @@ class Results:
 
 
 def about(note: Mapping[str, Any], link: str | None = None) -> str:
-    """Return HTML that says how a video was made, from its sidecar; `link` asks for its settings."""
+    """Return HTML with the prompt and the settings of a video.
+
+    Args:
+        note: sidecar of the video.
+        link: address that fills the form with these settings; None omits the link.
+    """
     settings, seconds = note["settings"], note.get("seconds")
     facts = [
         ("Seed", note.get("seed")),

@@ -1,4 +1,4 @@
-"""Tab: what rewards say of a clip, and the world's judge clause by clause."""
+"""Tab "Rewards": scores of a clip, and the findings of the judge of the synthetic world."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from postgen.apps.status import status
 from postgen.apps.uploads import discarding, uploaded_settings, uploaded_video
 from postgen.errors import UserError, cut
 
-IDLE = "Choose a clip and the rewards that shall score it."
+IDLE = "Choose a clip and the rewards to score it with."
 _OFFERED = 50
-"""Results of the history that are offered."""
+"""Most results of the history that the tab offers."""
 _OWN = ""
-"""Stands, among them, for the uploaded clip."""
+"""Value of the list of results that means the uploaded clip."""
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class _Page:
 
     @property
     def told(self) -> list[Any]:
-        """What changes while a job runs."""
+        """Components that change while a job runs."""
         return [self.job, self.status, self.start, self.cancel, self.scores, self.judge, self.data]
 
 
@@ -64,18 +64,18 @@ def _layout(app: App, known: Sequence[Known]) -> _Page:
         with gr.Column(scale=5, min_width=320):
             clip = gr.Video(label="Clip", sources=["upload"], height=260, buttons=[], elem_id="score-clip")
             made = gr.Dropdown(
-                _results(app), value=_OWN, label="Or a result of the history", elem_id="score-made", filterable=False
+                _results(app), value=_OWN, label="Or a result from the history", elem_id="score-made", filterable=False
             )
             facts = gr.HTML(elem_id="score-facts")
             prompt = gr.Textbox(
                 label="Prompt",
-                info="What the clip should show. Filled in from a clip of postgen, or the JSON beside it.",
+                info="What the clip should show. A clip made by postgen, or its JSON file, fills this in.",
                 lines=2,
                 max_lines=6,
                 max_length=making.LONGEST,
                 elem_id="score-prompt",
             )
-            note = gr.UploadButton("Prompt from a JSON", file_types=[".json"], size="sm", elem_id="score-note")
+            note = gr.UploadButton("Load prompt from JSON", file_types=[".json"], size="sm", elem_id="score-note")
         with gr.Column(scale=6, min_width=320):
             rewards = gr.CheckboxGroup(
                 [one.name for one in here],
@@ -110,16 +110,16 @@ def _layout(app: App, known: Sequence[Known]) -> _Page:
 
 
 def _meanings(here: Sequence[Known], away: Sequence[Known]) -> None:
-    """Build what is said of the rewards that can be used, and of those that cannot."""
+    """Build the descriptions of the available and of the unavailable rewards."""
     with gr.Accordion("What each reward means", open=False):
         gr.HTML(about_of(here), elem_id="rewards-here")
     if away:
-        with gr.Accordion(f"{len(away)} more that this machine cannot use yet", open=False):
+        with gr.Accordion(f"{len(away)} more rewards that are not available on this machine yet", open=False):
             gr.HTML(away_of(away), elem_id="rewards-away")
 
 
 def _wire_clip(app: App, page: _Page) -> None:
-    """Look at a clip when it comes, and fill the prompt in."""
+    """Register the events that show the facts of a chosen clip and fill in its prompt."""
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     def uploaded(path: str | None) -> list[Any]:
@@ -142,7 +142,7 @@ def _wire_clip(app: App, page: _Page) -> None:
 
         prompt = said(read)
         if not isinstance(prompt, str):
-            raise gr.Error("the settings name no prompt: write what the clip should show", print_exception=False)
+            raise gr.Error("the settings have no prompt: describe what the clip should show", print_exception=False)
         return prompt
 
     page.clip.change(uploaded, page.clip, [page.facts, page.prompt, page.made], **private)
@@ -152,7 +152,7 @@ def _wire_clip(app: App, page: _Page) -> None:
 
 
 def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
-    """Score, follow, cancel."""
+    """Register the events that start, follow and cancel a job, and the endpoint `/score`."""
 
     async def begin(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[list[Any]]:
         task = said(lambda: _submitted(app, clip, made, prompt, rewards))
@@ -162,10 +162,10 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
             raise_failed(progress)
 
     async def called(clip: str | None, made: str, prompt: str, rewards: list[str]) -> AsyncIterator[dict[str, Any]]:
-        """Score a clip, or a result of the history: how the job stands, and at last its scores."""
+        """Score a clip or a result of the history. Yields the state of the job, at the end with the scores."""
 
         def submitted() -> Task:
-            with discarding(clip):  # whoever calls again uploads again
+            with discarding(clip):  # a refused upload is of no use: the next call uploads its own clip
                 return _submitted(app, clip, made, prompt, rewards)
 
         task = said(submitted)
@@ -173,24 +173,24 @@ def _wire_job(app: App, page: _Page, known: Mapping[str, Known]) -> None:
             async for progress in app.jobs.follow(task):
                 yield _stands(task, progress)
         finally:
-            app.jobs.cancel(task.id)  # nothing, where it has ended
+            app.jobs.cancel(task.id)  # no effect if the job has ended
 
     inputs = [page.clip, page.made, page.prompt, page.rewards]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.start.click(begin, inputs, page.told, **private)
     page.cancel.click(lambda id: app.jobs.cancel(id), page.job, None, **private)
-    # An endpoint that takes an upload needs components, which hold what is sent to the folder of uploads. The list of
-    # results is that of the start there: a client names a result as a text.
+    # An endpoint that takes an upload needs components as inputs: they restrict files to the folder of uploads. A
+    # dropdown would accept only the results at the start of the server, so a client names a result in a text field.
     by_id = gr.Textbox(visible=False)
     inputs = [page.clip, by_id, page.prompt, page.rewards]
     gr.Button(visible=False).click(called, inputs, page.data, api_name="score", show_progress="hidden")
 
 
 def _submitted(app: App, clip: Any, made: Any, prompt: Any, names: Any) -> Task:
-    """Check all that can be checked before the queue, and put the job into it.
+    """Check the request and put its job into the queue.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: a value is invalid (the message is about the first one), or the queue is full.
     """
     from postgen.video import Footage
 
@@ -198,7 +198,7 @@ def _submitted(app: App, clip: Any, made: Any, prompt: Any, names: Any) -> Task:
     text = scoring.checked_prompt(prompt, rewards)
     if made not in (None, _OWN):
         if clip is not None:
-            raise UserError("a clip is given, and a result of the history: leave one of them out")
+            raise UserError("both a clip and a result of the history are given: choose one of them")
         video = app.history.get(made).video
         footage = Footage(video, _info(video))
     else:
@@ -207,7 +207,7 @@ def _submitted(app: App, clip: Any, made: Any, prompt: Any, names: Any) -> Task:
 
 
 def _clip(app: App, path: Any) -> Any:
-    """Return an uploaded clip; one that is refused is removed."""
+    """Return an uploaded clip as `Footage`; delete an upload that is refused."""
     with discarding(path):
         return uploaded_video(path, app.settings, "clip")
 
@@ -222,7 +222,7 @@ def _info(video: Any) -> Any:
 
 
 def _told(task: Task, progress: Progress, known: Mapping[str, Known]) -> list[Any]:
-    """Return the values of `_Page.told`."""
+    """Return the values of `_Page.told` for the state of a job."""
     live = not progress.ended
     found: Scored | None = progress.result
     shown: list[Any] = ["", "", None]
@@ -245,19 +245,19 @@ def _stands(task: Task, progress: Progress) -> dict[str, Any]:
 
 
 def _results(app: App) -> list[tuple[str, str]]:
-    """Return what the history holds, newest first, by words and ids."""
+    """Return label and id of the results in the history, newest first, after an entry for the uploaded clip."""
     found = [("the uploaded clip", _OWN)]
     for entry in app.history.entries()[:_OFFERED]:
         try:
             prompt = str(making.note_of(entry.file(SIDECAR)).get("prompt"))
-        except UserError:  # another kind of result, or half of it was removed by hand
+        except UserError:  # a result of another tab, or a file of the result is missing
             continue
         found.append((f"{entry.made:%d %b %H:%M}  {cut(prompt, 60)}", entry.id))
     return found
 
 
 def _prompt_in(app: App, path: str) -> Any:
-    """Return the prompt that a video of postgen holds; of any other leave the prompt as it is."""
+    """Return the prompt in the metadata of a video made by postgen; no change for other videos."""
     try:
         prompt = uploaded_settings(path, app.settings).get("prompt")
     except UserError:
@@ -266,14 +266,14 @@ def _prompt_in(app: App, path: str) -> Any:
 
 
 def facts_of(info: Any) -> str:
-    """Return HTML that says what a video is."""
-    rate = f"{info.fps:.3g} frames a second" if info.fps else "no frame rate"
+    """Return HTML with frames, size, frame rate and duration of a video."""
+    rate = f"{info.fps:.3g} frames per second" if info.fps else "no frame rate"
     told = [f"{info.frames} frames", f"{info.width} x {info.height}", rate, f"{info.seconds:.1f} s"]
     return f'<p class="about-facts">{"".join(f"<span>{escape(one)}</span>" for one in told)}</p>'
 
 
 def scores_of(found: Scored, known: Mapping[str, Known]) -> str:
-    """Return the table of scores."""
+    """Return HTML with the table of scores."""
     rows = []
     for name, value in found.scores.items():
         one = known[name]
@@ -283,25 +283,30 @@ def scores_of(found: Scored, known: Mapping[str, Known]) -> str:
             f'<tr><td><b>{escape(name)}</b><p class="note">{escape(one.says)}</p>{note}</td>'
             f'<td class="number"><b>{shown}</b><p class="note">{escape(one.range)}</p></td></tr>'
         )
-    head = '<tr><th>Reward, and what a high score says</th><th class="number">Score</th></tr>'
+    head = '<tr><th>Reward, and the meaning of a high score</th><th class="number">Score</th></tr>'
     return f'<table class="plain">{head}{"".join(rows)}</table>'
 
 
 def judge_of(found: Scored) -> str:
-    """Return what the world's judge says: what it read of the prompt, and what it saw."""
+    """Return HTML with the findings of the world's judge: the clauses of the prompt, and the checks of the clip."""
     if not found.clauses and not found.checks:
         return ""
     read = "".join(_verdict(text, why or "can be judged", not why) for text, why in found.clauses)
-    words = f'<h3>What the judge read</h3><table class="plain">{read}</table>' if read else ""
+    words = f'<h3>The prompt, as the judge reads it</h3><table class="plain">{read}</table>' if read else ""
     if not found.checks:
         return f'{words}<p class="note">The clip is too short or too small for the judge: 5 frames, 32 px a side.</p>'
     seen = "".join(_verdict(one["what"], _against(one), one["right"]) for one in found.checks)
-    verdict = "Everything is as asked." if found.all_right else "Not everything is as asked, or can be judged."
-    return f'{words}<h3>What the judge saw</h3><p class="note">{verdict}</p><table class="plain">{seen}</table>'
+    verdict = (
+        "The clip shows everything in the prompt."
+        if found.all_right
+        else "A part of the prompt is not shown, or cannot be judged."
+    )
+    head = "<h3>The clip, as the judge sees it</h3>"
+    return f'{words}{head}<p class="note">{verdict}</p><table class="plain">{seen}</table>'
 
 
 def _against(check: Mapping[str, Any]) -> str:
-    parts = {"asked": check["wanted"], "seen": check["found"]}
+    parts = {"expected": check["wanted"], "found": check["found"]}
     return ", ".join(f"{word}: {value}" for word, value in parts.items() if value is not None)
 
 
@@ -314,12 +319,12 @@ def _verdict(what: str, more: str, right: bool) -> str:
 
 
 def about_of(known: Sequence[Known]) -> str:
-    """Return the table of what rewards mean."""
+    """Return HTML with the table of rewards and their meaning."""
     return _listed([(one.name, one.says, one.range + "; needs a prompt" * one.needs_prompt) for one in known])
 
 
 def away_of(known: Sequence[Known]) -> str:
-    """Return the table of rewards that this machine lacks something for."""
+    """Return HTML with the table of unavailable rewards and what each of them needs."""
     return _listed([(one.name, one.says, one.lacks or "") for one in known])
 
 

@@ -1,4 +1,4 @@
-"""Tab: training runs as they go, one or several in one plot."""
+"""Tab "Training": live curves, samples and warnings of one or several training runs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from postgen.grpo.curves import Points
 from postgen.video import VideoError, read_picture
 
 EVERY = 3.0
-"""Seconds between two looks at runs that are shown."""
+"""Seconds between two updates of the chosen runs."""
 _COLUMNS = 6
-"""Steps whose samples stand side by side."""
+"""Most steps whose samples are shown side by side."""
 _MOST_RUNS = 6
-_NO_RUN = "No run here yet: a run appears when it has written config.yaml or metrics.jsonl."
+_NO_RUN = "No run yet: a run appears after it has written config.yaml or metrics.jsonl."
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,7 @@ class _Page:
 
     @property
     def drawn(self) -> list[Any]:
-        """What changes with new lines of a run."""
+        """Components that change with new metrics of a run."""
         return [
             *self.plots,
             self.other,
@@ -67,7 +67,7 @@ class _Page:
 
     @property
     def pictured(self) -> list[Any]:
-        """What changes with new samples."""
+        """Components that change with new samples."""
         return [self.samples, self.gallery, self.left, self.right, self.slider, *self.videos]
 
 
@@ -80,10 +80,10 @@ def tab(app: App) -> None:
 
 
 def _api(runs: Runs) -> Any:
-    """Return the function that clients of the HTTP API call as `/run`."""
+    """Return the function of the endpoint `/run`."""
 
     def run(name: str) -> dict[str, Any]:
-        """Return how far a run is, and its newest numbers."""
+        """Return the progress and the newest metrics of a training run."""
         one = said(lambda: runs.get(name))
         standing = one.standing()
         return {
@@ -105,12 +105,12 @@ def _layout(runs: Runs) -> _Page:
             multiselect=True,
             max_choices=_MOST_RUNS,
             label="Runs",
-            info="Several are drawn into one plot; samples and recipe are those of the first.",
+            info="The plots show all chosen runs; samples, warnings, checkpoints and recipe are of the first one.",
             elem_id="runs",
             scale=5,
             min_width=260,
         )
-        refresh = gr.Button("Look for runs", size="sm", scale=1, min_width=120, elem_id="runs-refresh")
+        refresh = gr.Button("Refresh the list", size="sm", scale=1, min_width=120, elem_id="runs-refresh")
     page = _Page(runs=chosen, refresh=refresh, timer=gr.Timer(EVERY), status=gr.HTML(elem_id="run-status"))
     with gr.Row(elem_classes="plots"):
         for number, group in enumerate(GROUPS):
@@ -133,8 +133,8 @@ def _layout(runs: Runs) -> _Page:
 
 
 def _samples(page: _Page) -> None:
-    about = "The same noise at each step: what differs, training has changed."
-    gr.HTML(_head("Samples of fixed seeds", about))
+    about = "All steps use the same noise, so every difference comes from training."
+    gr.HTML(_head("Samples with fixed seeds", about))
     page.gallery = gr.Gallery(
         label="Samples, step by step",
         show_label=False,
@@ -173,7 +173,7 @@ def _plot(elem_id: str) -> Any:
         color_map=COLOURS,
         colors_in_legend=[],
         height=240,
-        x_axis_format=",.9~r",  # ",d" would call two ticks between steps the same
+        x_axis_format=",.9~r",  # ",d" would give ticks between two steps the same label
         y_axis_format=".4~g",
         show_label=False,
         tooltip=list(COLUMNS[:2]),
@@ -184,7 +184,7 @@ def _plot(elem_id: str) -> Any:
 
 
 def _head(title: str, about: str, labels: Sequence[str] = ()) -> str:
-    """Return a title, a line below it, and what the lines of a plot are called, in their colours."""
+    """Return HTML with a title, a line of text, and the labels of a plot's lines in their colours."""
     return f'<h3>{escape(title)}</h3><p class="note">{escape(about)}</p>{_keys(labels)}'
 
 
@@ -232,7 +232,7 @@ def _wire(app: App, runs: Runs, copies: SampleCopies, page: _Page) -> None:
 
 
 def _chosen(runs: Runs, names: Any) -> list[Run]:
-    """Return the runs that the page names, without those that were removed meanwhile."""
+    """Return the runs with these names, without runs that have been removed."""
     found = []
     for name in names[:_MOST_RUNS] if isinstance(names, list) else []:
         with suppress(UserError):
@@ -269,13 +269,20 @@ def _group(group: Group, lines: Sequence[tuple[str, Points]]) -> list[Any]:
 
 
 def _other(metric: str | None, curves: Mapping[str, Mapping[str, Points]]) -> list[Any]:
-    """Return the keys and the plot of a metric by choice."""
+    """Return the legend and the plot of the metric chosen under "Other metrics"."""
     lines = metric_lines(metric, curves) if metric else []
     return [_keys([label for label, _ in lines] if len(lines) > 1 else []), table(lines)]
 
 
 def _pictured(found: Sequence[Run], copies: SampleCopies, left: Any, right: Any) -> list[Any]:
-    """Return the values of `_Page.pictured`; the first and the last step are compared where none is named."""
+    """Return the values of `_Page.pictured`.
+
+    Args:
+        found: the chosen runs; the samples are those of the first run.
+        copies: copies of sample videos for the players.
+        left: step on the left; the first step if the run has no such samples.
+        right: step on the right; the last step if the run has no such samples.
+    """
     samples = {sample.step: sample for sample in found[0].samples()} if found else {}
     if not samples:
         return [gr.update(visible=False), [], *(gr.update(choices=[], value=None),) * 2, None, None, None]
@@ -298,7 +305,7 @@ def _pictured(found: Sequence[Run], copies: SampleCopies, left: Any, right: Any)
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
-    """Return at most `_COLUMNS` steps over the run, its first and its last among them."""
+    """Return at most `_COLUMNS` evenly spread steps, including the first and the last one."""
     if len(steps) <= _COLUMNS:
         return list(steps)
     return [steps[round(place * (len(steps) - 1) / (_COLUMNS - 1))] for place in range(_COLUMNS)]
@@ -307,7 +314,7 @@ def _spread(steps: Sequence[int]) -> list[int]:
 def _picture(sample: Sample) -> Any:
     try:
         return read_picture(sample.sheet)
-    except (VideoError, UserError, OSError):  # removed, or half of it is there
+    except (VideoError, UserError, OSError):  # the picture was removed, or is still being written
         return None
 
 
@@ -320,32 +327,32 @@ def _told(found: Sequence[Run]) -> str:
 
 
 def _standing(name: str, standing: Standing, newest: Mapping[str, Any]) -> str:
-    """Return one line and a bar that say how far a run is."""
+    """Return HTML with the progress of a run: one line and a bar."""
     steps = f"step {standing.step:,} of {standing.total:,}" if standing.total else f"step {standing.step:,}"
     parts = [steps]
     if standing.step_time is not None and standing.writes:
-        parts.append(f"{standing.step_time:.3g} s a step")
+        parts.append(f"{standing.step_time:.3g} s per step")
     if (left := standing.seconds_left) is not None:
         parts.append(f"{duration(left)} left")
     if standing.done:
         parts.append("all steps are done")
     elif standing.age is None:
-        parts = ["nothing is written yet"]
+        parts = ["no metrics yet"]
     elif standing.writes:
-        parts.append(f"last line {duration(standing.age)} ago")
+        parts.append(f"last update {duration(standing.age)} ago")
     else:
-        parts.append(f"no new line for {duration(standing.age)}: it has ended, or stands still")
+        parts.append(f"no update for {duration(standing.age)}: the run has ended or hangs")
     if "loss" in newest and newest["loss"] is None:
-        parts.append("its last loss was no number")
+        parts.append("the last loss was NaN or infinite")
     state = "done" if standing.done else "running" if standing.writes else "idle"
     share = min(1.0, standing.step / standing.total) if standing.total else None
     return line(state, name, ", ".join(parts), share)
 
 
 def warnings_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return HTML of the last warnings."""
+    """Return HTML with the last warnings of a run."""
     if not rows:
-        return '<h3>Warnings</h3><p class="about-facts">None was written.</p>'
+        return '<h3>Warnings</h3><p class="about-facts">No warnings.</p>'
     items = []
     for row in rows:
         times = f" ({row['times']} times)" if row["times"] > 1 else ""
@@ -354,12 +361,12 @@ def warnings_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def checkpoints_of(found: Sequence[Checkpoint]) -> str:
-    """Return HTML of the checkpoints."""
+    """Return HTML with the table of a run's checkpoints."""
     if not found:
-        return '<h3>Checkpoints</h3><p class="about-facts">None yet.</p>'
+        return '<h3>Checkpoints</h3><p class="about-facts">No checkpoints yet.</p>'
     rows = "".join(
         f"<tr><td>{one.step:,}</td><td>{one.bytes / 2**20:,.1f} MiB</td>"
-        f"<td>{'complete' if one.sound else 'damaged, or being written'}</td></tr>"
+        f"<td>{'complete' if one.sound else 'damaged, or still being written'}</td></tr>"
         for one in found
     )
     head = "<tr><th>Step</th><th>Size</th><th>State</th></tr>"

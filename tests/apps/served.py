@@ -1,4 +1,4 @@
-"""A program that serves a page, as a process of its own."""
+"""Start a program that serves a page as a separate process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 _URL = re.compile(r"http://127\.0\.0\.1:\d+")
 _PATIENCE = 10.0
-"""Seconds that a process has to end by itself."""
+"""Seconds that a process has to end after a signal, before it is killed."""
 
 
 def missing() -> str:
-    """Return what browser tests lack here; nothing where all is there."""
+    """Return the programs and packages that browser tests need and that are missing; "" if none is missing."""
     lacks = [] if shutil.which("chromium") else ["chromium (as root: bash .ci/browser)"]
     lacks += [f"{name} (pip install 'postgen[demo,dev]')" for name in ("gradio", "playwright") if not find_spec(name)]
     return " and ".join(lacks)
@@ -33,24 +33,24 @@ def missing() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A server that answers."""
+    """A running server that answers requests."""
 
     url: str
     """Address of its page, without a slash at the end."""
     folder: Path
-    """Where it was started."""
+    """Working directory of the server."""
     process: subprocess.Popen[bytes]
-    """The program."""
+    """Process of the server."""
     seconds: float
-    """From its start to the first answer."""
+    """Seconds from the start to the first answer."""
 
     @property
     def outputs(self) -> Path:
-        """Where the app keeps what it makes."""
+        """Folder of outputs of the app."""
         return self.folder / "outputs"
 
     def said(self) -> str:
-        """Return what it has written to both of its outputs."""
+        """Return the text that the server has written to stdout and stderr."""
         return (self.folder / "server.log").read_text(encoding="utf-8", errors="replace")
 
 
@@ -58,19 +58,20 @@ class Served:
 def serving(
     words: Sequence[str | Path], folder: Path, *, seconds: float = 120.0, python: Path | None = None, page: bool = True
 ) -> Iterator[Served]:
-    """Start Python with these words in a folder, give the server, and end it with all its children.
+    """Start Python with arguments in a folder, yield the server, and end it with all its child processes.
 
-    The program takes a free port itself and prints its address, so no other process can take the port first.
+    The program chooses a free port itself and prints its address, so no other process can take the port first.
 
     Args:
-        words: after the name of the interpreter.
-        folder: where it is started.
-        seconds: how long it may take.
-        python: another interpreter, which is told nothing of this checkout; None is this one, which is.
-        page: wait for its page; without, for the address that it prints.
+        words: arguments of the interpreter.
+        folder: working directory.
+        seconds: most seconds until the server answers.
+        python: another interpreter, which does not get this checkout on its path; None means the current interpreter
+            with this checkout.
+        page: whether to wait for the page; otherwise only for the printed address.
 
     Raises:
-        AssertionError: it ended, or did not answer in time; the message has what it wrote.
+        AssertionError: the program ended, or did not answer in time; the message contains its output.
     """
     begin = time.monotonic()
     with (folder / "server.log").open("wb") as log:
@@ -91,7 +92,7 @@ def serving(
 
 
 def _environment(folder: Path, *, checkout: bool) -> dict[str, str]:
-    """Nothing is asked of the network, and nothing of another run is found."""
+    """Return an environment without network access to model hubs, and without traces of other runs."""
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
@@ -108,7 +109,7 @@ def _environment(folder: Path, *, checkout: bool) -> dict[str, str]:
 
 
 def _answering(process: subprocess.Popen[bytes], log: Path, end: float, page: bool) -> str:
-    """Return the address that the program has printed, as soon as its page is there, where that is waited for."""
+    """Return the address that the program prints; with `page`, wait until the page answers."""
     asking = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < end:
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -124,7 +125,7 @@ def _answering(process: subprocess.Popen[bytes], log: Path, end: float, page: bo
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program and what it has started, also what ignores the signal."""
+    """End a program and its child processes, and kill those that ignore the signal."""
     family = [process]
     with suppress(psutil.NoSuchProcess):
         mother = psutil.Process(process.pid)

@@ -1,4 +1,4 @@
-"""The benchmark of the app: what it counts, from given answers. No server is started here."""
+"""The benchmark of the app, with prepared answers instead of a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_jobs_are_drawn_alike_each_time() -> None:
 
 @pytest.fixture
 def wanted() -> list[Wanted]:
-    """Three valid jobs, and one of each other kind."""
+    """Three valid jobs, and one job of each other kind."""
     kinds = ("make", "make", "make", "invalid", "fail", "cancelled while it waits", "cancelled while it runs", "left")
     return [Wanted(number=n, kind=kind, words={"seed": n, "prompt": f"p{n}"}) for n, kind in enumerate(kinds)]
 
@@ -101,7 +101,7 @@ def test_enough_ways_to_read_a_file_are_tried(tmp_path: Path) -> None:
     found = tries(places)
     assert len({one.what for one in found}) == len(found) >= 80
     assert all(sum((bool(one.address), bool(one.call), bool(one.name))) == 1 for one in found)
-    # To know an upload's address is to have it: what is tried goes by its name.
+    # The full path of an upload gives access to it, so the tries may use its file name only.
     assert not [one for one in found if str(places.other) in one.address + str(one.data)]
     assert sum(str(places.private) in one.address + str(one.data) for one in found) >= 20
 
@@ -152,7 +152,7 @@ def test_gates_of_numbers() -> None:
     missed["jobs"]["memory_growth_mb"], missed["paths"]["readable"] = 101.0, [{"what": "a"}]
     missed["uploads"]["stopped"] = missed["wheel"]["works"] = 0.0
     assert [row["ok"] for row in app.gates(missed)] == [False] * 6
-    # Where a result cannot be read either, or too little was tried, nothing was shown.
+    # The gate has no value if the public result is not readable either, or if there were too few tries.
     for change in ({"result_is_given": False}, {"tries": 19}):
         gates = {row["name"]: row["value"] for row in app.gates({**parts, "paths": {**parts["paths"], **change}})}
         assert gates["server_paths_readable"] is None
@@ -161,14 +161,14 @@ def test_gates_of_numbers() -> None:
 def test_a_try_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["--tiny", "--output", str(app.RESULTS / "app.json")])
-    assert "is no result" in capsys.readouterr().err
+    assert "must not overwrite" in capsys.readouterr().err
 
 
 def test_the_table_says_what_was_not_measured() -> None:
     lines = list(app.markdown({"parts": {"paths": {"tries": 90}}, "gates": app.gates({})}))
     assert len(lines) == 2 + 6
     assert sum("not measured yet" in line for line in lines) == 5
-    assert "files of the server that 90 tries could read" in lines[5]
+    assert "private files of the server that 90 tries could read" in lines[5]
 
 
 def test_what_a_server_said_names_no_place(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tab "Before and after": two jobs of one prompt and seed, what is measured of them, and how they are shown."""
+"""The tab "Before and after": two jobs with one prompt and seed, their measurements, and their display."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_both_are_made_measured_and_kept(app: App) -> None:
     a, b = (read_video(side.video) for side in (made.paths.a, made.paths.b))
     assert a.shape == b.shape == (9, 3, 16, 32)
     assert made.report["largest_difference"] > 0
-    assert difference(a, b)["psnr"] < made.report["psnr"]  # of the clips themselves: the files are compressed
+    assert difference(a, b)["psnr"] < made.report["psnr"]  # the report compares the clips before compression
     assert probe(made.paths.both).width == 32 + 8 + 32
     told = measured(made)
     assert f"{made.report['psnr']:.1f} dB" in told
@@ -109,10 +109,10 @@ def test_a_cancelled_comparison_leaves_nothing_and_the_next_one_runs(app: App) -
     [
         ({}, None, "the same"),
         ({"steps": 2.0, "plug_ins": {}}, None, "the same"),
-        ({"steps": "many"}, None, "the video after: steps must be a whole number"),
-        ({"model": "/etc"}, None, "the video after: this server has no model"),
-        ({"lora": "/etc/passwd"}, None, "the video after: this server has no LoRA"),
-        ({"lora_scale": 0.5}, None, "the video after: the strength is 0.5, and there is no LoRA"),
+        ({"steps": "many"}, None, "the After video: steps must be a whole number"),
+        ({"model": "/etc"}, None, "the After video: this server has no model"),
+        ({"lora": "/etc/passwd"}, None, "the After video: this server has no LoRA"),
+        ({"lora_scale": 0.5}, None, "the After video: the LoRA scale is 0.5, but no LoRA is chosen"),
         ({"prompt": "a blue ball"}, None, "cannot differ in prompt"),
         ({"steps": 1}, "os.remove", "no reward of that name"),
         ({"steps": 1}, "pickscore", "no reward of that name"),
@@ -157,7 +157,7 @@ def test_labels_name_what_differs_and_no_folder_of_the_server(tmp_path: Path) ->
     b = {"model": str(tmp_path), "guidance_scale": None, "lora": [f"{lora}:0.5"]}
     assert labels_of(a, b) == (
         "guidance 3, embedded model, no LoRA",
-        f"own guidance scale, {tmp_path.name}, LoRA lora at 0.5",
+        f"default guidance scale, {tmp_path.name}, LoRA lora at 0.5",
     )
 
 
@@ -167,6 +167,18 @@ def test_players_take_nothing_of_a_text_as_html(tmp_path: Path) -> None:
     assert html.count("<video") == 1
     assert "a%20b%27.mp4?v=3" in html
     assert 'data-key="&quot;k&quot;"' in html
+
+
+def test_every_number_on_the_page_has_a_value(tiny_wan: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    """The browser turns an empty number field into 0; the LoRA scale of After was refused for that."""
+    gr = pytest.importorskip("gradio")
+    from postgen.apps.demo import build
+
+    settings = AppSettings(outputs=tmp_path, model=str(tiny_wan), loras=(str(tiny_lora),), device="cpu")
+    page = build(settings)
+    numbers = [block for block in page.blocks.values() if isinstance(block, gr.Number) and block.visible]
+    assert {"after-lora-scale", "long-steps", "guidance"} <= {block.elem_id for block in numbers}
+    assert [block.elem_id for block in numbers if block.value is None] == []
 
 
 def test_the_page_builds_with_the_tab_and_no_event_of_it_is_public(app: App) -> None:

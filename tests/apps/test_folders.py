@@ -1,4 +1,4 @@
-"""Settings, results on disk, uploads: what is refused, and what is left behind."""
+"""Settings, results on disk and uploads: which input is refused, and which files remain."""
 
 import json
 import os
@@ -133,7 +133,7 @@ def clip_file(path, frames, fps=8, size=16):
 
 def test_uploads_are_held_to_their_limits(tmp_path, limits):
     assert uploaded_video(clip_file(tmp_path / "fine.mp4", 5), limits).info.frames == 5
-    with pytest.raises(UserError, match=r"takes 2\.5 seconds"):
+    with pytest.raises(UserError, match=r"has 2\.5 seconds"):
         uploaded_video(clip_file(tmp_path / "long.mp4", 20), limits)
     with pytest.raises(UserError, match="more than 10,240 pixels"):
         uploaded_video(clip_file(tmp_path / "many.mp4", 41, fps=60), limits)
@@ -179,7 +179,7 @@ def test_settings_come_from_a_sidecar_and_from_a_video(tmp_path, limits):
     write_video(tmp_path / "x.mp4", torch.rand(3, 3, 16, 16), fps=8, comment=json.dumps(note))
     assert uploaded_settings(str(tmp_path / "x.json"), limits) == note["settings"]
     assert uploaded_settings(str(tmp_path / "x.mp4"), limits) == note["settings"]
-    with pytest.raises(UserError, match="holds no settings"):
+    with pytest.raises(UserError, match="has no settings"):
         uploaded_settings(clip_file(tmp_path / "y.mp4", 3), limits)
     for number, text in enumerate(("[]", "{}", '{"settings": 3}', "{", "")):
         (tmp_path / f"{number}.json").write_text(text)
@@ -215,7 +215,7 @@ def test_a_poster_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path):
     file = tmp_path / "large.png"
     Image.new("RGB", (300, 300)).save(file)
-    file.write_bytes(file.read_bytes()[:100])  # to be decoded it would have to be whole
+    file.write_bytes(file.read_bytes()[:100])  # a truncated file: decoding it would fail with another message
     with pytest.raises(UserError, match="300 x 300 pixels, and at most 64"):
         uploaded_picture(str(file), AppSettings(outputs=tmp_path, upload_pixels=1024))
 

@@ -1,4 +1,4 @@
-"""What of Gradio's HTTP interface is closed, asked of a real server."""
+"""Closed parts of Gradio's HTTP interface, tested on a real server."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def test_no_address_is_fetched_for_anybody(web):
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.mp4"
         for route in ("file=", "file/", "proxy="):
             assert web.get(f"/gradio_api/{route}{url}").status_code in (403, 404)
-        # An address that Gradio itself would ask, as it is a public one.
+        # Gradio itself would fetch 192.0.2.1, because it is not a private address.
         for path in (url, "http://192.0.2.1/a.mp4", "https://192.0.2.1/a.mp4"):
             assert web.get(f"/gradio_api/file={path}").status_code == 403
             called = web.post("/gradio_api/call/score", json={"data": [{"path": path, **FILE}, "", "", ["motion"]]})
@@ -102,9 +102,9 @@ def test_of_an_upload_that_is_refused_nothing_is_kept(web, served):
     too_large = {"files": ("a.mp4", b"0" * (MOST + 1))}
     answer = web.post("/gradio_api/upload", files=too_large)
     assert (answer.status_code, kept()) == (413, 0)
-    # A large one is read to its end, or its sender would meet a closed connection in place of an answer.
+    # The server reads a large upload to its end; otherwise the client would see a closed connection, not the answer.
     assert web.post("/gradio_api/upload", files={"files": ("a.mp4", b"0" * 2**23)}).status_code == 413
-    # Many small ones in one request, and a name that is none.
+    # Many small files in one request, and an invalid file name.
     many = [("files", (f"{n}.mp4", bytes([n]) * (MOST // 2))) for n in range(12)]
     answer = web.post("/gradio_api/upload", files=many)
     assert answer.status_code == 413
@@ -169,7 +169,7 @@ def raw(served, head, kind="GET / HTTP/1.1"):
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "LOCALHOST", "127.0.0.2"])
 def test_a_server_answers_under_its_own_names(served, name):
     assert raw(served, f"Host: {name}:{{port}}\r\nOrigin: http://{name}:{{port}}")[0] == 200
-    assert raw(served, f"Host: {name}")[0] == 200  # as behind a forwarded port
+    assert raw(served, f"Host: {name}")[0] == 200  # without a port, as behind a forwarded port
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_server_answers_under_no_other_name_and_to_no_other_site(served, head)
     version = "HTTP/1.0" if head.startswith("X") else "HTTP/1.1"
     for kind in (f"GET / {version}", f"GET /gradio_api/queue/data?session_hash=a {version}"):
         status, body = raw(served, head, kind)
-        assert status == 403 or (status == 400 and b"Invalid HTTP" in body), (kind, body)  # the latter of uvicorn
+        assert status == 403 or (status == 400 and b"Invalid HTTP" in body), (kind, body)  # 400 comes from uvicorn
         assert b"<html" not in body
         assert body.count(b"\n") <= 1
     called = raw(served, f"{head}\r\nContent-Length: 0", f"POST /gradio_api/call/history {version}")
@@ -211,7 +211,7 @@ def test_a_socket_of_another_site_is_refused(served):
     [
         (Names(host="127.0.0.1", allowed=("app.example.org",)), {"host": "app.example.org"}, True),
         (Names(host="127.0.0.1", allowed=("app.example.org",)), {"host": "b.app.example.org"}, False),
-        # A proxy that writes its own way here into Host.
+        # A proxy that puts the address of this server into Host.
         (
             Names(host="127.0.0.1", allowed=("App.example.org",)),
             {"host": "127.0.0.1:7860", "origin": "https://app.example.org"},

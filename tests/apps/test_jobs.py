@@ -1,4 +1,4 @@
-"""Jobs run one after another; each ends by itself, and none takes another one with it."""
+"""The job queue: jobs run one after another, and the failure of one job does not affect the others."""
 
 import asyncio
 import subprocess
@@ -22,7 +22,7 @@ def jobs():
 
 
 class Gate:
-    """Work that waits for a word, and says that it has begun."""
+    """Work that sets `begun` when it starts and waits for `go`."""
 
     def __init__(self):
         self.begun, self.go = threading.Event(), threading.Event()
@@ -96,7 +96,7 @@ def test_more_than_may_wait_are_refused_and_there_is_room_again(jobs):
     jobs.submit("running", gate)
     assert gate.begun.wait(5)
     tasks = [jobs.submit(str(n), lambda task: 0) for n in range(3)]
-    with pytest.raises(UserError, match="3 jobs wait already"):
+    with pytest.raises(UserError, match="the queue is full, 3 jobs are waiting"):
         jobs.submit("too many", lambda task: 0)
     gate.go.set()
     ended(jobs, tasks[-1])
@@ -158,7 +158,7 @@ def test_followed_to_its_end_and_the_preview_is_gone_then(jobs):
                 go.set()
         return seen
 
-    # In a thread of its own: a browser that another test drives has the event loop of this one.
+    # In a separate thread, because Playwright of another test may run an event loop in this thread.
     with ThreadPoolExecutor(1) as thread:
         seen = thread.submit(lambda: asyncio.run(follow())).result()
     assert ("running", "picture") in seen

@@ -1,4 +1,4 @@
-"""The tab "Long video": begun, stopped, gone on with and branched, in the history of the app."""
+"""The tab "Long video": videos that are made, stopped, continued and branched, in the history of the app."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from postgen.worldweaver.widen import widen_transformer
 
 SIZE = {"steps": 6, "width": 32, "height": 32, "guidance": 1.0}
 RATE = 16.0
-"""Of Wan."""
+"""Frames per second of Wan."""
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of training runs, of which one made an adapter with depth."""
+    """A folder of training runs; one of them has an adapter with depth."""
     from diffusers import WanPipeline
 
     folder = tmp_path_factory.mktemp("runs")
@@ -116,7 +116,9 @@ def test_cancelled_a_new_one_leaves_nothing_and_one_that_goes_on_what_it_has(app
     assert ended(app, begin_work(app, *request_of(app, form(app))), cancel).state == "cancelled"
     assert [*app.history.folder.iterdir()] == []
     made = begun(app, seconds=1.0)
-    assert ended(app, go_on_work(app, made.entry.id, 2.0), cancel).state == "done"  # in its place: that is a stop
+    assert (
+        ended(app, go_on_work(app, made.entry.id, 2.0), cancel).state == "done"
+    )  # a cancel of a continued video acts as a stop
     more = made_of(app.history.get(made.entry.id))
     assert made.frames < more.frames < made.frames + 32
     assert more.note["seconds"] == pytest.approx(more.seconds, abs=1e-3)
@@ -170,7 +172,7 @@ def test_few_states_are_kept_of_a_long_video_the_first_and_the_last_among_them(a
         ({"segments": [[9.0, "a cube"]]}, "row 1 .* below 2, got 9"),
         ({"segments": [["soon", "a cube"]]}, "row 1"),
         ({"segments": [[None, ""], [1, " "]]}, "row 2 of the prompts has no prompt"),
-        ({"segments": [[1, "a cube", "a cone"]]}, "nothing more"),
+        ({"segments": [[1, "a cube", "a cone"]]}, "no other values"),
         ({"segments": [["a cube"]]}, "row 1"),
         ({"segments": [[1, "a cube"], [1.01, "a cone"]]}, "row 2 .* change one"),
     ],
@@ -183,7 +185,7 @@ def test_what_is_wrong_is_said_before_the_queue(app: App, changes: dict[str, Any
 def test_places_and_lengths_of_a_branch_are_those_of_the_server(app: App) -> None:
     made = begun(app)
     for frame in (2, "1", -1, None, "../../x"):
-        with pytest.raises(UserError, match="no such place"):
+        with pytest.raises(UserError, match="cannot branch at that time"):
             branch_work(app, made.entry.id, frame, 1.0)
     with pytest.raises(UserError, match=r"at most 1\.9"):
         go_on_work(app, made.entry.id, 2.5)
@@ -191,6 +193,11 @@ def test_places_and_lengths_of_a_branch_are_those_of_the_server(app: App) -> Non
         with pytest.raises(UserError, match="no such result"):
             go_on_work(app, id, 1.0)
     assert [*adapters(app)] == ["weaver/adapter"]
+
+
+def test_a_number_of_0_is_the_default_as_an_empty_field_is_0_in_the_browser(app: App) -> None:
+    zeros = dict.fromkeys(("steps", "width", "height", "guidance"), 0)
+    assert request_of(app, form(app, numbers=zeros)) == request_of(app, form(app, numbers={}))
 
 
 def test_prompts_on_the_way_come_in_any_order() -> None:

@@ -1,4 +1,4 @@
-"""Presets, controls of plug-ins, and what becomes of a form before it is queued."""
+"""Presets, plug-in controls, and the checks of a form before it enters the queue."""
 
 import dataclasses
 import json
@@ -92,9 +92,9 @@ def test_values_that_no_control_has_are_refused(values):
         ({"model": "/etc"}, "no model of that name", "model"),
         ({"model": ["x"]}, "no model of that name", "model"),
         ({"lora": "/etc/passwd"}, "no LoRA of that name", "lora"),
-        ({"lora_scale": 0.5}, "there is no LoRA", "lora_scale"),
-        ({"lora_scale": "strong"}, "there is no LoRA", "lora_scale"),
-        ({"lora_scale": [1]}, "there is no LoRA", "lora_scale"),
+        ({"lora_scale": 0.5}, "no LoRA is chosen", "lora_scale"),
+        ({"lora_scale": "strong"}, "no LoRA is chosen", "lora_scale"),
+        ({"lora_scale": [1]}, "no LoRA is chosen", "lora_scale"),
         ({"negative_prompt": "dark", "guidance": 1}, "negative prompt needs guidance", "negative_prompt"),
         ({"image": "/etc/passwd"}, "text only", "image"),
         ({"plug_ins": {"enhance": "much"}}, "enhance must be auto or a number", "enhance"),
@@ -121,7 +121,7 @@ def test_numbers_of_a_page_and_of_a_client_are_the_same(app):
 def test_a_lora_is_chosen_by_its_name(app, tiny_lora):
     job = job_of(app, form(app, lora=tiny_lora.name, lora_scale=0.5))
     assert job.config.lora == (f"{tiny_lora}:0.5",)
-    with pytest.raises(UserError, match="strength"):
+    with pytest.raises(UserError, match="LoRA scale"):
         job_of(app, form(app, lora=tiny_lora.name, lora_scale=float("nan")))
 
 
@@ -150,7 +150,7 @@ def test_settings_of_a_stranger_open_nothing(app, tmp_path):
     settings = portable(job_of(app, form(app)).config)
     settings |= {"model": str(tmp_path), "lora": [str(tmp_path / "x")], "image": str(tmp_path / "secret.png")}
     again, missing = form_of(app, settings | {"lit": "adapter.safetensors"})
-    assert missing == ["its model", "its LoRA", "its first frame", "its adapter of linear attention"]
+    assert missing == ["the model", "the LoRA", "the first frame", "the linear-attention adapter"]
     assert (again.model, again.lora, again.image) == (app.model_names[0], None, None)
 
 
@@ -203,7 +203,7 @@ def test_of_two_models_of_one_name_none_is_taken_for_the_other(tiny_wan, tmp_pat
     other.mkdir(parents=True)
     two = App(AppSettings(model=str(tiny_wan), models=(str(other),), outputs=tmp_path / "outputs"))
     settings = {"prompt": "a ball", "seed": 1, "model": tiny_wan.name}
-    assert form_of(two, settings)[1] == ["its model"]
+    assert form_of(two, settings)[1] == ["the model"]
     assert form_of(two, {**settings, "model": str(other)})[0].model == str(other)
     two.close()
 

@@ -1,4 +1,4 @@
-"""Previews: what is shown, and how often."""
+"""Previews: their content and their frequency."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def test_the_clean_estimate_is_shown_every_second_step(tiny_wan: Path, monkeypat
     moving = pictures(shown[-1])
     assert moving.size == (8, 4)
     assert moving.n_frames == 3
-    # A finished video is learnt of: the next preview of its latents is near its colours.
+    # After `learn`, the preview of the same latents is close to the colours of the video.
     preview.learn(watch.latents, clip)
     colours = preview._colours.clip(watch.latents)
     small = torch.nn.functional.adaptive_avg_pool2d(clip[:1], (4, 8))

@@ -1,4 +1,4 @@
-"""Of what is refused nothing is kept: uploads, first frames, and what was made of them."""
+"""Refused requests leave no files: neither uploads nor first frames."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def app(tiny_wan_image: Path, tmp_path: Path) -> Iterator[App]:
 
 
 def sent(uploads: Path, name: str, content: bytes | None = None) -> str:
-    """Put a file where Gradio puts an upload."""
+    """Store a file as Gradio stores an upload, and return its path."""
     (uploads / name).mkdir()
     path = uploads / name / f"{name}.png"
     if content is None:
@@ -87,7 +87,7 @@ def test_a_first_frame_is_kept_as_long_as_a_job_or_a_result_names_it(app: App, u
     image, go = sent(uploads, "a"), threading.Event()
     before = files(app, uploads)
     gate = app.jobs.submit("gate", lambda task: go.wait(20))
-    with pytest.raises(UserError, match="wait already"):
+    with pytest.raises(UserError, match="the queue is full"):
         making.submitted(app, form(app, image=image))
     assert files(app, uploads) == before
     app.jobs.most_waiting = 5
@@ -104,7 +104,7 @@ def test_a_first_frame_is_kept_as_long_as_a_job_or_a_result_names_it(app: App, u
     assert json.loads((entry.folder / SIDECAR).read_text())["settings"]["image"] == kept.name
     app.jobs.cancel((task := making.submitted(app, form(app, image=image, steps=500))).id)
     assert ended(app, task) == "cancelled"
-    assert kept.is_file()  # of the result
+    assert kept.is_file()  # the result still uses it
     app.pictures.remove_result(entry.id)
     assert files(app, uploads) == before
 

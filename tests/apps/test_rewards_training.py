@@ -1,4 +1,4 @@
-"""The Rewards and Training tabs of a server, as programs and pages use them."""
+"""The Rewards and Training tabs of a server, used by programs and by the page."""
 
 import json
 import urllib.error
@@ -27,7 +27,7 @@ PROMPT = world.simple_caption(world.sample(7))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run with samples, by the trainer's own writers, and a clip."""
+    """A run with samples, written by the code of the trainer, and a clip."""
     place = tmp_path_factory.mktemp("place")
     run = place / "runs" / "one"
     run.mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_a_clip_is_scored_by_a_program(client, folder):
 
 
 def test_no_file_of_the_server_is_scored(client, folder):
-    """As a client that is none of Gradio's sends it: a path that nobody has uploaded."""
+    """A client other than Gradio's may send a path that is not an upload: the server refuses it."""
     place = f"{client.src}gradio_api/call/score"
 
     def asked(clip, made):
@@ -113,7 +113,7 @@ def test_what_is_drawn_of_a_run(folder):
     assert drawn[0]["visible"] is True
     assert [8, 0.8, "0"] in drawn[2]["data"]
     hidden = [value["visible"] for value in drawn[: 3 * len(training.GROUPS) : 3]]
-    assert hidden.count(True) == 3  # reward, loss, seconds a step
+    assert hidden.count(True) == 3  # reward, loss, seconds per step
     assert drawn[-6]["value"] == "grad_norm"
     assert "max_steps: 50" in drawn[-1]
     told = training._told([run])

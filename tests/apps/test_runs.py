@@ -1,4 +1,4 @@
-"""Runs as the app reads them: written by the trainers' own logger, followed as they grow, never left."""
+"""Training runs in the app: written by the logger of the trainers, followed while they grow, only in their folder."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.training.tiny import TinyConfig, TinyTrainer
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two real runs: one with rewards, evaluations and samples, one of another trainer in a folder of its own."""
+    """Two real runs: one with rewards, evaluations and samples, and one of another trainer in a subfolder."""
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"prompt": "a"}, {"prompt": "bb"}]
     grpo(
@@ -40,7 +40,7 @@ def root(tmp_path_factory):
 
 
 def metrics(folder):
-    """A run that only the logger's own file makes."""
+    """Create a run that has only the metrics file of the logger."""
     folder.mkdir()
     return MetricsFile(folder / "metrics.jsonl", 0)
 
@@ -79,7 +79,7 @@ def test_what_leads_out_of_the_folder_is_refused(root, tmp_path):
     assert run.samples() == []
     (inside / "metrics.jsonl").unlink()
     (inside / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 2.0}) + "\n")
-    assert run.curves() == {"reward": [(1, 2.0)]}  # the same file where it stands in the folder itself
+    assert run.curves() == {"reward": [(1, 2.0)]}  # a regular file in the folder itself is read
 
 
 def test_a_run_of_rewards_has_every_group_it_should(root):
@@ -91,7 +91,7 @@ def test_a_run_of_rewards_has_every_group_it_should(root):
     assert lines["Held-out judge"] == ["near"]
     assert lines["KL"] == ["to the rollout"]
     assert sorted(lines["Ratio"]) == ["max", "mean", "min"]
-    for title in ("Spread of the reward", "Motion", "Loss", "Learning rate", "Seconds a step"):
+    for title in ("Spread of the reward", "Motion", "Loss", "Learning rate", "Seconds per step"):
         assert lines[title], title
     named = {metric for metric in curves["dance"] if any(group.label(metric) for group in GROUPS)}
     assert {*others(curves["dance"]), *named} == {*curves["dance"]}

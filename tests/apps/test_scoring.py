@@ -1,4 +1,4 @@
-"""The Rewards tab: which rewards can be used, and what is found of a clip."""
+"""The Rewards tab: available rewards, and the scores of a clip."""
 
 import json
 import threading
@@ -39,14 +39,14 @@ def app(tmp_path):
 
 @pytest.fixture
 def nothing_here(tmp_path, monkeypatch):
-    """No weights of others, whatever this machine has."""
+    """Hide all published weights on this machine."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     return tmp_path
 
 
 def done(work):
-    """What a job's work returns, and what it told."""
+    """Run the work of a job and return its final state."""
     task = Task("a job", work)
     task.run()
     return task.progress()
@@ -72,10 +72,10 @@ def test_those_that_need_a_download_say_so_and_are_not_offered(nothing_here):
         ("clip_score", "hf download openai/clip-vit-large-patch14"),
         ("hps_v2_1", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"),
         ("videoalign_mq", "hf download KwaiVGI/VideoReward"),
-        ("depth_consistency", "more than a clip and a prompt"),
+        ("depth_consistency", "more data than a clip and a prompt"),
     ):
         assert told in lacks[name]
-        with pytest.raises(UserError, match=f"{name} cannot be used here"):
+        with pytest.raises(UserError, match=f"{name} is not available on this machine"):
             scoring.chosen_rewards(["world", name])
     shown = tab.away_of([one for one in scoring.known() if one.lacks])
     assert "xswu/HPSv2" in shown

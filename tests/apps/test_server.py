@@ -1,4 +1,4 @@
-"""A server on a free port, and programs that use it."""
+"""A server on a free port, used by client programs."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_a_call_that_is_given_up_leaves_the_others_of_its_client(client):
         ({"model": "/etc"}, "no model of that name"),
         ({"plug_ins": {"enhance": "much"}}, "enhance must be auto or a number"),
         ({"plug_ins": []}, "plug_ins must be"),
-        ({"lora_scale": 0.5}, "the strength is 0.5, and there is no LoRA"),
+        ({"lora_scale": 0.5}, "the LoRA scale is 0.5, but no LoRA is chosen"),
     ],
 )
 def test_a_wrong_call_is_one_line(client, wrong, message):
@@ -108,7 +108,7 @@ def test_a_wrong_call_is_one_line(client, wrong, message):
 
 
 def event(served, element, data, query=""):
-    """Do what a browser does for an event whose outputs have an element: return what the page gets."""
+    """Trigger the load event whose outputs contain an element, as a browser does; return the server's messages."""
     with httpx.Client(base_url=served.url, trust_env=False, timeout=30) as web:
         page = web.get("/config").json()
         own = {each["id"] for each in page["components"] if each["props"].get("elem_id") == element}
@@ -127,7 +127,7 @@ def test_the_address_of_the_page_fills_the_form_and_runs_nothing(served):
     assert (made[2], "auto" in made, 5 in made, made[1]) == ("a red ball", True, True, False)
     wrong = event(served, "prompt", [None], "?prompt=a+red+ball&frames=6")
     (said,) = (message for message in wrong if message["msg"] == "log")
-    assert "The link is refused" in said["log"]
+    assert "The link is not valid" in said["log"]
     assert "4n" in said["log"]
     assert len(served.app.history.entries()) == before
 

@@ -1,4 +1,4 @@
-"""The folder of a Hugging Face Space: its header, its requirements, and its page, from a process as there."""
+"""The folder of the Hugging Face Space: its header, its requirements, and its page."""
 
 from __future__ import annotations
 

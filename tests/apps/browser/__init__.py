@@ -1,1 +1,1 @@
-"""Tests in a browser: a package, so that fixtures of its scope end with the last of them."""
+"""Browser tests. The folder is a package, so that package-scoped fixtures end with its last test."""

@@ -1,6 +1,6 @@
-"""A server of the app, and a page of it in Debian's Chromium: `server`, `page`, `shot`.
+"""Fixtures for browser tests: `server` (the app), `page` (its page in Debian's Chromium), `shot` (screenshots).
 
-Pages are looked at where they are, without the network: what a page asks of other machines is not found, and noted.
+The browser has no network: requests to other machines fail, and `page.outside` records them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tests.apps.served import Served, missing, serving
 SIZES = {"1280": (1280, 900), "390": (390, 844)}
 """Names of screenshots -> width and height of the window."""
 _TIMEOUT = 60_000
-"""Milliseconds that a locator waits: the machine may be busy."""
+"""Milliseconds that a locator waits; long, because the machine may be busy."""
 
 
-# For this folder, not for the process: Playwright runs an event loop in this thread until it is closed, and other
-# tests of the process run their own.
+# Package scope instead of session scope: Playwright runs an event loop in this thread until it is closed, and other
+# tests of the process run their own event loops.
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Any]:
     """The browser."""
@@ -40,8 +40,8 @@ def chromium() -> Iterator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"),
-            # Root has no sandbox in a container, and /dev/shm is small there. Other machines are not found: to have
-            # Python let each request through would take the browser's cache away.
+            # In a container, root has no sandbox, and /dev/shm is small. The resolver rule blocks other machines;
+            # Playwright's request interception would disable the cache of the browser.
             args=[
                 "--no-sandbox",
                 "--disable-dev-shm-usage",
@@ -56,7 +56,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="package")
 def start(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[Served]]:
-    """Start another server: `with start("--any-model") as server:` with options of the app."""
+    """Return a function that starts another server with options of the app: `with start("--any-model") as server:`."""
 
     def app(*options: str | Path) -> AbstractContextManager[Served]:
         folder = tmp_path_factory.mktemp("app")
@@ -68,7 +68,7 @@ def start(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 @pytest.fixture(scope="package")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that writes, by the trainer's own writers."""
+    """A folder with an active training run, written by the code of the trainer."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "one").mkdir()
     (folder / "one" / "config.yaml").write_text("max_steps: 50\n")
@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# It takes ten seconds of a core to start, so all tests use one: each looks at what it has made itself.
+# A start takes ten seconds of CPU time, so all tests share one server; each test checks its own results only.
 @pytest.fixture(scope="package")
 def server(start: Callable[..., AbstractContextManager[Served]], tiny_wan: Path, runs: Path) -> Iterator[Served]:
     """The app with a tiny model, a training run, and small limits of uploads."""
@@ -88,7 +88,7 @@ def server(start: Callable[..., AbstractContextManager[Served]], tiny_wan: Path,
 
 @pytest.fixture(scope="package")
 def _first(chromium: Any) -> Iterator[Any]:
-    """The user whose browser has the scripts of the page in its cache."""
+    """A browser context that all tests share, so that the scripts of the page stay in its cache."""
     context = chromium.new_context()
     yield context
     context.close()
@@ -96,10 +96,10 @@ def _first(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def new_page(chromium: Any, _first: Any) -> Iterator[Callable[..., Any]]:
-    """Open a window that nobody else shares: `new_page(width=390, height=844)`. Two calls are two users.
+    """Return a function that opens a window: `new_page(width=390, height=844)`. Two calls are two users.
 
-    It remembers nothing. A page has what it asked of other machines in `page.outside`, and what went wrong in its
-    scripts and what it could not load in `page.wrong`.
+    The window has no stored data. `page.outside` lists requests to other machines; `page.wrong` lists script errors
+    and failed loads.
     """
     contexts: list[Any] = []
     pages: list[Any] = []
@@ -129,15 +129,15 @@ def new_page(chromium: Any, _first: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def page(server: Served, new_page: Callable[..., Any]) -> Any:
-    """A window of one user at the app, 1280 by 900 pixels."""
+    """A window of one user with the app, 1280 x 900 pixels."""
     return opened(new_page(), server.url)
 
 
 @pytest.fixture
 def shot(tmp_path: Path) -> Callable[[Any, str], dict[str, Path]]:
-    """Take pictures of a page: `shot(page, "generate")` gives `{"1280": path, "390": path}` and leaves its size.
+    """Return a function that takes screenshots in two widths: `shot(page, "generate")` returns `{"1280": path, ...}`.
 
-    The environment's POSTGEN_SHOTS names a folder that keeps them.
+    The window keeps its size. The environment variable POSTGEN_SHOTS names a folder that keeps the screenshots.
     """
 
     def shoot(page: Any, name: str, *, full: bool = False) -> dict[str, Path]:
@@ -145,7 +145,7 @@ def shot(tmp_path: Path) -> Callable[[Any, str], dict[str, Path]]:
         before, found = page.viewport_size, {}
         for key, (width, height) in SIZES.items():
             page.set_viewport_size({"width": width, "height": height})
-            page.wait_for_timeout(300)  # until what moves has moved
+            page.wait_for_timeout(300)  # wait for the layout to settle
             found[key] = folder / f"{name}-{key}.png"
             page.screenshot(path=found[key], full_page=full, animations="disabled")
         page.set_viewport_size(before)

@@ -1,6 +1,6 @@
-"""A server of a page that asks for a font of another machine and throws an error on demand, with a child process.
+"""A small server for tests of the fixtures. Its page requests a font of another machine and raises an error on demand.
 
-It begins in a moment, which the app does not, and what the fixtures promise holds for any page.
+The server also has a child process. It starts much faster than the app, and the fixtures must work with any page.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PAGE = f"""<!doctype html><title>small</title><link rel="stylesheet" href="{FONT
 
 
 class Small(BaseHTTPRequestHandler):
-    """Answers the page to whatever is asked."""
+    """Answers every request with the page."""
 
     def do_GET(self) -> None:
-        """Send it."""
+        """Send the page."""
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
@@ -30,7 +30,7 @@ class Small(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve it at a free port."""
+    """Serve the page on a free port."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path("child").write_text(str(child.pid))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Small)

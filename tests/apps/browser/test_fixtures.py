@@ -1,4 +1,4 @@
-"""The fixtures of browser tests, on a page that is not the app's."""
+"""Tests of the browser fixtures, with a small page instead of the app."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = Path(__file__).with_name("small_page.py")
 
 @pytest.fixture
 def page(new_page: Callable[..., Any]) -> Any:
-    """A window at no page yet."""
+    """An empty window."""
     return new_page()
 
 
@@ -32,7 +32,7 @@ def small(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def test_a_page_is_used(small: Served, new_page: Callable[..., Any]) -> None:
-    """Two users, each with a window; what a page asks of others is not found and noted, its errors are noted."""
+    """Two users have separate windows; requests to other machines fail and are recorded, as are errors of scripts."""
     first, second = new_page(), new_page(width=390, height=844)
     for page, name in ((first, "Ann"), (second, "Bo")):
         page.goto(small.url)

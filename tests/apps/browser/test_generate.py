@@ -1,4 +1,4 @@
-"""The Generate tab in a browser: what a user does, and what is seen of it."""
+"""The Generate tab in a browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.apps.browser.driving import LONG, TINY, ask, heard, histories, made, 
 from tests.apps.served import Served
 
 FPS = 16
-"""Of a Wan model."""
+"""Frames per second of a Wan model."""
 STEP = re.compile(r"step \d+ of 5000")
 
 
@@ -23,7 +23,7 @@ def kept(server: Served) -> list[Path]:
 
 
 def test_a_video_is_made_and_seen(server: Served, page: Any) -> None:
-    """Nothing is asked of another machine, and no script of the page fails."""
+    """The page makes no request to another machine, and its scripts raise no error."""
     ask(page, "a ball rolls", **TINY)
     source, seconds = made(page, "a ball rolls")
     assert source.startswith(server.url)
@@ -57,7 +57,7 @@ def test_cancel_keeps_nothing_and_the_next_job_runs(server: Served, page: Any) -
 
 
 def test_stop_early_keeps_a_whole_clip(page: Any) -> None:
-    """With a preview before, so that one knows what is kept."""
+    """A preview is shown before the stop."""
     ask(page, "stopped early", **{**TINY, **LONG})
     page.locator("#preview img").wait_for()
     assert page.evaluate("document.querySelector('#preview img').naturalWidth") > 0
@@ -83,12 +83,12 @@ def test_a_bad_input_is_one_line_before_the_queue(server: Served, page: Any) -> 
         assert "\n" not in found.inner_text().strip()
         assert page.locator("#status .failed").count() == 1
         assert page.locator("#generate").is_enabled()
-    tab(page, "Training")  # its timer is an event of the page
+    tab(page, "Training")  # the timer of this tab is an event of the page
     tab(page, "Generate")
     page.locator("#preset label").first.click()
     page.locator("#preset input").first.wait_for()
     page.wait_for_timeout(500)
-    assert found.is_visible(), "what is wrong stays until Generate is pressed again"
+    assert found.is_visible(), "the error must stay until Generate is pressed again"
     ask(page, "mended", **TINY)
     made(page, "mended")
     assert page.locator("#ask").get_by_text("make it smaller").count() == 0
@@ -96,7 +96,7 @@ def test_a_bad_input_is_one_line_before_the_queue(server: Served, page: Any) -> 
 
 
 def test_two_users_at_once(page: Any, server: Served, new_page: Callable[..., Any]) -> None:
-    """The second one sees its place in the queue, moves up, and gets its own video, as the first does."""
+    """The second user sees the place in the queue, moves up, and each user gets the own video."""
     other = opened(new_page(), server.url)
     ask(page, "of the first user", **{**TINY, **LONG})
     says(page, STEP)
@@ -108,7 +108,7 @@ def test_two_users_at_once(page: Any, server: Served, new_page: Callable[..., An
 
 
 def test_the_keyboard_alone(page: Any) -> None:
-    """From the prompt on in the order of the page; Space, Enter, and Shift and Enter in the prompt begin."""
+    """Tab follows the order of the page; Space, Enter, and Shift+Enter in the prompt start a job."""
     numbers(page, **TINY)
     page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
     assert reached(page, "generate") == ["prompt", "preset", "generate"]
@@ -124,7 +124,7 @@ def test_the_keyboard_alone(page: Any) -> None:
 
 
 def reached(page: Any, last: str) -> list[str]:
-    """Press Tab until one of the controls has the focus; return those that are passed, each once."""
+    """Press Tab until the control `last` has the focus; return the controls on the way, each once."""
     met: list[str] = []
     for _ in range(40):
         page.keyboard.press("Tab")
@@ -136,7 +136,7 @@ def reached(page: Any, last: str) -> list[str]:
 
 
 def test_a_failed_job_does_not_block_the_next(page: Any, server: Served) -> None:
-    """The folder of results is lost while a job runs: one line says so, and the next one is made."""
+    """The folder of results disappears while a job runs: the job fails with one line, and the next job succeeds."""
     results, gone = server.outputs / "results", server.outputs / "gone"
     ask(page, "fails", **{**TINY, **LONG})
     says(page, STEP)

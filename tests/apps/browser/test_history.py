@@ -1,4 +1,4 @@
-"""What a browser finds again: results after a reload and after a restart, jobs that go on, settings to use again."""
+"""Results, running jobs and settings after a reload of the page and a restart of the server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_reload_and_a_restart_find_everything_again(
     _is_used_again(page, seed)
     _goes_on_after_a_reload(page)
     assert histories(page)[:3] == ["goes on", "the newer one", "the older one"]
-    page.goto(f"{server.url}/none")  # the page that nobody looks at plays its video as long as the other one starts
+    page.goto(f"{server.url}/none")  # leave the page, so that it plays no video while the other server starts
     with start("--model", tiny_wan, "--outputs", server.outputs) as restarted:
         page = opened(new_page(storage_state=_moved(page, restarted.url)), restarted.url)
         made(page, "goes on")
@@ -42,14 +42,14 @@ def test_a_reload_and_a_restart_find_everything_again(
 
 
 def _moved(page: Any, url: str) -> dict[str, Any]:
-    """Return what a browser keeps of a page, for the same page at another port."""
+    """Return the stored data of a browser, changed to the same page on another port."""
     kept: dict[str, Any] = page.context.storage_state()
     assert len(kept["origins"]) == 1
     return {**kept, "origins": [{**kept["origins"][0], "origin": url}]}
 
 
 def _is_used_again(page: Any, seed: str) -> None:
-    """Another result of the history is chosen and seen, and its settings stand in the controls."""
+    """Choose another result of the history, and check that its settings fill the controls."""
     page.locator("#history").get_by_text("the older one").click()
     made(page, "the older one")
     page.locator("#reuse").click()
@@ -61,7 +61,7 @@ def _is_used_again(page: Any, seed: str) -> None:
 
 
 def _goes_on_after_a_reload(page: Any) -> None:
-    """A job goes on while nobody looks, and the page finds it again."""
+    """A job continues during a reload, and the page shows it again."""
     ask(page, "goes on", **{**TINY, **LONG})
     before = _step(says(page, STEP))
     page.reload()

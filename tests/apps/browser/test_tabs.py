@@ -1,4 +1,4 @@
-"""The other tabs in a browser, and all of them on a narrow screen."""
+"""The other tabs in a browser, and all tabs on a narrow screen."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NAMELESS = """() => [...document.querySelectorAll('button, a[href], input, sele
   .filter(e => e.checkVisibility() && !e.innerText?.trim() && !e.getAttribute('aria-label') && !e.title
     && !e.getAttribute('aria-labelledby') && !e.labels?.length && !e.querySelector('[aria-label], [title]'))
   .map(e => e.outerHTML.slice(0, 200))"""
-"""What a screen reader has no name for."""
+"""Script that returns the visible controls without a name for screen readers."""
 _VIDEOS = "[...document.querySelectorAll('#compare-players video')]"
 _FRAME = 1 / 16
-"""Seconds, of a Wan model."""
+"""Seconds per frame of a Wan model."""
 
 
 def test_before_and_after_with_a_plug_in(page: Any) -> None:
     tab(page, "Before and after")
     page.locator("#compare-prompt textarea").fill("a ball")
     page.locator("#compare").click()
-    assert "before and after are the same" in page.locator(".toast-body").inner_text()
-    page.get_by_role("button", name="What both have").click()
+    assert "Before and After are the same" in page.locator(".toast-body").inner_text()
+    page.get_by_role("button", name="Settings of Before").click()
     for name, value in {**TINY, "frames": 17}.items():
         page.locator(f"#before-{name} input").fill(str(value))
     page.locator("#after-enhance input").fill("4")
@@ -50,7 +50,7 @@ def test_before_and_after_with_a_plug_in(page: Any) -> None:
 
 
 def _run_in_step(page: Any) -> None:
-    """Two players under one button and one bar: they run, stand, and are moved together."""
+    """Check that both players play, pause and seek together."""
     videos = page.locator("#compare-players video")
     assert [round(video.evaluate("v => v.duration"), 2) for video in videos.all()] == [1.06, 1.06]
     page.wait_for_function(f"{_VIDEOS}.every(v => !v.paused && v.currentTime > 0)")
@@ -61,9 +61,9 @@ def _run_in_step(page: Any) -> None:
     bar = page.get_by_role("slider", name="Time")
     bar.fill("0.5")
     _at(page, 0.5)
-    page.get_by_role("button", name="One frame on").click()
+    page.get_by_role("button", name="Next frame").click()
     _at(page, 0.5 + _FRAME)
-    page.get_by_role("button", name="One frame back").click()
+    page.get_by_role("button", name="Previous frame").click()
     _at(page, 0.5)
     page.locator("#compare-players .play").click()
     page.wait_for_function(f"{_VIDEOS}.every(v => !v.paused && v.currentTime > 0.6)")
@@ -75,7 +75,7 @@ def _run_in_step(page: Any) -> None:
 
 
 def _at(page: Any, time: float | None) -> None:
-    """Wait until both videos have come to a time, and are within half a frame of one another."""
+    """Wait until both videos are at a time (seconds), and check that they differ by less than half a frame."""
     page.wait_for_function(f"{_VIDEOS}.every(v => !v.seeking)")
     first, second = (video.evaluate("v => v.currentTime") for video in page.locator("#compare-players video").all())
     assert first == pytest.approx(second, abs=_FRAME / 2)
@@ -95,16 +95,16 @@ def test_an_uploaded_clip_is_scored(page: Any, tmp_path: Path) -> None:
     page.locator("#score").click()
     says(page, "Done", "#score-status")
     assert "world" in page.locator("#scores").inner_text()
-    says(page, "Everything is as asked.", "#judge")
+    says(page, "The clip shows everything in the prompt.", "#judge")
     assert page.wrong == []
 
 
 def test_clips_that_are_refused(page: Any, tmp_path: Path) -> None:
-    """One that takes too long, and one that is none: a line, no place of the server, and the page goes on."""
+    """A clip that is too long and a broken one: the message is one line without a path, and the page stays usable."""
     (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"\xff" * 500)
     write_video(tmp_path / "long.mp4", torch.rand(48, 3, 32, 32), fps=8)
     tab(page, "Rewards")
-    for name, line in (("long.mp4", "the clip takes 6.0 seconds, and at most 4 are allowed"), ("broken.mp4", "clip")):
+    for name, line in (("long.mp4", "the clip has 6.0 seconds, and at most 4 are allowed"), ("broken.mp4", "clip")):
         told = heard(
             page, lambda name=name: page.locator("#score-clip input[type=file]").set_input_files(tmp_path / name), line
         )
@@ -116,7 +116,7 @@ def test_clips_that_are_refused(page: Any, tmp_path: Path) -> None:
 
 
 def test_a_run_is_seen_and_followed(page: Any, runs: Path) -> None:
-    """New lines of a run appear without a hand, in the line above and in the plots."""
+    """New metrics of a run appear without an action of the user, in the status line and in the plots."""
     tab(page, "Training")
     says(page, re.compile("step 4 of 50"), "#run-status")
     page.locator("#plot-0 canvas, #plot-0 svg").first.wait_for()
@@ -131,7 +131,7 @@ def test_a_run_is_seen_and_followed(page: Any, runs: Path) -> None:
 
 
 def test_a_narrow_screen_scrolls_in_one_direction(server: Served, new_page: Callable[..., Any]) -> None:
-    """And a window that was narrow has all its tabs, whatever its width, and each button has a name."""
+    """The page is never wider than its window; all tabs stay visible at every width, and each control has a name."""
     page = opened(new_page(width=390, height=844), server.url)
     ask(page, "a ball on a narrow screen", **TINY)
     made(page, "a ball on a narrow screen")
