@@ -78,6 +78,7 @@ table.plain td.mark { width: 1.6em; font-weight: 700; }
 #history .caption-label { left: 0; right: 0; bottom: 0; max-width: none; text-align: left; border-radius: 0; }
 :is(button, a, input, select, textarea, [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+:is(#settings, .settings) .block { overflow-wrap: anywhere; }
 button.label-wrap { text-align: left; gap: 8px; }
 input[role="combobox"] { text-overflow: ellipsis; padding-right: var(--size-6) !important; }
 footer .divider { display: none; }

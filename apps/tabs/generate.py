@@ -171,12 +171,30 @@ def _wire_settings(app: App, page: _Page) -> None:
 
 
 def _numbers(preset: controls.Preset) -> list[Any]:
-    """Return the updates of the number fields for a preset.
+    """Return the updates of the number fields for a preset."""
+    return [_number(getattr(preset, name)) for name in _NUMBERS]
 
-    A number that the model does not have is hidden: the browser turns an empty number field into 0.
+
+def _number(value: Any) -> Any:
+    """Return the update of a number field; a number that the model does not have is hidden.
+
+    The browser turns an empty number field that is visible into 0.
     """
-    values = [getattr(preset, name) for name in _NUMBERS]
-    return [gr.update(value=value, visible=value is not None) for value in values]
+    return gr.update(value=value, visible=value is not None)
+
+
+def _filled(app: App, form: Form) -> list[Any]:
+    """Return the updates of all fields and plug-ins for a form.
+
+    Raises:
+        UserError: the model of the form cannot be read.
+    """
+    default = controls.presets(app.facts(app.model(form.model)))["balanced"]
+    values = making.values_of(form, controls.plug_in_values(form.plug_ins))
+    for name in _NUMBERS:
+        place, own = FIELDS.index(name), getattr(form, name)
+        values[place] = _number(getattr(default, name) if own is None else own)
+    return values
 
 
 def _wire_jobs(app: App, page: _Page) -> None:
@@ -276,13 +294,14 @@ def _linked(app: App, request: gr.Request) -> list[Any] | None:
     """
     try:
         found = links.form_in(app, dict(request.query_params))
+        filled = _filled(app, found[0]) if found is not None else []
     except UserError as error:
         gr.Warning(f"The link is not valid: {escape(str(error))}", duration=None)
         return None
     if found is None:
         return None
-    form, preset, randomise = found
-    return [preset, randomise, *making.values_of(form, controls.plug_in_values(form.plug_ins))]
+    _, preset, randomise = found
+    return [preset, randomise, *filled]
 
 
 def _restored(page: _Page, kept: Any) -> list[Any]:
@@ -290,8 +309,9 @@ def _restored(page: _Page, kept: Any) -> list[Any]:
     fields = kept.get("fields") if isinstance(kept, dict) else None
     if not isinstance(fields, dict) or len(kept.get("plug_ins") or ()) != len(page.plug_ins):
         return [_same()] * (2 + len(page.values))
-    own = [fields.get(name, _same()) if name != "image" else _same() for name in FIELDS]
-    return [kept.get("preset"), bool(kept.get("randomise")), *own, *kept["plug_ins"]]
+    own = {**dict.fromkeys(FIELDS, _same()), **fields, "image": _same()}
+    values = [_number(own[name]) if name in _NUMBERS and name in fields else own[name] for name in FIELDS]
+    return [kept.get("preset"), bool(kept.get("randomise")), *values, *kept["plug_ins"]]
 
 
 def _reused(app: App, page: _Page, settings: Any) -> list[Any]:
@@ -299,7 +319,7 @@ def _reused(app: App, page: _Page, settings: Any) -> list[Any]:
     form, missing = said(lambda: making.form_of(app, settings))
     if missing:
         gr.Warning(f"Not available on this server: {', '.join(missing)}. All other settings are loaded.")
-    return [None, False, *making.values_of(form, controls.plug_in_values(form.plug_ins))]
+    return [None, False, *said(lambda: _filled(app, form))]
 
 
 def _takes_image(app: App, name: str) -> bool:
