@@ -7,6 +7,7 @@ installed or refuses the call. `router.py` checks whether the results are right.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -97,6 +98,24 @@ class Backend:
         if call.key.shape[1] < self.fewest_keys:
             return f"needs {self.fewest_keys} keys or more"
         return self.refuses(call)
+
+    def compute(self, call: Call) -> Result:
+        """Run a call for the caller of `attention`, and remember the name of the backend for `last_backend`."""
+        result = self.run(call)
+        if not torch.compiler.is_compiling():
+            _last.name = self.name
+        return result
+
+
+_last = threading.local()
+
+
+def last_backend() -> str | None:
+    """Return the name of the backend that computed the last call of `attention` in this thread.
+
+    None if there was no call in this thread, and while torch.compile traces. The replay of a CUDA graph is not a call.
+    """
+    return None if torch.compiler.is_compiling() else getattr(_last, "name", None)
 
 
 def _math(call: Call) -> Result:

@@ -178,7 +178,7 @@ def _run(call: Call, name: str | None) -> Result:
     if call.key_lengths is not None:
         call = call._replace(key_lengths=call.key_lengths.to(torch.int32).contiguous())
     if name is None and (not call.query.is_cuda or call.work < WORTH_TIMING):
-        return router().last_resort(call).run(call)
+        return router().last_resort(call).compute(call)
     return router().run(call, name)
 
 
@@ -201,7 +201,7 @@ def _differentiable(call: Call, name: str | None) -> Result:
             warn_once(f"attention is exact, not on {name}: {name} has no gradient")
         name = None
     if name is None:
-        return (MATH if call.lse else SDPA).run(call)
+        return (MATH if call.lse else SDPA).compute(call)
     # While torch.compile traces, there are no numbers with which the router could try a backend.
     return _BY_NAME[name].run(call) if tracing else router().run(call, name)
 

@@ -144,7 +144,7 @@ class Router:
         """
         backend = self.choose(call) if name is None else self.named(name, call)
         try:
-            return backend.run(call)
+            return backend.compute(call)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a kernel may not support a size that has not been tried
@@ -154,7 +154,7 @@ class Router:
         self._chosen = {problem: each for problem, each in self._chosen.items() if each is not backend}
         instead = self.last_resort(call)
         warn_once(f"attention runs on {instead.name}, not on {backend.name}: {reason}")
-        return instead.run(call)
+        return instead.compute(call)
 
     def named(self, name: str, call: Call) -> Backend:
         """Return the backend with this name; if it cannot run, warn with the reason and return the fastest one.

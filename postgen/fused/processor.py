@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from postgen.families.attached import AttachedPlugIn
 from postgen.families.attention import AttentionReader, show_attention_call
 from postgen.families.attention.dispatch import attend_otherwise, attention_settings
 from postgen.families.attention.reading import Stream, dispatched
 from postgen.fused.config import FusedOpsConfig
+from postgen.kernels.attention.backends import last_backend
 from postgen.kernels.attention.ops import attention
 from postgen.kernels.qk_norm_rope import naive
 from postgen.kernels.qk_norm_rope.ops import qk_norm_rope
 
+if TYPE_CHECKING:
+    from postgen.fused.state import Fusion
+
 
 def compute_fused(
-    fusion: AttachedPlugIn[FusedOpsConfig],
+    fusion: Fusion,
     reader: AttentionReader,
     inner: Callable[..., Any],
     module: Any,
@@ -31,7 +35,7 @@ def compute_fused(
     The processor itself runs where this call fuses nothing, or where the reader does not know this kind of call.
 
     Args:
-        fusion: the plug-in, which holds the settings of the current call.
+        fusion: the plug-in, which holds the settings of the current call and remembers the kernel for its summary.
         reader: reads queries, keys and values of the module's processor.
         inner: the attention processor.
         module: the attention module.
@@ -52,7 +56,9 @@ def compute_fused(
     query, key, value = reading.joined(functools.partial(normed_and_rotated, config))
     mask, key_lengths = reading.mask, reading.key_lengths
     del reading  # frees the memory of the projections
-    out = _attended(config, module, query, key, value, mask, key_lengths)
+    out, kernel = _attended(config, module, query, key, value, mask, key_lengths)
+    if not torch.compiler.is_compiling():
+        fusion.kernel = kernel
     return reader.finish(call, out, query.dtype)
 
 
@@ -85,18 +91,21 @@ def _attended(
     value: Tensor,
     mask: Tensor | None,
     key_lengths: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, str | None]:
     """Compute attention with the configured kernel, and show the call to plug-ins such as Enhance-A-Video.
 
     diffusers' dispatcher computes instead where the user set an attention backend or context parallelism in diffusers,
     or where the mask is not one of key lengths.
+
+    Returns:
+        The output, and the name of the kernel that computed it; None if FP8 attention did, which has its own summary.
     """
     backend, parallel = attention_settings(module.processor)
     unknown_mask = mask is not None and key_lengths is None
     if config.attention is None or backend is not None or parallel is not None or unknown_mask:
-        return dispatched(module, query, key, value, mask)
+        return dispatched(module, query, key, value, mask), "attention of diffusers"
     show_attention_call(query, key)
     if (out := attend_otherwise(query, key, value, key_lengths)) is not None:
-        return out
+        return out, None
     chosen = None if config.attention == "auto" else config.attention
-    return attention(query, key, value, key_lengths=key_lengths, backend=chosen)
+    return attention(query, key, value, key_lengths=key_lengths, backend=chosen), last_backend()

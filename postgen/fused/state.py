@@ -47,6 +47,8 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
     def __init__(self, model: nn.Module, config: FusedOpsConfig) -> None:
         self._blocks: dict[str, Callable[..., Any]] = {}
         self._readers: dict[str, AttentionReader] = {}
+        self.kernel: str | None = None
+        """Kernel that computed attention last, for the summary. None before a call, and if blocks are compiled."""
         super().__init__(model, config)
 
     def prepare(self, model: nn.Module, config: FusedOpsConfig) -> Plan:
@@ -80,6 +82,7 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
             UserError: other code replaced the forward or the class of a block, or another method computes the
                 attention of a module; nothing is changed then.
         """
+        self.kernel = None
         plans = [setting.prepared for setting in live if setting.enabled]
         blocks = {name: forward for plan in plans for name, forward in plan.forwards.items()}
         readers = {name: reader for plan in plans for name, reader in plan.readers.items()}
@@ -148,6 +151,8 @@ class Fusion(AttachedPlugIn[FusedOpsConfig]):
         parts = [f"{name} in {count} {units[name]}" for name, count in self.counts().items()]
         if self.config.attention is not None:
             parts[-1] = f"attention {self.config.attention} in {len(self.setting.prepared.readers)} layers"
+            if self.enabled and self.kernel is not None:
+                parts[-1] += f" (last call: {self.kernel})"
         if skipped := self.setting.prepared.skipped:
             parts.append(f"not in {len(skipped)} layers of {' and '.join(sorted({*skipped.values()}))}")
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"

@@ -19,6 +19,7 @@ from postgen.families.installed import installed
 from postgen.fused import fused_for_call
 from postgen.fused.blocks import is_fused
 from postgen.fused.known import FusedBlock, fused_blocks_of
+from postgen.kernels.dispatch import TOLD
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 
@@ -75,6 +76,26 @@ def test_says_what_is_on(wan: TinyModel) -> None:
     handle.update(norm_rope=False, attention=None)
     handle.disable()
     assert "fused_ops: off, adaln in 2 blocks" in str(postgen.summary(wan.transformer))
+
+
+def test_says_which_kernel_computed_attention(wan: TinyModel) -> None:
+    def line() -> str:
+        return postgen.summary(wan.transformer).transformers[0].plug_ins["fused_ops"]
+
+    handle = postgen.apply_fused_ops(wan.transformer)
+    assert line().endswith("attention auto in 2 layers")
+    wan()
+    assert line().endswith("attention auto in 2 layers (last call: sdpa)")
+    handle.disable()
+    assert line().endswith("attention auto in 2 layers")
+    handle.enable()
+    handle.update(attention="cudnn")
+    assert line().endswith("attention cudnn in 2 layers")
+    TOLD.clear()
+    with pytest.warns(UserWarning, match="attention runs on sdpa, not on cudnn: needs a CUDA GPU"):
+        wan()
+    assert line().endswith("attention cudnn in 2 layers (last call: sdpa)")
+    handle.remove()
 
 
 def test_whole_pipelines(tiny_wan: Path) -> None:

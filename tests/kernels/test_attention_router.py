@@ -18,7 +18,7 @@ from torch import Tensor
 
 from postgen.info import attention_backends
 from postgen.kernels import dispatch
-from postgen.kernels.attention.backends import MATH, SDPA, TIMED, Backend, Call, Result
+from postgen.kernels.attention.backends import MATH, SDPA, TIMED, Backend, Call, Result, last_backend
 from postgen.kernels.attention.ops import attention, backend_names, router
 from postgen.kernels.attention.router import Problem, Router, bucket
 from postgen.kernels.attention.store import Store, cache_file
