@@ -115,12 +115,14 @@ def convert_lit(
         raise UserError(f"{job.facts.pipeline} has no transformer to convert: use a model with a transformer")
     with quiet_libraries():
         pipe = load(job)
-    for transformer in transformers_of(pipe).values():
-        chosen = settings
-        if budget is not None:
-            texts = prompt or job.facts.closed_vocabulary or PROMPTS
-            chosen = _planned(pipe, transformer, job, texts, settings, budget, names, measured=measure)
-        typer.echo(_converted(transformer, job, chosen))
+    transformers = transformers_of(pipe).values()
+    chosen = [settings for _ in transformers]
+    if budget is not None:
+        texts = prompt or job.facts.closed_vocabulary or PROMPTS
+        # All plans come first: with an untrained first expert, the second expert would be scored on wrong latents.
+        chosen = [_planned(pipe, each, job, texts, settings, budget, names, measured=measure) for each in transformers]
+    for transformer, of_transformer in zip(transformers, chosen, strict=True):
+        typer.echo(_converted(transformer, job, of_transformer))
     _write(output, pipe)
     typer.echo(f"{output}: a model for generate, compare and train; its new layers are not trained yet (docs/lit.md)")
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 import postgen
 from postgen.families.loading import inspect_model, load_pipeline
 from postgen.lit import layers_of, load
 from postgen.pipelines import WanPipeline
+from tests.tiny_wan import wan_components
 
 
 def test_layers_named_and_generated_with(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
@@ -47,3 +50,19 @@ def test_layers_by_a_budget(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
     assert (less.code, less.err.count("\n")) == (2, 1)
     assert "the smallest possible budget is" in less.err
     assert not (tmp_path / "b").exists()
+
+
+def test_both_experts_are_planned_before_one_is_converted(cli: Any, tmp_path: Path) -> None:
+    """The second expert continues the latents of the first, so the first must still be the stock model."""
+    parts = wan_components()
+    pipe: Any = diffusers.WanPipeline(**parts, transformer_2=copy.deepcopy(parts["transformer"]), boundary_ratio=0.6)
+    pipe.save_pretrained(tmp_path / "two")
+    words = ("--frames", 5, "--height", 32, "--width", 32, "--dtype", "float32")
+    planned = cli("convert", "lit", tmp_path / "two", "-o", tmp_path / "a", "--budget", 1, "--kinds", "anchor", *words)
+    assert planned.code == 0, planned.err
+    assert [planned.out.count(text) for text in ("a step costs", "of the base's)")] == [2, 2]
+    assert planned.out.rindex("a step costs") < planned.out.index("of the base's)")
+    done = cli("convert", "lit", tmp_path / "two", "--layers", "all:window_delta", "-o", tmp_path / "b", *words)
+    assert done.out.count("1 of 2 blocks converted") == 2, done.err
+    both = load_pipeline(inspect_model(tmp_path / "b"), device="cpu")
+    assert [[*layers_of(each)] for each in (both.transformer, both.transformer_2)] == [["blocks.1.attn1"]] * 2
