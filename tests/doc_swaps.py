@@ -93,6 +93,7 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ('"height": 128, "width": 128, "num_frames": 33', '"height": 64, "width": 64, "num_frames": 5'),
         ('"num_inference_steps": 20', '"num_inference_steps": 2'),
     ),
+    "lit.md": (("FOLDER_OR_HUB_ID", MODEL),),
     "pipelines.md": (
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", MODEL),
         ('rolls left", ', 'rolls left", height=64, width=64, num_frames=5, num_inference_steps=2, '),
