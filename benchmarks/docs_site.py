@@ -22,6 +22,7 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)([^)\s]*\))")
 _DOCTEST = re.compile(r'^( +)>>> .*\n(?:\1(?!""")\S.*\n)*', re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".txt": "text"}
 _FOLDER = "repository"
+_STATES = re.compile(r"(<table>\s*<thead>(?:(?!</thead>).)*<th>State</th>)", re.DOTALL)
 _WIDE = ("paper_index.md",)
 """Pages with wide tables. They have no table of contents, and on telephones the cells of a row are stacked."""
 _HIDDEN = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n\n"
@@ -93,10 +94,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Mark the tables of wide pages for the style sheet."""
+    """Mark the tables of wide pages for the style sheet, and those with a column "State" for its labels."""
     if page.file.src_uri not in _WIDE:
         return html
-    return html.replace("<table>", '<div class="stacked"><table>').replace("</table>", "</table></div>")
+    html = _STATES.sub('<div class="stacked states">\\1', html)
+    html = re.sub(r'(?<!states">)<table>', '<div class="stacked"><table>', html)
+    return html.replace("</table>", "</table></div>")
 
 
 def on_post_build(**_: Any) -> None:

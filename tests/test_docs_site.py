@@ -128,3 +128,7 @@ def test_tables_of_wide_pages_are_marked_for_the_style_sheet(name: str, marked: 
     table = "<table><tr></tr></table>"
     found = docs_site.on_page_content(f"<p>a</p>{table}", page)
     assert found == (f'<p>a</p><div class="stacked">{table}</div>' if marked else f"<p>a</p>{table}")
+    states = "<table>\n<thead>\n<tr><th>a</th><th>State</th></tr></thead></table>"
+    found = docs_site.on_page_content(f"{states}{table}", page)
+    both = f'<div class="stacked states">{states}</div><div class="stacked">{table}</div>'
+    assert found == (both if marked else f"{states}{table}")

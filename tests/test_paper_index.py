@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.docs import PAPERS
 from tests.test_layout import ROOT, tracked
 
 PAGE = ROOT / "docs" / "paper_index.md"
@@ -25,7 +26,8 @@ def table(heading: str) -> dict[str, list[str]]:
     return {number: cells.split(" | ") for number, cells in rows}
 
 
-USED, PLANNED = table("In use"), table("Planned")
+USED, OWN = table("In use"), table("The papers of this project")
+PLANNED = {number: cells for number, cells in OWN.items() if cells[2] == "planned"}
 
 
 def cited(path: Path) -> set[str]:
@@ -56,6 +58,21 @@ def test_a_row_says_where_it_is(number):
         assert number in cited(path), f"{path} does not name {number}"
     assert all(path.is_file() for path in (*linked(config), *linked(results)))
     assert linked(results) or results == "not yet"
+
+
+def test_the_first_table_agrees_with_the_others():
+    assert sorted(OWN) == sorted(PAPERS)
+    for number, (title, module, state, result) in OWN.items():
+        if number in PLANNED:
+            assert title
+            assert re.fullmatch(r"`\w+`", module)
+            assert result == "not yet"
+        else:
+            assert state == "in use" or state.startswith("in part: ")
+            assert title == USED[number][0]
+            assert all(path.is_dir() for path in linked(module))
+            assert linked(result)
+            assert {*linked(result)} <= {*linked(USED[number][3])}
 
 
 def test_a_citation_is_told_from_a_number():
