@@ -49,13 +49,13 @@ def table() -> Iterator[str]:
     for pipeline in drop_ins.__all__:
         groups.setdefault(tuple(transformers_in(pipeline).values()), []).append(pipeline)
     rows = known_plug_ins()
-    yield f"| Transformer | Pipelines | {' | '.join(f'`{row.name}=`' for row in rows)} |"
-    yield "|---" * (len(rows) + 2) + "|"
+    yield f"| Pipelines (transformer) | {' | '.join(f'`{row.name}=`' for row in rows)} |"
+    yield "|---" * (len(rows) + 1) + "|"
     for transformers, pipelines in sorted(groups.items()):
         both = ", 2 experts" if len(transformers) == 2 else ""
         names = ", ".join(f"`{name}`" for name in pipelines)
         cells = ["yes" if accepts(row.check, transformers[0]) else "no" for row in rows]
-        yield f"| `{transformers[0]}`{both} | {names} | {' | '.join(cells)} |"
+        yield f"| {names} (`{transformers[0]}`{both}) | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
