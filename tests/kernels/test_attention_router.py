@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -374,10 +375,19 @@ def test_on_a_cpu_nothing_is_timed_and_torch_runs() -> None:
     assert torch.equal(out, expected.transpose(1, 2))
 
 
+def test_the_last_backend_is_that_of_the_thread() -> None:
+    query = torch.randn(1, 9, 2, 16)
+    attention(query, query, query, backend="math")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(last_backend).result() is None
+    assert last_backend() == "math"
+
+
 def test_a_gpu_kernel_named_on_a_cpu_gives_way() -> None:
     query = torch.randn(1, 9, 2, 16)
     with pytest.warns(UserWarning, match="attention runs on sdpa, not on xformers: needs a CUDA GPU"):
         out = attention(query, query, query, backend="xformers")
+    assert last_backend() == "sdpa"
     assert torch.equal(out, attention(query, query, query))
     assert {backend.name for backend in TIMED} < set(backend_names())
 
