@@ -73,7 +73,7 @@ def replacing_all(targets: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def discard_unfinished() -> None:
-    """Remove all temporary files that are in use. The command line calls this after it was stopped at any point."""
+    """Remove the temporary files and folders of all unfinished `replacing` blocks, after an interrupt."""
     _clear(list(_unfinished))
 
 

@@ -157,7 +157,11 @@ def places_of(output: Path, format: str | None, request: LongRequest) -> Places:
 
 
 def load_long(request: LongRequest, job: Job) -> Any:
-    """Load the pipeline for a request.
+    """Load the WorldWeaver pipeline of a long video, with the adapter of the request and its LoRA merged.
+
+    Args:
+        request: the request.
+        job: what `prepare_long` returned.
 
     Raises:
         UserError: the pipeline cannot be loaded, or the adapter does not fit the model.

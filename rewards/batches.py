@@ -111,7 +111,7 @@ class Notes:
         self._sums: dict[str, tuple[float, int]] = {}
 
     def loggers(self, rows: Rows, reward: str) -> dict[str, Callable[..., None]]:
-        """Return the three logging functions for one call of a reward with these rows."""
+        """Return `log_extra`, `log_metric` and `log_reasons`, by name, for one call of a reward with these rows."""
 
         def log_reasons(texts: Sequence[str | None]) -> None:
             if len(texts) != len(rows):
@@ -136,5 +136,5 @@ class Notes:
         return {"log_extra": log_extra, "log_metric": log_metric, "log_reasons": log_reasons}
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean of each metric over the clips."""
+        """Return the mean of each metric over the calls that logged a finite value, weighted by their clips."""
         return {name: total / weight for name, (total, weight) in self._sums.items()}

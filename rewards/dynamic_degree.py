@@ -56,12 +56,12 @@ class DynamicDegree(FlowReward):
 
         Args:
             prompts: unused.
-            completions: clips of any size; clips of too few frames, or smaller than 12 px (RAFT: 128 px), get None.
-            fps: frames per second; every round(fps / 8)-th frame is used. None uses all frames.
+            completions: the clips. A clip with fewer than two used frames, or below 12 px (RAFT: 128 px), gets None.
+            fps: frames per second; every n-th frame is used, n = max(1, round(fps / 8)). None uses all frames.
             log_reasons: receives the reasons of missing scores.
 
         Raises:
-            UserError: the frame rate is not above 0.
+            UserError: the frame rate is not above 0, or RAFT or its weights are missing.
         """
         if fps is not None and fps <= 0:
             raise UserError(f"fps must be above 0, got {fps}")

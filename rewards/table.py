@@ -60,7 +60,7 @@ def _code(reward: Reward) -> str:
 
 
 def _stamp(path: Path) -> str:
-    """Return a hash of name, size and modification time of a file, or of all files in a folder."""
+    """Return a hash of path, size and modification time of a file, or of all files in a folder and its subfolders."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     told = [f"{file} {(state := file.stat()).st_size} {state.st_mtime_ns}" for file in files]
     # File names need not be UTF-8.

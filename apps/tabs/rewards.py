@@ -319,12 +319,12 @@ def _verdict(what: str, more: str, right: bool) -> str:
 
 
 def about_of(known: Sequence[Known]) -> str:
-    """Return HTML with the table of rewards and their meaning."""
+    """Return an HTML table of the given rewards, each with its meaning and its range."""
     return _listed([(one.name, one.says, one.range + "; needs a prompt" * one.needs_prompt) for one in known])
 
 
 def away_of(known: Sequence[Known]) -> str:
-    """Return HTML with the table of unavailable rewards and what each of them needs."""
+    """Return an HTML table of the given rewards, each with what this machine lacks for it."""
     return _listed([(one.name, one.says, one.lacks or "") for one in known])
 
 

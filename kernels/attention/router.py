@@ -71,7 +71,8 @@ class Problem(NamedTuple):
 class Trait(NamedTuple):
     """The properties of a call on which the correctness of a backend depends.
 
-    These are all properties but the numbers of samples, tokens and heads.
+    These are the properties of `Problem` without the numbers of samples, tokens and heads; of the heads only whether
+    several share one key head.
     """
 
     device: torch.device

@@ -129,8 +129,8 @@ def changed(
     Args:
         x: (B, N, H, D), any floating-point dtype and strides.
         change: the transformation; its tensors are (B, 1, H, D), float32.
-        rotates: whether the rotation is applied after the change.
-        plus: (B, 1, H, D), float32, added before the rotation; or None.
+        rotates: whether the channels are then multiplied with the orthogonal matrix of `preparation.rotation`.
+        plus: (B, 1, H, D), float32, added after the change and before the rotation; None adds nothing.
         dtype: the dtype of the result; for E4M3 the values are limited to +-448.
 
     Returns:

@@ -227,7 +227,10 @@ def text_tokens(terms: Terms) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, terms: Terms) -> Tensor:
-    """Return the RMSNorm of x, (B, N, H, D): x divided by its root mean square, times the weight."""
+    """Return the RMSNorm of x, (B, N, H, D), times the weight; x itself if `terms.qk_norm` is None.
+
+    The mean square is over the channels of a head, or over all heads for "rms_norm_across_heads"; `norm_eps` is added.
+    """
     if terms.qk_norm is None:
         return x
     normed = x * _reciprocal_rms(x, terms)

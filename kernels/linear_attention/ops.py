@@ -236,7 +236,7 @@ def _terms(
 
 
 def _arguments(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> tuple[Any, ...]:
-    """Return the arguments of `_forward`."""
+    """Return the positional arguments of `_forward`: `terms` as tensors, texts and lists. `_terms` is the inverse."""
     return (
         query,
         key,

@@ -147,7 +147,12 @@ def approach(
     X_N: tl.constexpr, BLOCK_E: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the rows of x before the row that completes the first result; return the partial sums and that row."""
+    """Prepare the sums for the first row of results of a band.
+
+    The first result, row `top`, is complete once row `top` + REACH of x is added. This function adds the rows of x
+    before that one, and returns the partial sums and the loaded row `top` + REACH, which `walk` adds next. Below the
+    last row of x there is nothing to add: the sums only move on, and the returned row is not used.
+    """
     REACH: tl.constexpr = SPACE // 2
     sums = blank(STRIPS, SPACE * STRIP, BLOCK_E)
     first = tl.maximum(top - REACH, 0)

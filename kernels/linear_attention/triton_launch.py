@@ -189,7 +189,7 @@ def _even(heads: int) -> int:
 
 
 def block_d(channels: int) -> int:
-    """Return the number of channels of a tile: a power of 2, at least 16, which matrix products need."""
+    """Return the width of a tile with all channels of a head: the next power of 2, at least 16 for matrix products."""
     return max(16, int(triton.next_power_of_2(channels)))
 
 

@@ -51,7 +51,7 @@ class Denoiser(Protocol):
 
     @property
     def per_frame(self) -> bool:
-        """Whether `predict` takes one noise level per latent frame, `sigma` of shape (B, T)."""
+        """Whether `predict` also takes one noise level per latent frame, `sigma` of shape (B, T) and not only (B,)."""
 
     @property
     def encodes_video(self) -> bool:

@@ -100,9 +100,10 @@ def living(hooks: Iterable[RemovableHandle]) -> list[RemovableHandle]:
 
 
 def transformers_of(target: Any) -> dict[str, nn.Module]:
-    """Return the transformers of a pipeline by component name, or a bare transformer under the name "".
+    """Return the unwrapped transformers of a pipeline by component name, or a bare transformer under the name "".
 
-    A transformer that is two components of the pipeline is returned once, under its first name.
+    Transformers are the modules whose component names begin with "transformer". A transformer that is two
+    components of the pipeline is returned once, under its first name.
 
     Raises:
         UserError: `target` is neither a pipeline with a transformer nor a module.

@@ -112,7 +112,7 @@ class PipelineDenoiser(ABC):
 
     @property
     def per_frame(self) -> bool:
-        """Whether `predict` takes a noise level per latent frame."""
+        """Whether `predict` also takes one noise level per latent frame, `sigma` of shape (B, T) and not only (B,)."""
         return self.frame_timesteps is not None
 
     def check_scheduler(self) -> None:

@@ -298,7 +298,7 @@ Windows are needed because HunyuanVideo computes statistics over all frames, and
 
 
 def named(kind: str) -> str:
-    """Return the names of the autoencoder classes of a kind, for a message."""
+    """Return the autoencoder classes of a `Way.kind` ("exact" or "windows"), separated by commas, for a message."""
     return ", ".join(name for name, way in DECODERS.items() if way.kind == kind)
 
 

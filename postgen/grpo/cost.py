@@ -14,7 +14,7 @@ from .batches import Batches
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """Work of a method for one sample. A pass is one row through the denoiser; guidance doubles the passes."""
+    """What a method computes and keeps for one sample. A pass is one row through the denoiser; guidance doubles it."""
 
     rollout: float
     """Forward passes of the rollout of one sample."""

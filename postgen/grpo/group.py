@@ -136,7 +136,7 @@ class GroupTrainer(KeptState[G]):
 
     @abstractmethod
     def work(self) -> Work:
-        """Return the work of the method for one sample; called after `prepare`."""
+        """Return how many passes and kept latents one sample costs, for the estimate of a dry run, after `prepare`."""
 
     @property
     def shares_rollout_window(self) -> bool:

@@ -32,11 +32,11 @@ class KindChances:
     def draw(self, count: int) -> list[str]:
         """Draw `count` different kinds, at most all, with Python's global random generator.
 
-        The kinds are drawn one by one with their probabilities, without replacement (Efraimidis and Spirakis 2006: the
-        largest values of u^(1/w)).
+        The kinds are drawn one by one with their probabilities w, without replacement: the smallest values of
+        -log(u) / w (Efraimidis and Spirakis 2006 take the largest u^(1/w), which underflows for small w).
         """
-        keys = {kind: random.random() ** (1 / max(self.chance(kind), 1e-9)) for kind in self.errors}
-        return sorted(keys, key=lambda kind: keys[kind], reverse=True)[:count]
+        keys = {kind: random.expovariate(max(self.chance(kind), 1e-9)) for kind in self.errors}
+        return sorted(keys, key=lambda kind: keys[kind])[:count]
 
     def note(self, kind: str, wrong: float) -> None:
         """Update the error of a kind with the share of its newest pairs that were ranked wrongly."""

@@ -141,7 +141,7 @@ class LearnedMap(nn.Module):
                 weight.normal_(std=0.02).add_(torch.eye(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x to features, (B, N, H, D)."""
+        """Apply the feature map to queries or keys (B, N, H, D); same shape, in float32 (float64 stays)."""
         with no_autocast(x):
             first, second, bias = exact(self.first), exact(self.second), exact(self.bias)
             hidden = F.softplus(torch.einsum("bnhd,hde->bnhe", exact(x), first))

@@ -332,7 +332,7 @@ class Sampler:
                 )
 
     def _collect(self, samples: Sequence[Sample], conditions: Conditions, keep: Sequence[int]) -> Trajectories:
-        """Draw samples, ordered by the start of their windows, in one batch."""
+        """Draw one batch, as `draw` does. The samples must already be sorted by the start of their windows."""
         states: list[Tensor] = []
         log_probs: list[Tensor] = []
         means: list[Tensor] = []

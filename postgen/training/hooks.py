@@ -25,7 +25,7 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 class TrainerHooks(ABC, Generic[C]):
-    """The hooks of a training method with their defaults. A method inherits from `Trainer`, which lists them."""
+    """Hooks that a training method overrides, and helpers. Inherit from `Trainer`, whose docstring lists the hooks."""
 
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig
 

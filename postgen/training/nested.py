@@ -15,7 +15,10 @@ from postgen.settings import Part
 
 
 def parts_of(config_class: type[Part]) -> dict[str, list[str]]:
-    """Return the field names of each part of a configuration; `method` has the fields that no named part owns."""
+    """Return the field names of a configuration, by the name of the part under which a recipe may nest them.
+
+    The part `method` has the fields that no other part owns, but not the field `method` itself.
+    """
     found: dict[str, list[str]] = {}
     for base in reversed(config_class.__mro__):
         if (name := vars(base).get("part")) and issubclass(base, Part):

@@ -62,6 +62,7 @@ def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool, blocks:
         module: the module, in training mode.
         accelerator: has the number of processes, and whether the launcher enabled FSDP2.
         fully: shard the module in place: each of its blocks, then the rest. Otherwise each process has all weights.
+            Not used if the launcher enabled FSDP2, which then shards.
         blocks: returns the blocks of the module.
 
     Raises:

@@ -310,7 +310,10 @@ def _packet_length(start: bytes) -> int | None:
 
 
 def _transport_stream(data: _Bytes) -> None:
-    """Check that each packet has its sync byte 0x47, and that the last packet is complete."""
+    """Check that each packet has its sync byte 0x47, that the last one is complete, and that it is not a first table.
+
+    The first table (packet id 0) needs the second one after it to describe the streams.
+    """
     start = data.take(min(1024, data.size))
     length = _packet_length(start)
     assert length is not None

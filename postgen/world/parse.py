@@ -169,7 +169,7 @@ def _wishes(text: str, nouns: list[re.Match[str]]) -> list[Wish]:
 
 
 def _expects_other(tail: str) -> bool:
-    """Return whether a text ends in a preposition and at most an article, so that the next noun is the partner."""
+    """Return whether a text ends in "into", "with", "behind" or "hit(s)" and at most an article: a partner follows."""
     return re.search(r"(into|with|behind|hits?)\s*(an?|the)?\s*$", tail) is not None
 
 

@@ -120,7 +120,7 @@ def render(
             scene, with at least as many frames and body slots as are rendered.
 
     Raises:
-        UserError: no spec, or a size, length or supersample below 1.
+        UserError: no spec, specs with different frame rates, or a size, length or supersample below 1.
     """
     if min(size, supersample, 1 if num_frames is None else num_frames) < 1:
         raise UserError(f"size={size}, num_frames={num_frames}, supersample={supersample}: each must be at least 1.")

@@ -136,9 +136,10 @@ class WorldDepthNet(ModelMixin, ConfigMixin):
 
 
 class WorldDepth:
-    """Computes the disparity of frames with `WorldDepthNet`, in pieces, so that memory use does not grow with length.
+    """Computes the disparity of frames with `WorldDepthNet` in pieces, so that the network's memory does not grow.
 
-    The result is exactly that of the whole clip.
+    Each piece also reads the preceding frames on which its result depends, so the result equals that of the whole clip
+    up to rounding. The frames and the result are held whole, in float32.
 
     Args:
         model: folder that `WorldDepthNet.save_pretrained` wrote; None: the shipped network.

@@ -102,7 +102,11 @@ def contrast(z: Tensor, level: Tensor) -> Tensor:
 
 
 def _before(z: Tensor, sigma: Tensor, role: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the latents and levels of the preceding frame; where there is none, zeros with a noise level of 1."""
+    """Return for each frame the latents and noise levels of the frame before it.
+
+    Zeros with a noise level of 1 stand for a missing frame: before the first frame, and wherever one of the two frames
+    is long memory, whose frames are not consecutive.
+    """
     known = role != Role.LONG
     near = (known[1:] & known[:-1])[:, None]
     latents = torch.where(near[..., None], z[:, :, :-1], 0)

@@ -340,7 +340,10 @@ class Rollout:
 
 
 class _Steps(Sampler):
-    """`Sampler` for the frames in flight, which puts the memory frames in front of them in every forward pass."""
+    """`Sampler` for the frames that are being denoised (in flight); each forward pass also gets the memory frames.
+
+    Memory frames stand before the frames in flight. Only the prediction for the frames in flight is returned.
+    """
 
     memory: MemoryWindow | None = None
     modalities = 1

@@ -188,7 +188,7 @@ def forget_widening(model: Any) -> None:
 
 
 def stock_channels(wide: Widened, config: Mapping[str, Any]) -> dict[str, int | None]:
-    """Return `in_channels` and `out_channels` of a config without the added channels; None stays None."""
+    """Return `in_channels` and `out_channels` of a widened config as they were before widening; None stays None."""
     less = {"in_channels": wide.aux + wide.shown, "out_channels": wide.aux}
     return {field: None if config[field] is None else config[field] - count for field, count in less.items()}
 

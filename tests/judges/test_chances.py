@@ -1,6 +1,7 @@
 """Which kinds of spoiling `world_judge` is shown."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -38,3 +39,12 @@ def test_errors_are_those_of_late():
     for _ in range(60):
         chances.note("a", 0.2)
     assert chances.errors["a"] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_kinds_with_tiny_probabilities_are_drawn_alike():
+    random.seed(0)
+    chances = KindChances(list("abcdef"), 1.0)
+    chances.load({"a": 0.5, **dict.fromkeys("bcdef", 1e-12)})
+    second = Counter(chances.draw(2)[1] for _ in range(2000))
+    assert set(second) == set("bcdef")
+    assert max(second.values()) < 1.3 * min(second.values())

@@ -89,6 +89,9 @@ def attention_of(transformer: nn.Module) -> AttentionAnatomy:
 
 
 def known_anatomies() -> dict[str, str | AttentionAnatomy]:
-    """Return the anatomy of each transformer class, or its place as `module:NAME`, by class name."""
+    """Return the anatomies by class name of the transformer, for the classes that have one.
+
+    A value is an anatomy (from `register_attention`), or the place `module:NAME` from which `found` imports it.
+    """
     rows = {row.transformer: row.attention for row in known_layouts()}
     return {name: place for name, place in rows.items() if place is not None} | _anatomies

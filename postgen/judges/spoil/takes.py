@@ -68,7 +68,7 @@ class Takes:
 
 
 class Picked:
-    """A selection of scenes of `Takes` as floats in [0,1]; each version is converted on first access.
+    """Some scenes of `Takes` as floats in [0,1]; `clean`, `empty`, `other` and `matte` are converted on first access.
 
     Args:
         takes: output of `render_takes`.

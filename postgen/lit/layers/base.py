@@ -72,7 +72,7 @@ class LitLayer(nn.Module):
             state: the state that the previous call returned; None starts a stream.
 
         Returns:
-            The outputs of these frames, (B, N, H, D), and the state for the next call, whose size is constant.
+            The outputs of these frames, (B, N, H, D), and the state for the next call, whose size is bounded.
 
         Raises:
             UserError: the layer is not causal, so its outputs depend on later frames.

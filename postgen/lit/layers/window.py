@@ -157,8 +157,9 @@ class WindowLayer(LitLayer):
     def stream(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
         """Compute the next frames of a stream; see `LitLayer.stream`.
 
-        Every piece but the last must be a whole number of chunks. The state holds the memory of all frames before the
-        window, and the keys, values and writes of the frames in the window.
+        Every piece but the last must be a whole number of chunks. The state holds the frames that the window of the
+        next chunk can reach: their keys, values and `Writes` (what they will add to the memory). It also holds the
+        memory of all frames before these, and the last frames for the convolutions.
         """
         if not self.options.causal:
             return super().stream(tokens, state)

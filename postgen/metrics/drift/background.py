@@ -42,7 +42,7 @@ def colour_drift(frames: Tensor, true: Tensor, background: Tensor, share: float 
         share: share of the frames that count as start, and as end.
 
     Raises:
-        UserError: shapes that do not match, or no background at the start or at the end.
+        UserError: shapes that do not match, a share outside (0, 0.5], or no background at the start or at the end.
     """
     _check(frames, true, background)
     means = [

@@ -32,7 +32,7 @@ class DepthDrift:
 def depth_drift(
     disparity: Tensor, true_disparity: Tensor, *, farthest: float | None = None, share: float = SHARE
 ) -> DepthDrift:
-    """Return the growth of the depth error. A wrong but constant scale is fitted and does not count; a drift counts.
+    """Return the depth error per frame and its growth. A constant error of scale or shift does not count.
 
     A pixel counts where the true disparity is above 0. Aligned disparity is clamped to at least half the smallest true
     disparity that counts, so that no depth is infinite.
@@ -44,7 +44,8 @@ def depth_drift(
         share: share of the frames that count as start, and as end.
 
     Raises:
-        UserError: shapes that do not match, values that are not finite, or no pixel that counts at the start.
+        UserError: shapes that do not match, values that are not finite, fewer than 2 frames, a share outside (0, 0.5],
+            or no pixel that counts at the start.
     """
     if disparity.shape != true_disparity.shape or disparity.dim() != 3:
         raise UserError(

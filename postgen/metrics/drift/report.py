@@ -214,7 +214,11 @@ def _numbers(row: Mapping[str, Any], path: str = "") -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without tensors, and with None for numbers that are not finite."""
+    """Return a value in its JSON form.
+
+    Dataclasses become dictionaries with their `_DERIVED` properties, tuples become lists, and numbers that are not
+    finite become None. Fields and entries that are tensors are left out.
+    """
     if is_dataclass(value):
         names = [field.name for field in fields(value)] + [name for name in _DERIVED if hasattr(value, name)]
         value = {name: getattr(value, name) for name in names}

@@ -63,6 +63,9 @@ def start_end(values: Tensor, true: Tensor | None = None, share: float = SHARE) 
         values: (F,), NaN where a frame has no value.
         true: (F,), the same measure of the true clip.
         share: share of the frames that count as start, and as end.
+
+    Raises:
+        UserError: different shapes, a share outside (0, 0.5], or fewer than 2 frames.
     """
     own = _summary(values, share)
     if true is None:
@@ -78,7 +81,11 @@ def start_end(values: Tensor, true: Tensor | None = None, share: float = SHARE) 
 def start_end_contrast(
     values: Mapping[str, Tensor], true: Mapping[str, Tensor] | None = None, share: float = SHARE
 ) -> dict[str, StartEnd]:
-    """Return `start_end` of several measures by name. A measure that `true` lacks counts as constant in truth."""
+    """Return `start_end` of several measures by name. Without an entry in `true`, the true measure counts as constant.
+
+    Raises:
+        UserError: as in `start_end`.
+    """
     return {name: start_end(row, (true or {}).get(name), share) for name, row in values.items()}
 
 

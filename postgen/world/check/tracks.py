@@ -113,7 +113,7 @@ def _merge(tracks: list[Track], last: list[Piece | None], number: int) -> None:
 
 
 def _within(one: Piece, other: Piece) -> bool:
-    """Return whether the centre of a body was in the box of another one, or close to it."""
+    """Return whether the centre of `one` lies in the box of `other`, or at most 0.03 of the picture outside it."""
     x0, y0, x1, y1 = other.box
     return x0 - 0.03 <= one.x <= x1 + 0.03 and y0 - 0.03 <= one.y <= y1 + 0.03
 

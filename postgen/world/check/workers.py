@@ -41,10 +41,11 @@ class Pool:
         """Number of running calls; `_lock` protects it."""
 
     def submit(self, sight: Sight, scenes: Sequence[Spec | Reading]) -> list[Future[list[Report]]]:
-        """Start to judge clips, the same number in each process.
+        """Start to judge clips (at least one), in parts of equal size (the last may be smaller), one for each process.
 
         Returns:
-            Futures of the reports, in the order of the clips. A future raises `WorkerDied` if its process was killed.
+            One future per part with the reports of its clips, in the order of the clips; short lists have fewer parts
+            than processes. A future raises `WorkerDied` if its process was killed or the pool was closed before.
         """
         step = -(-len(sight) // len(self.processes))
         jobs = []
