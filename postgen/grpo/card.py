@@ -122,6 +122,12 @@ def _base(source: Any) -> tuple[str, bool]:
 
 def _use(card: Card) -> list[str]:
     lines = ['pipe.load_lora_weights("THIS_FOLDER")']
+    if card.lora and len(card.modules) > 1:  # two experts, each with a LoRA in its own sub-folder
+        first, second = card.modules
+        lines = [
+            f'pipe.load_lora_weights("THIS_FOLDER/{first}")',
+            f'pipe.load_lora_weights("THIS_FOLDER/{second}", load_into_{second}=True)',
+        ]
     if not card.lora:
         classes = {name: _class_of(module) for name, module in card.modules.items()}
         lines = [
