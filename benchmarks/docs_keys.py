@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -41,17 +42,21 @@ the recipe.
 | one of several words | `sde_type: exact` | `--sde_type exact` |
 | a list | `sde_window_range: [0, 3]` | `--sde_window_range 0 3`, `--sde_window_range '[0, 3]'` |
 | an empty list | `reward_funcs: []` | `--reward_funcs []` |
-| a value that may be none | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
+| no value (types with "or `null`") | `eval_guidance_scale: null` | `--eval_guidance_scale null` |
 | a mapping | `widths: {a: 1}` | not possible |
+
+`null` is not a word: in Python it is `None`. Where the column of types contains `none` (`scale_rewards`,
+`step_weighting`), this is a word like the others: `scale_rewards: none`.
 
 The keys of a part (a heading below with a word in backticks) can be nested: `lora: {r: 32}` is `lora_r: 32`. On the
 command line keys are always flat. An unknown key is an error that names the nearest known key. Long descriptions are
 cut to their first sentence; the API reference of the site has the full text.
 
 To resume a run, give every override again: `--resume` compares the settings to those of the checkpoint and refuses a
-difference that would change the training. Keys marked *free* may differ. Keys marked *shared out* may differ if the
-number of processes changes and the batch stays the same. Any other difference must be named in `allow_changed`
-([more](faq.md#how-do-i-resume-a-run)).
+difference that would change the training. Keys marked *free* may differ. Keys marked *shared out* divide the samples
+of an update over processes: they may differ if the run resumes with another number of processes and an update keeps
+its number of samples ([example](faq.md#can-i-resume-on-another-number-of-gpus)). Any other difference must be named in
+`allow_changed` ([more](faq.md#how-do-i-resume-a-run)).
 """
 
 
@@ -124,7 +129,7 @@ def _type(hint: Any) -> str:
         return "mapping"
     if NoneType in options:
         (inner,) = (option for option in options if option is not NoneType)
-        return f"{_type(inner)}, or none"
+        return f"{_type(inner)}, or `null`"
     return _NAMES[hint]
 
 
@@ -134,16 +139,20 @@ def _default(kind: type[Part], name: str) -> str:
     if value is dataclasses.MISSING:
         return "must be given"
     if value is None:
-        return "none"
+        return "`null`"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return "empty" if value in ("", [], {}) else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    if value == "":
+        return '`""`'
+    if isinstance(value, list):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def _told(kind: type[Part], name: str) -> str:
     """Return the docstring of a field for a table cell; a long one is cut to its first sentence."""
     text = next((docs[name] for base in kind.__mro__ if name in (docs := _docstrings(base))), "")
-    text = " ".join(text.split())
+    text = re.sub(r"\bNone\b", "`null`", " ".join(text.split()))
     if len(text) > _LONGEST:
         text = text.partition(". ")[0].rstrip(".") + "."
     return text.replace("|", "\\|")

@@ -75,7 +75,8 @@ def get_reward(reward: Source, **options: Any) -> Reward:
     Args:
         reward: a name from `known_rewards()`, a place as `own_function` takes it (`pkg.mod.fn`, `mod:fn`,
             `folder/file.py:fn`), an `http://` address that serves a reward, a reward function, or a reward class. A
-            text may end with options, as in "clip_score(frames=8, reduce='min')".
+            text may end with options, as in "clip_score(frames=8, reduce='min')". A place may also name a `Reward`,
+            for instance a composed one.
         options: keyword arguments of the class or function, for instance `model`, `frames`, `device`.
 
     Raises:
@@ -99,7 +100,10 @@ def get_reward(reward: Source, **options: Any) -> Reward:
     if reward in _PLACES:
         return _registered(reward, options)
     if names_own_code(reward):
-        return Reward(_with_options(own_function(reward, "the reward"), options, reward))
+        own = own_function(reward, "the reward")
+        if isinstance(own, Reward):  # for instance a composed reward
+            return get_reward(own, **options)
+        return Reward(_with_options(own, options, reward))
     hint = did_you_mean(reward, known_rewards())
     raise UserError(
         f"unknown reward {shown(reward)}.{hint} Known: {', '.join(known_rewards())}. Or name a function of your own:"

@@ -54,6 +54,15 @@ for name in ("out", "runs/before", "runs/after"):
     pathlib.Path(name).mkdir(parents=True)
     clip(f"{name}/ball.mp4")
     pathlib.Path(f"{name}/ball.json").write_text('{"prompt": "a red ball rolls left"}')
+pathlib.Path("prompts.csv").write_text("prompt,file\\na red ball rolls left,ball.mp4\\n")
+
+from transformers import CLIPModel
+from postgen.rewards.clip import clip_config
+from tests.rewards import open_clip
+
+pathlib.Path("my-clip").mkdir()
+open_clip.save_tokenizer(pathlib.Path("my-clip"))
+CLIPModel(clip_config(open_clip.TINY)).save_pretrained("my-clip")
 
 def my_image_reward(completions, **columns):
     return [float(clip.mean()) for clip in completions]

@@ -121,7 +121,7 @@ def _base(source: Any) -> tuple[str, bool]:
 
 
 def _use(card: Card) -> list[str]:
-    lines = ['pipe.load_lora_weights("THIS_FOLDER")']
+    lines = _load_loras([*card.modules])
     if not card.lora:
         classes = {name: _class_of(module) for name, module in card.modules.items()}
         lines = [
@@ -134,6 +134,17 @@ def _use(card: Card) -> list[str]:
     option = "--lora" if card.lora else "--model"
     hint = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
     return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", hint, ""]
+
+
+def _load_loras(networks: list[str]) -> list[str]:
+    """Return the lines that load a LoRA; each of two experts has its LoRA in its own sub-folder."""
+    if len(networks) == 1:
+        return ['pipe.load_lora_weights("THIS_FOLDER")']
+    first, second = networks
+    return [
+        f'pipe.load_lora_weights("THIS_FOLDER/{first}")',
+        f'pipe.load_lora_weights("THIS_FOLDER/{second}", load_into_{second}=True)',
+    ]
 
 
 def _class_of(module: Any) -> str:

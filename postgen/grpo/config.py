@@ -122,8 +122,8 @@ class GroupConfig(
     """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
 
     share_initial_noise: bool = True
-    """All samples of a prompt start from the same noise. According to DanceGRPO, reward hacking is more likely without
-    it."""
+    """All samples of a prompt start from the same noise. According to DanceGRPO, reward hacking is more likely with
+    false. With false, the samples of a prompt differ more."""
 
     num_generations: int = 12
     """Samples drawn for each prompt (the group size), at least 2."""
@@ -141,8 +141,8 @@ class GroupConfig(
     """Train on this many samples of each prompt only: half of them the best, half the worst. None trains on all."""
 
     scale_rewards: Scale = "group"
-    """Divisor of a reward's difference from the mean of its group: the std of the group, the std of the batch, or
-    none."""
+    """Divisor of a reward's difference from the mean of its group: "group": the std of the group; "batch": the std of
+    the batch; "none": no division."""
 
     multi_objective_aggregation: Aggregation = "sum_of_advantages"
     """How several rewards are combined into one advantage. `sum_of_advantages` is DanceGRPO's way; the other two
@@ -206,12 +206,12 @@ class DanceGRPOConfig(GroupConfig):
     """Strength of the noise. None uses the published strength of `sde_type`."""
 
     sde_window_size: int | None = None
-    """Number of consecutive stochastic steps (the window). Only these steps are trained. None: all steps but the
-    last."""
+    """Number of consecutive stochastic steps (the window). Only these steps are trained. None: all steps of
+    `sde_window_range`, or all but the last step if the range is empty."""
 
     sde_window_range: list[int] = field(default_factory=list)
     """[first, stop]: the window lies within the steps from `first` to `stop` - 1. Empty: the first half of the steps,
-    or as many of the first steps as the window needs."""
+    or the first `sde_window_size` steps if these are more."""
 
     sde_window_strategy: Strategy = "random"
     """Position of the window: "fixed" at the start of the range, "progressive" (it moves by one step every
@@ -234,8 +234,8 @@ class DanceGRPOConfig(GroupConfig):
     """Upper clip of the probability ratio, at 1 + epsilon_high. None uses `epsilon`."""
 
     beta: float = 0.0
-    """Weight of the divergence from the reference policy. The reference is the model with adapters disabled, or the
-    weights at the start of training."""
+    """Weight of the divergence from the reference policy: with new adapters the model without them, otherwise (a
+    given `lora_path`, or all weights) a copy of the first weights. DanceGRPO uses 0."""
 
     kl_type: Literal["mean", "velocity"] = "mean"
     """Divergence that `beta` weights: "mean" is the KL of the two transitions per latent value, "velocity" the mean
@@ -245,8 +245,8 @@ class DanceGRPOConfig(GroupConfig):
     """Use GRPO-Guard's normalisation of the ratio (arXiv:2510.22319). It needs `epsilon` of 2e-6 to 4e-6."""
 
     step_weighting: Weighting = "none"
-    """Weight of each step's loss: "none", "std" (proportional to its noise) or "inv_grad", which gives all steps the
-    same gradient scale."""
+    """Weight of each step's loss: "none": 1; "std": proportional to the noise of the step; "inv_grad": inverse to the
+    gradient of its log-probability by the prediction."""
 
     log_prob_reduction: Reduction = "mean"
     """Reduction of the log-probability over the values of a latent. The default `epsilon` fits "mean"."""

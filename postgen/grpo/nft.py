@@ -49,13 +49,14 @@ class DiffusionNFTConfig(GroupConfig):
     """Peak learning rate of AdamW."""
 
     nft_beta: float = 1.0
-    """Distance of v+ and v- from the old policy, above 0; `beta` in the formulas of this module."""
+    """Distance of v+ and v- from the old policy, above 0; the beta of eq. 9 and 10 of arXiv:2509.16117."""
 
     share_initial_noise: bool = False
     """Must be false. The sampler has no stochastic step, so samples with the same initial noise would be equal."""
 
     beta: float = 1e-4
-    """Weight of the mean square difference between the predictions of the policy and the reference policy."""
+    """Weight of the mean square difference between the predictions of the policy and of the reference policy, which
+    is the same as for DanceGRPO."""
 
     old_decay: float = 0.5
     """Maximum decay of the old policy, in [0, 1). Between two rollouts, old = decay * old + (1 - decay) * new."""

@@ -58,7 +58,7 @@ class WorldJudgeConfig(TrainingConfig):
     """Part of the draws in which the probability of a kind follows the share of its recent pairs ranked wrongly."""
 
     pipeline: str | None = None
-    """Folder of a diffusers text-to-video pipeline of the world, or `embedded`, for reconstructions and samples; none
+    """Folder of a diffusers text-to-video pipeline of the world, or `embedded`, for reconstructions and samples; None
     uses renders only."""
 
     reconstructions: int = 1024

@@ -51,11 +51,11 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
 
     latents: str | None = None
     """Safetensors file with your own final latents as the tensor `latents`, (N, ...): one row for each prompt of
-    `train_dataset`, in the same order, in the format of the denoiser (`encode_video`). They are kept in memory. none:
+    `train_dataset`, in the same order, in the format of the denoiser (`encode_video`). They are kept in memory. None:
     the teacher samples the latents."""
 
     learning_rate_new: float | None = None
-    """Peak learning rate of new weights, which the teacher does not have; none uses `learning_rate`."""
+    """Peak learning rate of new weights, which the teacher does not have; None uses `learning_rate`."""
 
     task_weight: float = 1.0
     """Weight of the task loss, the model's own training loss on noised latents."""
@@ -64,7 +64,7 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     """Weight of the difference between the predictions of student and teacher, lambda 1 of LiT."""
 
     variance_weight: float | None = None
-    """Weight of the difference between the predicted variances, lambda 2 of LiT. none: .05 for models that predict a
+    """Weight of the difference between the predicted variances, lambda 2 of LiT. None: .05 for models that predict a
     variance, 0 for models that do not (flow models)."""
 
     hidden_weight: float = 0.0
@@ -95,7 +95,7 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     """Loss of the attention transfer, see `postgen.reconstruct.loss`."""
 
     transfer_blocks: int | None = None
-    """Number of blocks to record and transfer at a time; none is all blocks at once."""
+    """Number of blocks to record and transfer at a time; None: all blocks at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

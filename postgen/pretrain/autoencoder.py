@@ -37,7 +37,7 @@ class AutoencoderConfig(TrainingConfig):
     """Channels of the encoder at its full resolution, multiplied by `dim_mult` at each level."""
 
     decoder_base_dim: int | None = None
-    """The same for the decoder; none uses the value of the encoder."""
+    """The same for the decoder; None uses the value of the encoder."""
 
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Multiplier of `base_dim` for each of the three levels."""

@@ -34,7 +34,7 @@ class RecordsConfig(Part):
     """Steps of a trajectory. Each step has one noise level."""
 
     levels_per_prompt: int | None = None
-    """Number of noise levels to record from each trajectory; none records all. Over all prompts each level occurs
+    """Number of noise levels to record from each trajectory; None records all. Over all prompts each level occurs
     equally often, give or take one."""
 
     guidance_scale: float = 1.0

@@ -87,7 +87,7 @@ class TrainingConfig(UpdatesConfig):
     """Number of checkpoints to keep; None (or 0) keeps all."""
 
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers besides `metrics.jsonl`: tensorboard, trackio, wandb; "none" for no tracker."""
+    """Trackers besides `metrics.jsonl`: tensorboard, trackio, wandb; an empty list or "none" for no tracker."""
 
     def __post_init__(self) -> None:
         # Replace the words that a recipe may use instead of a value, before types and ranges are checked.

@@ -40,8 +40,9 @@ class AdapterConfig(Part):
     """Suffixes of the names of adapted layers. An empty list uses the layers of the model's attention."""
 
     lora_path: str | None = None
-    """LoRA to continue training from: a file in any supported format, or the folder of a run. Training keeps its rank
-    and layers, and trains it even with `use_peft: false`."""
+    """LoRA to continue training from: a file in any supported format, or a folder (of a run; with two experts, one
+    LoRA in each of `transformer/` and `transformer_2/`). Training keeps its rank and layers, and trains it even with
+    `use_peft: false`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

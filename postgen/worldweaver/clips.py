@@ -36,10 +36,10 @@ class ClipsConfig(Part):
 
     train_dataset: str | None = None
     """Dataset of rows (JSONL or another format of prompts) with `prompt`, `video` (a file or a folder of frames), and
-    optionally `depth`. none: render scenes of the world."""
+    optionally `depth`. None: render scenes of the world."""
 
     eval_dataset: str | None = None
-    """Dataset of clips for the evaluation loss, in the same format. none: evaluate on other scenes of the world."""
+    """Dataset of clips for the evaluation loss, in the same format. None: evaluate on other scenes of the world."""
 
     depth_model: str | None = None
     """Depth estimator of transformers for rows without `depth`."""
@@ -51,7 +51,7 @@ class ClipsConfig(Part):
     """Height of the clips in pixels; videos are resized."""
 
     width: int | None = None
-    """Width of the clips in pixels; none: equal to the height, as scenes of the world are square."""
+    """Width of the clips in pixels; None: equal to the height, as scenes of the world are square."""
 
     pool_clips: int = 2048
     """Number of scenes that each process renders and encodes before the first step."""
@@ -60,7 +60,7 @@ class ClipsConfig(Part):
     """Number of scenes for the evaluation loss."""
 
     pool_dir: str | None = None
-    """Folder in which encoded scenes or videos are kept for later runs. none: they are kept in memory only. Each
+    """Folder in which encoded scenes or videos are kept for later runs. None: they are kept in memory only. Each
     process encodes a share of a user's videos, and the other processes read them from this folder."""
 
     start_caption: float = 0.5

@@ -25,7 +25,7 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
     may_change: ClassVar[tuple[str, ...]] = ("pool_dir", "export_dtype", "guidance_scale")
 
     learning_rate_new: float | None = None
-    """Peak learning rate of the two widened layers, the level embedder and the refiner; none: `learning_rate`."""
+    """Peak learning rate of the two widened layers, the level embedder and the refiner; None: `learning_rate`."""
 
     refine: int = 0
     """Width of the convolutions that combine the depth and flow outputs of the network with their noisy latents
@@ -35,11 +35,11 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
     """Dtype of the written adapter."""
 
     latent_scale: list[float] | None = None
-    """Factors by which latents of RGB, depth and flow are multiplied for the network; the factor of RGB is 1. none:
+    """Factors by which latents of RGB, depth and flow are multiplied for the network; the factor of RGB is 1. None:
     measured from the clips, so that all modalities have the size of RGB latents."""
 
     guidance_scale: float | None = None
-    """Default guidance scale of rollouts with the adapter; none: the default of the base model. With memory a lower
+    """Default guidance scale of rollouts with the adapter; None: the default of the base model. With memory a lower
     value is sufficient, because the preceding frames already determine most of the content."""
 
     own_from: float = 0.8

@@ -1,5 +1,6 @@
 """A tiny video pipeline: LoRA and full weights, the reference, images, files that plain diffusers loads."""
 
+import shutil
 import sys
 
 import pytest
@@ -96,6 +97,42 @@ def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
     trained = run.policy.modules["transformer"]
     assert type(pipe.transformer) is type(trained)
     assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_grpo_card_of_two_experts_loads_both_in_plain_diffusers(tiny_wan, tmp_path, use_peft):
+    """`lora_path` takes the same two sub-folders, here copied from files of other names."""
+    from diffusers import DiffusionPipeline, WanTransformer3DModel
+
+    def two():
+        pipe = DiffusionPipeline.from_pretrained(tiny_wan, boundary_ratio=0.5)
+        torch.manual_seed(1)
+        pipe.register_modules(transformer_2=WanTransformer3DModel.from_config(pipe.transformer.config).eval())
+        return pipe
+
+    two().save_pretrained(tmp_path / "two")
+    run = video_run(tmp_path / "two", tmp_path, use_peft=use_peft)
+    run.train()
+    export = tmp_path / "run" / "export"
+    pipe, call = two(), {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4}
+    call |= {"output_type": "latent", "max_sequence_length": 16, "guidance_scale": 1.0}
+    first = sample(pipe, call)
+    lines_of_card = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(lines_of_card.replace("THIS_FOLDER", str(export)), {"pipe": pipe})
+    assert not torch.equal(sample(pipe, call), first)
+    torch.testing.assert_close(sample(pipe, call), sample(run.policy.pipe, call))
+    if use_peft:
+        for name in ("transformer", "transformer_2"):
+            (tmp_path / "mine" / name).mkdir(parents=True)
+            file = "pytorch_lora_weights.safetensors"
+            shutil.copyfile(export / name / file, tmp_path / "mine" / name / file)
+        again = video_run(tmp_path / "two", tmp_path / "again", lora_path=str(tmp_path / "mine"), max_steps=1)
+        again.train()
+        assert len(again.trained()) == len(run.trained())
+
+
+def sample(pipe, call):
+    return pipe("a ball", generator=torch.Generator().manual_seed(0), **call).frames
 
 
 @pytest.mark.parametrize("use_peft", [True, False])

@@ -55,6 +55,28 @@ def test_thresholded_is_binary():
     assert thresholded(level, 0.4, name="bright enough").name == "bright enough"
 
 
+def test_a_recipe_names_a_composed_reward_in_a_file(tmp_path):
+    """The object is used as it is, so its name, its columns and its prompts are those of its parts."""
+    (tmp_path / "own.py").write_text(
+        "from postgen.rewards.compose import guarded\n"
+        "from postgen.rewards.base import Reward\n"
+        "def level(completions, wanted):\n    return wanted\n"
+        "held = guarded(level, 'motion_floor', name='held')\n"
+        "other = Reward(level, name='other')\n"
+    )
+    place = f"{tmp_path / 'own.py'}:held"
+    held = get_reward(place)
+    assert (held.name, held.needs_prompts) == ("held", False)
+    still, moving = RAMP[:1].expand(4, 3, 6, 6), torch.rand(4, 3, 6, 6)
+    runner = RewardRunner([place, f"{tmp_path / 'own.py'}:other"])
+    assert runner.names == ("held", "other")
+    assert runner(["a", "b"], [still, moving], wanted=[2.0, 2.0]).values.tolist() == [[0.0, 2.0], [2.0, 2.0]]
+    with pytest.raises(UserError, match="needs the column 'wanted'"):
+        held.check_columns(["place"])
+    with pytest.raises(UserError, match="is a finished object and takes no more options, got worst"):
+        get_reward(f"{place}(worst=1)")
+
+
 def test_guarded_holds_the_value_back():
     def half(completions):
         return [0.5] * len(completions)
