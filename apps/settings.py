@@ -88,6 +88,8 @@ class AppSettings:
                 raise UserError(f"unknown {name} {shown(value)}. Known: {', '.join(known)}")
         check_device_name(self.device)
         self._check_people()
+        for name, folder in (("outputs", self.outputs), ("runs", self.runs)):
+            object.__setattr__(self, name, _as_path(name, folder))
         if self.outputs.exists() and not self.outputs.is_dir():
             raise UserError(f"outputs must be a folder, and {self.outputs} is a file: name another folder")
         if self.runs is not None and not self.runs.is_dir():
@@ -110,6 +112,15 @@ class AppSettings:
                 f"other machines can reach {self.host}: give --auth USER:PASSWORD (or a file with such lines), or use"
                 f" the default host {LOCAL}"
             )
+
+
+def _as_path(name: str, folder: object) -> Path | None:
+    # Programs may give a string, as everywhere else in postgen.
+    if isinstance(folder, str) and folder:
+        return Path(folder)
+    if isinstance(folder, Path) or (folder is None and name == "runs"):
+        return folder
+    raise UserError(f"{name} must be the path of a folder, got {shown(folder)}")
 
 
 def read_auth(text: str) -> tuple[tuple[str, str], ...]:

@@ -133,11 +133,16 @@ def outside(page: str) -> Iterator[str]:
 
 
 def site_uri(place: str) -> str:
-    """Return the site path of a file or folder of the repository: a page, a copy, or the API page of a package."""
+    """Return the site path of a file or folder of the repository: a page, a copy, or the API page of a package.
+
+    The folder `postgen` itself leads to the overview of the API reference.
+    """
     if place.startswith("docs/"):
         return place.removeprefix("docs/")
     if (ROOT / place).is_dir():
         parts = PurePosixPath(place).parts
+        if place == "postgen":
+            return "api/index.md"
         return api_uri(".".join(parts[:2]) if parts[0] == "postgen" else f"postgen.{parts[0]}")
     return f"{_FOLDER}/{place}.md" if Path(place).suffix in _LANGUAGES else f"{_FOLDER}/{place}"
 

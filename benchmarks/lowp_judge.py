@@ -5,7 +5,7 @@
 In every mode clip i comes from prompt i and seed i. The mode `exact` is the unchanged model, with which the other
 modes are compared. Half of the prompts have one body, half have two. Differences of the judge's score have 95 %
 bootstrap intervals over prompts. PSNR compares a mode's clip with the exact clip. Where a kernel is missing, its
-rounding is emulated. The benchmark writes `results/lowp_judge.json` after every 64 clips of each mode. Its gate
+rounding is simulated. The benchmark writes `results/lowp_judge.json` after every 64 clips of each mode. Its gate
 `judge_drop` is the upper end of the interval of the score's drop, in the worst mode. Further modes can be added to
 `MODES`: each is a function from a pipeline to a context manager.
 """
@@ -40,7 +40,7 @@ from postgen.world.spec import Spec
 Mode = Callable[[Any], AbstractContextManager[Any]]
 """A function from a pipeline to the context manager in which its clips are generated."""
 
-LINEARS = postgen.FP8LinearConfig(emulate=True)
+LINEARS = postgen.FP8LinearConfig(simulate=True)
 
 
 def attention_of(pipe: Any) -> postgen.FP8AttentionConfig:

@@ -25,7 +25,7 @@ from benchmarks.gates import gate, write_result
 from postgen.kernels.fp8_rows import naive, ops
 from postgen.kernels.fp8_rows.ops import quantize_rows, rows_matmul, why_not_fp8
 
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 REPEATS = 5
 
 

@@ -32,7 +32,7 @@ from postgen.kernels.fp8_rows.ops import why_not_fp8
 Apply = Callable[[Any], Any]
 """A function that applies a plug-in to a transformer and returns its handle."""
 
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 REPEATS = 5
 LONG = 1.5
 """Steps of more than so many seconds are timed in two calls only."""
@@ -92,7 +92,7 @@ def forms_of(attention: Apply) -> dict[str, tuple[Apply, ...]]:
 
 def fp8_attention(simulate: bool = False) -> Apply:
     """Return a function that applies FP8 attention in all layers and steps, as in a step in the middle of a run."""
-    config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, min_tokens=0, simulate=simulate)
+    config = postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, min_tokens=0, simulate=simulate)
     return lambda model: postgen.apply_fp8_attention(model, config)
 
 

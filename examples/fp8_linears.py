@@ -2,7 +2,7 @@
 
     python examples/fp8_linears.py
 
-NVIDIA GPUs since Ada compute in eight bits. A CPU emulates the rounding: the clip looks as on a GPU, but the model is
+NVIDIA GPUs since Ada compute in eight bits. A CPU simulates the rounding: the clip looks as on a GPU, but the model is
 not faster. Writes `out/fp8.mp4` (exact on the left, FP8 on the right).
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     exact = make()
     # By default small layers stay exact on a GPU, because FP8 does not make them faster. All layers of this model are
     # small, so the example sets min_features=0.
-    handle = postgen.apply_fp8_linears(pipe, postgen.FP8LinearConfig(min_features=0, exact_first=1))
+    handle = postgen.apply_fp8_linears(pipe, postgen.FP8LinearConfig(min_features=0, first_exact_blocks=1))
     print(postgen.summary(pipe))
     eight_bits = make()
     handle.remove()

@@ -227,8 +227,8 @@ class WorldWeaverPipeline(DiffusionPipeline):
             ar_step: S, lag in steps between a group and the group before it, default 10; 0 generates one group after
                 the other.
             overlap_history: frames of short memory, instead of the second number of history_sizes.
-            base_num_frames: frames of the whole window (memory and groups in flight). What short memory and the
-                groups in flight leave is long memory, instead of the first number of history_sizes.
+            base_num_frames: frames of the whole window: long memory, short memory and groups in flight. It sets the
+                size of long memory, instead of the first number of history_sizes.
             history_sizes: latent frames of long and short memory, default (4, 2).
             keep_first_frame: whether the first latent frame is always in long memory, default True.
             addnoise_condition: noise level of RGB in long memory, times 1000, default 120.

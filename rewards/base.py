@@ -21,12 +21,12 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.rewards.weights import absent
 from postgen.video import Footage
 
@@ -81,6 +81,25 @@ def unfit(clip: Clip, frames: int, side: int = 1) -> str | None:
     return f"it has {has}, and needs at least {' of '.join(least)}"
 
 
+def _dtype(asked: torch.dtype | str) -> torch.dtype:
+    """Return a dtype by its name, which is how a recipe or a command gives it."""
+    for name in ("float16", "bfloat16", "float32", "float64"):
+        if asked in (name, getattr(torch, name)):
+            return cast(torch.dtype, getattr(torch, name))
+    raise UserError(f"dtype must be float16, bfloat16, float32 or float64, got {shown(asked)}")
+
+
+def _check_exists(device: torch.device, name: str) -> None:
+    """Refuse a device that this machine does not have, before weights are read."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch without CUDA raises AssertionError
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the reward {name} cannot use the device {device}: {reason}. Give a device of this machine, such as cpu"
+        ) from error
+
+
 class RewardModel(ABC):
     """Base class of rewards with a network: built on first use, moved between devices by `load` and `offload`.
 
@@ -89,8 +108,12 @@ class RewardModel(ABC):
     batch, even if several of its outputs are used.
 
     Args:
-        device: device of the network if `load` names no other.
-        dtype: dtype of the weights; the published scores were computed in float32.
+        device: device of the network. `RewardRunner` then keeps the network there, whatever its own `device` is. None:
+            the network is on the device that `load` names, at first the CPU.
+        dtype: dtype of the weights, or its name, such as "bfloat16"; the published scores were computed in float32.
+
+    Raises:
+        UserError: `dtype` is not one of float16, bfloat16, float32, float64.
     """
 
     name: str
@@ -101,8 +124,10 @@ class RewardModel(ABC):
 
     __call__: Callable[..., Any]
 
-    def __init__(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+    def __init__(self, *, device: torch.device | str | None = None, dtype: torch.dtype | str = torch.float32) -> None:
+        self.own_device = None if device is None else torch.device(device)
+        """The device that the caller chose for this reward; None if the caller chose none."""
+        self.device, self.dtype = self.own_device or torch.device("cpu"), _dtype(dtype)
         self._net: nn.Module | None = None
 
     @abstractmethod
@@ -135,9 +160,10 @@ class RewardModel(ABC):
         """Move the network to a device (None: the current one); build it first if necessary.
 
         Raises:
-            UserError: see `build`.
+            UserError: the machine has no such device; see also `build`.
         """
         self.device = self.device if device is None else torch.device(device)
+        _check_exists(self.device, getattr(self, "name", type(self).__name__))
         if self._net is None:
             self._net = self.build().eval().requires_grad_(False)
         self._net.to(self.device, self.dtype)
@@ -195,9 +221,19 @@ class Reward:
         return f"Reward({self.name!r})"
 
     def load(self, device: torch.device | str | None = None) -> None:
-        """Move a reward with a network to a device; other rewards ignore the call."""
+        """Build the network of a reward and move it to the reward's own device, or else to `device`.
+
+        Rewards without a network ignore the call.
+
+        Args:
+            device: device of rewards that have no `own_device`; None leaves them where they are.
+
+        Raises:
+            UserError: weights cannot be found, or the machine has no such device.
+        """
         if hasattr(self.function, "load"):
-            self.function.load(device)
+            own = getattr(self.function, "own_device", None)
+            self.function.load(device if own is None else own)
 
     def lacking(self) -> str | None:
         """Return one line that names what the reward needs and this machine lacks; None if nothing is missing."""

@@ -42,7 +42,7 @@ def rank_head(width: int) -> nn.Sequential:
 class HPSv3(FrameReward):
     """Predicted human preference for frames and their prompt, about -5 to 15.
 
-    The network takes 16 GB in bfloat16: set `dtype=torch.bfloat16`, or serve the reward from another machine. The head
+    The network takes 16 GB in bfloat16: set `dtype="bfloat16"`, or serve the reward from another machine. The head
     then runs in bfloat16 too, whereas the published code keeps it in float32.
 
     Args:

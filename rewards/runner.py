@@ -102,7 +102,8 @@ class RewardRunner:
     Args:
         reward_funcs: one or several inputs of `get_reward`.
         weights: one per reward; None uses 1 for each. A reward of weight 0 is measured but adds nothing to the sum.
-        device: device of the rewards with a network; None leaves each where it is.
+        device: device of the rewards with a network that were not given a device of their own, as in
+            "clip_score(device='cuda:1')"; None leaves them where they are, at first on the CPU.
         offload: keep networks on the device only during their calls. This saves memory but costs transfers.
         timeout: seconds that a call may take; None waits for ever. A function that exceeds it keeps running in its
             thread; its next calls give NaN immediately until it has returned.

@@ -68,6 +68,14 @@ def my_image_reward(completions, **columns):
     return [float(clip.mean()) for clip in completions]
 """,
     "lora.md": _LORA + _PROMPTS + "lora('runs/my-run')\nlora('style')",
+    "own_model.md": _PROMPTS
+    + """
+from benchmarks.docs_blocks import ROOT
+
+text = (ROOT / "docs" / "own_model.md").read_text(encoding="utf-8")
+for name, language in (("own_model.py", "python"), ("own.yaml", "yaml")):
+    pathlib.Path(name).write_text(text.partition(f"```{language}\\n")[2].partition("```")[0])
+""",
     "dancegrpo.md": _LORA + _PROMPTS + "lora('runs/my-run/export')\nlora('FOLDER')",
     "lit_video.md": """
 import pathlib
@@ -157,6 +165,7 @@ _SMALL_TRAIN = {
     "worldweaver-tiny": "--pool_dir null --num_frames 33 --height 32 --pool_clips 2 --eval_clips 2"
     " --per_device_train_batch_size 2 --max_steps 1 --bf16 false",
     "lit-tiny-wan": "--num_frames 5 --height 64 --width 64 --bf16 false",
+    "own.yaml": "",  # tiny as it is
     "world-depth": "--sizes 32 --pool_size 32 --pool_clips 2 --room_clips 2 --textures 2 --reconstructions 0"
     " --eval_clips 1 --max_steps 1 --per_device_train_batch_size 2 --bf16 false",
 }

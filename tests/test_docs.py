@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from benchmarks.docs_blocks import ROOT, blocks_of_page, pages
+from postgen.families import BlockGroup, Blocks, layout, registry, video_tokens
 from tests.doc_blocks import Page
 
 WORKED = ("CONTRIBUTING.md", "kernels.md")
@@ -17,6 +19,13 @@ WORKED = ("CONTRIBUTING.md", "kernels.md")
 CHECKED = re.findall(r'parametrize\("ran", \["(.+?)"\]', Path(__file__).read_text(encoding="utf-8"))
 """Pages for which this file has further assertions."""
 OTHERS = [page for page in pages() if page.name not in CHECKED and any(b.no_run is None for b in blocks_of_page(page))]
+
+
+@pytest.fixture(autouse=True)
+def _own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the rows that a page registers, and let it import the modules that it writes."""
+    monkeypatch.setattr(registry, "_layouts", dict(registry._layouts))
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture
@@ -192,3 +201,23 @@ def test_faq(ran: tuple[dict[str, Any], str]) -> None:
     assert "TFLOP a pass" in printed
     assert names["seconds"] > 0
     assert names["out"].shape == (1, 64, 2, 16)
+
+
+@pytest.mark.parametrize("ran", ["own_model.md"], indirect=True)
+def test_own_model(ran: tuple[dict[str, Any], str]) -> None:
+    """The page asserts that removal restores the model. Its tables name every field and every allowed value."""
+    names, printed = ran
+    assert "enhance_a_video: on, weight 8.0, 2 of 2 layers" in printed
+    assert not torch.equal(names["enhanced"], names["before"])
+    assert names["result"].global_step == 2
+    assert not torch.equal(names["after"], names["before"])
+    assert Path("runs/own-recipe/export/pytorch_lora_weights.safetensors").is_file()
+    called = 'pipe.transformer.load_lora_adapter("THIS_FOLDER", prefix="transformer"'
+    assert called in Path("runs/own/export/README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "own_model.md").read_text(encoding="utf-8")
+    kinds = (video_tokens.TokenOrder, video_tokens.LatentAxes, video_tokens.ScaleTarget, layout.TimestepShape)
+    rows = (layout.Layout, layout.Call, Blocks, BlockGroup, video_tokens.VideoTokens)
+    words = [field.name for row in rows for field in dataclasses.fields(row)]
+    words += [value for kind in kinds for value in get_args(kind)]
+    words += [name for name in vars(video_tokens) if name.startswith("grid_")]
+    assert not [word for word in words if f"`{word}`" not in text]

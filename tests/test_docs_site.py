@@ -113,6 +113,12 @@ def test_every_page_is_in_the_navigation():
     assert len(there) == len({*there})
 
 
+def test_folders_of_packages_lead_to_the_api_reference() -> None:
+    assert docs_site.site_uri("postgen") == "api/index.md"
+    assert docs_site.site_uri("postgen/metrics") == docs_site.api_uri("postgen.metrics")
+    assert docs_site.site_uri("apps") == docs_site.api_uri("postgen.apps")
+
+
 @pytest.mark.slow
 def test_the_api_reference_has_every_public_name():
     pytest.importorskip("mkdocs")

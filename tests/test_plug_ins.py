@@ -33,7 +33,7 @@ TEXTS = {
     "fused_ops": "norm_rope",
 }
 """A valid text for the option of each row."""
-CONFIGS = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)}
+CONFIGS = {"fp8_attention": postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True)}
 """Settings of rows whose default settings need a GPU."""
 
 

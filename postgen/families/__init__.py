@@ -7,7 +7,7 @@ This package does not import it, because it needs torch.
 
 from postgen.families.blocks import Block, BlockGroup, Blocks
 from postgen.families.denoiser import Condition, Denoiser, PredictionType, VarianceDenoiser
-from postgen.families.layout import Layout
+from postgen.families.layout import Call, Layout
 from postgen.families.registry import (
     blocks_of,
     denoiser_for,
@@ -26,6 +26,7 @@ __all__ = [
     "Block",
     "BlockGroup",
     "Blocks",
+    "Call",
     "Condition",
     "Denoiser",
     "Grid",

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,8 @@ def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) 
     """
     if not loras:
         return
-    if not hasattr(pipe, "load_lora_weights"):
+    adaptable = any(hasattr(getattr(pipe, name, None), "load_lora_adapter") for name in networks_of(pipe))
+    if not hasattr(pipe, "load_lora_weights") and not adaptable:
         raise UserError(f"{type(pipe).__name__} supports no LoRA: leave --lora out")
     from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 
@@ -180,9 +182,10 @@ def _downloaded(name: str) -> Path:
 
 
 def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, state: Any = None) -> None:
-    """Write the LoRA of one component with the pipeline's `save_lora_weights`, and the note `lora.json` beside it.
+    """Write the LoRA of one component in diffusers' format, and the note `lora.json` beside it.
 
-    The metadata of the file contain rank and alpha.
+    The metadata of the file contain rank and alpha. `network.load_lora_adapter` reads the file, and so does the
+    pipeline's `load_lora_weights` if diffusers has one for this pipeline.
 
     Args:
         pipe: the pipeline.
@@ -203,7 +206,7 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
     layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
     metadata = module.peft_config[adapter].to_dict()
-    pipe.save_lora_weights(
+    _saver(pipe, part).save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
     )
     # `postgen export-lora` needs the note, because layers of different families have the same names.
@@ -212,6 +215,17 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     if len(networks_of(pipe)) > 1:  # the layers do not show which of the two networks they belong to
         note["network"] = name
     (Path(folder) / NOTE).write_text(json.dumps(note) + "\n")
+
+
+def _saver(pipe: Any, part: str) -> Any:
+    """Return the object whose `save_lora_weights` writes the LoRA of a `transformer` or `unet`.
+
+    A pipeline that is not in diffusers may have no such method; all of them write the same format.
+    """
+    if hasattr(pipe, "save_lora_weights"):
+        return pipe
+    loaders: Any = import_module("diffusers.loaders")
+    return loaders.StableDiffusionLoraLoaderMixin if part == "unet" else loaders.WanLoraLoaderMixin
 
 
 def _is_hub_id(path: str) -> bool:

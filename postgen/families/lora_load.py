@@ -155,6 +155,8 @@ def _converted(pipe: Any, file: LoraFile, rest: list[str]) -> LoraFile:
             have.
     """
     kind = type(pipe)
+    if not hasattr(kind, "lora_state_dict"):  # a pipeline that is not in diffusers
+        raise _unknown(pipe, file, rest, len(file.tensors), _made_for(pipe, file))
     # The loader of Stable Diffusion XL passes this extra argument to its conversion.
     more = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") and hasattr(pipe, "text_encoder_2") else {}
     convert = functools.partial(kind.lora_state_dict, **more)

@@ -26,26 +26,34 @@ _denoisers: dict[str, Callable[[Any], Denoiser]] = {}
 def register_layout(layout: Layout) -> None:
     r"""Add the layout of a transformer class, or replace the whole layout, with its call, attention and denoisers.
 
-    Example:
-        from postgen.families import BlockGroup, Blocks, Layout, VideoTokens, register_layout
-        from postgen.families.video_tokens import grid_bcthw
+    A complete row:
 
-        register_layout(
-            Layout(
-                transformer="MyTransformer3DModel",
-                # hidden_states, text = block(hidden_states, encoder_hidden_states, ...), one block after the other
-                blocks=Blocks(groups=(BlockGroup(names=r"layers\.\d+", hidden_out=0, text_out=1),)),
-                timestep_shapes=("B", "BT"),
-                # Needed only to measure or change softmax attention over the frames.
-                video=VideoTokens(
-                    self_attention=r"layers\.\d+\.attn1",
-                    token_order="text-video",
-                    latent_axes="BCTHW",
-                    grid_rule=grid_bcthw,
-                    attention_call="dispatch",
-                ),
-            )
+    ```python
+    from postgen.families import BlockGroup, Blocks, Call, Layout, VideoTokens, register_layout
+    from postgen.families.video_tokens import grid_bcthw
+
+    register_layout(
+        Layout(
+            transformer="MyTransformer3DModel",
+            # hidden_states, text = block(hidden_states, encoder_hidden_states, ...), one block after the other
+            blocks=Blocks(groups=(BlockGroup(names=r"layers\.\d+", hidden_out=0, text_out=1),)),
+            timestep_shapes=("B", "BT"),
+            # Needed only to measure or change softmax attention over the frames.
+            video=VideoTokens(
+                self_attention=r"layers\.\d+\.attn1",
+                token_order="text-video",
+                latent_axes="BCTHW",
+                grid_rule=grid_bcthw,
+                attention_call="dispatch",
+            ),
+            call=Call(text_width="text_dim"),  # needed with `video`
+            attention="my_package.attention:ANATOMY",  # needed only by methods that compute attention
+            denoisers={"MyPipeline": "my_package.denoiser:MyDenoiser"},  # needed only for training and sampling
         )
+    )
+    ```
+
+    `docs/own_model.md` has a model with such a row, and the allowed values of all fields.
     """
     _layouts[layout.transformer] = layout
 

@@ -46,7 +46,7 @@ def apply_fp8_linears(target: Any, config: FP8LinearConfig | None = None) -> FP8
             FP8, or FP8 linear layers are already on this model.
 
     Example:
-        handle = apply_fp8_linears(pipe, FP8LinearConfig(exact_first=1, exact_last=1))
+        handle = apply_fp8_linears(pipe, FP8LinearConfig(first_exact_blocks=1, last_exact_blocks=1))
     """
     settings = FP8LinearsHandle.settings(config)
     return FP8LinearsHandle.attach(target, lambda model: FP8Linears(model, settings))

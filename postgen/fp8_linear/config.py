@@ -26,24 +26,24 @@ class FP8LinearConfig:
     """The first linear layer of each feed-forward network."""
     feed_forward_out: bool = True
     """The linear layer after the activation. Its inputs have the longest tails, so rounding costs most here."""
-    exact_first: int = 0
+    first_exact_blocks: int = 0
     """The number of blocks at the beginning that stay exact."""
-    exact_last: int = 0
+    last_exact_blocks: int = 0
     """The number of blocks at the end that stay exact."""
     exact: str | None = None
     """A regular expression. A layer stays exact if the expression matches its full name."""
     min_features: int = 2048
     """On a GPU, layers with fewer input or output channels stay exact, because FP8 gains nothing for them (on an H200
-    the 1,536 channels of Wan 1.3B took as long as bfloat16, or up to twice as long). Ignored with `emulate`."""
-    emulate: bool = False
-    """Compute the same rounding on devices without an FP8 matrix product, and do not warn. This is slower than the
-    exact layers."""
+    the 1,536 channels of Wan 1.3B took as long as bfloat16, or up to twice as long). Ignored with `simulate`."""
+    simulate: bool = False
+    """Use every selected layer on every device, without a warning. A GPU with FP8 computes in FP8, also where that is
+    slower; elsewhere plain torch computes the same rounding, slower than the exact layers."""
 
     def __post_init__(self) -> None:
-        for name in (*PARTS, "emulate"):
+        for name in (*PARTS, "simulate"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be True or False, got {shown(getattr(self, name))}")
-        for name in ("exact_first", "exact_last", "min_features"):
+        for name in ("first_exact_blocks", "last_exact_blocks", "min_features"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise UserError(f"{name} must be a whole number of at least 0, below 2**31, got {shown(value)}")

@@ -38,7 +38,7 @@ class FP8Linear(nn.Linear):
 
         Args:
             linear: the layer to replace. The FP8 matrix product needs numbers of channels that are multiples of 16;
-                other layers are emulated in plain torch.
+                plain torch simulates it for other layers.
             place: the name of the layer in the model; `wanted` reads it.
             wanted: a function that every forward pass calls with this layer. It returns whether the layer computes in
                 FP8. None means always. It must survive deepcopy and pickle.

@@ -131,6 +131,6 @@ class _Parts:
 
 
 def _spared(blocks: tuple[str, ...], config: FP8LinearConfig) -> tuple[str, ...]:
-    """Return the name prefixes of the blocks that stay exact (`exact_first`, `exact_last`)."""
-    last = max(0, len(blocks) - config.exact_last)
-    return tuple(f"{name}." for name in (*blocks[: config.exact_first], *blocks[last:]))
+    """Return the name prefixes of the blocks that stay exact (`first_exact_blocks`, `last_exact_blocks`)."""
+    last = max(0, len(blocks) - config.last_exact_blocks)
+    return tuple(f"{name}." for name in (*blocks[: config.first_exact_blocks], *blocks[last:]))

@@ -147,20 +147,20 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
 
 def _least(device: torch.device, config: FP8LinearConfig) -> int:
     """Return the smallest number of channels for which FP8 saves more time on a device than the rounding takes."""
-    return config.min_features if device.type == "cuda" and not config.emulate else 0
+    return config.min_features if device.type == "cuda" and not config.simulate else 0
 
 
 def _check_device(device: torch.device, config: FP8LinearConfig) -> None:
-    """Refuse a GPU without FP8, where the layers would be slower; on a CPU, warn once that they are emulated."""
-    reason = None if config.emulate else why_not_fp8(device)
+    """Refuse a GPU without FP8, where the layers would be slower; on a CPU, warn once that they are simulated."""
+    reason = None if config.simulate else why_not_fp8(device)
     if reason is None:
         return
     if device.type == "cuda":
         raise UserError(
-            f"FP8 linear layers would be slower than exact layers: {reason}. Leave them out, or set emulate=True in"
+            f"FP8 linear layers would be slower than exact layers: {reason}. Leave them out, or set simulate=True in"
             " FP8LinearConfig to see the effect of the rounding"
         )
-    warn_once(f"FP8 linear layers are emulated, which is slower than exact layers: {reason}")
+    warn_once(f"FP8 linear layers are simulated, which is slower than exact layers: {reason}")
 
 
 def _any_of(names: Iterable[str]) -> str:

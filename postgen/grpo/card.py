@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgen.families.lora_file import WEIGHTS
 from postgen.versions import version_of
 
 from .curves import Curves
@@ -121,19 +122,41 @@ def _base(source: Any) -> tuple[str, bool]:
 
 
 def _use(card: Card) -> list[str]:
-    lines = _load_loras([*card.modules])
+    """Return the lines of the card that load the export; those of a pipeline that is not in diffusers differ."""
+    import diffusers
+
+    known = hasattr(diffusers, card.pipeline)
     if not card.lora:
         classes = {name: _class_of(module) for name, module in card.modules.items()}
+        homes = sorted({(_home_of(module, classes[name]), classes[name]) for name, module in card.modules.items()})
         lines = [
-            f"from diffusers import {', '.join(sorted({*classes.values()}))}\n",
+            *(f"from {home} import {kind}" for home, kind in homes),
+            "",
             *(
                 f'pipe.{name} = {kind}.from_pretrained("THIS_FOLDER", subfolder="{name}")'
                 for name, kind in classes.items()
             ),
         ]
+    elif known:
+        lines = _load_loras([*card.modules])
+    else:  # only diffusers' own pipelines have a loader that fits their networks
+        lines = [_load_adapter(name, alone=len(card.modules) == 1) for name in card.modules]
+    told = ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", ""]
     option = "--lora" if card.lora else "--model"
-    hint = f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`."
-    return ["`pipe` is the pipeline of the base model.", "", "```python", *lines, "```", "", hint, ""]
+    return [*told, f"On the command line: `postgen generate PROMPT {option} THIS_FOLDER`.", ""] if known else told
+
+
+def _load_adapter(name: str, *, alone: bool) -> str:
+    folder, part = "THIS_FOLDER" if alone else f"THIS_FOLDER/{name}", "unet" if name == "unet" else "transformer"
+    return f'pipe.{name}.load_lora_adapter("{folder}", prefix="{part}", weight_name="{WEIGHTS}")'
+
+
+def _home_of(module: Any, kind: str) -> str:
+    """Return the module from which a class can be imported."""
+    import diffusers
+
+    own = next((parent.__module__ for parent in type(module).__mro__ if parent.__name__ == kind), "diffusers")
+    return "diffusers" if hasattr(diffusers, kind) else own
 
 
 def _load_loras(networks: list[str]) -> list[str]:

@@ -40,10 +40,12 @@ class RewardConfig(Part):
     rewards rise, the policy exploits the trained rewards (reward hacking)."""
 
     reward_device: str | None = None
-    """Device of rewards that have a network. With None, each reward stays on its own device."""
+    """Device of the networks of rewards. None: that of the trainer (not mps: the CPU). "cuda": each process's own GPU.
+    An option of a reward comes first: `clip_score(device='cpu')`."""
 
     offload_reward: bool = False
-    """Move the networks of rewards to `reward_device` only for the time of a call."""
+    """Keep the networks of rewards on the CPU, and move each to its device only for the time of a call. This saves
+    GPU memory and costs two transfers per rollout."""
 
     reward_patience: int = 3
     """The run stops when a reward with a non-zero weight scores no sample in this many rollouts in a row; 0 disables

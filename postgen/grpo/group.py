@@ -85,7 +85,7 @@ class GroupTrainer(KeptState[G]):
         eval_dataset = args.eval_dataset if eval_dataset is None else eval_dataset
         if train_dataset is None:
             raise UserError("there are no prompts: give train_dataset")
-        self.scoring = Scoring(args, reward_funcs, eval_reward_funcs, self.callbacks.state)
+        self.scoring = Scoring(args, reward_funcs, eval_reward_funcs, self.callbacks.state, self.device)
         self.runner, self.gold = self.scoring.runner, self.scoring.gold
         self.prompts = Prompts(train_dataset, "train_dataset", seed=args.seed, shuffle=args.shuffle_dataset)
         self.eval_prompts = None

@@ -31,18 +31,17 @@ class Scoring:
         rewards: rewards to train on; empty uses those named in `args`.
         gold: held-out rewards; empty uses those named in `args`.
         state: state of the run, for rewards that depend on the step.
+        device: device on which this process trains.
 
     Raises:
         UserError: there is no reward to train on, a reward is unknown, or its device does not exist.
     """
 
-    def __init__(self, args: RewardConfig, rewards: Rewards, gold: Rewards, state: TrainerState) -> None:
+    def __init__(
+        self, args: RewardConfig, rewards: Rewards, gold: Rewards, state: TrainerState, device: torch.device
+    ) -> None:
         self.args, self.state = args, state
-        if args.reward_device is not None:
-            try:
-                check_device(args.reward_device)
-            except UserError as error:
-                raise UserError(f"reward_device: {error}") from None
+        self.device = device_of_rewards(args.reward_device, device)
         rewards, gold = rewards or args.reward_funcs, gold or args.eval_reward_funcs
         if not rewards:
             raise UserError("there is no reward: give reward_funcs, names of rewards or functions")
@@ -92,7 +91,28 @@ class Scoring:
         return runner(prompts, clips, **more, trainer_state=self.state, must_score=False, **columns(rows))
 
     def _runner(self, rewards: Any, weights: Sequence[float] | None) -> RewardRunner:
-        return RewardRunner(rewards, weights, device=self.args.reward_device, offload=self.args.offload_reward)
+        return RewardRunner(rewards, weights, device=self.device, offload=self.args.offload_reward)
+
+
+def device_of_rewards(asked: str | None, trainer: torch.device) -> torch.device:
+    """Return the device of rewards that have a network and were not given a device of their own.
+
+    Args:
+        asked: the setting `reward_device`; None follows the trainer.
+        trainer: device on which this process trains.
+
+    Raises:
+        UserError: the device is unknown, or the machine does not have it.
+    """
+    if asked is None:
+        # Learned rewards are not tested on mps, where torch lacks some operations. `postgen score` avoids it too.
+        return torch.device("cpu") if trainer.type == "mps" else trainer
+    try:
+        device = torch.device(check_device(asked))
+    except UserError as error:
+        raise UserError(f"reward_device: {error}") from None
+    # A name without a number is this process's own GPU, also in threads, where torch's current GPU is the first one.
+    return trainer if device.type == trainer.type and device.index is None else device
 
 
 def gathered(values: Tensor, indices: Sequence[SampleNumber], total: int, step: int) -> Tensor:

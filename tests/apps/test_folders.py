@@ -33,11 +33,20 @@ from postgen.video import write_video
         ({"auth": (("ann", ""),)}, "pairs of a name and a password"),
         ({"runs": Path("no-such-folder")}, "there is no folder of training runs"),
         ({"outputs": Path(__file__)}, "is a file"),
+        ({"outputs": ""}, "outputs must be the path of a folder"),
+        ({"outputs": None}, "outputs must be the path of a folder"),
+        ({"runs": 3}, "runs must be the path of a folder"),
+        ({"runs": "no-such-folder"}, "there is no folder of training runs"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         AppSettings(**settings)
+
+
+def test_folders_may_be_strings(tmp_path):
+    settings = AppSettings(outputs=str(tmp_path / "outputs"), runs=str(tmp_path))
+    assert (settings.outputs, settings.runs) == (tmp_path / "outputs", tmp_path)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.1"])

@@ -56,6 +56,22 @@ def test_no_graph_more_than_without(name: str) -> None:
     assert (off - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_models_can_be_enhanced_afterwards(whole: bool) -> None:
+    tiny = tiny_model("Wan", layers=LAYERS)
+    enhanced = copy.deepcopy(tiny)
+    postgen.apply_enhance_a_video(enhanced.transformer, CONFIG)
+    if whole:
+        tiny.transformer.compile(fullgraph=True, backend="eager")
+    else:
+        compile_blocks(tiny, "eager")
+    off = tiny()
+    handle = postgen.apply_enhance_a_video(tiny.transformer, CONFIG)
+    assert torch.allclose(tiny(), enhanced(), atol=1e-5)
+    handle.remove()
+    assert torch.allclose(tiny(), off, atol=1e-6)
+
+
 def test_new_weights_are_not_compiled_again_and_again() -> None:
     tiny = tiny_model("Wan", layers=LAYERS)
     handle = postgen.apply_enhance_a_video(tiny.transformer, CONFIG)

@@ -29,8 +29,8 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
     ),
     "fp8_linears": (postgen.FP8LinearConfig(attention=False), postgen.FP8LinearConfig(feed_forward=False)),
     "fp8_attention": (
-        postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True),
-        postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True, preparation="plain"),
+        postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True),
+        postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True, preparation="plain"),
     ),
     "fused_ops": (
         postgen.FusedOpsConfig(adaln=False, attention=None),

@@ -16,13 +16,13 @@ from tests.families.tiny_models import TinyModel, tiny_model
 
 CHANGES: dict[str, tuple[Callable[[Any], None], dict[str, Any], dict[str, Any]]] = {
     "enhance_a_video": (postgen.remove_enhance_a_video, {"weight": 3.0}, {"weight": {"x": 1.0}}),
-    "fp8_linears": (postgen.remove_fp8_linears, {"attention": False}, {"exact_first": -1}),
+    "fp8_linears": (postgen.remove_fp8_linears, {"attention": False}, {"first_exact_blocks": -1}),
     "fp8_attention": (remove_fp8_attention, {"preparation": "plain"}, {"exact_layers": ("nothing",)}),
     "fused_ops": (postgen.remove_fused_ops, {"adaln": False}, {"attention": "nothing"}),
 }
 """Plug-in -> function that removes it, a valid change of its settings, an invalid change. One row per plug-in."""
 
-USUAL = {"fp8_attention": postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)}
+USUAL = {"fp8_attention": postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True)}
 """Settings for plug-ins whose default settings need a GPU."""
 
 

@@ -21,7 +21,7 @@ from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
 FAMILIES = ["Wan", "HunyuanVideo", "CogVideoX 1.5", "LTX"]
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def test_what_it_says(wan: TinyModel) -> None:
         warnings.simplefilter("always")
         wan()
         wan()
-        handle.update(emulate=True)
+        handle.update(simulate=True)
         wan()
     assert [str(each.message) for each in told] == [
-        "FP8 linear layers are emulated, which is slower than exact layers: cpu has no FP8 matrix product"
+        "FP8 linear layers are simulated, which is slower than exact layers: cpu has no FP8 matrix product"
     ]
     handle.disable()
     assert text.format("off") in str(postgen.summary(wan.transformer))
@@ -74,7 +74,7 @@ def test_what_it_says(wan: TinyModel) -> None:
 def test_changed_settings_leave_layers_that_stay(wan: TinyModel) -> None:
     handle = postgen.apply_fp8_linears(wan.transformer, QUIET)
     there: Any = wan.transformer.get_submodule("blocks.0.attn1.to_q")
-    handle.update(feed_forward=False, exact_last=1)
+    handle.update(feed_forward=False, last_exact_blocks=1)
     assert set(layers(wan.transformer)) == {
         f"blocks.0.{name}"
         for name in (*(f"attn1.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")), "attn2.to_q", "attn2.to_out.0")

@@ -16,7 +16,7 @@ from postgen.kernels.fp8_rows import naive
 from tests.families.tiny_models import tiny_model
 from tests.kernels.launches import relative_error
 
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 
 
 def lora(model: Any, seed: int = 3) -> None:

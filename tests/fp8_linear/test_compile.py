@@ -15,7 +15,7 @@ from postgen.fp8_linear import fp8_linears_for_call
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 
 
 @pytest.fixture

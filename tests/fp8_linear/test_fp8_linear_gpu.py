@@ -1,4 +1,4 @@
-"""FP8 linear layers on a GPU: compared with emulated layers, at widths of real models, compiled, with LoRA."""
+"""FP8 linear layers on a GPU: compared with simulated layers, at widths of real models, compiled, with LoRA."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def predicted(model: Any, arguments: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1536, 1536), (5120, 13824), (13824, 5120), (16, 16)])
 @torch.no_grad()
-def test_a_layer_is_the_emulated_one(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+def test_a_layer_is_the_simulated_one(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, device="cuda", dtype=dtype)
     layer, x = FP8Linear(linear), torch.randn(2, 77, inputs, device="cuda", dtype=dtype)
@@ -59,9 +59,9 @@ def test_a_layer_is_the_emulated_one(inputs: int, outputs: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "CogVideoX 1.5", "LTX"])
-def test_models_are_the_emulated_ones(name: str) -> None:
+def test_models_are_the_simulated_ones(name: str) -> None:
     tiny = tiny_model(name)
-    postgen.apply_fp8_linears(tiny.transformer, postgen.FP8LinearConfig(emulate=True))
+    postgen.apply_fp8_linears(tiny.transformer, postgen.FP8LinearConfig(simulate=True))
     expected = tiny()
     tiny.transformer.to("cuda")
     moved = {

@@ -13,7 +13,7 @@ from postgen.fp8_linear import FP8Linear
 from tests.families.tiny_models import TinyModel, tiny_model
 from tests.kernels.launches import relative_error
 
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 TARGETS = ["to_q", "to_v", "to_out.0", "net.2"]
 
 

@@ -93,12 +93,12 @@ def test_settings_spare_layers() -> None:
     for part in PARTS:
         taken = plan_for(model, FP8LinearConfig(**{part: False})).layers
         assert taken.keys() == {name for name, of in every.items() if of != part}
-    middle = plan_for(model, FP8LinearConfig(exact_first=1, exact_last=1)).layers
+    middle = plan_for(model, FP8LinearConfig(first_exact_blocks=1, last_exact_blocks=1)).layers
     assert middle.keys() == {name for name in every if name.startswith("blocks.1.")}
-    assert plan_for(model, FP8LinearConfig(exact_last=0)).layers == every
+    assert plan_for(model, FP8LinearConfig(last_exact_blocks=0)).layers == every
     named = plan_for(model, FP8LinearConfig(exact=r".*\.to_out\.0|blocks\.2\..*")).layers
     assert named.keys() == {n for n in every if not n.startswith("blocks.2") and "to_out" not in n}
-    for nothing in (FP8LinearConfig(exact_first=9), FP8LinearConfig(exact=".*")):
+    for nothing in (FP8LinearConfig(first_exact_blocks=9), FP8LinearConfig(exact=".*")):
         with pytest.raises(UserError, match="no layer for FP8 in this WanTransformer3DModel: the settings exclude"):
             plan_for(model, nothing)
 
@@ -150,11 +150,11 @@ def test_models_of_which_nothing_is_known_and_other_owners() -> None:
     ("words", "message"),
     [
         ({"attention": "yes"}, "attention must be True or False, got 'yes'"),
-        ({"emulate": 1}, "emulate must be True or False"),
+        ({"simulate": 1}, "simulate must be True or False"),
         ({"min_features": -1}, "min_features must be a whole number of at least 0"),
-        ({"exact_first": -1}, "exact_first must be a whole number of at least 0"),
-        ({"exact_last": 1.5}, "exact_last must be a whole number"),
-        ({"exact_first": True}, "exact_first must be"),
+        ({"first_exact_blocks": -1}, "first_exact_blocks must be a whole number of at least 0"),
+        ({"last_exact_blocks": 1.5}, "last_exact_blocks must be a whole number"),
+        ({"first_exact_blocks": True}, "first_exact_blocks must be"),
         (dict.fromkeys(PARTS, False), "no layer is left for FP8: set at least one of attention, cross_attention"),
         ({"exact": "blocks.("}, r"exact must be a regular expression for layer names, got 'blocks.\('"),
         ({"exact": 3}, "exact must be a regular expression"),
@@ -185,4 +185,4 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     with pytest.raises(UserError, match=r"would be slower than exact layers: A100 has compute capability 8.0"):
         state._check_device(device, FP8LinearConfig())
-    state._check_device(device, FP8LinearConfig(emulate=True))
+    state._check_device(device, FP8LinearConfig(simulate=True))

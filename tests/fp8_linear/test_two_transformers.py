@@ -13,7 +13,7 @@ from postgen.families.installed import installed
 from postgen.fp8_linear import FP8Linear, fp8_linears_for_call
 from tests.tiny_wan import wan_components
 
-QUIET = postgen.FP8LinearConfig(emulate=True)
+QUIET = postgen.FP8LinearConfig(simulate=True)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_what_cannot_be_taken_off_one_stays_on_both(pipe: Any) -> None:
     on = make(pipe)
     offload(pipe.transformer_2)
     before = lines(pipe)
-    for change in (handle.disable, handle.remove, lambda: handle.update(exact_first=1)):
+    for change in (handle.disable, handle.remove, lambda: handle.update(first_exact_blocks=1)):
         with pytest.raises(postgen.UserError, match=r"group_offloading is on blocks.*switch offloading off before"):
             change()
         assert (lines(pipe), layers(pipe)) == (before, [16, 16])

@@ -15,11 +15,13 @@ from tests.families.tiny_models import tiny_model
 PLUG_INS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "fused": (postgen.apply_fused_ops, 1),
     "enhance": (postgen.apply_enhance_a_video, 1),
-    "fp8_linears": (lambda model: postgen.apply_fp8_linears(model, postgen.FP8LinearConfig(emulate=True)), 1),
+    "fp8_linears": (lambda model: postgen.apply_fp8_linears(model, postgen.FP8LinearConfig(simulate=True)), 1),
     "fp8_attention": (
         lambda model: postgen.apply_fp8_attention(
             model,
-            postgen.FP8AttentionConfig(first_exact=0, last_exact=0, exact_layers=("blocks.1.attn1",), simulate=True),
+            postgen.FP8AttentionConfig(
+                first_exact_steps=0, last_exact_steps=0, exact_layers=("blocks.1.attn1",), simulate=True
+            ),
         ),
         2,
     ),
@@ -53,7 +55,7 @@ def test_fp8_attention_is_traced_where_processors_call_torch_themselves() -> Non
     """Fused operations split heads by `Tensor.unflatten`, which torch.compile cannot trace in a function mode."""
     model = tiny_model("CogVideoX 1.0", layers=1)
     postgen.apply_fused_ops(model.transformer)
-    config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
+    config = postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True)
     postgen.apply_fp8_attention(model.transformer, config)
     torch.compiler.reset()
     try:
@@ -82,7 +84,9 @@ def test_settings_of_attention_that_come_back_are_not_compiled_again() -> None:
     counts = []
     for _ in range(2):
         for preparation in ("plain", "key_mean", "key_mean+rotation"):
-            config = postgen.FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True, preparation=preparation)
+            config = postgen.FP8AttentionConfig(
+                first_exact_steps=0, last_exact_steps=0, simulate=True, preparation=preparation
+            )
             with fp8_attention_for_call(model.transformer, config):
                 model()
             counts.append(len(compiled))

@@ -39,7 +39,7 @@ from tests.families.tiny_models import TinyModel, tiny_model
 from tests.fused.counted import count_operations
 from tests.kernels.launches import relative_error
 
-ALWAYS = FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
+ALWAYS = FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_calibration(pipe: Any, tmp_path: Path) -> None:
     limit = sum(sorted(worst.values())[-2:]) / 2
     strict = calibrate_fp8_attention(pipe, ["a ball", "a cube"], steps=2, call=SIZE, max_error=limit)
     assert strict.exact_layers == (max(worst, key=worst.__getitem__),)
-    with fp8_attention_for_call(pipe, strict.config(first_exact=0, last_exact=0, simulate=True)):
+    with fp8_attention_for_call(pipe, strict.config(first_exact_steps=0, last_exact_steps=0, simulate=True)):
         assert f"simulated in {len(names) - 1} of {len(names)} layers" in str(postgen.summary(pipe))
         found = make(pipe, 2)
     assert 0 < relative_error(found, stock) < 0.1
@@ -339,8 +339,8 @@ def test_a_report_with_an_unknown_preparation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"first_exact": -1}, "first_exact must be a whole number"),
-        ({"last_exact": True}, "last_exact must be a whole number"),
+        ({"first_exact_steps": -1}, "first_exact_steps must be a whole number"),
+        ({"last_exact_steps": True}, "last_exact_steps must be a whole number"),
         ({"min_tokens": -1}, "min_tokens must be a whole number"),
         ({"simulate": 1}, "simulate must be True or False"),
         ({"exact_layers": "blocks"}, "exact_layers must be a tuple or list"),

@@ -31,7 +31,7 @@ from tests.pipelines import more  # noqa: F401  it enters its builders
 from tests.pipelines.parts import TINY
 from tests.pipelines.wan_like import wan_image
 
-ALWAYS = FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True)
+ALWAYS = FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True)
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5}
 
 
@@ -130,7 +130,7 @@ def test_reports_that_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(postgen.UserError, match=r"cannot write|must be the path of the report file"):
             report.save(place)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
-    with pytest.raises(postgen.UserError, match=r"unknown settings simulated\. Known: first_exact"):
+    with pytest.raises(postgen.UserError, match=r"unknown settings simulated\. Known: first_exact_steps"):
         report.config(simulated=True)
 
 
@@ -228,7 +228,7 @@ def test_the_summary_forgets_what_is_no_longer_so(pipe: Any) -> None:
         TOLD.clear()
         with pytest.warns(UserWarning, match="all of the 2 steps stay exact"):
             assert "note: all of the 2 steps stay exact" in make(2)
-        handle.update(first_exact=0, last_exact=0)
+        handle.update(first_exact_steps=0, last_exact_steps=0)
         assert "note" not in str(postgen.summary(pipe))
         assert "note" not in make(2)
     finally:
@@ -277,7 +277,7 @@ def test_plans_of_settings_that_are_gone_are_forgotten() -> None:
         for one in texts:
             for other in texts:
                 names = {"blocks.0.attn1": one, "blocks.1.attn1": other}
-                config = FP8AttentionConfig(first_exact=0, last_exact=0, simulate=True, preparation=names)
+                config = FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True, preparation=names)
                 with fp8_attention_for_call(tiny.transformer, config):
                     found = tiny()
                 assert torch.equal(first.setdefault((one, other), found), found)

@@ -20,7 +20,7 @@ def test_few_tokens_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     wan = tiny_model("Wan")
     monkeypatch.setattr(state, "check_available", lambda *_: None)
     stock = wan()
-    handle = apply_fp8_attention(wan.transformer, FP8AttentionConfig(first_exact=0, last_exact=0))
+    handle = apply_fp8_attention(wan.transformer, FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0))
     TOLD.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

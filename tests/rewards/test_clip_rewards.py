@@ -252,7 +252,7 @@ def test_without_a_network(monkeypatch, tmp_path):
         HPSv21("nobody/nothing").load()
     with pytest.raises(UserError, match=r"cannot load https://localhost:1/head\.pth"):
         find_file("https://localhost:1/head.pth")
-    with pytest.raises(UserError, match=r"the file head\.pth does not exist"):
+    with pytest.raises(UserError, match=r"there is no file head\.pth: give a local path"):
         find_file("head.pth")
     assert not list(tmp_path.rglob("*.pth"))
 

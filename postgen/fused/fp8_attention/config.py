@@ -20,9 +20,9 @@ class FP8AttentionConfig:
     A layer is an attention module, named by its path in the transformer (`blocks.0.attn1`).
     """
 
-    first_exact: int = 2
+    first_exact_steps: int = 2
     """The number of denoising steps at the beginning of a pipeline call that stay exact."""
-    last_exact: int = 1
+    last_exact_steps: int = 1
     """The number of denoising steps at the end of a pipeline call that stay exact."""
     exact_layers: tuple[str, ...] = ()
     """Layers that stay exact: regular expressions that match full layer names. `FP8AttentionReport.config` sets
@@ -31,8 +31,9 @@ class FP8AttentionConfig:
     """The exact transformations before the rounding (`postgen.kernels.attention_fp8.preparation`): one text for all
     layers, or a mapping from regular expressions of layer names to texts. Layers without a match use the default."""
     min_tokens: int = 16384
-    """Self-attention over fewer tokens stays exact, because FP8 gains nothing there (on an H200: 4 % at 17,776 tokens,
-    and twice the time at 4,992). Ignored with `simulate`. A report with times sets 0, as its times decide instead."""
+    """Self-attention over fewer tokens stays exact, because FP8 gains nothing there (on an H200 FP8 is 8 % faster at
+    17,776 tokens, and takes 1.7 times as long at 4,992). Ignored with `simulate`. A report with times sets 0, as its
+    times decide instead."""
     simulate: bool = False
     """Compute the numbers of cuDNN in plain torch, on any device. This is slow and only shows the effect."""
     debug: bool = False
@@ -40,7 +41,7 @@ class FP8AttentionConfig:
     counted in `stats()`."""
 
     def __post_init__(self) -> None:
-        for name in ("first_exact", "last_exact", "min_tokens"):
+        for name in ("first_exact_steps", "last_exact_steps", "min_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise UserError(f"{name} must be a whole number of at least 0, got {shown(value)}")
@@ -79,7 +80,7 @@ class FP8AttentionConfig:
 
     def exact_step(self, step: int, steps: int) -> bool:
         """Return whether the step with index `step` of `steps` steps stays exact."""
-        return step < self.first_exact or step >= steps - self.last_exact
+        return step < self.first_exact_steps or step >= steps - self.last_exact_steps
 
 
 def fp8_attention_setting(text: str | None) -> FP8AttentionConfig | bool:

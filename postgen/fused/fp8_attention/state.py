@@ -139,7 +139,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             self._model = weakref.ref(model)  # a copy of the plug-in has no reference yet
         if not now.enabled:
             return
-        if not (config.first_exact or config.last_exact):
+        if not (config.first_exact_steps or config.last_exact_steps):
             self._forget()
             return
         try:
@@ -148,18 +148,18 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             self._note = "the denoising step is unknown outside a pipeline call, so no step stays exact"
             if not torch.compiler.is_compiling():
                 warn_once(
-                    f"FP8 attention: {self._note}. Set first_exact=0 and last_exact=0 if this is intended, which stops"
-                    " this warning"
+                    f"FP8 attention: {self._note}. Set first_exact_steps=0 and last_exact_steps=0 if this is intended,"
+                    " which stops this warning"
                 )
             return
         self.here.exact = config.exact_step(step, steps)
         self._note = ""
         if not self.here.exact:
             self._left.clear()
-        if config.first_exact + config.last_exact >= steps:
+        if config.first_exact_steps + config.last_exact_steps >= steps:
             self._note = f"all of the {steps} steps stay exact"
             if not torch.compiler.is_compiling():
-                warn_once(f"FP8 attention: {self._note}: lower first_exact or last_exact")
+                warn_once(f"FP8 attention: {self._note}: lower first_exact_steps or last_exact_steps")
 
     def counts(self) -> dict[str, int]:
         """Return the number of FP8 layers, of exact layers, and of outputs that the guard found not finite."""
@@ -177,8 +177,8 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         parts = [f"{how} in {counts['fp8']} of {len(self.layers)} layers"]
         if config.min_tokens and not config.simulate:
             parts.append(f"from {config.min_tokens} tokens on")
-        if config.first_exact or config.last_exact:
-            parts.append(f"first {config.first_exact} and last {config.last_exact} steps exact")
+        if config.first_exact_steps or config.last_exact_steps:
+            parts.append(f"first {config.first_exact_steps} and last {config.last_exact_steps} steps exact")
         if config.debug:
             parts.append(f"outputs checked, {counts['not_finite']} not finite")
         if self._note:
