@@ -179,6 +179,36 @@ def test_an_interrupt_is_told_and_exits_by_its_signal(recipe, capsys, name, code
     assert "interrupted after step 3; continue with --resume" in capsys.readouterr().err
 
 
+def test_an_interrupt_before_the_first_step_names_the_newest_checkpoint(recipe, tmp_path, capsys, monkeypatch):
+    path = recipe(max_steps=2, save_steps=1, disable_tqdm=True, report_to="none", device="cpu")
+    start = lambda config: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(TinyTrainer, "from_config", start)
+        assert main([str(path)]) == 130
+    assert capsys.readouterr().err == "postgen: stopped; there is no checkpoint yet: start the run again\n"
+    assert main([str(path)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(TinyTrainer, "from_config", start)
+    assert main([str(path), "--resume", "--max_steps", "4"]) == 130
+    newest = tmp_path / "run" / "checkpoint-2"
+    message = f"postgen: stopped; the newest checkpoint, {newest}, is unchanged; continue with --resume\n"
+    assert capsys.readouterr().err == message
+
+
+def test_the_saved_config_of_a_resumed_run_does_not_resume_unasked(recipe, tmp_path, capsys):
+    path = recipe(max_steps=2, disable_tqdm=True, report_to="none", device="cpu")
+    assert main([str(path)]) == 0
+    assert main([str(path), "--max_steps", "4", "--seed", "5", "--allow_changed", "seed", "--resume"]) == 0
+    saved = tmp_path / "run" / "config.yaml"
+    again = load_recipe(saved)[1]
+    assert (again.resume_from_checkpoint, again.allow_changed, again.seed) == (None, [], 5)
+    assert main([str(saved)]) == 2
+    assert "holds the checkpoints of an earlier run" in capsys.readouterr().err
+    assert main([str(saved), "--resume", "--max_steps", "5"]) == 0
+    assert main([str(saved), "--resume", "maybe"]) == 2
+    assert "'maybe', which is not a folder. --resume takes no value" in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_is_one_line(recipe, capsys):
     path = recipe(max_steps=9, nan_at=2, logging_steps=1, disable_tqdm=True, report_to="none", device="cpu")
     assert main([str(path)]) == 1
