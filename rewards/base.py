@@ -163,10 +163,9 @@ class Reward:
     def __init__(self, function: Callable[..., Any], *, name: str | None = None, output: str | None = None) -> None:
         self.name = name or _name_of(function)
         if not callable(function):
-            kind = type(function).__name__
             raise UserError(
-                f"the reward {self.name}: an object of class {kind} cannot be called. Add a method __call__(self,"
-                f" prompts, completions) to {kind}, or name a function"
+                f"the reward {self.name}: an object of class {type(function).__name__} cannot be called. Add a method"
+                " __call__(self, prompts, completions) to the class, or name a function"
             )
         outputs = tuple(getattr(function, "outputs", ()))
         if (output is None) != (not outputs) or (output is not None and output not in outputs):

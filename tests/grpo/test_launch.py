@@ -29,7 +29,7 @@ def test_grpo_accelerate_files_are_read_by_accelerate():
         # The recipe decides about bfloat16; accelerate would also apply a value of this file.
         assert config.mixed_precision == "no"
     assert load_config_from_file(str(found["fsdp2"])).fsdp_config["fsdp_version"] == 2
-    assert "NOT SUPPORTED" in found["zero3"].read_text()
+    assert "ZeRO-3 is not supported" in found["zero3"].read_text()
 
 
 @pytest.mark.parametrize(
