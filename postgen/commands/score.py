@@ -94,12 +94,8 @@ def score(
 
     Without --prompt or --prompts, the prompt of a video comes from the sidecar that `postgen generate` writes.
     """
-    if prompt is not None and prompts is not None:
-        raise UserError("give either --prompt or --prompts, not both")
     if prompt is not None:
-        check_text("--prompt", prompt)
-        if not prompt.strip():
-            raise UserError("--prompt is empty: say what the videos show, or leave it out")
+        _check_prompt(prompt, prompts)
     table = None if output is None else named(output)
     if table is not None and table.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output must end in .jsonl or .csv, got {table}")
@@ -135,6 +131,14 @@ def score(
     _show(clips, paths, runner.names)
     if _tell_failures(clips, runner.names):
         raise typer.Exit(1)
+
+
+def _check_prompt(prompt: str, prompts: Path | None) -> None:
+    if prompts is not None:
+        raise UserError("give either --prompt or --prompts, not both")
+    check_text("--prompt", prompt)
+    if not prompt.strip():
+        raise UserError("--prompt is empty: say what the videos show, or leave it out")
 
 
 def _score_all(
