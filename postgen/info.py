@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import postgen
+from postgen.errors import first_line
 from postgen.versions import version_of
 from postgen.versions import versions as named
 
@@ -45,7 +46,8 @@ def devices() -> list[Finding]:
     """Return the devices of torch, and whether a small addition works on each of them."""
     import torch
 
-    findings = [Finding("cpu", True, f"{torch.get_num_threads()} threads")]
+    threads = torch.get_num_threads()
+    findings = [Finding("cpu", True, f"{threads} thread{'s' if threads != 1 else ''}")]
     if not torch.cuda.is_available():
         findings.append(Finding("cuda", False, "torch finds no CUDA GPU"))
     for index in range(torch.cuda.device_count()):
@@ -89,8 +91,16 @@ def _probed(name: str, probe: Callable[[], str]) -> Finding:
     try:
         return Finding(name, True, probe())
     except Exception as error:  # a broken part may raise anything; the report names the error and continues
-        reason = str(error).strip().splitlines() or [""]
-        return Finding(name, False, f"{type(error).__name__}: {reason[0][:120]}")
+        return Finding(name, False, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """Return why a part does not work; the class of the error only where the message alone would be unclear."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"not installed: there is no module {error.name!r}"
+    if type(error) is RuntimeError and str(error).strip():
+        return first_line(error)[:120]
+    return f"{type(error).__name__}: {first_line(error)[:120]}"
 
 
 def _adds(place: str, detail: str) -> str:

@@ -86,6 +86,8 @@ def coerce(config: Part) -> None:
         setattr(config, item.name, _coerced(item.name, value, hints[item.name]))
 
 
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""Type -> its name in messages."""
 _hints = functools.cache(typing.get_type_hints)
 
 
@@ -114,7 +116,7 @@ def _scalar(name: str, value: Any, hint: Any) -> Any:
         return _number(name, value, hint)
     if hint not in (int, float) and (not isinstance(hint, type) or isinstance(value, hint)):
         return value
-    raise UserError(f"{name} is {shown(value)}, it must be a value of type {hint.__name__}.")
+    raise UserError(f"{name} is {shown(value)}, it must be {_TYPES.get(hint, f'a value of type {hint.__name__}')}.")
 
 
 def _number(name: str, value: float, hint: type) -> Any:
@@ -127,5 +129,5 @@ def _number(name: str, value: float, hint: type) -> Any:
     if not -largest <= value <= largest:
         raise UserError(f"{name} is {shown(value)}, it must be a number from -{largest:,} to {largest:,}.")
     if hint is int and value != int(value):
-        raise UserError(f"{name} is {shown(value)}, it must be a value of type int.")
+        raise UserError(f"{name} is {shown(value)}, it must be {_TYPES[int]}.")
     return hint(value)

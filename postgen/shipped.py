@@ -89,6 +89,10 @@ def recipe_file(given: str | Path) -> Path:
             f"Recipe {shown(text)} cannot be read: there is neither such a file nor a shipped recipe of this name."
             f"{near} `postgen recipes` lists the shipped recipes."
         )
+    if (found := _files().get(text.removesuffix(".yaml"))) is not None and not os.path.lexists(path):
+        use = f"accelerate launch --config_file {found} -m postgen.train RECIPE"
+        what = "a file of prompts" if found.suffix == ".jsonl" else f"a configuration for `accelerate launch`: {use}"
+        raise UserError(f"{text} is not a recipe but {what}")
     if path.stem in recipes and not os.path.lexists(path):
         raise UserError(
             f"Recipe {path} cannot be read: there is no such file. For the shipped recipe of this name, write"

@@ -1,11 +1,18 @@
 """Run a training recipe: `accelerate launch -m postgen.train RECIPE [--key value] [--resume] [--dry-run]`."""
 
-import sys
+from __future__ import annotations
 
-from postgen.commands.errors import tell, tell_error
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from postgen.commands.errors import forget_standing, tell, tell_error, tell_stopped, when_stopped
 from postgen.errors import UserError
 from postgen.files import discard_unfinished
 from postgen.interrupts import Stop, stoppable
+
+if TYPE_CHECKING:
+    from postgen.training import TrainingConfig
 
 USAGE = """usage: postgen train RECIPE [--key value ...] [--resume [auto]] [--dry-run]
 
@@ -15,6 +22,9 @@ USAGE = """usage: postgen train RECIPE [--key value ...] [--resume [auto]] [--dr
   --resume       continue from the newest checkpoint in output_dir; --resume auto starts a new run if there is none,
                  --resume runs/x/checkpoint-50 continues from that checkpoint
   --dry-run      load the model, print an estimate of memory and cost, and exit (dancegrpo, diffusion_nft)
+
+`postgen recipes show NAME` prints a recipe with its keys; docs/configuration.md describes the keys of all methods.
+Example: postgen train fast-tiny --output_dir runs/a --max_steps 20
 """
 
 
@@ -28,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(USAGE, end="")
         return 0 if words else 2
+    forget_standing()
     with stoppable() as stop:
         try:
             return _run(words)
@@ -42,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             # An interrupt, or an exception that a library raised because of the interrupt.
             stop.end()
             discard_unfinished()
-            print("interrupted before a checkpoint could be written", file=sys.stderr)
+            tell_stopped()
             return stop.code
 
 
@@ -61,11 +72,25 @@ def _run(words: list[str]) -> int:
                 f"--dry-run: method {config.method!r} has no cost estimate, only dancegrpo and diffusion_nft have one."
             )
         trainer_class, config = load_recipe(recipes[0], [*overrides, "--dry_run", "true"])
-    result = trainer_class.from_config(config).train()
+    with when_stopped(lambda: _standing(config)):
+        result = trainer_class.from_config(config).train()
     if result.reason is not Reason.INTERRUPTED:
         return 0
-    print(f"interrupted after step {result.global_step}; continue with --resume", file=sys.stderr)
+    tell(f"postgen: interrupted after step {result.global_step}; continue with --resume")
     return Stop(result.signal).code
+
+
+def _standing(config: TrainingConfig) -> str:
+    """Return the message after an interrupt that did not write a checkpoint."""
+    from postgen.training.checkpoint import find
+
+    try:
+        complete = find(Path(config.output_dir))
+    except OSError:
+        complete = []
+    if not complete:
+        return "there is no checkpoint yet: start the run again"
+    return f"the newest checkpoint, {complete[-1]}, is unchanged; continue with --resume"
 
 
 def _spelt_out(words: list[str]) -> list[str]:

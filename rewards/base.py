@@ -190,7 +190,8 @@ class Reward:
         self.name = name or _name_of(function)
         if not callable(function):
             raise UserError(
-                f"the reward {self.name} is not callable: it must be called as r(prompts, completions, ...)"
+                f"the reward {self.name}: an object of class {type(function).__name__} cannot be called. Add a method"
+                " __call__(self, prompts, completions) to the class, or name a function"
             )
         outputs = tuple(getattr(function, "outputs", ()))
         if (output is None) != (not outputs) or (output is not None and output not in outputs):
@@ -202,7 +203,7 @@ class Reward:
         self.batch_bytes: int | None = _said(function, "batch_bytes", None)
         call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        self._parameters = inspect.signature(function).parameters
+        self._parameters = parameters_of(function, self.name)
         self._needs_prompts = _said(function, "needs_prompts", None)
         self._prompt_columns = tuple(_said(function, "prompt_columns", ()))
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
@@ -326,6 +327,25 @@ class Reward:
         if len(values) != count:
             raise ValueError(f"{self.name} returned {len(values)} scores for {count} clips")
         return [_finite(value) for value in values]
+
+
+def parameters_of(target: Callable[..., Any], name: str) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a reward function or class.
+
+    Args:
+        target: the function or class.
+        name: name of the reward in the error message.
+
+    Raises:
+        UserError: Python does not know the parameters, as for some built-in functions.
+    """
+    try:
+        return inspect.signature(target).parameters
+    except ValueError as error:
+        raise UserError(
+            f"the reward {name} is a built-in function without a known signature: call it in a function of your own"
+            " with the arguments prompts and completions"
+        ) from error
 
 
 def _finite(value: Any) -> float | None:

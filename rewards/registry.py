@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
-from postgen.errors import UserError, check_number, cut, did_you_mean, is_number, shown
+from postgen.errors import UserError, check_number, cut, did_you_mean, is_number, named_error, shown
 from postgen.own_code import names_own_code, own_function
-from postgen.rewards.base import GIVEN, Reward
+from postgen.rewards.base import GIVEN, Reward, parameters_of
 
 Source = str | Callable[..., Any] | Reward
 """Input of `get_reward`: a name, an import path, an address, a function or class, or a `Reward`."""
@@ -100,7 +100,7 @@ def get_reward(reward: Source, **options: Any) -> Reward:
     if reward in _PLACES:
         return _registered(reward, options)
     if names_own_code(reward):
-        own = own_function(reward, "the reward")
+        own = _own(reward)
         if isinstance(own, Reward):  # for instance a composed reward
             return get_reward(own, **options)
         return Reward(_with_options(own, options, reward))
@@ -121,7 +121,11 @@ def split_rewards(text: str) -> list[str]:
     ['world', "clip_score(frames=8, reduce='min')"]
     """
     if re.sub(_ONE, "", text).strip(", "):
-        raise UserError(f"brackets or quotes do not match in the rewards {text!r}: write name(key=value), other")
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+        problem = "brackets or quotes do not match"
+        if not {"'", '"'} & set(bare) and bare.count("(") != bare.count(")"):
+            problem = "a bracket is not " + ("closed" if bare.count("(") > bare.count(")") else "opened")
+        raise UserError(f"{problem} in the rewards {shown(text)}: write name(key=value), other(key='text')")
     return [part.strip() for part in re.findall(_ONE, text) if part.strip()]
 
 
@@ -148,6 +152,27 @@ def get_rewards(rewards: Sequence[Source] | Source) -> list[Reward]:
     return [get_reward(reward) for reward in several]
 
 
+def _own(text: str) -> Callable[..., Any]:
+    """Return the function or class that a text names; anything else is an error."""
+    found = own_function(text, "the reward")
+    if callable(found):
+        return cast(Callable[..., Any], found)
+    home = re.split("[.:]", text[::-1], maxsplit=1)[1][::-1]
+    raise UserError(f"the reward {text} is {_described(found)}, not a function: name a function of {home}")
+
+
+def _described(value: Any) -> str:
+    """Return the kind of an object that cannot be called, for an error message."""
+    if value is None:
+        return "None"
+    if inspect.ismodule(value):
+        return f"the module {value.__name__}"
+    if isinstance(value, bool | int | float | complex | str | bytes | list | tuple | dict | set):
+        kinds = {bool: "a truth value", str: "a text", int: "a number", float: "a number"}
+        return f"{kinds.get(type(value), f'a {type(value).__name__}')} ({shown(value)})"
+    return f"an object of class {type(value).__name__}"
+
+
 def _registered(name: str, options: dict[str, Any]) -> Reward:
     module, attribute, *output = _PLACES[name].split(":")
     target = getattr(import_module(f"postgen.rewards.{module}"), attribute)
@@ -163,7 +188,7 @@ def _registered(name: str, options: dict[str, Any]) -> Reward:
 def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str) -> Callable[..., Any]:
     """Instantiate a class with options, or bind options to a function; an unknown option is an error."""
     # Collect the options of the target; a class with **keywords also has those of its base classes.
-    parameters = dict(inspect.signature(target).parameters)
+    parameters = dict(parameters_of(target, name))
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and inspect.isclass(target):
         parameters |= _inherited(target)
     known = [o for o, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and o != "self"]
@@ -184,18 +209,30 @@ def _with_options(target: Callable[..., Any], options: dict[str, Any], name: str
             _check_kind(option, value, parameters[option])
         except UserError as error:
             raise UserError(f"the reward {name} cannot be made with {option}={shown(value)}: {error}") from None
-    # Bind the options to a function, or instantiate a class.
-    if not inspect.isclass(target):
-        return _bound(target, options) if options else target
+    if inspect.isclass(target):
+        return _instance(target, options, name)
+    return _bound(target, options) if options else target
+
+
+def _instance(cls: type, options: dict[str, Any], name: str) -> Callable[..., Any]:
+    """Return an object of a reward class."""
+    own = parameters_of(cls, name)  # without those of base classes, which the class may set itself
+    needed = [o for o, p in own.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if missing := [option for option in needed if option not in options]:
+        told = ", ".join(f"{option}=VALUE" for option in missing)
+        raise UserError(f"the reward {name} needs the option {missing[0]!r}: write {name}({told})")
     try:
-        return cast(Callable[..., Any], target(**options))
+        return cast(Callable[..., Any], cls(**options))
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        if not options:
+    except Exception as error:  # the user's class may raise anything
+        foreign = not cls.__module__.startswith("postgen.")
+        if not foreign and not (options and isinstance(error, TypeError | ValueError | RuntimeError)):
             raise
-        told = ", ".join(f"{option}={value!r}" for option, value in options.items())
-        raise UserError(f"the reward {name} cannot be made with {told}: {error}") from error
+        told = f" with {', '.join(f'{option}={value!r}' for option, value in options.items())}" if options else ""
+        raise UserError(
+            f"the reward {name} cannot be made{told}: {named_error(error) if foreign else error}"
+        ) from error
 
 
 def _check_kind(option: str, value: Any, parameter: inspect.Parameter) -> None:

@@ -146,22 +146,22 @@ class RewardRunner:
             raise UserError("there is no reward: give at least one name or function")
         if weights is None:
             return
-        if not isinstance(weights, Sequence):
-            raise UserError(f"weights must be a list of {count} finite numbers, got {shown(weights)}")
-        if len(weights) != count or not all(map(_is_weight, weights)) or not any(weights):
-            raise UserError(f"weights must be {count} finite numbers, not all 0, got {shown(list(weights))}")
+        if not isinstance(weights, Sequence) or len(weights) != count:
+            raise UserError(f"weights must be a list of one number per reward, {count} in total, got {shown(weights)}")
+        if not all(map(_is_weight, weights)) or not any(weights):
+            raise UserError(f"weights must be finite numbers, not all 0, got {shown(list(weights))}")
 
     def _check(self) -> None:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
-            raise UserError(f"two rewards are named {twice[0]!r}: give one of them another name")
+            raise UserError(
+                f"two rewards are named {twice[0]!r}: list each reward once, or give your own one another `name`"
+            )
         if not is_whole(self.batch_bytes, 1, 2**36):
             raise UserError(f"batch_bytes must be above 0 and at most 2**36, got {shown(self.batch_bytes)}")
         if self.timeout is not None and not (is_number(self.timeout) and 0 < self.timeout <= _LONGEST):
-            raise UserError(
-                f"timeout must be above 0 and at most {_LONGEST:,} seconds, or None for no limit, got"
-                f" {shown(self.timeout)}"
-            )
+            told = f"above 0 and at most {_LONGEST:,} seconds, got {shown(self.timeout)}"
+            raise UserError(f"timeout must be {told}; leave it out for no limit")
         if self.reward_error not in ("none", "raise"):
             raise UserError(f"reward_error must be none or raise, got {self.reward_error!r}")
 

@@ -207,8 +207,19 @@ def check_needs(clips: Sequence[Clip], runner: RewardRunner) -> None:
     for reward in runner.rewards:
         reward.check_columns({key for clip in clips for key in clip.columns})
         if clips and all(reward.lacks_prompt(clip.prompt, clip.columns) for clip in clips):
+            _check_media(clips)
             which = f"for {clips[0].path.name}" + (f" and {len(clips) - 1} more" if len(clips) > 1 else "")
             raise UserError(f"{reward.name} needs a prompt {which}: use --prompt, --prompts, or sidecars of the files")
+
+
+def _check_media(clips: Sequence[Clip]) -> None:
+    """Check files with unusual suffixes that the user has named, because a prompt would not help a file of text."""
+    for clip in clips:
+        if clip.named and clip.path.is_file() and clip.path.suffix.lower() not in (*SUFFIXES, *PICTURES):
+            try:
+                probe(clip.path)
+            except (VideoError, OSError) as error:
+                raise UserError(f"{clip.path} is not a video or picture that can be read") from error
 
 
 def score_clips(

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import MSG_PEEK, SHUT_WR, socket
 from typing import Any
 
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 from postgen.rewards.patience import Budget, Patient
 from postgen.rewards.registry import get_reward
 from postgen.rewards.runner import RewardRunner
@@ -63,8 +63,10 @@ class RewardServer(ThreadingHTTPServer):
     def __init__(
         self, reward: Any, *, port: int = 8765, max_bytes: int = 2**28, idle: float = 20.0, **runner_options: Any
     ) -> None:
-        if not 0 <= port < 65536 or max_bytes < 1 or not 0 < idle < math.inf:
-            raise UserError(f"port must be 0 to 65535, max_bytes and idle above 0, got {port}, {max_bytes}, {idle}")
+        check_number("port", port, 0, 65535, whole=True)
+        check_number("max_bytes", max_bytes, 1, 2**50, whole=True)
+        if not 0 < idle < math.inf:
+            raise UserError(f"idle must be above 0 seconds, got {idle}")
         self.reward = get_reward(reward)
         self.runner = RewardRunner([self.reward], **runner_options)
         self.max_bytes, self.idle = max_bytes, idle

@@ -29,6 +29,8 @@ from postgen.rewards.scoring import Clip
 SUFFIXES = (".jsonl", ".csv")
 """Allowed suffixes of a table."""
 _ENDS = ("no_score", "error", "key")
+_BEGIN = '{"file": '
+"""Beginning of a row of a JSONL table."""
 _ODD = "backslashreplace"
 """Error handler for file names that are not UTF-8, because a table is UTF-8."""
 
@@ -76,6 +78,29 @@ def set_keys(clips: Sequence[Clip], setting: str) -> None:
             stamp = ""
         told = json.dumps([setting, stamp, str(clip.path), clip.prompt, clip.columns], default=str, sort_keys=True)
         clip.key = hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def check_table(path: Path) -> None:
+    """Check that a table of this name would not replace other content.
+
+    Raises:
+        UserError: the file exists and is not a table of `Table`, or it cannot be read.
+    """
+    lines = [line for line in _text_of(path).removeprefix("\ufeff").split("\n") if line.strip()]
+    found: set[str] = set()
+    if path.suffix == ".csv":
+        with suppress(csv.Error):
+            found = set(next(csv.reader(lines[:1]), []))
+    else:
+        found = {name for row in _rows(path) for name in row}
+        if len(lines) == 1 and lines[0].startswith(_BEGIN):
+            return  # the process was killed while it wrote the first row
+    missing = [name for name in ("file", "prompt", *_ENDS) if name not in found]
+    if lines and missing:
+        raise UserError(
+            f"{path} exists and is not a table of `postgen score` (it has no column {missing[0]!r}):"
+            " give another output"
+        )
 
 
 class Table:
@@ -222,12 +247,7 @@ class Table:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a table; incomplete rows and other content are skipped."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    text = _text_of(path)
     if path.suffix == ".csv":
         try:
             return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
@@ -241,6 +261,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             continue
         rows += [row] if isinstance(row, dict) and isinstance(row.get("key"), str) else []
     return rows
+
+
+def _text_of(path: Path) -> str:
+    """Return the content of a table, which is empty if there is no file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _reasons(cell: Any, names: Sequence[str]) -> dict[str, str]:

@@ -91,6 +91,8 @@ def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
         ("quite-another", "nor a shipped recipe of this name. `postgen recipes` lists"),
         ("x" * 5000, "characters\\) cannot be read: there is neither such a file nor"),
         ("recipes/dancegrpo-tiny.yaml", "no such file. For the shipped recipe of this name, write 'dancegrpo-tiny'"),
+        ("accelerate/ddp", "is not a recipe but a configuration for `accelerate launch`"),
+        ("accelerate/ddp.yaml", "is not a recipe but a configuration for `accelerate launch`"),
         ("nft-tiny.yml", "no such file. For the shipped recipe of this name, write 'nft-tiny'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -36,24 +37,28 @@ Prompts = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
-        help="File with one prompt per video, in the order of the file names: text, or JSONL with `prompt` and"
-        " optionally `file`.",
+        help="File with one prompt per video, in the order of the file names: text, or JSONL, JSON, CSV or TSV with"
+        " `prompt` and optionally `file`.",
     ),
 ]
 Weights = Annotated[
-    str | None, typer.Option("--weights", help="Weights for the sum of the rewards, separated by commas.")
+    str | None,
+    typer.Option("--weights", help="Weights for the sum of the rewards, one per reward, separated by commas."),
 ]
 Output = Annotated[
     str | None,
     typer.Option(
         "-o",
         "--output",
-        help="Table to write, .jsonl or .csv, row by row. The same command continues an incomplete table.",
+        help="Table to write, .jsonl or .csv, row by row. The same command continues an incomplete table; a table of"
+        " other videos or rewards is replaced, and any other file is refused.",
     ),
 ]
 Frames = Annotated[
     bool,
-    typer.Option("--frames", help="Score a folder of images as one clip, instead of as single images."),
+    typer.Option(
+        "--frames", help="A switch without a value: score a folder of images as one clip, instead of as single images."
+    ),
 ]
 WholeMb = Annotated[
     float,
@@ -63,7 +68,9 @@ WholeMb = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Timeout = Annotated[float | None, typer.Option("--timeout", help="Longest time in seconds of one call of a reward.")]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", help="Longest time in seconds of one call of a reward. Default: no limit.")
+]
 
 _TEXT, _NUMBER = 8, 7
 """Smallest widths of columns with text and with numbers."""
@@ -87,10 +94,8 @@ def score(
 
     Without --prompt or --prompts, the prompt of a video comes from the sidecar that `postgen generate` writes.
     """
-    if prompt is not None and prompts is not None:
-        raise UserError("give either --prompt or --prompts, not both")
     if prompt is not None:
-        check_text("--prompt", prompt)
+        _check_prompt(prompt, prompts)
     table = None if output is None else named(output)
     if table is not None and table.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output must end in .jsonl or .csv, got {table}")
@@ -104,12 +109,16 @@ def score(
     from postgen.compat import quiet_libraries
     from postgen.rewards import RewardRunner, split_rewards
     from postgen.rewards.scoring import check_needs, find_clips, set_prompts
-    from postgen.rewards.table import setting_of
+    from postgen.rewards.table import check_table, setting_of
 
     clips = find_clips(paths, frames=frames)
+    if frames and not any(clip.path.is_dir() for clip in clips):
+        raise UserError("--frames scores a folder of images as one clip, but no such folder was given: leave it out")
     if table is not None and table.is_symlink():  # only a link can lead to an input, whose suffix is different
         read = [file for clip in clips for file in (*files_of(clip.path), clip.path.with_suffix(".json"))]
         check_apart([table], read)
+    if table is not None:
+        check_table(table)
     _tell_pictures(clips)
     set_prompts(clips, prompt, rows)
     texts, place = split_rewards(reward), reward_device(device)
@@ -122,6 +131,14 @@ def score(
     _show(clips, paths, runner.names)
     if _tell_failures(clips, runner.names):
         raise typer.Exit(1)
+
+
+def _check_prompt(prompt: str, prompts: Path | None) -> None:
+    if prompts is not None:
+        raise UserError("give either --prompt or --prompts, not both")
+    check_text("--prompt", prompt)
+    if not prompt.strip():
+        raise UserError("--prompt is empty: say what the videos show, or leave it out")
 
 
 def _score_all(
@@ -149,6 +166,10 @@ def _score_all(
                 table.add(clip)
             report(next(done), len(clips))
 
+        # `_tell_failures` reports the failures that the runner logs.
+        log = logging.getLogger("postgen.rewards.runner")
+        stack.callback(setattr, log, "disabled", log.disabled)
+        log.disabled = True
         done = itertools.count(1 + sum(clip.done for clip in clips))
         score_clips(clips, runner, after, most=int(whole_mb * 2**20))
 
@@ -182,12 +203,18 @@ def _tell_failures(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
     failed = [clip for clip in clips if clip.failures]
     for reward in rewards:
         if own := [clip for clip in failed if reward in clip.failures]:
-            where = f"{own[-1].path.name}, {len(own)} of {len(clips)} videos"
+            where = _where(own, len(clips))
             typer.echo(f"postgen: {reward} failed for {where}: {own[-1].failures[reward]}", err=True)
     if unread or failed:
         bad = len(unread) + len(failed)
         typer.echo(f"postgen: {len(clips) - bad} of {len(clips)} scored, {bad} failed", err=True)
     return bool(unread or failed or useless)
+
+
+def _where(clips: Sequence[Clip], count: int) -> str:
+    """Return how many of `count` videos a message is about, and the names of the first three."""
+    names = [clip.path.name for clip in clips[:3]] + ["..."] * (len(clips) > 3)
+    return f"{len(clips)} of {count} video{'s' if count != 1 else ''} ({', '.join(names)})"
 
 
 def _numbers(text: str) -> list[float]:
@@ -231,7 +258,7 @@ def _tell_gaps(clips: Sequence[Clip], rewards: Sequence[str]) -> bool:
         if gaps:
             why = Counter(clip.reasons[name] for clip in gaps if name in clip.reasons)
             told = "; ".join(f"{reason} ({count})" if len(why) > 1 else reason for reason, count in why.most_common(3))
-            where = f"{gaps[0].path.name}, {len(gaps)} of {len(read)} videos"
+            where = _where(gaps, len(read))
             typer.echo(f"postgen: {name} has no score for {where}{': ' if told else ''}{told}", err=True)
             useless |= len(gaps) == len(read)
     return useless

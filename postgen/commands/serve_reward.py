@@ -5,13 +5,14 @@ from typing import Annotated
 import typer
 
 from postgen.commands.errors import when_stopped
-from postgen.commands.score import Device, reward_device
+from postgen.commands.score import Device, Timeout, reward_device
 from postgen.errors import UserError
 
-Reward = Annotated[str, typer.Argument(help="Name of a reward, pkg.mod.fn or file.py:fn.")]
+Reward = Annotated[
+    str, typer.Argument(help="Name of a reward, pkg.mod.fn or file.py:fn; for example 'clip_score(frames=8)'.")
+]
 Port = Annotated[int, typer.Option("--port", help="Port on 127.0.0.1; 0 lets the system choose one.")]
 MaxMb = Annotated[float, typer.Option("--max-mb", help="Largest request in MiB.")]
-Timeout = Annotated[float | None, typer.Option("--timeout", help="Longest time in seconds of one call of the reward.")]
 
 _MOST_MB = 2**20
 """One TiB, more memory than any machine has for one request."""

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 # All words after the command belong to the recipe, including options that typer does not know.
-SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+# Without names for the help option, `--help` reaches `postgen.train`, which has the one help text for both programs.
+SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 
 
 def train(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from postgen.errors import UserError
+from postgen.training.processes import counted
 
 from .config import GroupConfig
 from .numbers import PromptNumber, SampleNumber
@@ -57,7 +58,7 @@ class Batches:
             if size * kept % (group * at_once):
                 raise UserError(
                     f"generation_batch_size is {size}: its {size * kept // group} samples to train on must be a "
-                    f"multiple of {at_once} (per_device_train_batch_size {per_device} x {processes} processes)."
+                    f"multiple of {at_once} (per_device_train_batch_size {per_device} x {counted(processes)})."
                 )
             steps = size * kept // (group * at_once)
         if steps % accumulation:
@@ -65,11 +66,12 @@ class Batches:
                 f"a rollout has {steps} micro-batches (steps_per_generation): this must be a multiple of "
                 f"gradient_accumulation_steps ({accumulation})."
             )
-        if steps * at_once % kept:
+        if (count := steps * at_once) % kept:
+            name = "num_generations" if args.best_of_n is None else "best_of_n"
             raise UserError(
-                f"a rollout trains on {steps * at_once} samples (per_device_train_batch_size {per_device} x "
-                f"{processes} processes x {steps} micro-batches): this must be a multiple of {kept}, the samples of a "
-                "prompt that are trained on (best_of_n, else num_generations)."
+                f"a rollout trains on {count} samples (per_device_train_batch_size {per_device} x {counted(processes)}"
+                f" x {steps} micro-batches): this must be a multiple of {name}, which is {kept}. Use {name}"
+                f" {_fitting(count, kept)}, or another batch size."
             )
         if kept < group and accumulation * per_device % kept:
             raise UserError(
@@ -122,3 +124,10 @@ class Batches:
         part = self.part
         starts = (part * (update * self.processes + self.rank) for update in range(self.updates))
         return [SampleNumber(start + offset) for start in starts for offset in range(part)]
+
+
+def _fitting(count: int, given: int) -> str:
+    """Return the divisors of a count that are nearest to a number, at least 2: "2 or 4"."""
+    divisors = [number for number in range(2, count + 1) if count % number == 0]
+    near = [*[number for number in divisors if number < given][-1:], *[n for n in divisors if n > given][:1]]
+    return " or ".join(map(str, near))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from postgen.training.processes import counted
+
 from .batches import Batches
 
 
@@ -79,9 +81,10 @@ def estimate(plan: Plan) -> dict[str, float]:
 def report(plan: Plan, numbers: Mapping[str, float]) -> str:
     """Return the lines that a dry run prints."""
     batches, giga = plan.batches, 2**30
+    updates = batches.updates * batches.iterations
     lines = [
-        f"{batches.processes} process(es), {batches.prompts} prompts x {batches.group} samples a rollout, "
-        f"{batches.updates * batches.iterations} update(s) each, {plan.max_steps} updates",
+        f"{counted(batches.processes)}, {batches.prompts} prompt{'s' * (batches.prompts != 1)} x {batches.group}"
+        f" samples per rollout, {updates} update{'s' * (updates != 1)} per rollout, {plan.max_steps} in total",
         *(
             f"{name:28s} {value / giga:10.3f} GiB" if name.startswith("bytes") else f"{name:28s} {value:10.4g}"
             for name, value in numbers.items()

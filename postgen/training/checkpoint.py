@@ -175,7 +175,7 @@ def to_resume(output_dir: Path, wanted: str | None) -> list[Path]:
 
     Raises:
         UserError: a new run would mix with the checkpoints in the folder, "latest" finds no checkpoint, or the named
-            checkpoint is followed by a newer one.
+            checkpoint is not a folder or is followed by a newer one.
     """
     found = named(output_dir)
     if wanted == "latest" and not found:
@@ -193,6 +193,11 @@ def to_resume(output_dir: Path, wanted: str | None) -> list[Path]:
             )
         return []
     source = Path(wanted)
+    if not source.is_dir():
+        raise UserError(
+            f"resume_from_checkpoint is {wanted!r}, which is not a folder. --resume takes no value (the newest"
+            f" checkpoint of output_dir), latest, auto, or a checkpoint such as {output_dir / 'checkpoint-50'}."
+        )
     # Later checkpoints that stay in the folder would look newer than those that this run writes.
     if source in found[:-1]:
         raise UserError(

@@ -82,7 +82,12 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     if isinstance(source, str):
         path = Path(source).expanduser()
         if path.suffix in FILES or path.is_file():
-            return read_prompts(path, name, empty=True)
+            try:
+                return read_prompts(path, name, empty=True)
+            except UserError as error:
+                if path.exists():
+                    raise
+                raise UserError(f"{error}. Give a file of your own prompts: --{name} FILE") from error
         source = _made(source, name)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise UserError(f"{name} is {shown(source)}, it must be a file, a data set, a function or rows of prompts")

@@ -17,6 +17,7 @@ from postgen.shipped import recipe_file
 from .bracketed import without_brackets
 from .config import TrainingConfig
 from .nested import check_key, flat
+from .recipe_errors import setting_problem, unused_words, yaml_problem
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -103,7 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise UserError(f"Recipe {path} is not valid YAML, {yaml_problem(error)}.") from error
     except RecursionError:
         raise UserError(
             f"Recipe {path}: its values are nested too deeply; a recipe has only keys, parts and lists."
@@ -112,7 +113,8 @@ def _read(path: Path) -> dict[str, Any]:
         # A value looks like, or has the tag of, a number or date, but is not a valid one.
         raise UserError(f"Recipe {path} is not valid YAML: {cut(first_line(error), 200)}.") from error
     if not isinstance(values, dict):
-        raise UserError(f"Recipe {path} must be a list of 'key: value' lines.")
+        kinds = {type(None): "is empty", list: "is a list"}
+        raise UserError(f"Recipe {path} {kinds.get(type(values), 'is one value')}: write 'key: value' lines.")
     _check_small(values, path)
     return values
 
@@ -251,7 +253,7 @@ def _parse(
             # argparse's messages have the form "argument --key/--other-key: problem".
             named = message.removeprefix("argument ").partition("/")[0].partition(":")[0]
             given = any(word.startswith("--") and f"--{_key(word)}" == named for word in overrides)
-            raise UserError(f"{'The command line' if given else path}: {cut_words(message, _WORD)}.")
+            raise UserError(f"{setting_problem(cut_words(message, _WORD), None if given else str(path))}.")
 
     parser = Parser(dataclass_types=cast(Any, config_class), allow_abbrev=False, add_help=False)
     config: TrainingConfig
@@ -265,5 +267,5 @@ def _parse(
         raise
     except ValueError as error:
         # The parser found a word that is neither a key nor a value.
-        raise UserError(f"{path}: {error}. Settings are given as --key value.") from error
+        raise UserError(f"{unused_words(error)}. Settings are given as --key value.") from error
     return config

@@ -56,6 +56,12 @@ def written(folder: Path, what: str = "the run") -> Iterator[None]:
         threading.excepthook = usual
 
 
+def no_folder(folder: Path, error: OSError) -> str:
+    """Return why a folder cannot be created: the file that is in its place, or the message of the error."""
+    file = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+    return first_line(error) if file is None else f"{file} is a file, not a folder"
+
+
 def _is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 

@@ -43,8 +43,10 @@ class RunLog:
         if main:
             path = args.folder / "config.yaml"
             if not (args.evaluate_only and path.exists()):  # an evaluation keeps the configuration of the run
+                # How this call resumes belongs to the call: `postgen train config.yaml` must not resume unasked.
+                settings = {**args.to_dict(), "resume_from_checkpoint": None, "allow_changed": []}
                 with replacing(path) as part:
-                    part.write_text(yaml.safe_dump(args.to_dict(), sort_keys=False))
+                    part.write_text(yaml.safe_dump(settings, sort_keys=False))
             self._file = MetricsFile(args.folder / "metrics.jsonl", step)
         plain = {name: value for name, value in args.to_dict().items() if isinstance(value, int | float | str)}
         options = {"tensorboard": {"purge_step": step + 1}, "wandb": {"name": args.folder.name}}

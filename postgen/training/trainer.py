@@ -25,7 +25,7 @@ from .launch import check_launch, make_accelerator
 from .logging import say
 from .modes import evaluating
 from .processes import check_equal, check_group, counted, leave_group
-from .run_folder import RunLock, written
+from .run_folder import RunLock, no_folder, written
 from .run_log import RunLog
 from .run_state import RunState
 from .sharding import no_sync, prepare, whole
@@ -160,7 +160,7 @@ class Trainer(TrainerHooks[C]):
                 self.args.folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except OSError as error:
-            problem = f"output_dir {self.args.folder} cannot be created: {error}."
+            problem = f"output_dir {self.args.folder} cannot be created: {no_folder(self.args.folder, error)}."
         except UserError as error:
             problem = str(error)
         try:

@@ -29,7 +29,7 @@ def test_grpo_accelerate_files_are_read_by_accelerate():
         # The recipe decides about bfloat16; accelerate would also apply a value of this file.
         assert config.mixed_precision == "no"
     assert load_config_from_file(str(found["fsdp2"])).fsdp_config["fsdp_version"] == 2
-    assert "NOT SUPPORTED" in found["zero3"].read_text()
+    assert "ZeRO-3 is not supported" in found["zero3"].read_text()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_grpo_refuses_launches_that_it_cannot_heed(tmp_path, monkeypatch, capsys
 def test_grpo_dry_run_is_a_flag(tmp_path, capsys, cli):
     assert main([recipe(tmp_path, max_steps=7), "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "2 prompts x 8 samples a rollout, 1 update(s) each, 7 updates" in told
+    assert "2 prompts x 8 samples per rollout, 1 update per rollout, 7 in total" in told
     assert "bytes/weights" in told
     assert "forward_equivalents/run" in told
     assert not (tmp_path / "run").exists()
@@ -89,7 +89,7 @@ def test_grpo_dry_run_is_a_flag(tmp_path, capsys, cli):
     [
         ({"num_generation": 4}, "Unknown key 'num_generation'"),
         ({"num_generations": 1}, "num_generations is 1"),
-        ({"num_generations": 5}, "must be a multiple of 5, the samples of a prompt"),
+        ({"num_generations": 5}, "must be a multiple of num_generations, which is 5. Use num_generations 4 or 8"),
         ({"lora_target_modules": ["nothing"], "use_peft": True}, "'nothing' matches no layer of ToyModel"),
     ],
 )

@@ -64,7 +64,10 @@ def test_grpo_groups_may_span_processes(tmp_path):
     ("changes", "message"),
     [
         ({"num_generations": 1}, "num_generations is 1, it must be at least 2"),
-        ({"num_generations": 5}, r"trains on 16 samples .*: this must be a multiple of 5, the samples"),
+        (
+            {"num_generations": 5},
+            r"trains on 16 samples .* multiple of num_generations, which is 5. Use num_generations 4 or 8",
+        ),
         ({"generation_batch_size": 20}, "generation_batch_size is 20: it must be a multiple of num_generations 8"),
         ({"generation_batch_size": 24}, "its 24 samples to train on must be a multiple of 16"),
         ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "must be a multiple of gradient_accumulation"),
@@ -325,7 +328,7 @@ def test_grpo_disk_full_while_saving_leaves_no_half_checkpoint(tmp_path):
 def test_grpo_dry_run_prints_an_estimate(tmp_path, capsys):
     result = grpo(tmp_path, dry_run=True, max_steps=10, sde_window_size=2).train()
     told = capsys.readouterr().out
-    assert "2 prompts x 8 samples a rollout, 1 update(s) each, 10 updates" in told
+    assert "2 prompts x 8 samples per rollout, 1 update per rollout, 10 in total" in told
     assert "forward_equivalents/run" in told
     assert result.global_step == 0
     assert not tmp_path.joinpath("metrics.jsonl").exists()

@@ -306,7 +306,7 @@ def test_uneven_batches_are_refused(change, message):
     [
         ([], {}, "there is no reward"),
         ([level, level], {}, "two rewards are named 'level'"),
-        ([level], {"weights": [1.0, 2.0]}, "weights must be 1 finite numbers"),
+        ([level], {"weights": [1.0, 2.0]}, "weights must be a list of one number per reward, 1 in total"),
         ([level], {"weights": [math.nan]}, "finite number"),
         ([level], {"weights": [0.0]}, "not all 0"),
         ([level], {"timeout": 0.0}, "must be above 0"),

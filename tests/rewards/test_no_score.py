@@ -129,8 +129,8 @@ def test_a_folder_with_files_that_have_no_prompt(cli, tmp_path, suffix):
     for _ in range(2):  # the second call takes the reasons of the first
         done = cli(*words)
         assert done.code == 1
-        assert "world failed for b.webm, 1 of 3 videos: it needs a prompt, but the clip has none" in done.err
-        assert "world has no score for a.webm, 2 of 3 videos: the prompt names no scene" in done.err
+        assert "world failed for 1 of 3 videos (b.webm): it needs a prompt, but the clip has none" in done.err
+        assert "world has no score for 2 of 3 videos (a.webm, c.webm): the prompt names no scene" in done.err
         text = out.read_text()
         rows = [*csv.DictReader(text.splitlines())] if suffix == "csv" else [*map(json.loads, text.splitlines())]
         assert [float(row["motion_floor"]) for row in rows] == [0, 0, 0]

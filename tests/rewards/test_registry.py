@@ -100,9 +100,57 @@ def test_lists_are_cut_outside_brackets():
         "a.b.c(x='(,)')",
     ]
     assert split_rewards("world, ") == ["world"]
-    for wrong in ("world)", "clip_score(frames=8", "clip_score(model='a)"):
-        with pytest.raises(UserError, match="brackets or quotes do not match"):
+    for wrong, problem in {
+        "world)": "a bracket is not opened",
+        "clip_score(frames=8": "a bracket is not closed",
+        "clip_score(model='a)": "brackets or quotes do not match",
+    }.items():
+        with pytest.raises(UserError, match=problem):
             split_rewards(wrong)
+
+
+WRONG = """
+import math
+
+NUMBER, NOTHING, WORDS, builtin = 3, None, "a", max
+
+
+class Plain:
+    pass
+
+
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale.real
+
+    def __call__(self, completions):
+        return [self.scale] * len(completions)
+
+
+plain = Plain()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NUMBER", r"is a number \(3\), not a function: name a function of .*own_wrong\.py"),
+        ("NUMBER(frames=2)", r"is a number \(3\), not a function"),
+        ("NOTHING", "is None, not a function"),
+        ("WORDS", r"is a text \('a'\), not a function"),
+        ("math", "is the module math, not a function"),
+        ("plain", "is an object of class Plain, not a function"),
+        ("Plain", "an object of class Plain cannot be called.*add a method __call__"),
+        ("Scaled", r"needs the option 'scale': write .*:Scaled\(scale=VALUE\)"),
+        ("Scaled(scale='a')", r"cannot be made with scale='a': AttributeError"),
+        ("builtin", "without a known signature"),
+    ],
+)
+def test_own_objects_that_are_no_reward_functions(tmp_path, name, message):
+    (tmp_path / "own_wrong.py").write_text(WRONG)
+    with pytest.raises(UserError, match=f"(?i){message}"):
+        get_reward(f"{tmp_path}/own_wrong.py:{name}")
+    assert get_reward(f"{tmp_path}/own_wrong.py:Scaled(scale=2)")(["a"], [clip()]) == [2.0]
 
 
 def test_the_package_is_light():

@@ -126,7 +126,7 @@ def test_a_reward_that_fails_leaves_a_gap(cli, folders, tmp_path):
     assert rows(out)[0]["world"] is None
     assert rows(out)[0]["level"] > 0
     assert result.err.splitlines()[-1].startswith(
-        "postgen: world has no score for 0.mp4, 1 of 1 videos: the prompt names no"
+        "postgen: world has no score for 1 of 1 video (0.mp4): the prompt names no"
     )
 
 
@@ -166,11 +166,14 @@ def test_a_row_each_for_the_clips_of_two_folders(cli, folders, tmp_path):
         (["b", "--prompt", "x", "--prompts", "y"], "not both"),
         (["b", "-o", "t.xlsx"], "must end in .jsonl or .csv"),
         (["b", "-o", "/proc/t.csv"], "cannot write /proc/t.csv"),
-        (["b", "--reward", "world", "--weights", "1,2"], "weights must be 1 finite numbers"),
+        (["b", "--weights", "1,2"], "weights must be a list of one number per reward, 1 in total"),
         (["b", "--weights", "a"], "must be numbers"),
         (["b", "--device", "abacus"], "abacus"),
         (["empty"], "has neither videos"),
         (["bare.mp4", "--reward", "world"], "world needs a prompt for bare.mp4"),
+        (["bare.mp4", "--frames", "--prompt", "a"], "--frames scores a folder of images as one clip"),
+        (["two.txt", "--reward", "world"], "two.txt is not a video or picture"),
+        (["bare.mp4", "--prompt", " "], "--prompt is empty"),
         (["b", "--prompts", "two.txt"], "2 prompts for 3 videos"),
         (["b", "--prompts", "other.jsonl"], "no row of the prompts has the file 0.mp4"),
         (["b", "--prompts", "taken.jsonl"], "has the key 'fps'"),
@@ -196,7 +199,7 @@ def test_mistakes_are_one_line(cli, folders, monkeypatch, words_, message):
     ("words_", "message"),
     [
         (["wrold"], "Did you mean 'world'"),
-        (["motion_floor", "--port", "99999"], "port must be 0 to 65535"),
+        (["motion_floor", "--port", "99999"], "port must be at least 0 and at most 65,535"),
         (["motion_floor", "--max-mb", "inf"], "--max-mb must be above 0"),
         (["motion_floor", "--device", "abacus"], "unknown device 'abacus'"),
         (["motion_floor", "--timeout", "0"], "must be above 0"),

@@ -163,7 +163,7 @@ def test_a_long_video_is_read_in_windows(cli, folder, tmp_path, monkeypatch):
     out.unlink()
     done = cli("score", folder, "--reward", rewards, "-o", out, "--whole-mb", "0.016")
     assert done.code == 1
-    assert "1 of 5 videos: TooLongError: all frames are needed at once, and 6 frames of 16x16" in done.err
+    assert "1 of 5 videos (4.webm): TooLongError: all frames are needed at once, and 6 frames of 16x16" in done.err
     for one, other in zip(before, rows(out), strict=True):
         assert one["brightness_band"] == pytest.approx(other["brightness_band"], abs=1e-6)
     assert [row["error"] is None for row in rows(out)] == [True] * 4 + [False]
@@ -183,6 +183,36 @@ def test_the_output_is_no_input(cli, folder, tmp_path):
     assert rows(prompts) == [{"prompt": "a"}] * 5
     done = cli("score", folder, "--reward", OWN, "--whole-mb", "nan")
     assert (done.code, done.err) == (2, "postgen: error: --whole-mb must be above 0 and at most 1,048,576, got nan\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("a.csv", "prompt,seed\na ball,3\n", "file"),
+        ("a.csv", "file,prompt\n0.webm,a ball\n", "no_score"),
+        ("a.csv", "my notes\n", "file"),
+        ("a.jsonl", '{"prompt": "a", "file": "0.webm"}\n', "file"),
+        ("a.jsonl", '{"file": 3, "key": "k"}\n{"a": 1}\n', "prompt"),
+        ("a.jsonl", '[{"file": "0.webm"}]\n', "file"),
+        ("a.jsonl", "my notes\n", "file"),
+    ],
+)
+def test_a_file_that_is_no_table_is_not_replaced(cli, folder, tmp_path, name, content, column):
+    place = tmp_path / name
+    place.write_text(content)
+    done = cli("score", folder, "--reward", OWN, "-o", place)
+    message = (
+        f"{place} exists and is not a table of `postgen score` (it has no column '{column}'): give another output"
+    )
+    assert (done.code, done.err) == (2, f"postgen: error: {message}\n")
+    assert (place.read_text(), SEEN) == (content, [])
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "\n"), ("a.jsonl", '{"file": "0.we'), ("a.jsonl", "")])
+def test_an_empty_or_torn_table_is_replaced(cli, folder, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert cli("score", folder, "--reward", OWN, "-o", tmp_path / name).code == 0
+    assert len((tmp_path / name).read_text().splitlines()) == 5 + name.endswith("csv")
 
 
 @pytest.mark.slow

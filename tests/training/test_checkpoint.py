@@ -198,8 +198,8 @@ def test_incomplete_folders_are_ignored_and_remains_swept(tmp_path):
     run.train()
     assert len(run.history) == 2
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
-    with pytest.raises(UserError, match="checkpoint-12 is not a complete checkpoint"):
-        make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12")).train()
+    with pytest.raises(UserError, match=r"checkpoint-12\.damaged is not a complete checkpoint"):
+        make(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12.damaged")).train()
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):

@@ -46,7 +46,7 @@ def test_file_and_overrides(recipe):
 )
 def test_a_list_is_emptied_on_the_command_line(recipe, words, trackers):
     assert load_recipe(recipe(report_to=["tensorboard"]), words)[1].report_to == trackers
-    with pytest.raises(UserError, match=r"invalid int value: '\[\]'"):
+    with pytest.raises(UserError, match=r"max_steps must be a whole number, got '\[\]'"):
         load_recipe(recipe(), [*words, "--max_steps", "[]"])
 
 
@@ -93,13 +93,16 @@ def test_the_saved_config_is_a_recipe(recipe, tmp_path):
         ({"lerning_rate": 1}, [], r"Unknown key 'lerning_rate' in .*recipe.yaml. Did you mean 'learning_rate'\?"),
         ({}, ["--max_step", "3"], r"Unknown key 'max_step' in the command line. Did you mean 'max_steps'\?"),
         ({}, ["--training.max_steps", "3"], r"Unknown key 'training.max_steps' in .* Did you mean 'max_steps'\?"),
-        ({}, ["--max_steps", "many"], "^The command line: .*invalid int value: 'many'"),
-        ({}, ["stray"], "Settings are given as --key value"),
-        ({}, ["--no_bf16"], "Settings are given as --key value"),
-        ({}, ["--lr_scheduler_type", "step"], "invalid choice: 'step'"),
-        ({"max_steps": 1.5}, [], "max_steps is 1.5, it must be a value of type int"),
-        ({"width": [3]}, [], r"width is \[3\], it must be a value of type int"),
-        ({"bf16": "perhaps"}, ["--max_steps", "1"], "recipe.yaml: .*bf16"),
+        ({}, ["--max_steps", "many"], "^--max_steps must be a whole number, got 'many'"),
+        ({}, ["--max_steps"], "^--max_steps needs a value"),
+        ({}, ["--bf16", "maybe"], "^--bf16 must be true or false, got 'maybe'"),
+        ({"max_steps": "many"}, [], "recipe.yaml: max_steps must be a whole number, got 'many'"),
+        ({}, ["stray", "words"], "^'stray', 'words' are not options. Settings are given as --key value"),
+        ({}, ["--no_bf16"], "^'--no_bf16' is not an option. Settings are given as --key value"),
+        ({}, ["--lr_scheduler_type", "step"], "^--lr_scheduler_type must be one of .*, got 'step'"),
+        ({"max_steps": 1.5}, [], "max_steps is 1.5, it must be a whole number"),
+        ({"width": [3]}, [], r"width is \[3\], it must be a whole number"),
+        ({"bf16": "perhaps"}, ["--max_steps", "1"], "recipe.yaml: bf16 must be true or false, got 'perhaps'"),
         ({"device": "tpu"}, [], "device is 'tpu'. Allowed: auto, cpu, cuda"),
         ({"method": "autoencodr"}, [], "Unknown method 'autoencodr'. Did you mean 'autoencoder'.*text_to_video"),
         ({"method": "no.such:Thing"}, [], "cannot be imported: No module named 'no'"),
@@ -115,8 +118,19 @@ def test_mistakes(recipe, values, words, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a list", "must be a list of 'key: value' lines"),
-        ("a: [", "is not valid YAML"),
+        ("- a list", "is a list: write 'key: value' lines"),
+        ("", "is empty: write 'key: value' lines"),
+        ("a word", "is one value: write 'key: value' lines"),
+        (f"method: {TINY}", "recipe.yaml lacks output_dir: add 'output_dir: VALUE' to the recipe"),
+        ("a: [", "is not valid YAML, line 1"),
+        ("a: [1, 2\nb: 3", r"line 1, column 4: a bracket \[ is not closed"),
+        ("a:\n\tb: 3", "line 2, column 1: there is a tab: use spaces, not tabs"),
+        ("a: 1\na: 2", r"line 2, column 1: a is given twice\.$"),
+        ("a: 'b", "line 1, column 4: a quote is not closed"),
+        ("a: b: c", "line 1, column 5: there is a colon where none is allowed"),
+        ("a: @b", "line 1, column 4: a value cannot begin with '@'"),
+        ("a: !b 3", "line 1, column 4: could not determine a constructor for the tag"),
+        ("a: \1", "is not valid YAML, unacceptable character"),
         ("max_steps: 3", "names no method"),
     ],
 )
@@ -177,6 +191,36 @@ def test_an_interrupt_is_told_and_exits_by_its_signal(recipe, capsys, name, code
     finally:
         signal.signal(number, before)
     assert "interrupted after step 3; continue with --resume" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_the_first_step_names_the_newest_checkpoint(recipe, tmp_path, capsys, monkeypatch):
+    path = recipe(max_steps=2, save_steps=1, disable_tqdm=True, report_to="none", device="cpu")
+    start = lambda config: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(TinyTrainer, "from_config", start)
+        assert main([str(path)]) == 130
+    assert capsys.readouterr().err == "postgen: stopped; there is no checkpoint yet: start the run again\n"
+    assert main([str(path)]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(TinyTrainer, "from_config", start)
+    assert main([str(path), "--resume", "--max_steps", "4"]) == 130
+    newest = tmp_path / "run" / "checkpoint-2"
+    message = f"postgen: stopped; the newest checkpoint, {newest}, is unchanged; continue with --resume\n"
+    assert capsys.readouterr().err == message
+
+
+def test_the_saved_config_of_a_resumed_run_does_not_resume_unasked(recipe, tmp_path, capsys):
+    path = recipe(max_steps=2, disable_tqdm=True, report_to="none", device="cpu")
+    assert main([str(path)]) == 0
+    assert main([str(path), "--max_steps", "4", "--seed", "5", "--allow_changed", "seed", "--resume"]) == 0
+    saved = tmp_path / "run" / "config.yaml"
+    again = load_recipe(saved)[1]
+    assert (again.resume_from_checkpoint, again.allow_changed, again.seed) == (None, [], 5)
+    assert main([str(saved)]) == 2
+    assert "holds the checkpoints of an earlier run" in capsys.readouterr().err
+    assert main([str(saved), "--resume", "--max_steps", "5"]) == 0
+    assert main([str(saved), "--resume", "maybe"]) == 2
+    assert "'maybe', which is not a folder. --resume takes no value" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_one_line(recipe, capsys):

@@ -277,7 +277,7 @@ def test_absent_cuda_is_a_clear_error(tmp_path):
 
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output_dir .*file/run cannot be created"):
+    with pytest.raises(UserError, match=r"output_dir .*file/run cannot be created: .*file is a file, not a folder"):
         TinyTrainer(TinyConfig(output_dir=str(tmp_path / "file" / "run"), report_to=[], device="cpu")).train()
 
 
