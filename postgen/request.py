@@ -27,7 +27,7 @@ class GenerateConfig:
     prompt: str
     """Description of the video."""
     model: str | None = None
-    """Local diffusers folder or Hub id; None: the embedded model."""
+    """Local diffusers folder or Hub id; None: the embedded model. The name `embedded` becomes None."""
     negative_prompt: str | None = None
     """Description of what the video should not show. It needs a guidance scale above 1, or a true CFG scale above 1 if
     the pipeline has one."""
@@ -83,6 +83,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.model == EMBEDDED:
+            object.__setattr__(self, "model", None)
         if not self.prompt.strip():
             raise UserError("the prompt is empty: say what the video shows")
         check_text("the prompt", self.prompt)
@@ -217,7 +219,7 @@ def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, A
     """
     found = dict(settings)
     for name, what in (("model", "the model"), ("lit", "the adapter"), ("image", "the first frame")):
-        if found.get(name) is not None and (name, found[name]) != ("lit", EMBEDDED):
+        if found.get(name) is not None and (name == "image" or found[name] != EMBEDDED):
             found[name] = _placed(found[name], sidecar, what, f"--{name} PATH")
     placed = []
     for lora in map(parse_lora, found.get("lora", ())):

@@ -16,7 +16,9 @@ MODEL, LOOK, LONG, RUN, FILES = "Model", "Video", "Long videos", "Running", "Fil
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Local diffusers folder or Hub id. \\[default: the embedded model]", rich_help_panel=MODEL
+        "--model",
+        help="Local diffusers folder, Hub id, or embedded for the embedded model. \\[default: embedded]",
+        rich_help_panel=MODEL,
     ),
 ]
 Lora = Annotated[

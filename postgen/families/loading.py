@@ -123,7 +123,8 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     """Read the small files of a model and return its facts, without reading weights.
 
     Args:
-        model: a local diffusers folder, a hub id, or an export of trained networks (`postgen.families.exports`).
+        model: a local diffusers folder, a hub id, an export of trained networks (`postgen.families.exports`), or
+            `embedded` for the embedded model.
         images: whether pipelines that make pictures are allowed as well.
 
     Raises:
