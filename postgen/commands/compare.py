@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from postgen.commands import options as o
+from postgen.commands.usage import KINDS
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.files import check_apart, named
 
@@ -66,6 +67,11 @@ def compare(
             "--vs compares two models with the same settings: omit --a and --b, or omit --vs (other options, such as"
             " --steps 10, apply to both videos)"
         )
+    if vs is None and not (a or b):
+        raise UserError(
+            "there is nothing to compare: give settings that differ, such as --a guidance=1 --b guidance=5, or a"
+            " student with --vs MODEL"
+        )
     if vs is None and sides[0] == sides[1]:
         raise UserError("--a and --b are the same: give a setting that differs, such as --a guidance=1 --b guidance=5")
     labels = [" ".join(texts or []) or "as is" for texts in (a, b)]
@@ -120,7 +126,7 @@ def _value(said: str, kind: type, value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UserError(f"{said}: the value must be {kind.__name__}") from None
+        raise UserError(f"{said}: the value must be {KINDS[kind.__name__]}") from None
 
 
 def _make(

@@ -148,7 +148,9 @@ def _layer_types(text: str) -> tuple[str, ...]:
 
 
 def _check(layers: str | None, budget: float | None, output: Path, of_budget: Sequence[str]) -> None:
-    if (layers is None) == (budget is None):
+    if layers is not None and budget is not None:
+        raise UserError("--layers and --budget exclude each other: give one of them, not both")
+    if layers is None and budget is None:
         raise UserError("give either --layers (layer types of blocks) or --budget (share of the cost that may remain)")
     if budget is None and of_budget:
         raise UserError(f"{', '.join(of_budget)} can only be used with --budget: give --budget instead of --layers")

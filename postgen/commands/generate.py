@@ -15,6 +15,7 @@ from postgen.commands.generate_long import LongWords, make_long
 from postgen.errors import UserError
 from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
+from postgen.reading import check_name
 
 Prompt = Annotated[str | None, typer.Argument(help="Description of the video.", show_default=False)]
 Output = Annotated[
@@ -53,7 +54,7 @@ Stream = Annotated[
     bool, typer.Option("--stream", help="Generate a long video without end, until Ctrl-C.", rich_help_panel=o.LONG)
 ]
 GoOn = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--continue",
         metavar="STATE",
@@ -102,11 +103,17 @@ def generate(
     adapter: Adapter = None,
 ) -> None:
     """Generate videos from prompts. Each video gets a contact sheet (PNG) and a sidecar (JSON) that reproduces it."""
-    place = None if output is None else named(output, folder=format == "frames")
-    words = LongWords(long=long, stream=stream, go_on=go_on, depth=depth, adapter=adapter)
+    # The sidecar determines the format if --format is not given, and frames are a folder.
+    folder = format == "frames" or (None if sidecar is not None and format is None else False)
+    place = None if output is None else named(output, folder=folder)
+    if go_on is not None:
+        check_name(go_on, "the state")
+    state = None if go_on is None else Path(go_on).expanduser()
+    words = LongWords(long=long, stream=stream, go_on=state, depth=depth, adapter=adapter)
     if words.asked:
-        if count != 1 or sidecar is not None:
-            raise UserError("--count and --from cannot be used with a long video: omit them")
+        for name, used in (("--count", count != 1), ("--from", sidecar is not None)):
+            if used:
+                raise UserError(f"{name} cannot be used with a long video: omit it")
         make_long(prompt, prompts or [], given, place, format, words, _file_name)
         return
     if len(prompts or []) > 1:

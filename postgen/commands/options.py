@@ -149,14 +149,23 @@ def setting_options() -> dict[str, tuple[Any, str]]:
     return options
 
 
-def option_of(field: str) -> str:
-    """Return the command-line option of a field of `GenerateConfig`.
+_CONVERT = ("layers", "budget", "kinds", "first_block", "inherit")
+"""Settings of `postgen convert lit` that are no settings of a video; each has the name of its option."""
 
-    >>> option_of("num_inference_steps")
-    '--steps'
+
+def option_of(setting: str) -> str:
+    """Return the command-line option of a setting, for messages.
+
+    Args:
+        setting: field of `GenerateConfig`, or setting of `postgen convert lit`. Other names, and width and height,
+            which --size sets too, are returned unchanged.
+
+    >>> option_of("num_inference_steps"), option_of("first_block"), option_of("width"), option_of("rank")
+    ('--steps', '--first-block', 'width', 'rank')
     """
-    name = next(option for option, (_, named) in setting_options().items() if named == field)
-    return f"--{name.replace('_', '-')}"
+    names = {field: option for option, (_, field) in setting_options().items() if field not in ("width", "height")}
+    name = names.get(setting, setting if setting in _CONVERT else None)
+    return setting if name is None else f"--{name.replace('_', '-')}"
 
 
 def _plug_in_option(row: PlugIn) -> Any:

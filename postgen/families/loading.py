@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.errors import UserError, shown
+from postgen.errors import SettingError, UserError, shown
 from postgen.families.exports import NOTE, hint, read_note
 from postgen.families.model_folder import (
     Defaults,
@@ -211,7 +211,7 @@ def check_device_name(device: str) -> None:
         UserError: the name is unknown.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", device):
-        raise UserError(f"unknown device {shown(device)}. Known: {', '.join(DEVICES)}, cuda:N")
+        raise SettingError("device", f" {shown(device)}. Known: {', '.join(DEVICES)}, cuda:N", before="unknown ")
 
 
 def check_device(device: str) -> str:
