@@ -11,7 +11,9 @@ import typer
 from postgen.errors import UserError, check_number, first_line
 from postgen.files import replacing
 
-Source = Annotated[str, typer.Argument(help="Folder or Hub id of a video pipeline, or embedded; its transformer is converted.")]
+Source = Annotated[
+    str, typer.Argument(help="Folder or Hub id of a video pipeline, or embedded; its transformer is converted.")
+]
 Output = Annotated[
     Path,
     typer.Option("-o", "--output", help="Folder to write: the converted transformer, and the name of its base model."),
