@@ -17,10 +17,17 @@ _OF_BOTH = ("size", "seed", "fps")
 
 Prompt = Annotated[str, typer.Argument(help="Prompt of both videos.", show_default=False)]
 A = Annotated[
-    list[str] | None, typer.Option("--a", help="Setting of the left video, such as steps=10; can be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--a",
+        metavar="KEY=VALUE",
+        help="Setting of the left video, such as steps=10; can be repeated. KEY is an option of this command, such as"
+        " guidance, lora or enhance, or prompt.",
+    ),
 ]
 B = Annotated[
-    list[str] | None, typer.Option("--b", help="Setting of the right video, such as steps=50; can be repeated.")
+    list[str] | None,
+    typer.Option("--b", metavar="KEY=VALUE", help="Setting of the right video, such as steps=50; can be repeated."),
 ]
 Vs = Annotated[
     str | None,
@@ -33,14 +40,18 @@ Vs = Annotated[
 ]
 Reward = Annotated[
     str | None,
-    typer.Option("--reward", help="Rewards that score both videos, as in `postgen score`. \\[default: none]"),
+    typer.Option(
+        "--reward",
+        help="Rewards that score both videos, separated by commas, such as motion_floor; see `postgen score --help`."
+        " \\[default: none]",
+    ),
 ]
 Output = Annotated[
     str,
     typer.Option(
         *("-o", "--output"),
         metavar="PATH",
-        help="Side-by-side video. The names of the two single videos get -a and -b.",
+        help="Side-by-side video. The names of the two single videos get -a and -b. Existing files are overwritten.",
         rich_help_panel=o.FILES,
     ),
 ]

@@ -16,29 +16,32 @@ Source = Annotated[
 ]
 Output = Annotated[
     Path,
-    typer.Option("-o", "--output", help="Folder to write: the converted transformer, and the name of its base model."),
+    typer.Option(
+        "-o", "--output", help="New or empty folder for the converted transformer and the name of its base model."
+    ),
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
         "--layers",
-        help="Layer type of each block, counted from 0, such as every 2nd:window_delta,1:lit. All other blocks keep"
-        " softmax.",
+        help="Layer type of each block, counted from 0, such as 'every 2nd:window_delta,1:lit' in quotes. Types: lit,"
+        " mhla, anchor, chunk, window_delta, window_linear. All other blocks keep softmax.",
     ),
 ]
 Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="Instead of --layers: share of the cost of a denoising step that may remain, such as 0.6. Scores and"
-        " costs determine the layers.",
+        help="Instead of --layers: share of the cost of a denoising step that may remain, such as 0.9. Scores and"
+        " costs determine the layers. With short or small clips little or nothing can be saved.",
     ),
 ]
 Kinds = Annotated[
     str | None,
     typer.Option(
         "--kinds",
-        help="With --budget: layer types to choose from besides softmax, separated by commas; lit needs long training."
+        help="With --budget: layer types to choose from besides softmax, separated by commas, as in --layers; lit"
+        " needs long training."
         " \\[default: window_delta]",
     ),
 ]

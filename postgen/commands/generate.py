@@ -23,8 +23,8 @@ Output = Annotated[
     typer.Option(
         *("-o", "--output"),
         metavar="PATH",
-        help="Path of the video; with several videos, the names get -000, -001, ... \\[default: named after the first"
-        " prompt]",
+        help="Path of the video; existing files are overwritten. With several videos, the names get -000, -001, ..."
+        " \\[default: named after the first prompt]",
         rich_help_panel=o.FILES,
     ),
 ]
@@ -36,8 +36,10 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         "--prompts",
-        help="File of prompts: text with one prompt per line, or JSONL, JSON, CSV or TSV with `prompt`. For a long"
-        " video: an entry FRAME:PROMPT of the prompt schedule (can be repeated), or a file of such lines.",
+        metavar="FILE|FRAME:PROMPT",
+        help="File with one prompt per video: text with one prompt per line, or JSONL, JSON, CSV or TSV with `prompt`."
+        " With --long or --stream instead: the prompt from a frame on, such as '48:a blue cube' (can be repeated), or"
+        " a file of such lines.",
         rich_help_panel=o.FILES,
     ),
 ]
@@ -46,12 +48,18 @@ Long = Annotated[
     typer.Option(
         "--long",
         metavar="SECONDS",
-        help="Length of a long video, which is written chunk by chunk.",
+        help="Length of a long video, which is written chunk by chunk. An existing video is overwritten. --frames,"
+        " --count, --from, --offload, --lit and plug-ins cannot be used.",
         rich_help_panel=o.LONG,
     ),
 ]
 Stream = Annotated[
-    bool, typer.Option("--stream", help="Generate a long video without end, until Ctrl-C.", rich_help_panel=o.LONG)
+    bool,
+    typer.Option(
+        "--stream",
+        help="Generate a long video without end, until Ctrl-C; options as with --long.",
+        rich_help_panel=o.LONG,
+    ),
 ]
 GoOn = Annotated[
     str | None,
@@ -63,7 +71,10 @@ GoOn = Annotated[
     ),
 ]
 Depth = Annotated[
-    bool, typer.Option("--depth", help="Also write a depth video of a long video.", rich_help_panel=o.LONG)
+    bool,
+    typer.Option(
+        "--depth", help="Also write a depth video of a long video; needs an adapter.", rich_help_panel=o.LONG
+    ),
 ]
 Adapter = Annotated[
     str | None,

@@ -17,14 +17,17 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Local diffusers folder, Hub id, or embedded for the embedded model. \\[default: embedded]",
+        help="Local diffusers folder, Hub id, or the word embedded. \\[default: the embedded model]",
         rich_help_panel=MODEL,
     ),
 ]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
-        "--lora", help="LoRA file or folder as [NETWORK=]PATH[:scale]; can be repeated.", rich_help_panel=MODEL
+        "--lora",
+        help="LoRA file or folder as [NETWORK=]PATH[:scale]; can be repeated. NETWORK is transformer or transformer_2,"
+        " for models with two transformers.",
+        rich_help_panel=MODEL,
     ),
 ]
 Lit = Annotated[
@@ -43,10 +46,20 @@ Height = Annotated[
     int | None, typer.Option("--height", help="Height in pixels. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Size = Annotated[
-    str | None, typer.Option("--size", help="Width and height in pixels, such as 96x96.", rich_help_panel=LOOK)
+    str | None,
+    typer.Option(
+        "--size",
+        help="Width and height in pixels, such as 96x96; for most models multiples of 16. \\[default: the model's]",
+        rich_help_panel=LOOK,
+    ),
 ]
 Frames = Annotated[
-    int | None, typer.Option("--frames", help="Number of frames. \\[default: the model's]", rich_help_panel=LOOK)
+    int | None,
+    typer.Option(
+        "--frames",
+        help="Number of frames; for most models 4n+1, such as 17. \\[default: the model's]",
+        rich_help_panel=LOOK,
+    ),
 ]
 Steps = Annotated[
     int | None,
@@ -62,7 +75,8 @@ TrueCfg = Annotated[
     float | None,
     typer.Option(
         "--true-cfg",
-        help="Scale of classifier-free guidance for a guidance-distilled model; a negative prompt needs it.",
+        help="Scale of classifier-free guidance for a guidance-distilled model (HunyuanVideo); a negative prompt needs"
+        " it.",
         rich_help_panel=LOOK,
     ),
 ]
@@ -82,7 +96,12 @@ Image = Annotated[
     ),
 ]
 Fps = Annotated[
-    float | None, typer.Option("--fps", help="Frames per second. \\[default: the model's]", rich_help_panel=LOOK)
+    float | None,
+    typer.Option(
+        "--fps",
+        help="Frames per second of the file; few models (LTX) also use it for the motion. \\[default: the model's]",
+        rich_help_panel=LOOK,
+    ),
 ]
 Dtype = Annotated[
     str | None,

@@ -25,8 +25,8 @@ def usage_words(error: Any, text: str) -> str:
     param = getattr(error, "param", None)
     if (option := getattr(error, "option_name", None)) is not None and hasattr(error, "possibilities"):
         return _unknown(error, option)
-    if text.startswith("Missing ") and getattr(param, "help", None):
-        return f"{text.rstrip('.')}: {param.help.partition(chr(92))[0].strip()}"
+    if text.startswith("Missing ") and (about := getattr(param, "help", None)):
+        return f"{text.rstrip('.')}: {about.partition(chr(92))[0].strip()}"  # a backslash begins the default
     if param is not None and (wrong := _wrong_number(error)) is not None:
         name = max(param.opts, key=len)
         return f"{name} must be {KINDS[wrong[0]]}, got {shown(wrong[1])}"
