@@ -100,13 +100,11 @@ def adapter_file(named: str | Path) -> Path:
         return embedded_lit()
     check_name(str(named), "the adapter")
     path = Path(named).expanduser()
-    if not path.is_dir():
-        return path
-    if not (path / ADAPTER).exists():
+    if path.is_dir() and not (path / ADAPTER).exists():
         converted = (path / NOTE).is_file() or (path / "model_index.json").is_file()
         hint = f"it is a model, use it with --model {named}" if converted else "give the file of the adapter"
         raise UserError(f"the folder {named} has no {ADAPTER}: {hint}")
-    return path / ADAPTER
+    return path / ADAPTER if path.is_dir() else path
 
 
 def read_adapter(named: str | Path) -> Adapter:

@@ -101,7 +101,7 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("generate", "--continue", "{wan}"): "holds no state",
     ("generate", "--continue", "{wan}", "--steps", "3"): "--steps is stored in the state",
     ("generate", "--continue", "{wan}", "--depth"): "--depth is stored in the state",
-    ("compare", "a"): "are the same",
+    ("compare", "a"): "there is nothing to compare",
     ("compare", "a", "--a", "steps"): "key=value",
     ("compare", "a", "--a", "stepz=1"): "is not a setting",
     ("compare", "a", "--a", "step=1"): "Did you mean 'steps'",
