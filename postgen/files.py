@@ -153,9 +153,8 @@ def named(text: str, *, folder: bool | None = False) -> Path:
     path = Path(text)
     with suppress(RuntimeError):  # there is no user of that name
         path = path.expanduser()
-    if (
-        folder is False and path.name.strip(". ") and path.is_dir()
-    ):  # checked here, because a suffix may be added to the name later
+    # Checked here, because a suffix may be added to the name later.
+    if folder is False and path.name.strip(". ") and os.path.isdir(path):
         raise UserError(f"cannot write {text}: it is a folder, give the name of a file")
     return path
 
