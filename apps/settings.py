@@ -155,5 +155,5 @@ def read_auth(text: str) -> tuple[tuple[str, str], ...]:
 def _lines(name: str) -> list[str]:
     from postgen.reading import read_text
 
-    text = read_text(name, "--auth takes USER:PASSWORD, or a file with such lines")
+    text = read_text(name, f"--auth takes USER:PASSWORD, or a file with such lines, and {shown(name)} cannot be read")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]

@@ -19,7 +19,7 @@ from postgen.commands.errors import forget_standing, tell_error, tell_stopped
 from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
-from postgen.commands.options import takes_settings
+from postgen.commands.options import option_of, takes_settings
 from postgen.commands.recipes import recipes_commands
 from postgen.commands.score import score
 from postgen.commands.serve_reward import serve_reward
@@ -155,7 +155,7 @@ def _run(words: list[str], stop: Stop) -> int:
     except Exception as error:
         if stop.number:  # a library turned the interrupt into this exception
             return _stopped(stop)
-        if (code := tell_error(error)) is None:
+        if (code := tell_error(error, option_of)) is None:
             raise
         return code
     code = result if isinstance(result, int) else 0

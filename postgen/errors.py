@@ -15,6 +15,27 @@ class UserError(ValueError):
     """
 
 
+class SettingError(UserError):
+    """Wrong value of one setting. The command line replaces the name of the setting by its option.
+
+    Args:
+        setting: name of the setting, such as num_frames.
+        text: rest of the message after the name.
+        before: beginning of the message before the name.
+
+    >>> str(SettingError("num_frames", " must be above 0, got 0"))
+    'num_frames must be above 0, got 0'
+    """
+
+    def __init__(self, setting: str, text: str, *, before: str = "") -> None:
+        super().__init__(f"{before}{setting}{text}")
+        self.setting, self.text, self.before = setting, text, before
+
+    def worded(self, name: str) -> str:
+        """Return the message with another name of the setting."""
+        return f"{self.before}{name}{self.text}"
+
+
 _MOST = 80
 """Largest number of characters of a value in a message."""
 
@@ -61,12 +82,12 @@ def check_number(name: str, value: object, least: float, most: float = 10**9, *,
         whole: whether the value must be an int.
 
     Raises:
-        UserError: the value is not a number, or it is outside the range.
+        SettingError: the value is not a number, or it is outside the range.
     """
     if is_number(value) and (not whole or isinstance(value, int)) and least <= cast(float, value) <= most:
         return
     kind = ", a whole number" if whole else ""
-    raise UserError(f"{name} must be at least {least:,} and at most {most:,}{kind}, got {name}={shown(value)}")
+    raise SettingError(name, f" must be at least {least:,} and at most {most:,}{kind}, got {shown(value)}")
 
 
 def check_text(name: str, text: str) -> None:

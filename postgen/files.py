@@ -136,23 +136,27 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def named(text: str, *, folder: bool = False) -> Path:
+def named(text: str, *, folder: bool | None = False) -> Path:
     """Return the path of an output that a user names; `~` is replaced by the home folder.
 
     Args:
         text: the name that the user gave.
-        folder: whether the output is a folder, so that the name may end with a slash.
+        folder: whether the output is a folder, so that the name may end with a slash; None: not known yet.
 
     Raises:
-        UserError: the name is empty, or it ends with a slash although the output is a file.
+        UserError: the name is empty; or it ends with a slash or is an existing folder, although the output is a file.
     """
     if not text.strip():
         raise UserError("the name of the output is empty: name the file or folder to write")
     if text[-1] in (os.sep, os.altsep) and not folder:
         raise UserError(f"cannot write {text}: a slash at the end means a folder, give the name of a file")
+    path = Path(text)
     with suppress(RuntimeError):  # there is no user of that name
-        return Path(text).expanduser()
-    return Path(text)
+        path = path.expanduser()
+    # Checked here, because a suffix may be added to the name later.
+    if folder is False and path.name.strip(". ") and os.path.isdir(path):
+        raise UserError(f"cannot write {text}: it is a folder, give the name of a file")
+    return path
 
 
 def check_place(output: Path, *, folder: bool | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import postgen
 from postgen.compat import execution_device
-from postgen.errors import UserError
+from postgen.errors import SettingError, UserError
 from postgen.families.loading import ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.families.offload import check_offload
@@ -107,7 +107,7 @@ def prepare(config: GenerateConfig) -> Job:
         facts = facts.with_image()
     for name in ("negative_prompt", *CALL):
         if getattr(config, name) is not None and name not in facts.arguments:
-            raise UserError(f"{facts.pipeline} has no {name}: omit it")
+            raise SettingError(name, ": omit it", before=f"{facts.pipeline} has no ")
     own = {name: facts.default(name) for name in (*CALL, "fps") if getattr(config, name) is None}
     if config.negative_prompt is None:
         own.pop("true_cfg_scale", None)  # the pipelines apply true guidance only with a negative prompt

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from postgen.assets import embedded_adapter, embedded_model
-from postgen.errors import UserError, shown
+from postgen.errors import SettingError, UserError, shown
 from postgen.families.loading import inspect_model
 from postgen.files import check_apart, check_place, files_of
 from postgen.generate import Job, load, output_paths, prepare, read_by, refusals
 from postgen.long_files import REQUEST, LongFiles, Places
 from postgen.pipelines.worldweaver import BASES, WorldWeaverPipeline
+from postgen.plug_ins import known_plug_ins
 from postgen.reading import read_text
 from postgen.request import GenerateConfig, portable
 from postgen.video import GROWING, Footage, contact_sheet, read_picture
@@ -36,6 +37,8 @@ EMBEDDED_STEPS = 15
 """Denoising steps of the embedded model in a long video. With 15, two CPU cores make 20 s of video in 90 s."""
 _GROUPS: int = math.ceil(DEFAULTS["num_inference_steps"] / DEFAULTS["ar_step"])
 """Default number of groups in flight, without an adapter."""
+NOTHING = "the first chunk was not finished, and nothing was written"
+"""Message after Ctrl-C before the first chunk of a long video."""
 _ENTRY = re.compile(r"\s*([0-9]{1,9})\s*:\s*(.*\S)\s*")
 Report = Callable[[int, int | None], None]
 """Callback after each chunk: number of frames so far, and number of frames of the whole video (None: no end)."""
@@ -99,6 +102,23 @@ def read_schedule(entries: Sequence[str], prompt: str | None) -> tuple[tuple[int
     return tuple(found)
 
 
+def check_long_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that long videos do not have.
+
+    Args:
+        settings: values by name of the setting, and texts of plug-ins by option.
+
+    Raises:
+        SettingError: such a setting has another value than its default.
+    """
+    defaults = {"offload": "none", "lit": None, "num_frames": None}
+    defaults |= {row.option: None for row in known_plug_ins()}
+    for name, default in defaults.items():
+        if settings.get(name, default) != default:
+            length = ", --long sets the length" if name == "num_frames" else ""
+            raise SettingError(name, f" cannot be used with a long video{length}: omit it")
+
+
 def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
     """Check everything that can be checked before the weights are loaded.
 
@@ -115,14 +135,7 @@ def prepare_long(request: LongRequest, *, begins: bool = True) -> Job:
         raise UserError(f"{facts.pipeline} does not support long videos: use a model of {', '.join(BASES)}")
     if facts.experts:
         raise UserError(two_experts(facts.pipeline))
-    for wrong, name in (
-        (config.offload != "none", "--offload"),
-        (bool(config.plug_ins), "a plug-in"),
-        (config.lit is not None, "--lit"),
-        (config.num_frames is not None, "--frames"),
-    ):
-        if wrong:
-            raise UserError(f"{name} cannot be used with a long video: omit it")
+    check_long_settings(portable(config))
     if begins and config.image is not None:
         read_picture(config.image)
     folder = request.adapter_folder
@@ -206,6 +219,19 @@ class LongVideo:
         """Length in seconds of the video written so far."""
         return self.files.frames / self.rate
 
+    def check(self) -> None:
+        """Refuse a video that is complete, and a length that is too short, before `make`.
+
+        Raises:
+            UserError: there is nothing to generate, and the contact sheet exists.
+        """
+        frames = self._frames()
+        if frames is not None and frames <= self.files.frames and (self.places.sheet.exists() or not self.files.saved):
+            raise self._complete()
+
+    def _complete(self) -> UserError:
+        return UserError(f"this video is complete with {self.seconds:.1f} s: give a larger --long")
+
     def make(self, report: Report, *, on_call: Call | None = None, **changes: Any) -> None:
         """Generate the video to its end, if it has one. The state is saved after every chunk.
 
@@ -243,7 +269,7 @@ class LongVideo:
             self.files.take(chunk, self._note())
             report(self.files.frames, frames)
         if self.files.frames == before and (self.places.sheet.exists() or not self.files.saved):
-            raise UserError(f"this video is complete with {self.seconds:.1f} s: give a larger --long")
+            raise self._complete()
 
     def write_sheet(self) -> None:
         """Write the contact sheet of the video so far."""
@@ -253,7 +279,7 @@ class LongVideo:
     def standing(self) -> str:
         """Return a message for the user of a stopped process: what was written, and how to continue."""
         if not self.files.saved:
-            return "no part of the video was finished, and no half-written file was left"
+            return NOTHING
         there = f"{self.files.frames} frames ({self.seconds:.1f} s) are in {self.places.video}"
         made = there if self.files.frames else "no frame is finished yet"
         return f"{made}; to continue: postgen generate --continue {self.places.state}"
@@ -313,6 +339,8 @@ def read_request(folder: Path) -> tuple[LongRequest, Places]:
     Raises:
         UserError: there is no state, the state is damaged, or a Python program made it.
     """
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}: --continue takes the folder of a state, such as out.state")
     if folder.is_file():
         beside = folder.with_suffix(".state")
         hint = f"as {beside}" if beside.is_dir() else "whose name ends in .state"

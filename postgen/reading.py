@@ -117,7 +117,8 @@ def parse_json(text: str, said: str) -> Any:
     except RecursionError:
         raise UserError(f"{said}: its lists or objects are nested too deeply") from None
     except ValueError as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
+        wrong = isinstance(error, json.JSONDecodeError)
+        reason = f"it is not valid JSON ({error})" if wrong else "a number has too many digits"
         raise UserError(f"{said}: {reason}") from error
 
 

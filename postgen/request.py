@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from postgen.assets import EMBEDDED
-from postgen.errors import UserError, check_text, shown
+from postgen.errors import SettingError, UserError, check_text, shown
 from postgen.families.loading import check_device_name
 from postgen.families.lora import parse_lora
 from postgen.families.model_folder import DTYPES, is_hub_id
@@ -27,7 +28,7 @@ class GenerateConfig:
     prompt: str
     """Description of the video."""
     model: str | None = None
-    """Local diffusers folder or Hub id; None: the embedded model."""
+    """Local diffusers folder or Hub id; None: the embedded model. The name `embedded` becomes None."""
     negative_prompt: str | None = None
     """Description of what the video should not show. It needs a guidance scale above 1, or a true CFG scale above 1 if
     the pipeline has one."""
@@ -83,6 +84,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.model == EMBEDDED:
+            object.__setattr__(self, "model", None)
         if not self.prompt.strip():
             raise UserError("the prompt is empty: say what the video shows")
         check_text("the prompt", self.prompt)
@@ -96,13 +99,13 @@ class GenerateConfig:
             if option not in options:
                 raise UserError(f"unknown setting {option!r}. Known plug-ins: {', '.join(options)}")
             if not isinstance(text, str):
-                raise UserError(f"{option} must be a text, got {shown(text)}")
+                raise SettingError(option, f" must be a text, got {shown(text)}")
         if not all(isinstance(lora, str) for lora in self.lora):
-            raise UserError(f"lora must contain texts [NETWORK=]PATH[:scale], got {shown(self.lora)}")
+            raise SettingError("lora", f" must contain texts [NETWORK=]PATH[:scale], got {shown(self.lora)}")
         if self.lit is not None:
             check_name(self.lit, "the adapter")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be between 0 and 2**63 - 1, got {shown(self.seed)}")
+            raise SettingError("seed", f" must be between 0 and {2**63 - 1}, got {shown(self.seed)}")
 
 
 def portable(config: GenerateConfig) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def with_places(settings: Mapping[str, Any], sidecar: str | Path) -> dict[str, A
     """
     found = dict(settings)
     for name, what in (("model", "the model"), ("lit", "the adapter"), ("image", "the first frame")):
-        if found.get(name) is not None and (name, found[name]) != ("lit", EMBEDDED):
+        if found.get(name) is not None and (name == "image" or found[name] != EMBEDDED):
             found[name] = _placed(found[name], sidecar, what, f"--{name} PATH")
     placed = []
     for lora in map(parse_lora, found.get("lora", ())):
@@ -255,7 +258,7 @@ def _absolute(name: str | None) -> str | None:
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(f"unknown {name} {value!r}. Known: {', '.join(known)}")
+        raise SettingError(name, f" {value!r}. Known: {', '.join(known)}", before="unknown ")
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -275,7 +278,7 @@ def _check_types(config: GenerateConfig) -> None:
         allowed = _KINDS[kind.partition("[")[0]]
         if (value is None and optional) or (isinstance(value, allowed) and not isinstance(value, bool)):
             continue
-        raise UserError(f"{item.name} must be {kind}, got {shown(value)}")
+        raise SettingError(item.name, f" must be {kind}, got {shown(value)}")
 
 
 def _check_ranges(config: GenerateConfig) -> None:
@@ -288,10 +291,13 @@ def _check_ranges(config: GenerateConfig) -> None:
         value = getattr(config, name, None)
         if value is None or least <= value <= most:
             continue
-        if value > most:
-            raise UserError(f"{name} must be at most {most:,}, got {shown(value)}")
-        bound = "at least 0" if least == 0 else f"at least {least}" if value > 0 else "above 0"
-        raise UserError(f"{name} must be {bound}, got {shown(value)}")
+        if isinstance(value, float) and math.isnan(value):
+            bound = "a number"
+        elif value > most:
+            bound = f"at most {most:,}"
+        else:
+            bound = "at least 0" if least == 0 else f"at least {least}" if value > 0 else "above 0"
+        raise SettingError(name, f" must be {bound}, got {shown(value)}")
     width, height, frames = config.width or 1, config.height or 1, config.num_frames or 1
     if width * height * frames > MOST_PIXELS:
         raise UserError(

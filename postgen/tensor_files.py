@@ -37,7 +37,10 @@ def opened(path: str | Path, said: str = "", *, framework: str = "pt") -> Iterat
         with safe_open(path, framework=framework) as content:
             yield content
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{said or f'{path} cannot be read'}: {first_line(error)}") from error
+        reason = first_line(error)
+        if "deserializing header" in reason:
+            reason = f"it is not a safetensors file, or it is damaged ({reason})"
+        raise UserError(f"{said or f'{path} cannot be read'}: {reason}") from error
 
 
 def read_tensors(path: str | Path, said: str = "") -> dict[str, Tensor]:

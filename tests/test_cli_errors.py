@@ -39,6 +39,9 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
     assert "is not a LoRA" in cli(*words, other).err
     other.write_text("nothing")
     assert "cannot read the LoRA" in cli(*words, other).err
+    assert "it is not a safetensors file, or it is damaged" in cli(*words, other).err
+    assert f"the scale of the LoRA {other} is 'abc', it must be a number" in cli(*words, f"{other}:abc").err
+    assert f"unknown network 'unet' of the LoRA {other}. Known: transformer" in cli(*words, f"unet={other}").err
     done = cli(*words, tmp_path / "absent.safetensors:0.5")
     assert done.code == 2
     assert f"there is no LoRA file {tmp_path / 'absent.safetensors'}" in done.err
@@ -48,11 +51,46 @@ def test_lora_that_does_not_fit(cli: Any, tiny_wan: Path, tiny_lora: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["generate", "a", "--guidence", "3"], "No such option: --guidence, did you mean --guidance?"),
+        (["generate", "--prompt", "a"], "give the prompt without an option name: postgen generate "),
+        (["generate", "a", "red", "ball"], 'put it in quotes: postgen generate "a red ball"'),
+        (["generate", "a", "--fps", "fast"], "--fps must be a number, got 'fast'"),
+        (["convert", "lora", "x", "-o", "y"], "Missing option '--format': comfyui, kohya"),
+        (
+            ["convert", "lit", "x", "-o", "y", "--layers", "every", "2nd:lit"],
+            "put words that belong together in quotes",
+        ),
+        (["convert", "lit", "x", "-o", "y", "--layers", "every2nd:lit"], "--layers has 'every2nd' in place of blocks"),
+        (["convert", "lit", "x", "-o", "y", "--layers", "all:lit", "--inherit", "none"], "--inherit must be one of"),
+        (["convert", "lit", "x", "-o", "y", "--budget", "2"], "--budget must be at least"),
+        (["generate", "a", "--from", "{code}"], "it is not valid JSON"),
+        (["generate", "a", "--lit", "{model}"], "has no adapter.safetensors: it is a model, use it with --model"),
+        (["generate", "a", "-o", "{model}"], "it is a folder, give the name of a file"),
+        (["compare", "a"], "there is nothing to compare"),
+        (["compare", "a", "-o", "{model}", "--b", "steps=1"], "it is a folder, give the name of a file"),
+        (["generate", "--continue", "x.state", "--long", "2", "--enhance", "auto"], "--enhance cannot be used with a"),
+        (["generate", "--continue", "x.state", "--size", "32x32"], "the size (--size, --width, --height) is stored"),
+        (["generate", "--continue", "", "--long", "2"], "the state: its name is empty"),
+        (["generate", "a", "--stream", "--count", "3"], "--count cannot be used with a long video"),
+    ],
+)
+def test_wrong_words_name_what_was_typed(
+    cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"{model}": str(tiny_wan), "{code}": __file__}
+    done = cli(*(places.get(word, word) for word in words))
+    assert (done.code, message in done.err, done.err.count("\n"), names(tmp_path)) == (2, True, 1, []), done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["--a", "steps=1", "--b", "steps=1"], "--a and --b are the same"),
         (["--a", "stepz=1"], "'stepz=1' is not a setting. Did you mean 'steps'? Known keys: model, lora"),
         (["--a", "seed=1"], "both videos must have the same seed, set it with --seed"),
         (["--a", "steps"], "'steps' must be key=value"),
-        (["--a", "steps=many"], "the value must be int"),
+        (["--a", "steps=many"], "the value must be a whole number"),
         (["--a", "steps=1", "--a", "steps=2"], "gives steps twice"),
     ],
 )
@@ -71,15 +109,15 @@ def test_compare_wrong(cli: Any, tiny_wan: Path, tmp_path: Path, words: list[str
         (["a", "--height", "-16"], "height must be above 0, got -16"),
         (["a", "--size", "96"], "--size must look like 96x96"),
         (["a", "--size", "96x96", "--width", "96"], "set the same size"),
-        (["a", "--steps", "0"], "num_inference_steps must be above 0"),
-        (["a", "--steps", "many"], "Invalid value for '--steps'"),
-        (["a", "--guidance", "nan"], "guidance_scale must be at least 0, got nan"),
+        (["a", "--steps", "0"], "--steps must be above 0"),
+        (["a", "--steps", "many"], "--steps must be a whole number, got 'many'"),
+        (["a", "--guidance", "nan"], "--guidance must be a number, got nan"),
         (["a", "--guidance", "0", "--negative-prompt", "b"], "a negative prompt needs guidance above 1, got 0"),
-        (["a", "--seed", "-1"], "seed must be between 0"),
+        (["a", "--seed", "-1"], "--seed must be between 0 and 9223372036854775807"),
         (["a", "--count", "0"], "--count must be at least 1"),
-        (["a", "--dtype", "float8"], "unknown dtype 'float8'. Known: auto, float32, bfloat16, float16"),
-        (["a", "--device", "tpu"], "unknown device 'tpu'"),
-        (["a", "--offload", "disk"], "unknown offload 'disk'"),
+        (["a", "--dtype", "float8"], "unknown --dtype 'float8'. Known: auto, float32, bfloat16, float16"),
+        (["a", "--device", "tpu"], "unknown --device 'tpu'"),
+        (["a", "--offload", "disk"], "unknown --offload 'disk'"),
         (["a", "--format", "mov"], "unknown video format 'mov'"),
         (["a", "--image", "absent.png"], "WanPipeline takes text only"),
         (["a", "--model", "./absent"], "there is no model folder ./absent"),

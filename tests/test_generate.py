@@ -227,3 +227,14 @@ def test_sidecar_is_plain_json(tiny_wan: Path, tmp_path: Path) -> None:
     assert note["prompt"] == 'a "quoted" prompt'
     assert note["device"] in ("cpu", "cuda", "cuda:0", "mps", "mps:0")
     assert (note["frames"], note["width"], note["height"]) == (5, 32, 16)
+
+
+def test_embedded_names_the_embedded_model(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()  # a folder of this name does not hide the embedded model
+    named, unnamed = (prepare(GenerateConfig(prompt="a ball", model=model)) for model in ("embedded", None))
+    assert (named.config, named.facts, named.loading) == (unnamed.config, unnamed.facts, unnamed.loading)
+    same = cli("compare", "a red ball rolls left", "--model", "embedded", "--vs", "embedded")
+    assert "embedded is the same model as the embedded model" in same.err
+    done = cli("convert", "lit", "embedded", "--layers", "1:window_delta", "-o", "lit")
+    assert (done.code, (tmp_path / "lit" / "transformer").is_dir()) == (0, True), done.err

@@ -88,7 +88,7 @@ def test_whoever_is_killed_loses_the_chunk_in_flight(cli: Any, tiny_wan: Path, t
 
 def test_an_interrupt_leaves_a_video_and_says_how_it_goes_on(tiny_wan: Path, tmp_path: Path) -> None:
     video = begun(request_of(tiny_wan, seconds=None), tmp_path / "a.mp4")
-    assert video.standing().startswith("no part of the video was finished")
+    assert video.standing().startswith("the first chunk was not finished, and nothing was written")
 
     def stop(done: int, total: int | None) -> None:
         assert total is None

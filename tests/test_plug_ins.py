@@ -76,7 +76,7 @@ def test_a_wrong_text_is_found_before_the_weights_are_read(
     monkeypatch.setattr(postgen.generate, "load", lambda job: pytest.fail("the model was loaded"))
     done = cli("generate", "a", "--model", tiny_wan, "-o", tmp_path / "x.mp4", row.flag, "nonsense")
     assert (done.code, done.err.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
-    assert f"{row.option} must be" in done.err
+    assert f"{row.flag} must be" in done.err
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *places: str) -> Counter[str]:

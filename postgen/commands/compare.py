@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from postgen.commands import options as o
+from postgen.commands.usage import KINDS
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.files import check_apart, named
 
@@ -16,10 +17,17 @@ _OF_BOTH = ("size", "seed", "fps")
 
 Prompt = Annotated[str, typer.Argument(help="Prompt of both videos.", show_default=False)]
 A = Annotated[
-    list[str] | None, typer.Option("--a", help="Setting of the left video, such as steps=10; can be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--a",
+        metavar="KEY=VALUE",
+        help="Setting of the left video, such as steps=10; can be repeated. KEY is an option of this command, such as"
+        " guidance, lora or enhance, or prompt.",
+    ),
 ]
 B = Annotated[
-    list[str] | None, typer.Option("--b", help="Setting of the right video, such as steps=50; can be repeated.")
+    list[str] | None,
+    typer.Option("--b", metavar="KEY=VALUE", help="Setting of the right video, such as steps=50; can be repeated."),
 ]
 Vs = Annotated[
     str | None,
@@ -32,14 +40,18 @@ Vs = Annotated[
 ]
 Reward = Annotated[
     str | None,
-    typer.Option("--reward", help="Rewards that score both videos, as in `postgen score`. \\[default: none]"),
+    typer.Option(
+        "--reward",
+        help="Rewards that score both videos, separated by commas, such as motion_floor; see `postgen score --help`."
+        " \\[default: none]",
+    ),
 ]
 Output = Annotated[
     str,
     typer.Option(
         *("-o", "--output"),
         metavar="PATH",
-        help="Side-by-side video. The names of the two single videos get -a and -b.",
+        help="Side-by-side video. The names of the two single videos get -a and -b. Existing files are overwritten.",
         rich_help_panel=o.FILES,
     ),
 ]
@@ -65,6 +77,11 @@ def compare(
         raise UserError(
             "--vs compares two models with the same settings: omit --a and --b, or omit --vs (other options, such as"
             " --steps 10, apply to both videos)"
+        )
+    if vs is None and not (a or b):
+        raise UserError(
+            "there is nothing to compare: give settings that differ, such as --a guidance=1 --b guidance=5, or a"
+            " student with --vs MODEL"
         )
     if vs is None and sides[0] == sides[1]:
         raise UserError("--a and --b are the same: give a setting that differs, such as --a guidance=1 --b guidance=5")
@@ -120,7 +137,7 @@ def _value(said: str, kind: type, value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UserError(f"{said}: the value must be {kind.__name__}") from None
+        raise UserError(f"{said}: the value must be {KINDS[kind.__name__]}") from None
 
 
 def _make(

@@ -11,32 +11,37 @@ import typer
 from postgen.errors import UserError, check_number, first_line
 from postgen.files import replacing
 
-Source = Annotated[str, typer.Argument(help="Folder or Hub id of a video pipeline; its transformer is converted.")]
+Source = Annotated[
+    str, typer.Argument(help="Folder or Hub id of a video pipeline, or embedded; its transformer is converted.")
+]
 Output = Annotated[
     Path,
-    typer.Option("-o", "--output", help="Folder to write: the converted transformer, and the name of its base model."),
+    typer.Option(
+        "-o", "--output", help="New or empty folder for the converted transformer and the name of its base model."
+    ),
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
         "--layers",
-        help="Layer type of each block, counted from 0, such as every 2nd:window_delta,1:lit. All other blocks keep"
-        " softmax.",
+        help="Layer type of each block, counted from 0, such as 'every 2nd:window_delta,1:lit' in quotes. Types: lit,"
+        " mhla, anchor, chunk, window_delta, window_linear. All other blocks keep softmax.",
     ),
 ]
 Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        help="Instead of --layers: share of the cost of a denoising step that may remain, such as 0.6. Scores and"
-        " costs determine the layers.",
+        help="Instead of --layers: share of the cost of a denoising step that may remain, such as 0.9. Scores and"
+        " costs determine the layers. With short or small clips little or nothing can be saved.",
     ),
 ]
 Kinds = Annotated[
     str | None,
     typer.Option(
         "--kinds",
-        help="With --budget: layer types to choose from besides softmax, separated by commas; lit needs long training."
+        help="With --budget: layer types to choose from besides softmax, separated by commas, as in --layers; lit"
+        " needs long training."
         " \\[default: window_delta]",
     ),
 ]
@@ -150,7 +155,9 @@ def _layer_types(text: str) -> tuple[str, ...]:
 
 
 def _check(layers: str | None, budget: float | None, output: Path, of_budget: Sequence[str]) -> None:
-    if (layers is None) == (budget is None):
+    if layers is not None and budget is not None:
+        raise UserError("--layers and --budget exclude each other: give one of them, not both")
+    if layers is None and budget is None:
         raise UserError("give either --layers (layer types of blocks) or --budget (share of the cost that may remain)")
     if budget is None and of_budget:
         raise UserError(f"{', '.join(of_budget)} can only be used with --budget: give --budget instead of --layers")

@@ -23,7 +23,13 @@ Models = Annotated[
     ),
 ]
 AnyModel = Annotated[
-    bool, typer.Option("--any-model", help="Let users of the page enter any folder or Hub id.", rich_help_panel=MODEL)
+    bool,
+    typer.Option(
+        "--any-model",
+        help="Let users of the page enter any folder or Hub id. Everyone who can open the page can then load every"
+        " model folder that this user can read, and download models.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Loras = Annotated[
     list[str] | None,
@@ -60,7 +66,8 @@ AllowHosts = Annotated[
     typer.Option(
         "--allow-host",
         metavar="NAME",
-        help="Another host name of the app, such as the name of a reverse proxy; * allows all names; can be repeated.",
+        help="Another host name of the app, such as the name of a reverse proxy; can be repeated. * allows all"
+        " names, so that web pages of others can reach the app through a browser on this machine.",
         rich_help_panel=SERVER,
     ),
 ]

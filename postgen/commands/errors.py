@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from postgen.commands.usage import usage_words
 from postgen.compat import command_error
-from postgen.errors import UserError, cut_words
+from postgen.errors import SettingError, UserError, cut_words
 
 STOPPED = "no half-written file was left"
 """Message after Ctrl-C of a command that has no message of its own."""
@@ -45,17 +46,23 @@ def tell(message: str) -> None:
     print(cut_words(message, _WORD), file=sys.stderr)
 
 
-def tell_error(error: BaseException) -> int | None:
+def tell_error(error: BaseException, option_of: Callable[[str], str] = str) -> int | None:
     """Print the message of a user's error in one line.
+
+    Args:
+        error: the exception.
+        option_of: function that returns the option of a setting, for a `SettingError`.
 
     Returns:
         The exit code; None if the exception is a bug of postgen. In this case nothing is printed.
     """
     if isinstance(error, UserError):
-        tell(f"postgen: error: {error}")
+        text = error.worded(option_of(error.setting)) if isinstance(error, SettingError) else str(error)
+        tell(f"postgen: error: {text}")
         return 2
     if (told := command_error(error)) is None:
         return None
-    if told[0]:  # the message is empty if typer has already printed the help of a command group
-        tell(f"postgen: error: {told[0]} (see {told[2] or 'postgen'} --help)")
+    if not told[0]:  # typer has printed the help of a command group that was called without a command
+        return 0
+    tell(f"postgen: error: {usage_words(error, told[0])} (see {told[2] or 'postgen'} --help)")
     return told[1]

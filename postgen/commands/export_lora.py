@@ -8,7 +8,10 @@ import typer
 Source = Annotated[
     Path, typer.Argument(help="LoRA file with keys of any of the formats, its folder, a peft folder, or a run folder.")
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Path of the .safetensors file to write.")]
+Output = Annotated[
+    Path,
+    typer.Option("-o", "--output", help="Path of the .safetensors file to write; an existing file is overwritten."),
+]
 Format = Annotated[str, typer.Option("--format", help="comfyui, kohya (sd-scripts, musubi-tuner), or diffusers.")]
 Family = Annotated[
     str | None,

@@ -15,6 +15,7 @@ from postgen.commands.generate_long import LongWords, make_long
 from postgen.errors import UserError
 from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
+from postgen.reading import check_name
 
 Prompt = Annotated[str | None, typer.Argument(help="Description of the video.", show_default=False)]
 Output = Annotated[
@@ -22,8 +23,8 @@ Output = Annotated[
     typer.Option(
         *("-o", "--output"),
         metavar="PATH",
-        help="Path of the video; with several videos, the names get -000, -001, ... \\[default: named after the first"
-        " prompt]",
+        help="Path of the video; existing files are overwritten. With several videos, the names get -000, -001, ..."
+        " \\[default: named after the first prompt]",
         rich_help_panel=o.FILES,
     ),
 ]
@@ -35,8 +36,10 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option(
         "--prompts",
-        help="File of prompts: text with one prompt per line, or JSONL, JSON, CSV or TSV with `prompt`. For a long"
-        " video: an entry FRAME:PROMPT of the prompt schedule (can be repeated), or a file of such lines.",
+        metavar="FILE|FRAME:PROMPT",
+        help="File with one prompt per video: text with one prompt per line, or JSONL, JSON, CSV or TSV with `prompt`."
+        " With --long or --stream instead: the prompt from a frame on, such as '48:a blue cube' (can be repeated), or"
+        " a file of such lines.",
         rich_help_panel=o.FILES,
     ),
 ]
@@ -45,15 +48,21 @@ Long = Annotated[
     typer.Option(
         "--long",
         metavar="SECONDS",
-        help="Length of a long video, which is written chunk by chunk.",
+        help="Length of a long video, which is written chunk by chunk. An existing video is overwritten. --frames,"
+        " --count, --from, --offload, --lit and plug-ins cannot be used.",
         rich_help_panel=o.LONG,
     ),
 ]
 Stream = Annotated[
-    bool, typer.Option("--stream", help="Generate a long video without end, until Ctrl-C.", rich_help_panel=o.LONG)
+    bool,
+    typer.Option(
+        "--stream",
+        help="Generate a long video without end, until Ctrl-C; options as with --long.",
+        rich_help_panel=o.LONG,
+    ),
 ]
 GoOn = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--continue",
         metavar="STATE",
@@ -62,7 +71,10 @@ GoOn = Annotated[
     ),
 ]
 Depth = Annotated[
-    bool, typer.Option("--depth", help="Also write a depth video of a long video.", rich_help_panel=o.LONG)
+    bool,
+    typer.Option(
+        "--depth", help="Also write a depth video of a long video; needs an adapter.", rich_help_panel=o.LONG
+    ),
 ]
 Adapter = Annotated[
     str | None,
@@ -102,11 +114,17 @@ def generate(
     adapter: Adapter = None,
 ) -> None:
     """Generate videos from prompts. Each video gets a contact sheet (PNG) and a sidecar (JSON) that reproduces it."""
-    place = None if output is None else named(output, folder=format == "frames")
-    words = LongWords(long=long, stream=stream, go_on=go_on, depth=depth, adapter=adapter)
+    # The sidecar determines the format if --format is not given, and frames are a folder.
+    folder = format == "frames" or (None if sidecar is not None and format is None else False)
+    place = None if output is None else named(output, folder=folder)
+    if go_on is not None:
+        check_name(go_on, "the state")
+    state = None if go_on is None else Path(go_on).expanduser()
+    words = LongWords(long=long, stream=stream, go_on=state, depth=depth, adapter=adapter)
     if words.asked:
-        if count != 1 or sidecar is not None:
-            raise UserError("--count and --from cannot be used with a long video: omit them")
+        for name, used in (("--count", count != 1), ("--from", sidecar is not None)):
+            if used:
+                raise UserError(f"{name} cannot be used with a long video: omit it")
         make_long(prompt, prompts or [], given, place, format, words, _file_name)
         return
     if len(prompts or []) > 1:

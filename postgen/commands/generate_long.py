@@ -71,7 +71,15 @@ def make_long(
     if words.go_on is not None:
         _go_on(prompt, entries, given, output, format, words)
         return
-    from postgen.generate_long import LongRequest, LongVideo, load_long, places_of, prepare_long, read_schedule
+    from postgen.generate_long import (
+        NOTHING,
+        LongRequest,
+        LongVideo,
+        load_long,
+        places_of,
+        prepare_long,
+        read_schedule,
+    )
     from postgen.request import GenerateConfig
 
     schedule = read_schedule(entries, prompt) if entries or prompt is not None else ()
@@ -83,7 +91,8 @@ def make_long(
     )
     places = places_of(output or Path(name(config.prompt)), format, request)
     job = prepare_long(request)
-    pipe = _loaded(load_long, request, job)
+    with when_stopped(lambda: NOTHING):
+        pipe = _loaded(load_long, request, job)
     _make(LongVideo(pipe, request, job, places), {})
 
 
@@ -96,13 +105,13 @@ def _go_on(
     words: LongWords,
 ) -> None:
     assert words.go_on is not None
-    if wrong := [name for name in given if name not in _CHANGES]:
-        raise UserError(f"{option_of(wrong[0])} is stored in the state of the video and cannot change: omit it")
-    if words.depth or words.adapter:
-        raise UserError("--depth and --adapter are stored in the state of the video and cannot change: omit them")
-    from postgen.generate_long import LongVideo, load_long, places_of, prepare_long, read_request
+    from postgen.generate_long import LongVideo, check_long_settings, load_long, places_of, prepare_long, read_request
     from postgen.generate_long import read_schedule as read
 
+    check_long_settings(given)
+    own = {"--depth": words.depth, "--adapter": words.adapter}
+    if stored := [_typed(name) for name in given if name not in _CHANGES] + [name for name in own if own[name]]:
+        raise UserError(f"{stored[0]} is stored in the state of the video and cannot change: omit it")
     request, places = read_request(words.go_on)
     source = None
     changes: dict[str, Any] = {name: given[name] for name in ("guidance_scale", "negative_prompt") if name in given}
@@ -130,6 +139,11 @@ def _go_on(
     _make(LongVideo(pipe, request, job, places, state, source), changes)
 
 
+def _typed(name: str) -> str:
+    """Return the option of a setting; --size, --width and --height set the same two settings."""
+    return "the size (--size, --width, --height)" if name in ("width", "height") else option_of(name)
+
+
 def _loaded(load: Any, request: Any, job: Any) -> Any:
     from postgen.commands.progress import waiting
     from postgen.compat import quiet_libraries
@@ -145,6 +159,7 @@ def _loaded(load: Any, request: Any, job: Any) -> Any:
 def _make(video: Any, changes: dict[str, Any]) -> None:
     from postgen.commands.progress import steps
 
+    video.check()
     with when_stopped(video.standing), steps("Generating", "frames") as on_step:
         video.make(on_step, **changes)
     video.write_sheet()

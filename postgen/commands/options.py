@@ -16,13 +16,18 @@ MODEL, LOOK, LONG, RUN, FILES = "Model", "Video", "Long videos", "Running", "Fil
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Local diffusers folder or Hub id. \\[default: the embedded model]", rich_help_panel=MODEL
+        "--model",
+        help="Local diffusers folder, Hub id, or the word embedded. \\[default: the embedded model]",
+        rich_help_panel=MODEL,
     ),
 ]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
-        "--lora", help="LoRA file or folder as [NETWORK=]PATH[:scale]; can be repeated.", rich_help_panel=MODEL
+        "--lora",
+        help="LoRA file or folder as [NETWORK=]PATH[:scale]; can be repeated. NETWORK is transformer or transformer_2,"
+        " for models with two transformers.",
+        rich_help_panel=MODEL,
     ),
 ]
 Lit = Annotated[
@@ -41,10 +46,20 @@ Height = Annotated[
     int | None, typer.Option("--height", help="Height in pixels. \\[default: the model's]", rich_help_panel=LOOK)
 ]
 Size = Annotated[
-    str | None, typer.Option("--size", help="Width and height in pixels, such as 96x96.", rich_help_panel=LOOK)
+    str | None,
+    typer.Option(
+        "--size",
+        help="Width and height in pixels, such as 96x96; for most models multiples of 16. \\[default: the model's]",
+        rich_help_panel=LOOK,
+    ),
 ]
 Frames = Annotated[
-    int | None, typer.Option("--frames", help="Number of frames. \\[default: the model's]", rich_help_panel=LOOK)
+    int | None,
+    typer.Option(
+        "--frames",
+        help="Number of frames; for most models 4n+1, such as 17. \\[default: the model's]",
+        rich_help_panel=LOOK,
+    ),
 ]
 Steps = Annotated[
     int | None,
@@ -60,7 +75,8 @@ TrueCfg = Annotated[
     float | None,
     typer.Option(
         "--true-cfg",
-        help="Scale of classifier-free guidance for a guidance-distilled model; a negative prompt needs it.",
+        help="Scale of classifier-free guidance for a guidance-distilled model (HunyuanVideo); a negative prompt needs"
+        " it.",
         rich_help_panel=LOOK,
     ),
 ]
@@ -80,7 +96,12 @@ Image = Annotated[
     ),
 ]
 Fps = Annotated[
-    float | None, typer.Option("--fps", help="Frames per second. \\[default: the model's]", rich_help_panel=LOOK)
+    float | None,
+    typer.Option(
+        "--fps",
+        help="Frames per second of the file; few models (LTX) also use it for the motion. \\[default: the model's]",
+        rich_help_panel=LOOK,
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -147,14 +168,23 @@ def setting_options() -> dict[str, tuple[Any, str]]:
     return options
 
 
-def option_of(field: str) -> str:
-    """Return the command-line option of a field of `GenerateConfig`.
+_CONVERT = ("layers", "budget", "kinds", "first_block", "inherit")
+"""Settings of `postgen convert lit` that are no settings of a video; each has the name of its option."""
 
-    >>> option_of("num_inference_steps")
-    '--steps'
+
+def option_of(setting: str) -> str:
+    """Return the command-line option of a setting, for messages.
+
+    Args:
+        setting: field of `GenerateConfig`, or setting of `postgen convert lit`. Other names, and width and height,
+            which --size sets too, are returned unchanged.
+
+    >>> option_of("num_inference_steps"), option_of("first_block"), option_of("width"), option_of("rank")
+    ('--steps', '--first-block', 'width', 'rank')
     """
-    name = next(option for option, (_, named) in setting_options().items() if named == field)
-    return f"--{name.replace('_', '-')}"
+    names = {field: option for option, (_, field) in setting_options().items() if field not in ("width", "height")}
+    name = names.get(setting, setting if setting in _CONVERT else None)
+    return setting if name is None else f"--{name.replace('_', '-')}"
 
 
 def _plug_in_option(row: PlugIn) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from postgen.errors import UserError, is_number, shown, why_no_pattern
+from postgen.errors import SettingError, UserError, is_number, shown, why_no_pattern
 from postgen.families import Grid
 
 FrameCount = int | Callable[[Mapping[str, Any]], int | Grid]
@@ -126,7 +126,7 @@ def enhance_setting(text: str | None) -> float | str:
     except ValueError:
         weight = math.nan
     if not _is_weight(weight):
-        raise UserError(f"enhance must be auto or a number {_FROM_TO}, got {shown(text)}")
+        raise SettingError("enhance", f" must be auto or a number {_FROM_TO}, got {shown(text)}")
     return weight
 
 

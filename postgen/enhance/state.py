@@ -239,7 +239,7 @@ class Enhancement(AttachedPlugIn[EnhanceAVideoConfig]):
             self._warn(
                 "strength",
                 f"weight {strength * frames:.3g} is strong for {frames} latent frames (expect noise):"
-                " lower it, use relative_weight=, or bound it with max_gain=",
+                " use a lower weight or auto (in Python, also relative_weight or max_gain)",
             )
 
     def _warn(self, kind: str, text: str) -> None:

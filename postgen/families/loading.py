@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from postgen.errors import UserError, shown
+from postgen.errors import SettingError, UserError, shown
 from postgen.families.exports import NOTE, hint, read_note
 from postgen.families.model_folder import (
     Defaults,
@@ -123,7 +123,8 @@ def inspect_model(model: str | Path, *, images: bool = False) -> ModelFacts:
     """Read the small files of a model and return its facts, without reading weights.
 
     Args:
-        model: a local diffusers folder, a hub id, or an export of trained networks (`postgen.families.exports`).
+        model: a local diffusers folder, a hub id, an export of trained networks (`postgen.families.exports`), or
+            `embedded` for the embedded model.
         images: whether pipelines that make pictures are allowed as well.
 
     Raises:
@@ -210,7 +211,7 @@ def check_device_name(device: str) -> None:
         UserError: the name is unknown.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", device):
-        raise UserError(f"unknown device {shown(device)}. Known: {', '.join(DEVICES)}, cuda:N")
+        raise SettingError("device", f" {shown(device)}. Known: {', '.join(DEVICES)}, cuda:N", before="unknown ")
 
 
 def check_device(device: str) -> str:

@@ -69,15 +69,33 @@ def check_lora(text: str) -> None:
         text: as in `parse_lora`.
 
     Raises:
-        UserError: the file does not exist, is not safetensors, contains no LoRA, or contains NaN or infinity.
+        UserError: the file does not exist, is not safetensors, contains no LoRA, or contains NaN or infinity; or the
+            scale or the network is wrong.
     """
     from .lora_file import find_loras, open_lora
 
-    path = Path(parse_lora(text).path).expanduser()
-    if not path.exists() and _is_hub_id(parse_lora(text).path):
-        return
+    choice = parse_lora(text)
+    path = Path(choice.path).expanduser()
+    if not path.exists():
+        _check_form(choice.path)
+        if _is_hub_id(choice.path):
+            return
     for file in find_loras(path).values():
         open_lora(file)
+
+
+def _check_form(name: str) -> None:
+    """Refuse a name that does not exist because its scale or its network is wrong.
+
+    Raises:
+        UserError: the text after a colon is not a number, or the text before an equals sign is not a network.
+    """
+    place, colon, number = name.rpartition(":")
+    if colon and (place.endswith(".safetensors") or Path(place).expanduser().exists()):
+        raise UserError(f"the scale of the LoRA {place} is {shown(number)}, it must be a number: PATH:0.5")
+    network, equals, place = name.partition("=")
+    if equals and Path(place).expanduser().exists():
+        raise UserError(f"unknown network {shown(network)} of the LoRA {place}. Known: transformer, transformer_2")
 
 
 def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) -> None:

@@ -97,7 +97,7 @@ def find_loras(path: Path) -> dict[str | None, Path]:
         if present:
             return present
         if any(folder.glob("*/config.json")):
-            raise UserError(f"{folder} holds a whole model, not a LoRA: give it as --model")
+            raise UserError(f"{folder} holds a whole model, not a LoRA: use it as the --model of postgen generate")
     others = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if len(others) == 1 or any(map(_SHARD.search, map(str, others))):
         return find_loras(others[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from postgen.assets import EMBEDDED, model_folder
 from postgen.errors import UserError, is_number, shown
 from postgen.families.exports import NOTE
 from postgen.families.own_format import noted_words
@@ -57,6 +58,9 @@ def is_hub_id(model: str | Path) -> bool:
 def small_files(model: str) -> tuple[Path, str]:
     """Find the JSON files of a model; those of a model on the hub are downloaded.
 
+    Args:
+        model: a local folder, a hub id, or `embedded` for the embedded model.
+
     Returns:
         A local folder with the JSON files, and the folder or hub id to load the model from.
 
@@ -64,13 +68,16 @@ def small_files(model: str) -> tuple[Path, str]:
         UserError: there is no such folder, and the download from the hub fails.
     """
     check_name(model, f"the model {shown(model)}")
-    local = Path(model).expanduser()
+    local = model_folder(model).expanduser()
     if local.is_dir():
         return local, str(local.resolve())
     if local.exists():
         raise UserError(f"{model} is a file: give a model folder with a model_index.json, or a hub id")
     if not is_hub_id(model):
-        raise UserError(f"there is no model folder {model} (a hub id has the form owner/name)")
+        raise UserError(
+            f"there is no model folder {model}: give a folder, a hub id (owner/name), or {EMBEDDED} for the embedded"
+            " model"
+        )
     from huggingface_hub import snapshot_download
 
     try:

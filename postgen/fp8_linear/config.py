@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from postgen.errors import UserError, shown, why_no_pattern
+from postgen.errors import SettingError, UserError, shown, why_no_pattern
 
 PARTS = ("attention", "cross_attention", "feed_forward", "feed_forward_out")
 """The parts that `--fp8-linears` can name; `FP8LinearConfig` describes each part."""
@@ -71,7 +71,7 @@ def fp8_linears_setting(text: str | None) -> FP8LinearConfig | bool:
         return FP8LinearConfig()
     names = {name.strip() for name in (text or "").split(",")}
     if not names <= set(PARTS):
-        raise UserError(
-            f"fp8_linears must be auto, off or some of {', '.join(PARTS)} separated by commas, got {shown(text)}"
+        raise SettingError(
+            "fp8_linears", f" must be auto, off or some of {', '.join(PARTS)} separated by commas, got {shown(text)}"
         )
     return FP8LinearConfig(**{part: part in names for part in PARTS})  # type: ignore[arg-type]

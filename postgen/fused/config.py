@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from postgen.errors import UserError, shown
+from postgen.errors import SettingError, UserError, shown
 
 FUSED = ("norm_rope", "adaln", "attention")
 """The operations that `--fused` can name; `FusedOpsConfig` describes each operation."""
@@ -64,8 +64,8 @@ def fused_setting(text: str | None) -> FusedOpsConfig | bool:
         return FusedOpsConfig()
     names = {name.strip() for name in (text or "").split(",")}
     if not names <= set(FUSED):
-        raise UserError(
-            f"fused must be auto, off or some of {', '.join(FUSED)} separated by commas, got {shown(text)}"
+        raise SettingError(
+            "fused", f" must be auto, off or some of {', '.join(FUSED)} separated by commas, got {shown(text)}"
         )
     attention = "auto" if "attention" in names else None
     return FusedOpsConfig(norm_rope="norm_rope" in names, adaln="adaln" in names, attention=attention)

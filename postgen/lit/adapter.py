@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from postgen.assets import EMBEDDED, embedded_lit
 from postgen.errors import UserError, shown
+from postgen.families.exports import NOTE
 from postgen.families.own_format import read_note, without_note
 from postgen.files import check_place, replacing
 from postgen.lit.config import LiTConfig
@@ -99,6 +100,10 @@ def adapter_file(named: str | Path) -> Path:
         return embedded_lit()
     check_name(str(named), "the adapter")
     path = Path(named).expanduser()
+    if path.is_dir() and not (path / ADAPTER).exists():
+        converted = (path / NOTE).is_file() or (path / "model_index.json").is_file()
+        hint = f"it is a model, use it with --model {named}" if converted else "give the file of the adapter"
+        raise UserError(f"the folder {named} has no {ADAPTER}: {hint}")
     return path / ADAPTER if path.is_dir() else path
 
 

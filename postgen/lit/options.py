@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from postgen.errors import UserError, check_number, is_whole, shown
+from postgen.errors import SettingError, UserError, check_number, is_whole, shown
 
 LINEAR_TYPES = ("lit", "mhla", "anchor", "chunk", "window_delta", "window_linear")
 """Layer types to which the attention of a block can be converted."""
@@ -22,7 +22,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         UserError: another value.
     """
     if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
-        raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {name}={shown(value)}")
+        raise SettingError(name, f" must be one of {', '.join(map(str, allowed))}, got {shown(value)}")
 
 
 def check_taps(name: str, value: Any) -> None:

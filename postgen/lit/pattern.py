@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from postgen.errors import UserError, did_you_mean, shown
+from postgen.errors import SettingError, UserError, did_you_mean, shown
 from postgen.lit.options import TYPES
 
 _EVERY = re.compile(r"every (\d{1,9})(st|nd|rd|th)?")
@@ -28,9 +28,10 @@ def checked_layers(layers: str | Sequence[str]) -> Layers:
         _parsed(layers)
         return layers
     if not isinstance(layers, list | tuple) or not layers:
-        raise UserError(
-            f"layers must be a text such as 'every 2nd:window_delta' or a list with one layer type per block, got"
-            f" {shown(layers)}"
+        raise SettingError(
+            "layers",
+            " must be a text such as 'every 2nd:window_delta' or a list with one layer type per block, got"
+            f" {shown(layers)}",
         )
     for kind in layers:
         _check_type(kind)
@@ -56,11 +57,14 @@ def types_of_blocks(layers: Layers, count: int, *, first_block: bool) -> tuple[s
     else:
         found = list(layers)
     if len(found) != count:
-        raise UserError(f"layers has {len(found)} layer types, but the model has {count} blocks: give one per block")
+        raise SettingError(
+            "layers", f" has {len(found)} layer types, but the model has {count} blocks: give one per block"
+        )
     if found[0] != "softmax" and not first_block:
-        raise UserError(
-            f"layers converts block 0 to {found[0]}, but block 0 is the most sensitive one and stays softmax by"
-            " default: leave it out, or set first_block=True (--first-block)"
+        raise SettingError(
+            "layers",
+            f" converts block 0 to {found[0]}, but block 0 is the most sensitive one and stays softmax by default:"
+            " leave it out, or allow it with --first-block (first_block=True in Python)",
         )
     return tuple(found)
 
@@ -70,7 +74,9 @@ def _parsed(text: str) -> list[tuple[_Where, str]]:
     for part in text.split(","):
         where, colon, kind = (each.strip() for each in part.partition(":"))
         if not colon:
-            raise UserError(f"layers must be a text of WHERE:TYPE such as 'every 2nd:window_delta', got {shown(text)}")
+            raise SettingError(
+                "layers", f" must be a text of WHERE:TYPE such as 'every 2nd:window_delta', got {shown(text)}"
+            )
         _check_type(kind)
         parts.append((_where(where, text), kind))
     return parts
@@ -92,7 +98,7 @@ class _Where:
             UserError: the model has fewer blocks than the selection names.
         """
         if self.last is not None and self.last >= count:
-            raise UserError(f"layers names block {self.last}, but the model has blocks 0 to {count - 1}")
+            raise SettingError("layers", f" names block {self.last}, but the model has blocks 0 to {count - 1}")
         first = self.first
         if self.pattern and first == 0 and not first_block:
             first += self.step
@@ -109,9 +115,10 @@ def _where(where: str, text: str) -> _Where:
         first, last = int(blocks[1]), int(blocks[2] or blocks[1])
         if first <= last:
             return _Where(first, 1, last, pattern=False)
-    raise UserError(
-        f"layers has {shown(where)} in place of blocks: use all, every N, a block such as 3 or a range such as 1-8;"
-        f" got {shown(text)}"
+    raise SettingError(
+        "layers",
+        f" has {shown(where)} in place of blocks: use all, every N with a space (every 2nd), a block such as 3 or a"
+        f" range such as 1-8; got {shown(text)}",
     )
 
 

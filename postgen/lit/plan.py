@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from postgen.errors import UserError, check_number
+from postgen.errors import SettingError, UserError, check_number
 from postgen.lit.config import LiTConfig
 from postgen.lit.costs import UNITS, CostTable, model_number
 from postgen.lit.options import TYPES
@@ -193,9 +193,17 @@ def check_budget(costs: CostTable, budget: float, kinds: Sequence[str], *, first
     if costs.base + least > _most(costs, budget):
         # Rounded up, so that the printed number is a valid budget.
         share = math.ceil(10_000 * Fraction(costs.base + least, costs.base)) / 10_000
-        raise UserError(
-            f"budget={budget:g} cannot be met with {', '.join(kinds)}: the smallest possible budget is {share:.4f} at"
-            f" {' x '.join(map(str, costs.shape))}. Use a larger budget, other layer types, or a longer or larger clip"
+        size = " x ".join(map(str, costs.shape))
+        if least == 0:
+            raise SettingError(
+                "budget",
+                f" {budget:g} cannot be met with {', '.join(kinds)}: at {size} no block becomes cheaper. Use other"
+                " layer types, or a longer or larger clip",
+            )
+        raise SettingError(
+            "budget",
+            f" {budget:g} cannot be met with {', '.join(kinds)}: the smallest possible budget is {share:.4f} at"
+            f" {size}. Use a larger budget, other layer types, or a longer or larger clip",
         )
 
 

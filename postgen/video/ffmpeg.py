@@ -266,8 +266,15 @@ def _tells_damage(log: IO[bytes]) -> bool:
     return any(words in text for words in _DAMAGE)
 
 
+_NO_VIDEO = ("moov atom not found", "Invalid data found when processing input")
+"""Messages of ffmpeg about a file in which it finds no video."""
+
+
 def _reason(log: IO[bytes]) -> str:
     """Return the first non-empty line of ffmpeg's log, without its `[mov @ 0x55..]` prefix."""
     log.seek(0)
     lines = [line.rsplit("] ", 1)[-1].strip() for line in log.read(10_000).decode(errors="replace").splitlines()]
-    return next(filter(None, lines), "ffmpeg gave no reason")
+    found = [line for line in lines if line]
+    if any(text in line for line in found for text in _NO_VIDEO):
+        return f"it is not a video, or it is damaged (ffmpeg: {found[0]})"
+    return found[0] if found else "ffmpeg gave no reason"

@@ -266,7 +266,9 @@ def test_export_lora_says_what_is_wrong(tmp_path, cli):
     assert "cannot read the LoRA" in told(tmp_path / "f.safetensors", *comfyui)
     (tmp_path / "g" / "transformer").mkdir(parents=True)
     (tmp_path / "g" / "transformer" / "config.json").write_text("{}")
-    assert "holds a whole model, not a LoRA: give it as --model" in told(tmp_path / "g", *comfyui)
+    assert "holds a whole model, not a LoRA: use it as the --model of postgen generate" in told(
+        tmp_path / "g", *comfyui
+    )
     assert not (tmp_path / "out.safetensors").exists()
 
 

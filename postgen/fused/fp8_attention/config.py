@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from postgen.errors import UserError, cut_words, shown, why_no_pattern
+from postgen.errors import SettingError, UserError, cut_words, shown, why_no_pattern
 
 USUAL = "key_mean+balance+rotation+value_mean"
 """The default preparation: `str(postgen.kernels.attention_fp8.preparation.Preparation())`."""
@@ -104,8 +104,8 @@ def fp8_attention_setting(text: str | None) -> FP8AttentionConfig | bool:
     if text == "simulate":
         return FP8AttentionConfig(simulate=True)
     if text != "auto" and not str(text).endswith(".json"):
-        raise UserError(
-            f"fp8_attention must be auto, simulate, off or the path of a report (.json), got {shown(text)}"
+        raise SettingError(
+            "fp8_attention", f" must be auto, simulate, off or the path of a report (.json), got {shown(text)}"
         )
     from postgen.fused.fp8_attention.available import check_available
     from postgen.fused.fp8_attention.report import FP8AttentionReport

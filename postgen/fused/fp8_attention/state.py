@@ -159,7 +159,11 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         if config.first_exact_steps + config.last_exact_steps >= steps:
             self._note = f"all of the {steps} steps stay exact"
             if not torch.compiler.is_compiling():
-                warn_once(f"FP8 attention: {self._note}: lower first_exact_steps or last_exact_steps")
+                least = config.first_exact_steps + config.last_exact_steps + 1
+                warn_once(
+                    f"FP8 attention: {self._note}: use at least {least} steps, or in Python lower first_exact_steps or"
+                    " last_exact_steps"
+                )
 
     def counts(self) -> dict[str, int]:
         """Return the number of FP8 layers, of exact layers, and of outputs that the guard found not finite."""
