@@ -15,7 +15,7 @@ import torch
 
 from postgen.families import Grid, blocks_of, denoiser_for
 from postgen.families.attention.reading import Norms, Reading, Rope, Stream
-from postgen.lit import ChunkOptions, LiTConfig, LitOptions, WindowOptions, convert, load, revert, save
+from postgen.lit import ChunkOptions, LitConfig, LitOptions, WindowOptions, convert, load, revert, save
 from postgen.lit.attention_transfer import attention_tasks, grid_of
 from postgen.lit.layers import Shape, make_layer
 from postgen.lit.tokens import Tokens
@@ -67,7 +67,7 @@ def family_converts(name: str) -> str:
     # Two clips, because products with a single row round differently with the alignment of the weights in memory.
     tiny = tiny_model(name, batch=2)
     stock = tiny()
-    report = convert(tiny.transformer, LiTConfig(layers="all:lit"))
+    report = convert(tiny.transformer, LitConfig(layers="all:lit"))
     converted = tiny()
     with tempfile.TemporaryDirectory() as folder:
         save(tiny.transformer, folder)
@@ -167,7 +167,7 @@ def _stage_one() -> tuple[Any, dict[str, int], ReconstructTask]:
     torch.manual_seed(0)
     pipe, size = pipeline("Wan")
     denoiser, last = denoiser_for(pipe), len(blocks_of(pipe.transformer)) - 1
-    config = LiTConfig(layers=f"{last}:window_delta", window=WindowOptions(radius=0, conv=False))
+    config = LitConfig(layers=f"{last}:window_delta", window=WindowOptions(radius=0, conv=False))
     (task,) = attention_tasks(denoiser, config, grid_of(denoiser, PROMPTS[0], size))
     return pipe, size, task
 

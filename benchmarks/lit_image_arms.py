@@ -34,7 +34,7 @@ class Arm:
     lit: Mapping[str, Any] = field(default_factory=dict)
     """Changed settings of `LitOptions`."""
     conversion: Mapping[str, Any] = field(default_factory=dict)
-    """Changed settings of `LiTConfig`."""
+    """Changed settings of `LitConfig`."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Changed settings of the method `lit`."""
     teacher: str = TEACHER
@@ -213,7 +213,7 @@ def _convert(start: str, seed: int, conversion: Mapping[str, Any], out: Path, si
     import torch
     from diffusers import DiTTransformer2DModel
 
-    from postgen.lit import LiTConfig, convert, save
+    from postgen.lit import LitConfig, convert, save
     from postgen.pretrain.class_to_image import ClassToImageConfig, new_dit
 
     if start in TEACHERS:
@@ -222,7 +222,7 @@ def _convert(start: str, seed: int, conversion: Mapping[str, Any], out: Path, si
         torch.manual_seed(1000 + seed)
         told = settings_of(f"{TEACHER}.{seed}", out, size)
         model = new_dit(ClassToImageConfig.from_dict({**told, "cuda_graphs": False}))
-    convert(model, LiTConfig.from_json(dict(conversion)))
+    convert(model, LitConfig.from_json(dict(conversion)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     save(model, folder)
 

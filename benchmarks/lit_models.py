@@ -18,7 +18,7 @@ from postgen.families import Grid, blocks_of
 from postgen.fused import FusedOpsHandle
 from postgen.kernels.attention.backends import Call
 from postgen.kernels.attention.ops import attention, router
-from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, convert, revert
+from postgen.lit import LitConfig, MhlaOptions, WindowOptions, convert, revert
 from postgen.lit.layers.base import LitLayer
 from postgen.lit.layers.window import WindowLayer
 
@@ -77,11 +77,11 @@ class Kind:
     kind: str
     radius: int = 2
 
-    def config(self, where: str, grid: Grid) -> LiTConfig:
+    def config(self, where: str, grid: Grid) -> LitConfig:
         """Return the conversion of some blocks.
 
         Args:
-            where: a text for `LiTConfig.layers`, with `{}` in place of the type.
+            where: a text for `LitConfig.layers`, with `{}` in place of the type.
             grid: the token grid of the clip.
         """
         shape = (grid.frames, grid.height, grid.width)
@@ -89,7 +89,7 @@ class Kind:
         blocks = (1, min(4, grid.height), min(4, grid.width))
         mhla = MhlaOptions(blocks=blocks)
         window = WindowOptions(radius=self.radius)
-        return LiTConfig(layers=where.format(self.kind), grid=shape, mhla=mhla, window=window)
+        return LitConfig(layers=where.format(self.kind), grid=shape, mhla=mhla, window=window)
 
 
 KINDS = {
@@ -114,7 +114,7 @@ class Plan(NamedTuple):
     kind: str
     """Key of `KINDS`."""
     where: str
-    """Text for `LiTConfig.layers`, with `{}` in place of the type."""
+    """Text for `LitConfig.layers`, with `{}` in place of the type."""
 
 
 PLANS = (
@@ -160,7 +160,7 @@ class Built:
         return self.transformer(**self.arguments, return_dict=False)[0]
 
     @contextmanager
-    def side(self, config: LiTConfig | None) -> Iterator[FusedOpsHandle]:
+    def side(self, config: LitConfig | None) -> Iterator[FusedOpsHandle]:
         """Convert the transformer, or leave it stock for None, and apply fused operations; undo both at the end.
 
         Both sides of a comparison use the same fused operations and the router's fastest softmax backend. Without

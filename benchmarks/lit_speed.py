@@ -49,7 +49,7 @@ from benchmarks.lit_models import (
     density,
     timed,
 )
-from postgen.lit import LiTConfig, layers_of, set_grid
+from postgen.lit import LitConfig, layers_of, set_grid
 from postgen.lit.pattern import types_of_blocks
 
 Row = dict[str, Any]
@@ -204,7 +204,7 @@ def against_ceiling(stock: Row, milliseconds: float, converted: float) -> Row:
     return {"ms": milliseconds, "speed_up": gain, "ceiling": ceiling, "over_ceiling": gain / ceiling}
 
 
-def converted_blocks(config: LiTConfig, blocks: int) -> list[int]:
+def converted_blocks(config: LitConfig, blocks: int) -> list[int]:
     """Return the indices of the blocks that a config converts."""
     kinds = types_of_blocks(config.layers, blocks, first_block=config.first_block)
     return [block for block, kind in enumerate(kinds) if kind != "softmax"]

@@ -20,7 +20,7 @@ from benchmarks.lit_models import KINDS, THREE_QUARTERS, density
 from benchmarks.lit_models import PLANS as TIMED
 from postgen.errors import UserError
 from postgen.families import Grid
-from postgen.lit import CostTable, LiTConfig, Scores, plan
+from postgen.lit import CostTable, LitConfig, Scores, plan
 from postgen.lit.layers.anchor import Anchor
 from postgen.lit.layers.base import LitLayer
 from postgen.lit.layers.chunk import Chunk
@@ -169,7 +169,7 @@ def _students(group: str, winner: str) -> Iterator[str]:
         yield f"{SHARED if winner == 'delta_r0' else winner}.half.0"
 
 
-def conversion(kind: str, layers: str | tuple[str, ...], grid: Grid, seed: int) -> LiTConfig:
+def conversion(kind: str, layers: str | tuple[str, ...], grid: Grid, seed: int) -> LitConfig:
     """Return the conversion of some blocks to a type of `TYPES`.
 
     Args:

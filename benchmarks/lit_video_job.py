@@ -32,7 +32,7 @@ from postgen.families import denoiser_for
 from postgen.files import replacing
 from postgen.info import versions
 from postgen.lit import (
-    LiTConfig,
+    LitConfig,
     Scores,
     apply_adapter,
     convert,
@@ -246,7 +246,7 @@ def whole(args: LitTrainingConfig) -> None:
         raise SystemExit("the training was interrupted before its last step: run the command again")
 
 
-def report_kind(config: LiTConfig) -> str:
+def report_kind(config: LitConfig) -> str:
     """Return the layer type of a conversion of all blocks."""
     return str(config.layers).removeprefix("all:")
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import WanPipeline
 
 import postgen
-from postgen.lit import LiTConfig, WindowOptions, apply_adapter, convert, revert, save_adapter
+from postgen.lit import LitConfig, WindowOptions, apply_adapter, convert, revert, save_adapter
 
 CALL = {"height": 96, "width": 96, "num_frames": 9, "num_inference_steps": 6, "guidance_scale": 3.0}
 ADAPTER = Path("out/two-blocks.safetensors")
@@ -27,7 +27,7 @@ def main() -> None:
         return pipe("a blue cube falls", **CALL, generator=generator, output_type="pt").frames[0]
 
     stock = make()
-    print(convert(pipe.transformer, LiTConfig(layers="3-4:window_delta", window=WindowOptions(radius=1))))
+    print(convert(pipe.transformer, LitConfig(layers="3-4:window_delta", window=WindowOptions(radius=1))))
     print(f"{ADAPTER}: {save_adapter(pipe.transformer, ADAPTER) / 1e6:.2f} MB")
     revert(pipe.transformer)
     assert torch.equal(make(), stock)  # the stock model again, bit by bit

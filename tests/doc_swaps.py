@@ -80,10 +80,10 @@ for name, language in (("own_model.py", "python"), ("own.yaml", "yaml")):
     "lit_video.md": """
 import pathlib
 from diffusers import WanPipeline
-from postgen.lit import LiTConfig, convert, save_adapter
+from postgen.lit import LitConfig, convert, save_adapter
 
 transformer = WanPipeline.from_pretrained("postgen/assets/tiny-wan").transformer
-convert(transformer, LiTConfig(layers="3:window_delta"))
+convert(transformer, LitConfig(layers="3:window_delta"))
 pathlib.Path("OUT/export").mkdir(parents=True)
 save_adapter(transformer, "OUT/export/adapter.safetensors")
 """,

@@ -15,7 +15,7 @@ from postgen.errors import UserError
 from postgen.families.exports import write_note
 from postgen.families.loading import inspect_model, load_pipeline
 from postgen.generate import prepare
-from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, convert, save
+from postgen.lit import LitConfig, MhlaOptions, WindowOptions, convert, save
 from postgen.request import GenerateConfig
 from postgen.video import probe, read_video
 from tests.test_cli_errors import names
@@ -27,10 +27,10 @@ SIZE = ("--size", "32x16", "--steps", "1", "--frames", "9")
 @pytest.fixture
 def half(tiny_wan: Path, tmp_path: Path) -> Path:
     """Output of `convert lit`: block 1 of 2 uses softmax for its own frame, and linear attention for other frames."""
-    return converted(tiny_wan, tmp_path / "half", LiTConfig(layers="1:window_delta", window=WindowOptions(radius=0)))
+    return converted(tiny_wan, tmp_path / "half", LitConfig(layers="1:window_delta", window=WindowOptions(radius=0)))
 
 
-def converted(model: Path, place: Path, config: LiTConfig) -> Path:
+def converted(model: Path, place: Path, config: LitConfig) -> Path:
     pipe = load_pipeline(inspect_model(model), device="cpu")
     convert(pipe.transformer, config)
     save(pipe.transformer, place / "transformer")
@@ -72,7 +72,7 @@ def test_teacher_and_student(cli: Any, tiny_wan: Path, half: Path, tmp_path: Pat
 
 def test_a_student_that_is_its_teacher_makes_its_clip(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
     """The window is the whole clip. Both models use the same settings, also if the student has other defaults."""
-    same = converted(tiny_wan, tmp_path / "same", LiTConfig(layers="1:window_delta"))
+    same = converted(tiny_wan, tmp_path / "same", LitConfig(layers="1:window_delta"))
     pipe = load_pipeline(inspect_model(same), device="cpu")
     pipe.save_pretrained(tmp_path / "whole")
     (tmp_path / "whole" / "postgen.json").write_text('{"width": 64, "num_inference_steps": 7}')
@@ -103,7 +103,7 @@ def test_other_models(tiny_wan: Path, half: Path, tmp_path: Path) -> None:
     refused("twin cannot be compared with .*: z_dim of its vae is 8, and in .* it is 4", twin)
     changed(twin, "model_index.json", _class_name="WanImageToVideoPipeline")
     refused("twin cannot be compared with .*: it is a WanImageToVideoPipeline with a WanTr", twin)
-    bound = LiTConfig(layers="1:mhla", grid=(3, 1, 2), mhla=MhlaOptions(blocks=(1, 1, 2), interpolate=False))
+    bound = LitConfig(layers="1:mhla", grid=(3, 1, 2), mhla=MhlaOptions(blocks=(1, 1, 2), interpolate=False))
     fixed = converted(tiny_wan, tmp_path / "fixed", bound)
     refused(r"fixed/transformer: this mhla layer is made for a grid of \(3, 1, 2\) tokens .* got \(2, 1, 2\)", fixed,
             num_frames=5)  # fmt: skip

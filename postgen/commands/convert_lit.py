@@ -104,7 +104,7 @@ def convert_lit(
     from postgen.compat import quiet_libraries
     from postgen.families.installed import transformers_of
     from postgen.generate import load, prepare
-    from postgen.lit import LiTConfig
+    from postgen.lit import LitConfig
     from postgen.request import GenerateConfig
 
     of_budget = {"--kinds": kinds, "--measure": measure or None, "--prompt": prompt, "--steps": steps}
@@ -113,7 +113,7 @@ def convert_lit(
         model=model, prompt=(prompt or PROMPTS)[0], num_frames=frames, height=height, width=width, dtype=dtype,
         num_inference_steps=STEPS if steps is None else steps, device=device,
     )  # fmt: skip
-    settings = LiTConfig(layers="all:softmax" if layers is None else layers, first_block=first_block, inherit=inherit)
+    settings = LitConfig(layers="all:softmax" if layers is None else layers, first_block=first_block, inherit=inherit)
     names = None if kinds is None else _layer_types(kinds)
     job = prepare(config)
     if job.facts.transformer is None:

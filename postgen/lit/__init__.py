@@ -1,7 +1,7 @@
 """Hybrid linear attention: convert the self-attention of a trained transformer, block by block (LiT,
 arXiv:2501.12976; Video DeltaNet, arXiv:2609.20744; and others).
 
-    report = convert(pipe.transformer, LiTConfig(layers="every 2nd:window_delta"))
+    report = convert(pipe.transformer, LitConfig(layers="every 2nd:window_delta"))
     save(pipe.transformer, "out")
     transformer = load("out")  # does not need the stock model
     revert(pipe.transformer)
@@ -17,7 +17,7 @@ The training modules are imported when `transfer` is first used, so that inferen
 from typing import TYPE_CHECKING, Any
 
 from postgen.lit.adapter import apply_adapter, save_adapter
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.convert import conversion_of, convert, layers_of, revert, set_grid
 from postgen.lit.costs import CostTable, count, measure
 from postgen.lit.options import AnchorOptions, ChunkOptions, LitOptions, MhlaOptions, WindowOptions
@@ -33,7 +33,7 @@ __all__ = [
     "AnchorOptions",
     "ChunkOptions",
     "CostTable",
-    "LiTConfig",
+    "LitConfig",
     "LitOptions",
     "MhlaOptions",
     "Plan",

@@ -18,7 +18,7 @@ from postgen.errors import UserError, shown
 from postgen.families.exports import NOTE
 from postgen.families.own_format import read_note, without_note
 from postgen.files import check_place, replacing
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.reading import check_name
 from postgen.tensor_files import opened
 
@@ -47,7 +47,7 @@ class Adapter:
     """Class name of the stock transformer."""
     base: Mapping[str, Any]
     """Config of the stock transformer."""
-    config: LiTConfig
+    config: LitConfig
     """Settings of the conversion."""
 
     def check(self, transformer: str | None, config: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ def read_adapter(named: str | Path) -> Adapter:
         base, config = json.loads(said["base"]), json.loads(said["config"])
         if not base or not config or not all(isinstance(each, dict) for each in (base, config)):
             raise ValueError("no settings")
-        return Adapter(path=path, transformer=said["transformer"], base=base, config=LiTConfig.from_json(config))
+        return Adapter(path=path, transformer=said["transformer"], base=base, config=LitConfig.from_json(config))
     except (KeyError, TypeError, ValueError, RecursionError, UserError) as error:
         raise UserError(f"the adapter {path} is damaged: its metadata cannot be read ({error})") from error
 

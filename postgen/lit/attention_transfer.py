@@ -26,7 +26,7 @@ from postgen.families import Denoiser, Grid, denoiser_for, tokens_of
 from postgen.families.attention import AttentionReader
 from postgen.families.installed import installed
 from postgen.files import check_place, replacing
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD, NAME, Converted
 from postgen.lit.convert import (
     PROJECTIONS,
@@ -69,7 +69,7 @@ FOLDER = "transformer"
 
 def transfer(
     pipe: Any,
-    config: LiTConfig,
+    config: LitConfig,
     prompts: Iterable[str | Mapping[str, Any]],
     *,
     records: RecordsConfig,
@@ -111,7 +111,7 @@ def transfer(
     Example:
         size = {"num_frames": 81, "height": 480, "width": 832}
         train = ReconstructConfig(output_dir="lit-transfer", max_steps=300)
-        transfer(pipe, LiTConfig(), prompts, records=RecordsConfig(**size), train=train, where="records")
+        transfer(pipe, LitConfig(), prompts, records=RecordsConfig(**size), train=train, where="records")
     """
     share = share or Share.launched()
     denoiser = denoiser_for(pipe)
@@ -128,7 +128,7 @@ def transfer(
 
 def train_layers(
     denoiser: Denoiser,
-    config: LiTConfig,
+    config: LitConfig,
     prompts: Iterable[str | Mapping[str, Any]],
     *,
     records: RecordsConfig,
@@ -175,7 +175,7 @@ def _held(where: Path) -> Iterator[None]:
 
 
 def attention_tasks(
-    denoiser: Denoiser, config: LiTConfig, grid: Grid, *, inherited: bool = False
+    denoiser: Denoiser, config: LitConfig, grid: Grid, *, inherited: bool = False
 ) -> list[ReconstructTask]:
     """Return one reconstruction task for each self-attention module that the conversion changes.
 
@@ -235,7 +235,7 @@ class Student(nn.Module):
         return out.flatten(2)
 
 
-def put_in(transformer: nn.Module, config: LiTConfig, report: Report) -> None:
+def put_in(transformer: nn.Module, config: LitConfig, report: Report) -> None:
     """Convert a stock transformer and load the weights of a finished `transfer` into its layers, in place.
 
     Args:
@@ -333,7 +333,7 @@ def _task(
     model: nn.Module,
     each: Converted,
     reader: AttentionReader,
-    config: LiTConfig,
+    config: LitConfig,
     grid: Grid,
     *,
     inherited: bool,

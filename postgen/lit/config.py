@@ -28,7 +28,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LiTConfig:
+class LitConfig:
     """The layer type of each block, and the options of the layer types."""
 
     layers: Layers = "every 2nd:window_delta"
@@ -80,7 +80,7 @@ class LiTConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LiTConfig:
+    def from_json(cls, values: Mapping[str, Any]) -> LitConfig:
         """Create a configuration from the values that `as_json` returned.
 
         Raises:
@@ -90,7 +90,7 @@ class LiTConfig:
         for name, kind in _OPTIONS.items():
             if isinstance(given.get(name), Mapping):
                 given[name] = _made(kind, name, given[name])
-        made: LiTConfig = _made(cls, "LiTConfig", given)
+        made: LitConfig = _made(cls, "LitConfig", given)
         return made
 
 

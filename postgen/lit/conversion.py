@@ -22,7 +22,7 @@ from postgen.lit.tokens import Tokens
 if TYPE_CHECKING:
     from postgen.families import Grid
     from postgen.families.attention import AttentionReader
-    from postgen.lit.config import LiTConfig
+    from postgen.lit.config import LitConfig
     from postgen.lit.layers import LitLayer
     from postgen.lit.report import Report
 
@@ -54,7 +54,7 @@ class Converted:
 class Conversion:
     """The conversion of one transformer: its settings, hooks and claimed attention modules."""
 
-    def __init__(self, model: nn.Module, config: LiTConfig, converted: tuple[Converted, ...], report: Report) -> None:
+    def __init__(self, model: nn.Module, config: LitConfig, converted: tuple[Converted, ...], report: Report) -> None:
         self.config, self.converted, self.report = config, converted, report
         self.fresh = False
         """Whether the projections of converted blocks were initialised anew."""

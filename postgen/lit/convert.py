@@ -16,7 +16,7 @@ from postgen.families.installed import installed, processor_stack, transformers_
 from postgen.families.linear import replace_linears, replaced_linears
 from postgen.families.own_format import erase_note, read_note, write_note
 from postgen.lit.adapter import check_weights, put_back
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
 from postgen.lit.layers import LitLayer, Shape, make_layer
 from postgen.lit.options import LINEAR_TYPES, OF_FRAMES
@@ -54,7 +54,7 @@ class Fresh(nn.Module):
         return out
 
 
-def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
+def convert(transformer: nn.Module, config: LitConfig | None = None) -> Report:
     """Convert the self-attention over the video (or image) of a stock transformer, block by block, in place.
 
     Each new layer is a child of its attention module, on the device and in the dtype of the projections. Every weight
@@ -64,7 +64,7 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
 
     Args:
         transformer: a transformer of diffusers, possibly wrapped (compiled, DDP, ...).
-        config: the layer types and their options; None for `LiTConfig()`, every second block `window_delta`.
+        config: the layer types and their options; None for `LitConfig()`, every second block `window_delta`.
 
     Returns:
         The report; `print` shows a table.
@@ -75,11 +75,11 @@ def convert(transformer: nn.Module, config: LiTConfig | None = None) -> Report:
             The transformer is unchanged in these cases.
 
     Example:
-        print(convert(pipe.transformer, LiTConfig(layers="every 2nd:window_delta")))
+        print(convert(pipe.transformer, LitConfig(layers="every 2nd:window_delta")))
     """
-    config = LiTConfig() if config is None else config
-    if not isinstance(config, LiTConfig):
-        raise UserError(f"config must be a LiTConfig, got {type(config).__name__}")
+    config = LitConfig() if config is None else config
+    if not isinstance(config, LitConfig):
+        raise UserError(f"config must be a LitConfig, got {type(config).__name__}")
     model = the_transformer(transformer)
     if NAME in installed(model).plug_ins:
         raise UserError(
@@ -249,7 +249,7 @@ def readers_for(model: nn.Module, chosen: tuple[Converted, ...]) -> dict[str, At
     return readers
 
 
-def new_layers(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> dict[str, LitLayer]:
+def new_layers(model: nn.Module, config: LitConfig, chosen: tuple[Converted, ...]) -> dict[str, LitLayer]:
     """Create the new layers of the chosen modules. The global random state does not change."""
     layers = {}
     with torch.random.fork_rng(devices=[]):
@@ -262,7 +262,7 @@ def new_layers(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...
     return layers
 
 
-def shape_of(module: Any, config: LiTConfig) -> Shape:
+def shape_of(module: Any, config: LitConfig) -> Shape:
     """Return the sizes of an attention module of a stock transformer, for its new layer."""
     grid = None
     if config.grid is not None:
@@ -296,7 +296,7 @@ def _end_anew(model: nn.Module, conversion: Conversion) -> None:
         replaced_linears(model)[NAME].remove()
 
 
-def _begin_anew(model: nn.Module, config: LiTConfig, chosen: tuple[Converted, ...]) -> None:
+def _begin_anew(model: nn.Module, config: LitConfig, chosen: tuple[Converted, ...]) -> None:
     names = "|".join(re.escape(each.module) for each in chosen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
@@ -310,7 +310,7 @@ def _report(
     types: tuple[str, ...],
     modules: list[list[str]],
     layers: Mapping[str, LitLayer],
-    config: LiTConfig,
+    config: LitConfig,
 ) -> Report:
     rows = []
     for block, names in enumerate(modules):

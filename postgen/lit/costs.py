@@ -19,7 +19,7 @@ from postgen.families import Grid
 from postgen.families.cost import forward_cost
 from postgen.families.latency import measure_latency
 from postgen.families.own_format import without_note
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.convert import convert, modules_of_blocks, revert, shape_of, stock_transformer, the_transformer
 from postgen.lit.layers import make_layer
 from postgen.lit.record import Record, read_record
@@ -95,7 +95,7 @@ def count(
     height: int,
     width: int,
     kinds: Sequence[str] | None = None,
-    config: LiTConfig | None = None,
+    config: LitConfig | None = None,
 ) -> CostTable:
     """Count the FLOPs of a step, and how each layer type changes them in each block.
 
@@ -111,7 +111,7 @@ def count(
         UserError: a layer type is unknown, the FLOPs of the class or size cannot be counted, or the transformer is
             converted already.
     """
-    model, config = stock_transformer(transformer, "count"), config or LiTConfig()
+    model, config = stock_transformer(transformer, "count"), config or LitConfig()
     kinds = usual_kinds(model) if kinds is None else kinds
     check_kinds(kinds)
     modules = modules_of_blocks(model)
@@ -148,7 +148,7 @@ def measure(
     height: int,
     width: int,
     kinds: Sequence[str] | None = None,
-    config: LiTConfig | None = None,
+    config: LitConfig | None = None,
     repeats: int = 5,
 ) -> CostTable:
     """Time a step with softmax in every block, and a step with each layer type in every block but the first.
@@ -168,7 +168,7 @@ def measure(
     Raises:
         UserError: see `count`; or the transformer has only one block.
     """
-    model, config = the_transformer(transformer), config or LiTConfig()
+    model, config = the_transformer(transformer), config or LitConfig()
     size: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
     counted = count(model, **size, kinds=kinds, config=config)
     shape = counted.shape
@@ -207,7 +207,7 @@ def _softmax(blocks: Mapping[str, Any], names: list[str]) -> int:
     return flops
 
 
-def _block_flops(model: nn.Module, names: list[str], kind: str, config: LiTConfig, grid: Grid, softmax: int) -> int:
+def _block_flops(model: nn.Module, names: list[str], kind: str, config: LitConfig, grid: Grid, softmax: int) -> int:
     """Return the FLOPs of the new layers of one block. The layers are created on the meta device, without memory."""
     total = 0
     for place, name in enumerate(names):

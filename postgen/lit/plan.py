@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from postgen.errors import SettingError, UserError, check_number
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.costs import UNITS, CostTable, model_number
 from postgen.lit.options import TYPES
 from postgen.lit.record import Record, read_record
@@ -75,12 +75,12 @@ class Plan(Record):
     def config(
         self,
         transformer: nn.Module,
-        config: LiTConfig | None = None,
+        config: LitConfig | None = None,
         *,
         shape: tuple[int, int, int] | None = None,
         device: str | None = None,
-    ) -> LiTConfig:
-        """Return a `LiTConfig` for `convert` with the layer types of this plan.
+    ) -> LitConfig:
+        """Return a `LitConfig` for `convert` with the layer types of this plan.
 
         Args:
             transformer: the transformer to convert.
@@ -104,7 +104,7 @@ class Plan(Record):
             )
         if device is not None and self.device and device != self.device:
             raise UserError(f"this plan was measured on {self.device}, not on {device}: make a new plan")
-        return dataclasses.replace(config or LiTConfig(), layers=self.types, first_block=self.types[0] != "softmax")
+        return dataclasses.replace(config or LitConfig(), layers=self.types, first_block=self.types[0] != "softmax")
 
     @classmethod
     def load(cls, path: Path) -> Plan:

@@ -18,7 +18,7 @@ from postgen.families.installed import transformers_of
 from postgen.families.model_folder import is_hub_id
 from postgen.families.own_format import read_note
 from postgen.files import check_place, replacing, replacing_all
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD
 from postgen.lit.convert import LOADER, conversion_of, convert
 from postgen.reading import read_json
@@ -130,7 +130,7 @@ def empty(config: Mapping[str, Any]) -> Any:
         raise UserError(
             "this is not a transformer that postgen.lit converted: its config has no entry of a conversion"
         )
-    settings = LiTConfig.from_json(note)
+    settings = LitConfig.from_json(note)
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if kind is None or not hasattr(kind, "from_config"):

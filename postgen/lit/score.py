@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families import layout_of, tokens_of
 from postgen.families.installed import processor_stack
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.conversion import Converted, compute_layer
 from postgen.lit.convert import layers_of, modules_of_blocks, new_layers, readers_for, stock_transformer
 from postgen.lit.layers import LitLayer
@@ -62,7 +62,7 @@ def score(
     run: Callable[[], Any],
     *,
     kinds: Sequence[str] | None = None,
-    config: LiTConfig | None = None,
+    config: LitConfig | None = None,
     students: Mapping[str, nn.Module] | None = None,
 ) -> Scores:
     """Measure how far each layer type is from softmax attention in each block, on the model's own sampling
@@ -85,7 +85,7 @@ def score(
         UserError: a layer type is unknown, the class cannot be converted, the transformer is converted already, or
             `run` does not call the transformer.
     """
-    model, config = stock_transformer(transformer, "score"), config or LiTConfig()
+    model, config = stock_transformer(transformer, "score"), config or LitConfig()
     kinds = usual_kinds(model) if kinds is None else kinds
     check_kinds(kinds)
     modules = modules_of_blocks(model)
@@ -138,7 +138,7 @@ def _candidates(
     model: nn.Module,
     kind: str,
     chosen: tuple[Converted, ...],
-    config: LiTConfig,
+    config: LitConfig,
     students: Mapping[str, nn.Module],
 ) -> Mapping[str, LitLayer]:
     if kind not in students:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families.own_format import without_note
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD
 from postgen.lit.convert import conversion_of, convert, layers_of
 from postgen.lit.saving import load
@@ -25,7 +25,7 @@ TRAINED = ("new", "attention", "all")
 
 def make_student(
     teacher: nn.Module,
-    config: LiTConfig,
+    config: LitConfig,
     tensors: Mapping[str, Tensor] | None = None,
     *,
     trained: str,
@@ -58,7 +58,7 @@ def make_student(
     return student
 
 
-def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LiTConfig, dict[str, Tensor]]:
+def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LitConfig, dict[str, Tensor]]:
     """Return the settings of the conversion and the weights from a folder that `postgen.lit.save` wrote.
 
     Raises:
@@ -119,7 +119,7 @@ def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             _set(model, name, nn.Parameter(value, requires_grad=before.requires_grad) if same else value)
 
 
-def shell_of(teacher: nn.Module, config: LiTConfig) -> nn.Module:
+def shell_of(teacher: nn.Module, config: LitConfig) -> nn.Module:
     """Return a converted copy of the teacher without values, to export a student.
 
     Its weights are on the meta device and take no memory. With `inherit="output"` they are on the CPU, because the new

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from postgen.errors import UserError, shown
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.reconstruct import ReconstructConfig, RecordsConfig
 from postgen.reconstruct.loss import Loss
 from postgen.training import TrainingConfig
@@ -35,7 +35,7 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     files: ClassVar[tuple[str, ...]] = ("latents",)
 
     conversion: dict[str, Any] = field(default_factory=dict)
-    """Settings of the conversion (`postgen.lit.LiTConfig`), such as `{layers: "1-6:window_delta", window: {radius:
+    """Settings of the conversion (`postgen.lit.LitConfig`), such as `{layers: "1-6:window_delta", window: {radius:
     1}}`. For the guidelines of LiT: `lit: {conv_space: 5}` is the convolution, `lit: {merge_heads: 4}` are few heads,
     `inherit: output` is the inheritance."""
 
@@ -100,8 +100,8 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.conversion, dict):
-            raise UserError(f"conversion must be a mapping of LiTConfig settings, got {shown(self.conversion)}")
-        LiTConfig.from_json(self.conversion)
+            raise UserError(f"conversion must be a mapping of LitConfig settings, got {shown(self.conversion)}")
+        LitConfig.from_json(self.conversion)
         self.require(not (self.student and self.conversion), "conversion", "left out with student, which has its own")
         weights = ("task_weight", "output_weight", "hidden_weight")
         for name in (*weights, "transfer_steps"):
@@ -123,9 +123,9 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
         self.require(self.transfer_blocks is None or self.transfer_blocks >= 1, "transfer_blocks", "at least 1")
 
     @property
-    def lit(self) -> LiTConfig:
+    def lit(self) -> LitConfig:
         """The settings of the conversion."""
-        return LiTConfig.from_json(self.conversion)
+        return LitConfig.from_json(self.conversion)
 
     def records(self) -> RecordsConfig:
         """Return the settings of the recording for the attention transfer."""

@@ -23,7 +23,7 @@ from postgen.families import Condition, Denoiser
 from postgen.families.exports import write_note
 from postgen.lit.adapter import ADAPTER, save_adapter
 from postgen.lit.attention_transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
-from postgen.lit.config import LiTConfig
+from postgen.lit.config import LitConfig
 from postgen.lit.convert import layers_of
 from postgen.lit.distillation import Distillation, Terms, noised, predicts_variance, wanted_of, with_network
 from postgen.lit.drawn import Drawn, Given, stacked
@@ -156,7 +156,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
             hidden=args.hidden_weight,
         )
 
-    def _transferred(self) -> tuple[LiTConfig, dict[str, Tensor]]:
+    def _transferred(self) -> tuple[LitConfig, dict[str, Tensor]]:
         """Run the attention transfer if it is enabled; return the conversion and the trained tensors."""
         args = self.args
         if not args.transfer_steps:
@@ -179,7 +179,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         _wait(lambda: not read_report(report.folder, names).unfinished)
         return args.lit, trained_tensors(read_report(report.folder, names))
 
-    def _adapt(self, student: nn.Module, config: LiTConfig) -> None:
+    def _adapt(self, student: nn.Module, config: LitConfig) -> None:
         """Add LoRA adapters to the student; the new layers are trained too."""
         if not self.args.use_peft:
             return

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from postgen.lit import LiTConfig
+from postgen.lit import LitConfig
 from postgen.lit.attention_transfer import transfer
 from postgen.lit.train_config import LitTrainingConfig
 from postgen.lit.trainer import LitTrainer
@@ -43,7 +43,7 @@ def transferred(folder: Path, name: str = "Wan", **changes: Any) -> tuple[Any, A
     """Run attention transfer; return the pipeline and the report."""
     pipe, size = teacher(name)
     more = {key: changes.pop(key) for key in ("where", "blocks_at_a_time", "inherited", "share") if key in changes}
-    config = LiTConfig.from_json(conversion(name, **changes.pop("conversion", {})))
+    config = LitConfig.from_json(conversion(name, **changes.pop("conversion", {})))
     records = RecordsConfig(num_inference_steps=4, levels_per_prompt=2, batch_size=2, **size)
     train = settings(folder, **{"max_steps": 6, "save_steps": 2, "ema_decay": 0.0, **changes})
     return pipe, transfer(pipe, config, PROMPTS, records=records, train=train, **more)

@@ -16,15 +16,15 @@ from torch import nn
 from postgen.assets import embedded_lit, embedded_model
 from postgen.errors import UserError
 from postgen.families.linear import replace_linears
-from postgen.lit import LiTConfig, MhlaOptions, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
+from postgen.lit import LitConfig, MhlaOptions, WindowOptions, apply_adapter, convert, layers_of, revert, save_adapter
 from postgen.lit.adapter import FORMAT, read_adapter
 from postgen.lit.options import LINEAR_TYPES
 from tests.lit.distil import PICTURES, VIDEO, teacher
 
-CONFIG = LiTConfig(layers="1:window_delta", window=WindowOptions(radius=0))
+CONFIG = LitConfig(layers="1:window_delta", window=WindowOptions(radius=0))
 
 
-def trained(model: Any, config: LiTConfig, *, inherited: bool = True) -> None:
+def trained(model: Any, config: LitConfig, *, inherited: bool = True) -> None:
     """Convert a model, and change the weights that a training of its attention changes."""
     convert(model, config)
     torch.manual_seed(1)
@@ -41,7 +41,7 @@ def trained(model: Any, config: LiTConfig, *, inherited: bool = True) -> None:
 @pytest.mark.parametrize("name", [*VIDEO, *PICTURES])
 def test_every_family_has_adapters_that_come_off(name: str, tmp_path: Path) -> None:
     kind = "lit" if name in PICTURES else "window_delta"
-    config = LiTConfig(layers=f"all:{kind}", first_block=True, window=WindowOptions(radius=0))
+    config = LitConfig(layers=f"all:{kind}", first_block=True, window=WindowOptions(radius=0))
     student, base, other = (teacher(name)[0].transformer for _ in range(3))
     before = {key: value.clone() for key, value in other.state_dict().items()}
     trained(student, config)
@@ -157,7 +157,7 @@ def test_layers_read_their_weights_while_they_are_called(kind: str, tmp_path: Pa
     pipe, _ = teacher("Wan")
     model = pipe.transformer
     mhla = MhlaOptions(blocks=(1, 2, 2), conv_space=3)
-    trained(model, LiTConfig(layers=f"1:{kind}", window=WindowOptions(radius=0), grid=(3, 2, 2), mhla=mhla))
+    trained(model, LitConfig(layers=f"1:{kind}", window=WindowOptions(radius=0), grid=(3, 2, 2), mhla=mhla))
     torch.manual_seed(2)
     call = {"hidden_states": torch.randn(1, model.config.in_channels, 3, 4, 4), "timestep": torch.tensor([500])}
     call["encoder_hidden_states"] = torch.randn(1, 5, model.config.text_dim)
@@ -234,7 +234,7 @@ def test_adapters_of_other_grids_are_refused_before_weights_are_read(cli: Any, t
     words = ("a red ball", "--model", tiny_wan, "--size", "32x32", "--frames", 5, "--steps", 1, "--device", "cpu")
     bound = load_pipeline(inspect_model(tiny_wan), device="cpu").transformer
     mhla = MhlaOptions(blocks=(1, 2, 2), interpolate=False)
-    convert(bound, LiTConfig(layers="1:mhla", grid=(3, 2, 2), mhla=mhla))
+    convert(bound, LitConfig(layers="1:mhla", grid=(3, 2, 2), mhla=mhla))
     save_adapter(bound, tmp_path / "bound.safetensors")
     other = cli("generate", *words, "--lit", tmp_path / "bound.safetensors", "-o", tmp_path / "no.gif")
     assert (other.code, other.err.splitlines()[-1].count("grid")) == (2, 1), other.err

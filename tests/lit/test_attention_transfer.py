@@ -14,7 +14,7 @@ from torch import nn
 from postgen.errors import UserError
 from postgen.families import denoiser_for
 from postgen.kernels.attention.ops import attention
-from postgen.lit import LiTConfig, convert, layers_of, load
+from postgen.lit import LitConfig, convert, layers_of, load
 from postgen.lit.attention_transfer import attention_tasks, grid_of, trained_tensors, transfer
 from postgen.reconstruct import RecordsConfig, Share, collect
 from postgen.reconstruct.task import Call
@@ -41,7 +41,7 @@ def test_the_target_is_what_softmax_gives(name: str) -> None:
     denoiser = denoiser_for(pipe)
     config = RecordsConfig(num_inference_steps=2, levels_per_prompt=1, batch_size=2, **size)
     texts = prompts(name)[:3]
-    tasks = attention_tasks(denoiser, LiTConfig.from_json(conversion(name)), grid_of(denoiser, texts[0], size))
+    tasks = attention_tasks(denoiser, LitConfig.from_json(conversion(name)), grid_of(denoiser, texts[0], size))
     records = collect(denoiser, [m for task in tasks for m in task.modules], texts, config, progress=False)
     for task in tasks:
         student: Any = task.build()
@@ -87,7 +87,7 @@ def test_what_is_inherited_is_trained_where_asked(tmp_path: Path) -> None:
     assert all(torch.equal(after[key], trained_tensors(report)[key]) for key in fresh)
     # The fresh weights were initialised with this seed and then trained.
     untrained = teacher("Wan")[0].transformer
-    convert(untrained, LiTConfig.from_json(conversion("Wan", inherit="output")))
+    convert(untrained, LitConfig.from_json(conversion("Wan", inherit="output")))
     assert not torch.equal(after[min(fresh)], untrained.state_dict()[min(fresh)])
 
 
@@ -122,18 +122,18 @@ def test_refused(tmp_path: Path) -> None:
     pipe, size = teacher("Wan")
     train, records = settings(tmp_path), RecordsConfig(**size)
 
-    def given(config: LiTConfig, prompts: Any = PROMPTS) -> None:
+    def given(config: LitConfig, prompts: Any = PROMPTS) -> None:
         transfer(pipe, config, prompts, records=records, train=train)
 
     with pytest.raises(UserError, match="leaves every block softmax"):
-        given(LiTConfig(layers="all:softmax"))
+        given(LitConfig(layers="all:softmax"))
     with pytest.raises(UserError, match=r"window_delta layer of blocks.1.attn1 equals softmax on 3 latent frames"):
-        given(LiTConfig(layers="1:window_delta"))
+        given(LitConfig(layers="1:window_delta"))
     with pytest.raises(UserError, match="must be a list of texts"):
-        given(LiTConfig(layers="1:lit"), "a ball")
+        given(LitConfig(layers="1:lit"), "a ball")
     with RunLock(tmp_path), pytest.raises(UserError, match=rf"where {tmp_path} is in use by process {os.getpid()}"):
         transferred(tmp_path / "run", where=tmp_path, blocks_at_a_time=1)  # would remove records in `where`
-    convert(pipe.transformer, LiTConfig(layers="1:lit"))
+    convert(pipe.transformer, LitConfig(layers="1:lit"))
     assert layers_of(pipe.transformer)
     with pytest.raises(UserError, match="revert the conversion first"):
-        given(LiTConfig(layers="1:lit"))
+        given(LitConfig(layers="1:lit"))

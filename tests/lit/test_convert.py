@@ -20,7 +20,7 @@ from postgen.families.installed import installed, processor_stack
 from postgen.lit import (
     AnchorOptions,
     ChunkOptions,
-    LiTConfig,
+    LitConfig,
     LitOptions,
     MhlaOptions,
     WindowOptions,
@@ -48,9 +48,9 @@ def blocks_in(tiny: TinyModel) -> int:
     return len(postgen.families.tokens_of(tiny.transformer).attention_modules(tiny.transformer))
 
 
-def config_for(tiny: TinyModel, kind: str, **more: Any) -> LiTConfig:
+def config_for(tiny: TinyModel, kind: str, **more: Any) -> LitConfig:
     grid = (tiny.frames, 2, 3) if tiny.name in VIDEO else {"DiT": (1, 4, 4)}.get(tiny.name)
-    return LiTConfig(
+    return LitConfig(
         layers=f"all:{kind}", window=NARROW, grid=grid or (1, 2, 3), mhla=MhlaOptions(blocks=(1, 2, 1)), **more
     )
 
@@ -66,7 +66,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     model: Any = tiny.transformer
     stock, before = tiny(), {key: value.clone() for key, value in model.state_dict().items()}
     config_before = model.to_json_string()
-    report = convert(model, LiTConfig(layers=("softmax",) * len(postgen.families.blocks_of(model))))
+    report = convert(model, LitConfig(layers=("softmax",) * len(postgen.families.blocks_of(model))))
     assert torch.equal(tiny(), stock)
     assert report.new_parameters == 0
     revert(model)
@@ -112,7 +112,7 @@ def train(tiny: TinyModel, weights: list[Any]) -> None:
 def test_a_wide_window_is_the_base() -> None:
     tiny = named("Wan")
     stock = tiny()
-    convert(tiny.transformer, LiTConfig(layers="all:window_delta", window=WindowOptions(radius=3)))
+    convert(tiny.transformer, LitConfig(layers="all:window_delta", window=WindowOptions(radius=3)))
     with torch.no_grad():
         for layer in layers_of(tiny.transformer).values():
             for weight in layer.parameters():
@@ -123,7 +123,7 @@ def test_a_wide_window_is_the_base() -> None:
 def test_padded_texts_do_not_count() -> None:
     """The last token of each text is padding: its value does not change the output of a converted model."""
     tiny = named("HunyuanVideo")
-    convert(tiny.transformer, LiTConfig(layers="all:lit,1:window_delta", window=NARROW))
+    convert(tiny.transformer, LitConfig(layers="all:lit,1:window_delta", window=NARROW))
     changed = tiny.arguments["encoder_hidden_states"].clone()
     changed[:, -1] += 5
     torch.testing.assert_close(tiny(encoder_hidden_states=changed), tiny())
@@ -132,7 +132,7 @@ def test_padded_texts_do_not_count() -> None:
 def test_projections_that_begin_anew(tmp_path: Path) -> None:
     tiny = named("Wan")
     stock, before = tiny(), {*tiny.transformer.state_dict()}
-    report = convert(tiny.transformer, LiTConfig(layers="all:lit", inherit="output"))
+    report = convert(tiny.transformer, LitConfig(layers="all:lit", inherit="output"))
     assert report.rows[1].fresh == ("to_q", "to_k", "to_v")
     assert "to_out" in report.rows[1].inherited
     new = {*tiny.transformer.state_dict()} - before
@@ -163,7 +163,7 @@ def test_a_lora_of_the_base_attaches(tmp_path: Path) -> None:
     converted: Any = named("Wan")
     add_lora(tiny.transformer)
     tiny.transformer.save_lora_adapter(tmp_path)
-    convert(converted.transformer, LiTConfig(layers="all:window_delta", window=WindowOptions(radius=3)))
+    convert(converted.transformer, LitConfig(layers="all:window_delta", window=WindowOptions(radius=3)))
     converted.transformer.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
     assert torch.equal(converted(), tiny())  # the window covers the whole clip
     with pytest.raises(UserError, match="a LoRA is attached"):
@@ -175,7 +175,7 @@ def test_a_lora_of_the_base_attaches(tmp_path: Path) -> None:
 
 def test_copies_compile_and_thread() -> None:
     tiny = named("Wan")
-    convert(tiny.transformer, LiTConfig(layers="all:lit"))
+    convert(tiny.transformer, LitConfig(layers="all:lit"))
     out = tiny()
     other = copy.deepcopy(tiny)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_copies_compile_and_thread() -> None:
 
 def test_blocks_alone_need_a_grid() -> None:
     tiny = named("Wan")
-    convert(tiny.transformer, LiTConfig(layers="all:lit"))
+    convert(tiny.transformer, LitConfig(layers="all:lit"))
     attention = tiny.transformer.get_submodule("blocks.1.attn1")
     angles = torch.rand(1, 24, 1, 8).repeat_interleave(2, -1)
     given: Any = {"hidden_states": torch.randn(1, 24, 32), "rotary_emb": (angles.cos(), angles.sin())}
@@ -203,7 +203,7 @@ def test_blocks_alone_need_a_grid() -> None:
 
 def test_with_enhance_a_video_and_fused_operations() -> None:
     tiny = tiny_model("Wan", layers=4)
-    convert(tiny.transformer, LiTConfig(layers="every 2nd:window_delta", window=NARROW))
+    convert(tiny.transformer, LitConfig(layers="every 2nd:window_delta", window=NARROW))
     plain = tiny()
     fused = postgen.apply_fused_ops(tiny.transformer)
     assert fused.stats()[""]["norm_rope"] == 2
@@ -226,7 +226,7 @@ def test_with_enhance_a_video_and_fused_operations() -> None:
 
 def test_wrong_files(tmp_path: Path) -> None:
     tiny = named("Wan")
-    convert(tiny.transformer, LiTConfig(layers="all:lit"))
+    convert(tiny.transformer, LitConfig(layers="all:lit"))
     save(tiny.transformer, tmp_path)
     weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     state, spec = load_file(weights), json.loads(config.read_text())
@@ -259,7 +259,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     tiny: Any = named("Wan")
-    convert(tiny.transformer, LiTConfig(layers="all:window_linear", window=NARROW))
+    convert(tiny.transformer, LitConfig(layers="all:window_linear", window=NARROW))
     tiny.transformer.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len([*tmp_path.glob("*.safetensors")]) > 1
     state = load(tmp_path).state_dict()
@@ -277,7 +277,7 @@ def test_a_sharded_model_is_exported(tmp_path: Path) -> None:
     from postgen.training.sharding import uncut
 
     tiny = named("Wan")
-    convert(tiny.transformer, LiTConfig(layers="all:window_linear", window=NARROW))
+    convert(tiny.transformer, LitConfig(layers="all:window_linear", window=NARROW))
     expected = tiny()
     weights = {name: weight.clone() for name, weight in tiny.transformer.state_dict().items()}
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
@@ -304,9 +304,9 @@ def test_refused() -> None:
         ({"layers": "all:lit", "lit": LitOptions(merge_heads=4)}, "merge_heads=4 does not divide 2 heads"),
     ):
         with pytest.raises(UserError, match=said):
-            convert(wan, LiTConfig(**config))
+            convert(wan, LitConfig(**config))
     assert not installed(wan).plug_ins
-    convert(wan, LiTConfig(layers="all:lit", first_block=True))
+    convert(wan, LitConfig(layers="all:lit", first_block=True))
     with pytest.raises(UserError, match="is converted already"):
         convert(wan)
     revert(wan)
@@ -323,21 +323,21 @@ def test_refused() -> None:
         with pytest.raises(UserError, match=said):
             convert(tiny_model(name).transformer)
     with pytest.raises(UserError, match="generates images"):
-        convert(named("Flux").transformer, LiTConfig(layers="all:window_delta"))
+        convert(named("Flux").transformer, LitConfig(layers="all:window_delta"))
 
 
 def test_float16_without_norms_and_replaced_processors() -> None:
     tiny = named("PixArt")
-    convert(tiny.transformer, LiTConfig(layers="all:lit"))
+    convert(tiny.transformer, LitConfig(layers="all:lit"))
     tiny.transformer.half()
     given = {key: x.half() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in tiny.arguments.items()}
     with pytest.raises(UserError, match="overflow in float16 if the model does not normalise"):
         tiny.transformer(**given)
     revert(tiny.transformer)
     with pytest.raises(UserError, match="overflow in float16 if the model does not normalise"):
-        convert(tiny.transformer, LiTConfig(layers="all:lit"))
+        convert(tiny.transformer, LitConfig(layers="all:lit"))
     cog = named("CogVideoX 1.5")
-    convert(cog.transformer, LiTConfig(layers="all:lit"))
+    convert(cog.transformer, LitConfig(layers="all:lit"))
     cog.transformer.fuse_qkv_projections()
     with pytest.raises(UserError, match="processors of 1 converted layers were replaced"):
         cog()
@@ -360,7 +360,7 @@ def test_float16_without_norms_and_replaced_processors() -> None:
 )
 def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        LiTConfig(**changes)
+        LitConfig(**changes)
 
 
 @pytest.mark.parametrize("kind", [LitOptions, MhlaOptions, AnchorOptions, ChunkOptions, WindowOptions])
@@ -370,8 +370,8 @@ def test_wrong_options(kind: Any) -> None:
         for wrong in (math.nan, math.inf, -1, 10**12, "many", None, [1], 2.5, (1, 0, 1)):
             with pytest.raises(UserError, match=f"{field.name}|needs"):
                 kind(**{field.name: wrong})
-    for field in dataclasses.fields(LiTConfig):
+    for field in dataclasses.fields(LitConfig):
         with pytest.raises(UserError, match=field.name):
-            LiTConfig(**{field.name: math.nan})
-    same = LiTConfig.from_json(json.loads(json.dumps(LiTConfig(grid=(1, 2, 3)).as_json())))
-    assert same == LiTConfig(grid=(1, 2, 3))
+            LitConfig(**{field.name: math.nan})
+    same = LitConfig.from_json(json.loads(json.dumps(LitConfig(grid=(1, 2, 3)).as_json())))
+    assert same == LitConfig(grid=(1, 2, 3))

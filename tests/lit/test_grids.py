@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from postgen.lit import ChunkOptions, LiTConfig, LitOptions, MhlaOptions, WindowOptions, convert, layers_of
+from postgen.lit import ChunkOptions, LitConfig, LitOptions, MhlaOptions, WindowOptions, convert, layers_of
 from postgen.lit.options import LINEAR_TYPES
 from tests.families.tiny_models import TinyModel, tiny_model
 
@@ -45,7 +45,7 @@ def test_compiled_on_several_grids() -> None:
 
 def converted(kind: str, *, layers: int = 2, **more: Any) -> TinyModel:
     tiny = tiny_model("Wan", batch=2, layers=layers)
-    config = LiTConfig(
+    config = LitConfig(
         layers=f"all:{kind}", grid=(4, 2, 3), lit=LitOptions(conv_init="default"), mhla=MhlaOptions(blocks=(1, 2, 1)),
         chunk=ChunkOptions(frames=1), window=WindowOptions(radius=0), **more,
     )  # fmt: skip

@@ -33,7 +33,7 @@ from benchmarks.lit_image_measure import classes_of, distances
 from benchmarks.lit_image_report import PAGE, TABLES, section_of
 from benchmarks.lit_sections import put_section
 from postgen.errors import UserError
-from postgen.lit import LiTConfig, conversion_of, load
+from postgen.lit import LitConfig, conversion_of, load
 from postgen.lit.train_config import LitTrainingConfig
 from postgen.pretrain.class_to_image import ClassToImageConfig
 from postgen.tensor_files import read_tensors
@@ -53,7 +53,7 @@ def test_every_arm_is_a_recipe(size: Any, tmp_path: Path) -> None:
         assert config.seed == 1
         steps[name] = config.max_steps
         if name in ARMS:
-            LiTConfig.from_json(config.conversion)
+            LitConfig.from_json(config.conversion)
             seen[name] = (json.dumps(config.conversion), config.output_weight, config.variance_weight, config.model)
     assert {name: value for name, value in steps.items() if name != "teacher"} == dict.fromkeys(
         [name for name in steps if name != "teacher"], steps["teacher"] // 5

@@ -19,7 +19,7 @@ from postgen.families.installed import installed, processor_stack
 from postgen.lit import (
     AnchorOptions,
     CostTable,
-    LiTConfig,
+    LitConfig,
     MhlaOptions,
     Plan,
     Scores,
@@ -34,7 +34,7 @@ from postgen.lit import (
 from postgen.lit.plan import knapsack
 from tests.families.tiny_models import TinyModel, tiny_model
 
-NARROW = LiTConfig(window=WindowOptions(radius=0))
+NARROW = LitConfig(window=WindowOptions(radius=0))
 SIZE = {"num_frames": 13, "height": 32, "width": 48}
 """Size in pixels; the clip has 4 latent frames of 2 x 3 tokens."""
 
@@ -66,7 +66,7 @@ def test_a_score_is_the_error_of_a_conversion(wan: TinyModel) -> None:
     assert {*installed(model).plug_ins} == before
     assert not processor_stack(model).names
     assert torch.equal(wan(), stock)
-    full = score(model, wan, kinds=("anchor",), config=LiTConfig(anchor=AnchorOptions(every=1)))
+    full = score(model, wan, kinds=("anchor",), config=LitConfig(anchor=AnchorOptions(every=1)))
     assert full.errors["anchor"] == (0.0, 0.0, 0.0)
     assert "window_delta" in str(found)
 
@@ -79,7 +79,7 @@ def test_text_among_the_rows_does_not_count() -> None:
     outputs: list[Any] = []
     hook = flux.transformer.get_submodule(name).register_forward_hook(lambda *call: outputs.append(call[2]))
     flux()
-    convert(flux.transformer, LiTConfig(layers="3:lit"))
+    convert(flux.transformer, LitConfig(layers="3:lit"))
     flux()
     hook.remove()
     soft, made = (each.double()[:, 5:] for each in outputs)
@@ -110,7 +110,7 @@ def test_counted_costs(name: str) -> None:
     """An anchor layer with all tokens exact costs as much as softmax; `lit` saves FLOPs only for many tokens."""
     tiny = tiny_model(name)
     size = SIZE if name != "Stable Diffusion 3" else {"num_frames": 1, "height": 32, "width": 48}
-    config = LiTConfig(anchor=AnchorOptions(every=1), mhla=MhlaOptions(blocks=(1, 1, 1)), grid=(1, 2, 3))
+    config = LitConfig(anchor=AnchorOptions(every=1), mhla=MhlaOptions(blocks=(1, 1, 1)), grid=(1, 2, 3))
     costs = count(tiny.transformer, **size, kinds=("anchor", "lit", "mhla"), config=config)
     assert {*costs.changes["anchor"]} == {0}
     if name == "Wan":

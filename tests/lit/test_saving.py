@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from postgen.errors import UserError
-from postgen.lit import LiTConfig, convert, layers_of, load, save
+from postgen.lit import LitConfig, convert, layers_of, load, save
 from postgen.pipelines import WanPipeline
 from tests.families.tiny_models import tiny_model
 from tests.test_cli_errors import names
@@ -22,7 +22,7 @@ from tests.test_first_frame import changed
 
 def student(layers: str = "1:window_delta") -> Any:
     model = tiny_model("Wan").transformer
-    convert(model, LiTConfig(layers=layers))
+    convert(model, LitConfig(layers=layers))
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families import PredictionType
-from postgen.lit import LiTConfig, convert, load
+from postgen.lit import LitConfig, convert, load
 from postgen.lit.distillation import Distillation, Terms, noised, predicts_variance, wanted_of, with_network
 from postgen.lit.student import is_new
 from postgen.lit.train_config import LitTrainingConfig
@@ -191,7 +191,7 @@ def test_the_variance_of_models_that_predict_one(tmp_path: Path) -> None:
     tiny = replace(tiny, transformer=kind.from_config(tiny.transformer.config, out_channels=2 * channels).eval())
     assert predicts_variance(tiny.transformer)
     student: Any = copy.deepcopy(tiny.transformer)
-    convert(student, LiTConfig(layers="1:anchor"))
+    convert(student, LitConfig(layers="1:anchor"))
     x = tiny.arguments["hidden_states"]
     terms = Terms(task=0, output=0.5, variance=0.05, hidden=0)
     whole = Distillation(student, tiny.transformer, DiTDenoiser(tiny), "transformer", terms)  # type: ignore[arg-type]
@@ -223,8 +223,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"conversion": {"layer": "all:lit"}}, "LiTConfig has no setting layer"),
-        ({"conversion": "all:lit"}, "must be a mapping of LiTConfig settings"),
+        ({"conversion": {"layer": "all:lit"}}, "LitConfig has no setting layer"),
+        ({"conversion": "all:lit"}, "must be a mapping of LitConfig settings"),
         ({"student": "x", "conversion": {"layers": "all:lit"}}, "left out with student"),
         ({"task_weight": 0.0, "output_weight": 0.0, "variance_weight": 0.0}, "above 0, or another weight"),
         ({"states": "trajectory"}, "task_weight is 1.0, it must be 0 with states"),

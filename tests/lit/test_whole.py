@@ -19,17 +19,17 @@ import postgen
 from postgen.errors import UserError
 from postgen.families.loaded import defaults_of
 from postgen.families.loading import inspect_model, load_pipeline
-from postgen.lit import LiTConfig, convert, layers_of, load, revert, save
+from postgen.lit import LitConfig, convert, layers_of, load, revert, save
 from postgen.pipelines import WanPipeline
 from tests.families.tiny_models import tiny_model
 from tests.test_first_frame import changed
 
-HALF = LiTConfig(layers="1:window_delta")
+HALF = LitConfig(layers="1:window_delta")
 
 
 @pytest.mark.parametrize(
     "put",
-    [lambda model: convert(model, LiTConfig(layers="all:lit")), postgen.apply_fused_ops],
+    [lambda model: convert(model, LitConfig(layers="all:lit")), postgen.apply_fused_ops],
     ids=["converted", "fused"],
 )
 def test_a_block_is_copied_when_its_transformer_is_gone(put: Callable[[Any], Any]) -> None:
@@ -61,7 +61,7 @@ def test_a_stock_model_of_a_converted_ones_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not converted"):
         revert(marked)
     marked = type(tiny.transformer).from_config(tiny.transformer.config)
-    convert(marked, LiTConfig(layers="1:lit"))
+    convert(marked, LitConfig(layers="1:lit"))
     save(marked, tmp_path / "other")
     assert [layer.kind for layer in layers_of(load(tmp_path / "other")).values()] == ["lit"]
 

@@ -17,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 
 from postgen.errors import UserError
 from postgen.families import denoiser_for
-from postgen.lit import LiTConfig, LitOptions, convert, layers_of, save
+from postgen.lit import LitConfig, LitOptions, convert, layers_of, save
 from postgen.lit.student import read_student
 from postgen.pretrain.class_to_image import ClassToImageConfig, ClassToImageTrainer, judged, new_dit, sample_pictures
 from postgen.pretrain.pixels import pixel_autoencoder
@@ -196,12 +196,12 @@ def test_what_a_student_inherits(inherit: str) -> None:
         wanted = teacher(x, **told).sample
         student = new_dit(ClassToImageConfig.from_dict({**given, "output_dir": "x", "num_layers": 2}))
         student.load_state_dict(before)
-        convert(student, LiTConfig(layers="all:softmax"))
+        convert(student, LitConfig(layers="all:softmax"))
         assert torch.equal(student(x, **told).sample, wanted)
     linear = new_dit(ClassToImageConfig.from_dict({**given, "output_dir": "x", "num_layers": 2}))
     linear.load_state_dict(before)
     options = LitOptions(merge_heads=2, conv_time=0)
-    convert(linear, LiTConfig(layers="all:lit", first_block=True, inherit=inherit, lit=options))
+    convert(linear, LitConfig(layers="all:lit", first_block=True, inherit=inherit, lit=options))
     after = linear.state_dict()
     missing = {name.rsplit(".", 1)[0].rsplit(".", 1)[-1] for name in before.keys() - after.keys()}
     assert missing == (set() if inherit == "all" else {"to_q", "to_k", "to_v"})
@@ -222,7 +222,7 @@ def test_a_student_of_another_teacher(changes: dict[str, Any], said: str, tmp_pa
     given = {key: value for key, value in TINY.items() if key != "method"} | {"output_dir": "x"}
     student, teacher = (new_dit(ClassToImageConfig.from_dict({**given, **more})) for more in (changes, {}))
     options = LitOptions(merge_heads=2, conv_time=0)
-    convert(student, LiTConfig(layers="all:lit", first_block=True, inherit="output", lit=options))
+    convert(student, LitConfig(layers="all:lit", first_block=True, inherit="output", lit=options))
     save(student, tmp_path / "student")
     with pytest.raises(UserError, match=said):
         read_student(tmp_path / "student", teacher)
