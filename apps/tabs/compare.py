@@ -131,7 +131,7 @@ class _Result(Earlier):
         return _pictures(made_of(self.app.history.get(id)), number)
 
     def caption(self, entry: Entry) -> str:
-        """Return the label of After and the prompt."""
+        """Return the label of the video After and the prompt, cut to the length of a caption."""
         made = made_of(entry)
         text = f"{made.labels[1]}: {made.report.get('prompt')}"
         return text if len(text) <= _CAPTION else f"{text[:_CAPTION]}..."

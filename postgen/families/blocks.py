@@ -138,7 +138,7 @@ class Blocks:
     def chain(self) -> bool:
         """Whether every block receives exactly the output of the previous block and nothing else passes between them.
 
-        This holds for calls without residuals of a ControlNet, which some models add between their blocks.
+        Residuals of a ControlNet, which some models add between their blocks, do not count.
         """
         return not self.broken
 

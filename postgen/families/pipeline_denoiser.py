@@ -90,7 +90,7 @@ class PipelineDenoiser(ABC):
 
     @property
     def patch(self) -> tuple[int, int, int]:
-        """Size of a patch, which is one token: latent frames, rows and columns."""
+        """Size of a patch in the config: latent frames, rows, columns. It is one token, except for FLUX (2 x 2)."""
         config = self.model.config
         size = config.get("patch_size", 1)
         frames, rows, columns = (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size

@@ -180,7 +180,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         return judged(pictures, prompts)
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the pipeline folder."""
+        """Write the trained network as a pipeline folder, with its default settings in `postgen.json`."""
         pipe = make_pipeline(uncut(self.transformer, weights["transformer"]))
         pipe.save_pretrained(folder)
         args = self.args

@@ -340,7 +340,7 @@ class TextToVideoTrainer(Trainer[TextToVideoConfig]):
             return sample_sheet(self.components(), self.args, self.device)
 
     def export(self, folder: Path, weights: Weights) -> None:
-        """Write the pipeline folder."""
+        """Write the trained networks as a pipeline folder, with their default settings in `postgen.json`."""
         parts = self.components()
         for name in parts.keys() & weights.keys():
             parts[name] = uncut(parts[name], weights[name])

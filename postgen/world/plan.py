@@ -38,7 +38,7 @@ _TRIES = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """What is requested of one body; None leaves the choice to chance."""
+    """What is requested of one body. None leaves size, place and heading to chance; `partner` None: no partner."""
 
     colour: str
     shape: str

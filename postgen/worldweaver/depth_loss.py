@@ -24,7 +24,7 @@ def affine_difference(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
 
 
 def known_difference(estimate_BFHW: Tensor, true_BFHW: Tensor) -> Tensor:
-    """Return the difference of the maps, divided by the mean absolute deviation of each true map."""
+    """Return the difference of the maps, divided by the mean absolute deviation of each true clip (not frame)."""
     return (estimate_BFHW - true_BFHW) / _deviation(true_BFHW - _median(true_BFHW))
 
 

@@ -125,7 +125,7 @@ class Segments:
         return tuple(range(count - 1, -1, -1))
 
     def draining(self, count: int) -> tuple[int, ...]:
-        """Return the ages of the last `count` groups, oldest first, while the window drains."""
+        """Return the ages of the last `count` groups, oldest first, while the window drains: K - 1, K - 2, ..."""
         check_number("count", count, 1, self.groups, whole=True)
         return tuple(range(self.groups - 1, self.groups - 1 - count, -1))
 

@@ -99,19 +99,20 @@ def measure_drift(
 
     Args:
         frames: (F, 3, H, W) in [0, 1].
-        true: the true clip. Measures whose input is missing are None.
+        true: the true clip. Measures whose input is missing are None, or NaN within `background`.
         disparity: (F, H, W), predicted by the model, in any scale; needs `true.disparity`.
-        borders: numbers of the first frames of chunks, for the seam ratio.
+        borders: numbers of the first frames of chunks, without frame 0, for the seam ratio; empty: no ratio.
         window: number of past frames that the model sees without its memory (`revisit_consistency`).
-        gap: frames of absence of a body before its return counts (`object_permanence`).
-        revisit_gap: frames between two visits of a pose (`revisit_consistency`).
+        gap: smallest number of frames of absence of a body before its return counts (`object_permanence`).
+        revisit_gap: smallest number of frames between two visits of a pose (`revisit_consistency`).
         farthest: depth beyond which pixels do not count (`depth_drift`).
         threshold: colour distance (`detect`).
         share: share of the frames that count as start, and as end.
         parts: parts of the clip for the motion ratio.
 
     Raises:
-        UserError: shapes that do not match, disparity without a true disparity, or no background at the start or end.
+        UserError: shapes that do not match, disparity without a true disparity, no background at the start or end,
+            or values that a measure refuses (for instance, more `parts` than pairs of frames).
     """
     if frames.shape != true.frames.shape:
         raise UserError(
