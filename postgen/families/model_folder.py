@@ -207,8 +207,8 @@ def own_words(path: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
 
     Args:
         path: the file. If it does not exist, as in a folder that `pipe.save_pretrained` wrote, the content comes from
-            the config of a transformer with postgen's layers, which keeps the `postgen.json` of the folder from which it
-            was loaded. Without such a config the content is empty.
+            the config of a transformer with postgen's layers, which keeps the `postgen.json` of the folder from which
+            it was loaded. Without such a config the content is empty.
 
     Returns:
         The fields of `Defaults`; example prompts of a tokenizer with a fixed list of words (`closed_vocabulary`); and
