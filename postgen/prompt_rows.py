@@ -140,7 +140,7 @@ def _is_json(text: str) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    """Return the value of a JSON text, or the error of the parser."""
+    """Return the value of a JSON text, or the error, whose message begins with a colon."""
     try:
         return parse_json(text, "")
     except UserError as error:
@@ -153,7 +153,7 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
         rows = [{"prompt": row} if isinstance(row, str) else row for row in whole]
         return [prompt_row(row, f"{where}, entry {number}", empty=empty) for number, row in enumerate(rows, 1)]
     if isinstance(whole, Exception) and text.lstrip().startswith("["):
-        raise UserError(f"{where}: this is not valid JSON{whole}")
+        raise UserError(f"{where}{whole}")
     if isinstance(whole, dict) and "\n" in text.strip():  # an object over several lines; one line is JSONL, as below
         return [prompt_row(whole, where, empty=empty)]
     return [_json_row(line, f"{where}, line {number}", empty) for number, line in _lines(text)]
@@ -162,7 +162,7 @@ def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
 def _json_row(line: str, where: str, empty: bool) -> dict[str, Any]:
     row = _parsed(line)
     if isinstance(row, Exception):
-        raise UserError(f"{where}: this is not valid JSON{row}")
+        raise UserError(f"{where}{row}")
     return prompt_row(row, where, empty=empty)
 
 

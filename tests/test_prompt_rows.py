@@ -60,10 +60,10 @@ def test_what_is_read(tmp_path: Path, name: str, content: bytes, rows: list[dict
         ("p.csv", b"prompt,file\n,a.mp4\n", "line 2: the prompt is empty"),
         ("p.csv", b"prompt\n", "the file contains no prompt"),
         ("p.json", b'[{"prompt": "a"}, 3]', "entry 2 is 3, it must be an object with a key 'prompt'"),
-        ("p.json", b'[{"prompt": "a"}', "not valid JSON: Expecting"),
-        ("p.json", b"[" * 100_000, "not valid JSON: "),
+        ("p.json", b'[{"prompt": "a"}', "it is not valid JSON"),
+        ("p.json", b"[" * 100_000, "nested too deeply"),
         ("p.json", b'{"prompts": ["a"]}', "has no column 'prompt', it has prompts"),
-        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt"', "line 3: this is not valid JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt"', "line 3: it is not valid JSON"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

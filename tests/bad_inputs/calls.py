@@ -172,16 +172,16 @@ REWARDS: dict[str, tuple[Callable[[], Any], str]] = {
     "absent file": (lambda: get_reward("absent.py:fn"), "does not exist"),
     "absent module": (lambda: get_reward("absent_module.fn"), "cannot be imported"),
     "absent name": (lambda: get_reward("os.path.nobody"), "nobody"),
-    "brackets": (lambda: split_rewards("world, clip_score(frames=8"), "do not match"),
+    "brackets": (lambda: split_rewards("world, clip_score(frames=8"), "a bracket is not closed"),
     "none": (lambda: RewardRunner([]), "no reward"),
     "twice": (lambda: RewardRunner(["world", "world"]), "two rewards are named"),
-    "weights too many": (lambda: RewardRunner([brightness], [1.0, 2.0]), "finite number"),
+    "weights too many": (lambda: RewardRunner([brightness], [1.0, 2.0]), "one number per reward"),
     "weights NaN": (lambda: RewardRunner([brightness], [math.nan]), "finite number"),
     "weights 0": (lambda: RewardRunner([brightness], [0.0]), "finite number"),
     "weights words": (lambda: RewardRunner([brightness], ["1"]), "finite number"),  # type: ignore[list-item]
     "weights true": (lambda: RewardRunner([brightness], [True]), "finite number"),
     "weight 5000 digits": (lambda: RewardRunner([brightness], [10**5000]), "finite number"),
-    "a weight": (lambda: RewardRunner([brightness], 1.0), "finite number"),  # type: ignore[arg-type]
+    "a weight": (lambda: RewardRunner([brightness], 1.0), "one number per reward"),  # type: ignore[arg-type]
     "reward_error": (lambda: RewardRunner([brightness], reward_error="quiet"), "reward_error"),  # type: ignore[arg-type]
     "frames 0": (lambda: per_frame(brightness, frames=0), "frames"),
     "frames a word": (lambda: per_frame(brightness, frames="all"), "frames"),  # type: ignore[arg-type]

@@ -145,7 +145,7 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("serve-reward", "world", "--device", "tpu"): "device",
     ("score", "frames", "--prompt", "a", "--reward", "wrld"): "Did you mean 'world'",
     ("score", "frames", "--prompt", "a", "--reward", "clip_score(frames=0)"): "frames",
-    ("score", "frames", "--prompt", "a", "--reward", "clip_score(frames=8"): "brackets|options",
+    ("score", "frames", "--prompt", "a", "--reward", "clip_score(frames=8"): "a bracket is not closed",
     ("score", "frames", "--prompt", "a", "--reward", ""): "reward",
     ("score", "frames", "--prompt", "a", "--weights", "many"): "--weights",
     ("score", "frames", "--prompt", "a", "--weights", "nan"): "weights",

@@ -105,7 +105,7 @@ EARLY: dict[str, tuple[Content, str]] = {
     "export of itself": (lambda path: _export(path, f'{{"base": "{path}", "parts": ["transformer"]}}'), "export"),
     "export of parts that are not there": (
         lambda path: _export(path, '{"base": "embedded", "parts": ["transformer_9"]}'),
-        "is the export complete",
+        "copy the whole export",
     ),
     "export of parts outside": (
         lambda path: _export(path, '{"base": "embedded", "parts": ["../m/transformer"]}'),

@@ -202,7 +202,7 @@ def test_the_command_line(cli: Any, wide_wan: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_the_command_line(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
-    for text, message in (("int8", "fp8_linears must be auto, off or some of"), ("auto", "not divisible by 16")):
+    for text, message in (("int8", "--fp8-linears must be auto, off or some of"), ("auto", "not divisible by 16")):
         words = ("--model", tiny_wan, "-o", tmp_path / "x", *SIZE, "--fp8-linears", text)
         outcome = cli("generate", "a ball", *words)
         assert (outcome.code, list(tmp_path.iterdir())) == (2, [])

@@ -204,7 +204,7 @@ def test_steps_of_a_pipeline(pipe: Any) -> None:
         assert run.counts["attention_fp8"] == 2 * 2 * layers
         assert not torch.equal(found, stock)
         TOLD.clear()
-        with pytest.warns(UserWarning, match="all of the 3 steps stay exact: lower"):
+        with pytest.warns(UserWarning, match="all of the 3 steps stay exact: use at least 4 steps"):
             make(pipe, 3)
         assert "note: all of the 3 steps stay exact" in str(postgen.summary(pipe))
     finally:

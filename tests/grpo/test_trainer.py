@@ -112,7 +112,7 @@ def test_grpo_unknown_key_of_a_recipe(tmp_path):
 def test_grpo_jsonl_lines_are_checked(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(UserError, match=r"line 2: this is not valid JSON"):
+    with pytest.raises(UserError, match=r"line 2: it is not valid JSON"):
         grpo(tmp_path / "run", rows=str(path))
     path.write_text('{"prompt": [{"role": "user", "content": "said"}], "target": 3}\n\n')
     assert grpo(tmp_path / "run", rows=str(path)).prompts.rows == [{"prompt": "said", "target": 3}]

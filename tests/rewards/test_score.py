@@ -201,7 +201,7 @@ def test_mistakes_are_one_line(cli, folders, monkeypatch, words_, message):
         (["wrold"], "Did you mean 'world'"),
         (["motion_floor", "--port", "99999"], "port must be at least 0 and at most 65,535"),
         (["motion_floor", "--max-mb", "inf"], "--max-mb must be above 0"),
-        (["motion_floor", "--device", "abacus"], "unknown device 'abacus'"),
+        (["motion_floor", "--device", "abacus"], "unknown --device 'abacus'"),
         (["motion_floor", "--timeout", "0"], "must be above 0"),
         (["world_clip(model='nowhere')"], "nowhere has no weights"),
     ],
