@@ -141,6 +141,10 @@ def cut_words(text: str, most: int = _MOST) -> str:
     return " ".join(cut(word, most) for word in text.split())
 
 
+NUMBERS = {"int": "a whole number", "float": "a number"}
+"""Types of numbers, in the words of messages."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the part of a message that suggests the known word most similar to `word`; empty if none is similar.
 

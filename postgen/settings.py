@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from postgen.errors import UserError, shown
+from postgen.errors import NUMBERS, UserError, shown
 
 LARGEST: Mapping[type, int] = {int: 2**31 - 1, float: 10**9}
 """Largest absolute value of an int and of a float in a configuration. A larger value is a typing error, and would lead
@@ -86,7 +86,7 @@ def coerce(config: Part) -> None:
         setattr(config, item.name, _coerced(item.name, value, hints[item.name]))
 
 
-_TYPES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_TYPES: dict[Any, str] = {int: NUMBERS["int"], float: NUMBERS["float"], bool: "true or false", str: "a text"}
 """Type -> its name in messages."""
 _hints = functools.cache(typing.get_type_hints)
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from postgen.commands import options as o
-from postgen.commands.usage import KINDS
-from postgen.errors import UserError, did_you_mean, shown
+from postgen.errors import NUMBERS, UserError, did_you_mean, shown
 from postgen.files import check_apart, named
 
 _OF_BOTH = ("size", "seed", "fps")
@@ -137,7 +136,7 @@ def _value(said: str, kind: type, value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UserError(f"{said}: the value must be {KINDS[kind.__name__]}") from None
+        raise UserError(f"{said}: the value must be {NUMBERS[kind.__name__]}") from None
 
 
 def _make(

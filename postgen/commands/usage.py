@@ -6,10 +6,7 @@ import difflib
 import re
 from typing import Any
 
-from postgen.errors import shown
-
-KINDS = {"int": "a whole number", "float": "a number"}
-"""Types of values in messages."""
+from postgen.errors import NUMBERS, shown
 
 _OLDER = {"integer": "int", "float": "float"}
 """Names of the types in messages of click."""
@@ -29,7 +26,7 @@ def usage_words(error: Any, text: str) -> str:
         return f"{text.rstrip('.')}: {about.partition(chr(92))[0].strip()}"  # a backslash begins the default
     if param is not None and (wrong := _wrong_number(error)) is not None:
         name = max(param.opts, key=len)
-        return f"{name} must be {KINDS[wrong[0]]}, got {shown(wrong[1])}"
+        return f"{name} must be {NUMBERS[wrong[0]]}, got {shown(wrong[1])}"
     if extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", text, re.DOTALL):
         prompt = error.ctx.params.get("prompt")
         if isinstance(prompt, str):
@@ -58,6 +55,6 @@ def _wrong_number(error: Any) -> tuple[str, Any] | None:
     if callable(details):
         first = details()[0]
         kind = str(first["type"]).partition("_")[0]
-        return (kind, first["input"]) if kind in KINDS else None
+        return (kind, first["input"]) if kind in NUMBERS else None
     match = re.fullmatch(r"'(.*)' is not a valid (integer|float)\.?", str(error.message), re.DOTALL)
     return None if match is None else (_OLDER[match[2]], match[1])

@@ -7,7 +7,8 @@ import re
 
 import yaml
 
-_KINDS = {"int": "a whole number", "float": "a number"}
+from postgen.errors import NUMBERS
+
 _UNCLOSED = {
     "while parsing a flow sequence": "a bracket [ is not closed",
     "while parsing a flow mapping": "a brace { is not closed",
@@ -58,7 +59,7 @@ def setting_problem(message: str, source: str | None) -> str:
 def _demand(problem: str) -> str:
     """Return what argparse demands of a value, as the end of a sentence that begins with the name of the setting."""
     if wrong := re.fullmatch(r"invalid (int|float) value: (.*)", problem, re.DOTALL):
-        return f"must be {_KINDS[wrong[1]]}, got {wrong[2]}"
+        return f"must be {NUMBERS[wrong[1]]}, got {wrong[2]}"
     if wrong := re.match(r"Truthy value expected: got (.*) but expected", problem, re.DOTALL):
         return f"must be true or false, got {wrong[1]!r}"
     if wrong := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", problem, re.DOTALL):
