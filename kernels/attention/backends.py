@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from postgen.kernels.attention import naive
 from postgen.kernels.dispatch import launching_on
+from postgen.versions import version_of
 
 Result = tuple[Tensor, Tensor | None]
 """The output (B, N, H, D), and the LSE (B, H, N) in float32, or None where the call does not need it."""
@@ -82,6 +83,10 @@ class Backend:
     differentiable: bool = True
     refuses: Callable[[Call], str | None] = lambda call: None
     """A further check: returns why the backend does not support a call, or None, without running a kernel."""
+
+    def installed(self) -> bool:
+        """Return whether all its packages are installed."""
+        return all(version_of(name) is not None for name in self.packages)
 
     def refusal(self, call: Call) -> str | None:
         """Return why the backend does not support a call, or None, without running a kernel."""

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import postgen
 from postgen.fused.fp8_attention import FP8AttentionConfig, FP8AttentionReport, apply_fp8_attention, state
 from postgen.fused.fp8_attention.config import USUAL
 from postgen.fused.fp8_attention.report import ReportRow
+from postgen.kernels.attention import backends
 from postgen.kernels.dispatch import TOLD
 from tests.families.tiny_models import tiny_model
 
@@ -35,3 +37,18 @@ def test_a_report_with_times_asks_for_no_tokens() -> None:
     timed = replace(row, exact_ms=2.0, fp8_ms=1.0)
     reports = [FP8AttentionReport(rows=(each,), max_error=0.1, steps=1) for each in (row, timed)]
     assert [each.config().min_tokens for each in reports] == [FP8AttentionConfig().min_tokens, 0]
+
+
+@pytest.mark.parametrize(("installed", "fewest"), [(False, 16_384), (True, 32_000)])
+def test_more_tokens_are_needed_where_flash_attention_4_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, fewest: int
+) -> None:
+    """With FlashAttention-4, FP8 attention is slower at the 17,776 tokens of CogVideoX-5B."""
+    monkeypatch.setattr(backends.Backend, "installed", lambda _: installed)
+    monkeypatch.setattr(state, "check_available", lambda *_: None)
+    transformer = tiny_model("Wan").transformer
+    handle = apply_fp8_attention(transformer)
+    assert FP8AttentionConfig().fewest_tokens == fewest
+    assert f"from {fewest} tokens on" in str(postgen.summary(transformer))
+    handle.update(min_tokens=5)
+    assert "from 5 tokens on" in str(postgen.summary(transformer))

@@ -30,10 +30,10 @@ class FP8AttentionConfig:
     preparation: str | Mapping[str, str] = USUAL
     """The exact transformations before the rounding (`postgen.kernels.attention_fp8.preparation`): one text for all
     layers, or a mapping from regular expressions of layer names to texts. Layers without a match use the default."""
-    min_tokens: int = 16384
-    """Self-attention over fewer tokens stays exact, because FP8 gains nothing there (on an H200 FP8 is 8 % faster at
-    17,776 tokens, and takes 1.7 times as long at 4,992). Ignored with `simulate`. A report with times sets 0, as its
-    times decide instead."""
+    min_tokens: int | None = None
+    """Self-attention over fewer tokens stays exact, because FP8 gains nothing there. None: 16,384, or 32,000 where
+    FlashAttention-4 is installed (on an H200 FP8 is 8 % faster than torch at 17,776 tokens, and takes 1.28 times as
+    long as FlashAttention-4). Ignored with `simulate`. A report with times sets 0, as its times decide instead."""
     simulate: bool = False
     """Compute the numbers of cuDNN in plain torch, on any device. This is slow and only shows the effect."""
     debug: bool = False
@@ -43,6 +43,8 @@ class FP8AttentionConfig:
     def __post_init__(self) -> None:
         for name in ("first_exact_steps", "last_exact_steps", "min_tokens"):
             value = getattr(self, name)
+            if name == "min_tokens" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise UserError(f"{name} must be a whole number of at least 0, got {shown(value)}")
         for name in ("simulate", "debug"):
@@ -77,6 +79,15 @@ class FP8AttentionConfig:
         if isinstance(self.preparation, str):
             return self.preparation
         return next((text for pattern, text in self.preparation.items() if re.fullmatch(pattern, name)), USUAL)
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Number of tokens from which on self-attention runs in FP8: `min_tokens`, or its default on this machine."""
+        if self.min_tokens is not None:
+            return self.min_tokens
+        from postgen.kernels.attention.backends import FLASH_4
+
+        return 32_000 if FLASH_4.installed() else 16_384
 
     def exact_step(self, step: int, steps: int) -> bool:
         """Return whether the step with index `step` of `steps` steps stays exact."""

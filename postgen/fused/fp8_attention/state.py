@@ -51,6 +51,8 @@ class Plan:
 
     layers: dict[str, Preparation | None]
     """Layer name -> preparation, or None if the layer stays exact."""
+    fewest_tokens: int
+    """Self-attention over fewer tokens stays exact; 0 with `simulate`."""
     number: int = -1
     """Index of the plan among the plans of this transformer. A layer finds its preparation by this index and not by
     its name, because torch.compile compiles code that reads a name again for every block."""
@@ -93,7 +95,7 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             device = next(model.parameters()).device
             for channels in {head_channels(model.get_submodule(name)) for name in found} or {None}:
                 check_available(device, channels or 128)
-        return Plan(found)
+        return Plan(found, 0 if config.simulate else config.fewest_tokens)
 
     def arrange(self, model: nn.Module, live: Sequence[Setting[FP8AttentionConfig]]) -> None:
         """Put the wrappers on the attention processors while any setting is in use, and remove them otherwise."""
@@ -179,8 +181,8 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         config, counts = self.config, self.counts()
         how = "simulated" if config.simulate else CUDNN_FP8.name
         parts = [f"{how} in {counts['fp8']} of {len(self.layers)} layers"]
-        if config.min_tokens and not config.simulate:
-            parts.append(f"from {config.min_tokens} tokens on")
+        if fewest := self.setting.prepared.fewest_tokens:
+            parts.append(f"from {fewest} tokens on")
         if config.first_exact_steps or config.last_exact_steps:
             parts.append(f"first {config.first_exact_steps} and last {config.last_exact_steps} steps exact")
         if config.debug:
@@ -234,7 +236,7 @@ class FP8Layer:
             return None
         query, key, value = as_autocast(query, key, value)
         now = self._whole.now
-        if query.shape[1] < now.config.min_tokens and not now.config.simulate:
+        if query.shape[1] < now.prepared.fewest_tokens:
             return None
         if (reason := self._refusal(query, key, value, mask, scale, key_lengths)) is not None:
             if not torch.compiler.is_compiling():
