@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -28,6 +29,7 @@ from .config import GroupConfig
 from .cost import Plan, Work, bytes_of, estimate, report, trained_in
 from .curves import Curves
 from .evaluation import Evaluator, evaluation_sampler
+from .exact_motion import ExactMotion, check_scenes
 from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
 from .logging import write_samples
 from .rollout import Metrics, Rollouts
@@ -83,10 +85,12 @@ class GroupTrainer(Rollouts[G]):
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, "eval_dataset", seed=args.seed, shuffle=False)
-        elif self.gold is not None or args.evaluate_only or args.eval_steps or args.eval_on_start:
+            if args.eval_motion_exact:
+                check_scenes(self.eval_prompts.rows[: args.eval_prompts])
+        elif self.gold is not None or args.evaluates:
             raise UserError(
-                "eval_reward_funcs, eval_steps, eval_on_start and evaluate_only need held-out prompts:"
-                " give eval_dataset"
+                "eval_reward_funcs, eval_steps, eval_motion_exact, eval_on_start and evaluate_only need held-out"
+                " prompts: give eval_dataset"
             )
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
@@ -161,6 +165,10 @@ class GroupTrainer(Rollouts[G]):
         check_data(args, self.source, self.prompts, self.eval_prompts)
         self.policy = load_policy(self.source, args, args, self.device, self._peft_config)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
+        if args.motion_residual and self.size["num_frames"] == 1:
+            raise UserError("motion_residual must be 0 for a model that makes images, which have no motion")
+        if args.shuffle_advantages:
+            warnings.warn("shuffle_advantages: a control experiment, in which nothing can be learned", stacklevel=2)
         self.fps = self.policy.rate(args.fps)
         evaluated = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.embeddings = Embeddings(
@@ -190,6 +198,7 @@ class GroupTrainer(Rollouts[G]):
             decode=self.decode,
             score=self.score,
             gold=None if self.gold is None else partial(self.scoring.score_gold, fps=self.fps),
+            exact=ExactMotion(self.size, self.device) if args.eval_motion_exact else None,
         )
         self.prepare()
         if self.needs_reference:

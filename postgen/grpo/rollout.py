@@ -20,9 +20,10 @@ from postgen.training.prompts import Prompts
 from .advantages import Advantages, best_and_worst, compute_advantages
 from .buffer import Buffer
 from .logging import CompletionLog
+from .motion import log_motions, motion_metrics, motions
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
-from .scoring import Scoring, gathered, reward_metrics
+from .scoring import Scoring, gathered, in_order, reward_metrics
 from .state import G, KeptState
 
 Metrics = dict[str, float | Tensor]
@@ -68,6 +69,11 @@ class Rollouts(KeptState[G]):
 
     # Hooks that DanceGRPO and DiffusionNFT implement.
 
+    @property
+    def loss_per_reward(self) -> bool:
+        """Whether each reward has its own loss, so that the buffer keeps the positive parts of the advantages."""
+        return False
+
     @abstractmethod
     def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return the step index of the first stochastic step of a sample."""
@@ -100,11 +106,15 @@ class Rollouts(KeptState[G]):
         # Rewards and advantages are in the order of sample numbers, over all processes.
         everyone = gathered(drawn.result.values, drawn.samples, self.batches.samples, self.global_step + 1)
         self.scoring.check_alive(everyone, self.global_step + 1)
-        advantages = self.advantages(everyone)
+        motion = in_order(motions(drawn.clips)[:, None], drawn.samples, self.batches.samples)[:, 0]
+        advantages = self.advantages(everyone, motion, drawn.number)
         self.buffer = self._kept(drawn, advantages)
         self._log_completions(drawn, advantages)
         spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
-        metrics: Metrics = {**advantages.metrics(), **reward_metrics(drawn.result, spent)}
+        group = self.batches.group
+        metrics: Metrics = {**advantages.metrics(), **reward_metrics(drawn.result, spent, everyone, group)}
+        if self.size["num_frames"] > 1:
+            metrics |= motion_metrics(motion, advantages.plain, advantages.values, group)
         prompts = [self.batches.prompt_of(sample) for sample in drawn.samples]
         metrics["diversity/latent_pairwise"] = diversity(drawn.paths.clean, prompts)
         return metrics
@@ -127,8 +137,9 @@ class Rollouts(KeptState[G]):
         mine = [SampleNumber(sample) for sample in chosen if sample in row_of]
         picked = torch.tensor([row_of[sample] for sample in mine], device=self.device)
         own = advantages.values[torch.tensor(mine)].to(self.device)
+        gains = advantages.gains[torch.tensor(mine)].to(self.device) if self.loss_per_reward else None
         prompts = [self.batches.prompt_of(sample) for sample in mine]
-        return Buffer(drawn.number, drawn.paths.rows(picked), own, prompts, mine)
+        return Buffer(drawn.number, drawn.paths.rows(picked), own, prompts, mine, gains)
 
     def _log_completions(self, drawn: Drawn, advantages: Advantages) -> None:
         args = self.args
@@ -153,18 +164,25 @@ class Rollouts(KeptState[G]):
         """Compute the rewards of samples of this process, given their prompt rows, clips and clean latents."""
         return self.scoring.score(rows, clips, latents, fps=self.fps)
 
-    def advantages(self, rewards: Tensor) -> Advantages:
-        """Compute advantages from the rewards (N, K) of a whole rollout, in the order of sample numbers."""
+    def advantages(self, rewards: Tensor, motion: Tensor, rollout: RolloutNumber) -> Advantages:
+        """Compute advantages from the rewards (N, K) and the motion (N,) of a whole rollout, by sample number."""
         args = self.args
-        return compute_advantages(
+        found = compute_advantages(
             rewards,
             torch.tensor(self.runner.weights),
             args.num_generations,
             aggregation=args.multi_objective_aggregation,
             scale=args.scale_rewards,
             clip=args.advantage_clip,
+            clip_per=args.advantage_clip_per,
             eps=args.advantage_eps,
+            dead_zone=args.rank_dead_zone,
+            log_motion=log_motions(motion),
+            kappa=args.motion_residual,
         )
+        if not args.shuffle_advantages:
+            return found
+        return found.shuffled([seed_of(args.seed, "shuffle", rollout, p) for p in range(self.batches.prompts)])
 
     def _sample(self, number: RolloutNumber, sample: SampleNumber) -> Sample:
         prompt, seed = self.batches.prompt_of(sample), self.args.seed

@@ -102,6 +102,15 @@ def motion(clips: Tensor, *, gap: int = 4, block: int = 8, reach: int = 12) -> T
     return lengths.mean(dim=(1, 2, 3)) / gap
 
 
+def frame_change(clip: Tensor) -> float:
+    """Return the mean absolute difference of neighbouring frames of a clip (F, 3, H, W).
+
+    It is 0 for a single frame or a frozen clip. Reward trainers call it the motion of a clip: it needs no search, but
+    it also grows with contrast, noise and flicker.
+    """
+    return (clip[1:] - clip[:-1]).abs().mean().item() if len(clip) > 1 else 0.0
+
+
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean over (F, H, W); NaN for a clip without a pixel that counts."""
     if mask is None:

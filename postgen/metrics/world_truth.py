@@ -1,10 +1,15 @@
-"""Make the true clip for drift measures from a scene of the synthetic world."""
+"""The truth about a scene of the synthetic world: its clip for drift measures, and the motion of its clip."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from postgen.errors import UserError
 from postgen.metrics.drift import TrueClip
-from postgen.world import Frames, Spec, ground_shades, shades
+from postgen.metrics.video_measures import frame_change
+from postgen.world import Frames, Spec, ground_shades, render, shades
 from postgen.world.spec import COLOURS
 
 
@@ -36,3 +41,26 @@ def true_clip(spec: Spec, frames: Frames, row: int = 0) -> TrueClip:
         disparity=frames.disparity_BFHW[row],
         texels=frames.texels_BF2HW[row],
     )
+
+
+_AT_ONCE = 16
+
+
+def exact_motion(specs: Sequence[Spec], num_frames: int, size: int, device: torch.device | str = "cpu") -> list[float]:
+    """Return the motion (`frame_change`) of the exact clip of each scene.
+
+    A generated clip of the same scene moves too much or too little if its motion differs. Motion depends on length
+    and size of a clip, so both must be those of the generated clips.
+
+    Args:
+        specs: scenes.
+        num_frames: number of frames of the clips.
+        size: height and width of the clips in pixels.
+        device: device that renders.
+    """
+    found: list[float] = []
+    for low in range(0, len(specs), _AT_ONCE):
+        part = specs[low : low + _AT_ONCE]
+        clips = render(part, num_frames=num_frames, size=size, geometry=False, device=device).rgb_BF3HW
+        found += [frame_change(clip) for clip in clips]
+    return found
