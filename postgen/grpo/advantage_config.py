@@ -22,9 +22,9 @@ class AdvantageConfig(Part):
 
     scale_rewards: Scale = "group"
     """Divisor of a reward's difference from the mean of its group: "group": the std of the group; "batch": the std of
-    the batch; "max": the largest std of a group of the rollout, so that groups with a small spread keep small
-    advantages; "none": no division. "rank": the reward is first replaced by the share of the other samples of the
-    group that it exceeds, then divided by the std of the group."""
+    the batch; "max": the largest std of a group of the rollout; "rank": the std of the group, where win rates in the
+    group replace the rewards; "none": no division. With "max", groups with a small spread keep small advantages. With
+    "rank", only the order of the rewards counts, and the dead zone `rank_dead_zone`."""
 
     rank_dead_zone: float = 0.0
     """With `scale_rewards: rank`, rewards of a group that differ by at most this much are ties, which count as half.

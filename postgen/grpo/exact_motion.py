@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from postgen.errors import UserError
-from postgen.metrics.world_truth import exact_motion
+from postgen.metrics.world_truth import exact_motion, log_motion_ratio
 from postgen.rewards.world import NO_BODY, scenes
 from postgen.sampling.conditions import Row
 from postgen.world import Spec
-
-from .motion import LEAST_MOTION
 
 
 class ExactMotion:
@@ -50,8 +47,7 @@ class ExactMotion:
         scenes = {number: scene for number, scene in found if scene is not None}
         values = exact_motion(list(scenes.values()), self.frames, self.side, self.device)
         self._found |= {**dict.fromkeys(asked), **dict(zip(scenes, values, strict=True))}
-        pairs = zip(motion, (self._found[number] for number in numbers), strict=True)
-        return [math.log(max(m, LEAST_MOTION) / e) if e is not None and e > LEAST_MOTION else None for m, e in pairs]
+        return [log_motion_ratio(m, self._found[number]) for m, number in zip(motion, numbers, strict=True)]
 
 
 def scenes_of(rows: Sequence[Row]) -> list[Spec | None]:

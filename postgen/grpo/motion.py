@@ -12,10 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from postgen.metrics.video_measures import frame_change
-
-LEAST_MOTION = 1e-4
-"""Smaller values of motion count as this, so that a frozen clip has a logarithm. It is 1/40 of an 8-bit step."""
+from postgen.metrics.video_measures import LEAST_CHANGE, frame_change
 
 LEAST_SPREAD = 0.02
 """Std of log motion within a group below which motion explains less and less: smaller differences are noise."""
@@ -27,8 +24,8 @@ def motions(clips: Sequence[Tensor]) -> Tensor:
 
 
 def log_motions(motion: Tensor) -> Tensor:
-    """Return the logarithm of motion, at least that of `LEAST_MOTION`; NaN stays NaN."""
-    return motion.clamp_min(LEAST_MOTION).log()
+    """Return the logarithm of motion, at least that of `LEAST_CHANGE`; NaN stays NaN."""
+    return motion.clamp_min(LEAST_CHANGE).log()
 
 
 def residual(advantages: Tensor, log_motion: Tensor, group: int, kappa: float) -> Tensor:

@@ -16,6 +16,9 @@ from torch.nn import functional
 
 from postgen.errors import UserError
 
+LEAST_CHANGE = 1e-4
+"""Smaller values of `frame_change` count as this in logarithms, because a frozen clip has 0: 1/40 of an 8-bit step."""
+
 
 def flicker(clips: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the part of the change between frames that reverses at once, (B,): mean |x[t-1] - 2 x[t] + x[t+1]| / 2.

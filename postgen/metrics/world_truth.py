@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from postgen.errors import UserError
 from postgen.metrics.drift import TrueClip
-from postgen.metrics.video_measures import frame_change
+from postgen.metrics.video_measures import LEAST_CHANGE, frame_change
 from postgen.world import Frames, Spec, ground_shades, render, shades
 from postgen.world.spec import COLOURS
 
@@ -64,3 +65,15 @@ def exact_motion(specs: Sequence[Spec], num_frames: int, size: int, device: torc
         clips = render(part, num_frames=num_frames, size=size, geometry=False, device=device).rgb_BF3HW
         found += [frame_change(clip) for clip in clips]
     return found
+
+
+def log_motion_ratio(motion: float, exact: float | None) -> float | None:
+    """Return log(motion / exact motion) of a clip: 0 if it moves as much as the exact clip, above 0 if it moves more.
+
+    Args:
+        motion: `frame_change` of the clip.
+        exact: `exact_motion` of its scene; the result is None if it is None, or if nothing moves in the exact clip.
+    """
+    if exact is None or exact <= LEAST_CHANGE:
+        return None
+    return math.log(max(motion, LEAST_CHANGE) / exact)
