@@ -56,5 +56,6 @@ ABOUT = {
     "world_judge_visual": About(
         "It looks good, according to a small network (synthetic world).", "up to about 1, below 0 for corrupted clips"
     ),
+    "world_motion": About("It moves as much as the exact clip of its scene (synthetic world).", "0 to 1, 1 is sound"),
 }
 """Name of a reward, as in `known_rewards()` -> its description."""

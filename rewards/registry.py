@@ -52,6 +52,7 @@ _PLACES = {
     "world_judge": "world_judge:WorldJudge:overall",
     "world_judge_motion": "world_judge:WorldJudge:motion",
     "world_judge_visual": "world_judge:WorldJudge:visual",
+    "world_motion": "world_motion:WorldMotion",
 }
 
 _LARGEST = 1_000_000

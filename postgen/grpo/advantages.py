@@ -7,20 +7,28 @@ rewards (NaN). A row without any reward gets advantage 0. Standard deviations ar
     sum_then_normalize  r = sum_k w_k r_k, then (r - mean_group r) / (std r + eps)                TRL's GRPOTrainer
     normalize_then_sum  z-score of each reward in its group, weighted sum, then a z-score over the batch      TRL, GDPO
 
+DanceGRPO clips in two ways. Its code for FLUX has one reward and clips the advantage that the loss uses. Its code for
+HunyuanVideo has two rewards, clips the advantage of each, and adds two clipped losses with the weights. The paper does
+not mention a clip. The setting `advantage_clip_per` chooses between the weighted sum (a sum of one or several rewards)
+and each reward; `loss_per` of DanceGRPO's trainer gives each reward its own loss.
+
 A group whose rewards are all equal carries no signal. Division by its standard deviation would amplify rounding
 errors, so the group gets exactly 0 and is counted in the metric `frac_reward_zero_std`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .motion import residual
+
 Aggregation = Literal["sum_of_advantages", "sum_then_normalize", "normalize_then_sum"]
-Scale = Literal["group", "batch", "none"]
+Scale = Literal["group", "batch", "max", "rank", "none"]
+ClipPer = Literal["sum", "reward"]
 
 _FLOOR = 1e-6
 """A group has no spread if its std is below this share of its largest absolute reward (a few float32 roundings)."""
@@ -32,8 +40,13 @@ class Advantages:
 
     values: Tensor
     """(N,) float32, clipped. The loss uses these."""
+    gains: Tensor
+    """(N,) float32, the sum of the positive parts of `values`, one part for each reward. The negative parts sum to
+    `values` - `gains`."""
     unclipped: Tensor
     """(N,) float32, before clipping. Best-of-N ranks samples by these."""
+    plain: Tensor
+    """(N,) float32, as `unclipped`, but with the part that motion explains."""
     rewards: Tensor
     """(N,) weighted sum of the rewards; NaN for a row without any reward."""
     zero_std: Tensor
@@ -50,6 +63,18 @@ class Advantages:
             "advantage/clipped": (self.values != self.unclipped).float().mean().item(),
         }
 
+    def shuffled(self, seeds: list[int]) -> Advantages:
+        """Return the advantages in another order within each group, for an experiment that must learn nothing.
+
+        Args:
+            seeds: seed of the order of each group. `rewards` and `plain` keep their order.
+        """
+        group = len(self.values) // len(seeds)
+        orders = [torch.randperm(group, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        order = torch.cat([number * group + each for number, each in enumerate(orders)])
+        moved = {name: getattr(self, name)[order] for name in ("values", "gains", "unclipped")}
+        return replace(self, **moved)
+
 
 def compute_advantages(
     rewards: Tensor,
@@ -59,7 +84,11 @@ def compute_advantages(
     aggregation: Aggregation = "sum_of_advantages",
     scale: Scale = "group",
     clip: float = 5.0,
+    clip_per: ClipPer = "sum",
     eps: float = 1e-4,
+    dead_zone: float = 0.0,
+    log_motion: Tensor | None = None,
+    kappa: float = 0.0,
 ) -> Advantages:
     """Compute the advantages of N samples from their K rewards.
 
@@ -68,10 +97,16 @@ def compute_advantages(
         weights: (K,) weight of each reward.
         group: number of rows (samples) of one prompt, at least 2.
         aggregation: how the K rewards of a sample are combined; the module docstring has the formulas.
-        scale: divisor of the difference from the group's mean: the std of the group, the std of the whole batch, or
-            none. It has no effect for `normalize_then_sum`, as in TRL.
+        scale: divisor of the difference from the group's mean: the std of the group, the std of the whole batch, the
+            largest std of a group (GenRL's `max_group_std`), or none. "rank" first replaces a reward by its win rate
+            in the group (Pref-GRPO, arXiv:2508.20751). It has no effect for `normalize_then_sum`, as in TRL.
         clip: advantages are clipped to [-clip, clip].
+        clip_per: what is clipped: the weighted sum, or the advantage of each reward before its weight. The latter is
+            for `sum_of_advantages` only.
         eps: added to the standard deviation.
+        dead_zone: rewards that differ by at most this much are ties for "rank".
+        log_motion: (N,) log motion of the clips; needed if `kappa` is not 0.
+        kappa: share of the correlation with motion that is removed before clipping, see `motion.residual`.
 
     Raises:
         ValueError: N is not a multiple of `group`, or `group` is below 2.
@@ -81,17 +116,68 @@ def compute_advantages(
     rewards, weights = rewards.double(), weights.double()
     unscored = rewards.isnan().all(1)
     total = _weighted_sum(rewards, weights)
-    if aggregation == "sum_then_normalize":
-        raw = _standardized(total[:, None], group, scale, eps)[:, 0]
-    else:
-        per_reward = _standardized(rewards, group, scale if aggregation == "sum_of_advantages" else "group", eps)
-        raw = _weighted_sum(per_reward, weights)
-        if aggregation == "normalize_then_sum":
-            raw = _standardized(raw[:, None], len(raw), "group", eps)[:, 0]
-    by_reward = rewards if aggregation != "sum_then_normalize" else total[:, None]
-    zero_std = ~_spread(_grouped(by_reward, group))[1].any(-1).reshape(-1)
-    raw = raw.nan_to_num(0.0).masked_fill(unscored | zero_std.repeat_interleave(group), 0.0).float()
-    return Advantages(values=raw.clamp(-clip, clip), unclipped=raw, rewards=total.float(), zero_std=zero_std)
+    scored = total[:, None] if aggregation == "sum_then_normalize" else rewards
+    if scale == "rank":
+        scored = win_rates(scored, group, dead_zone)
+    zero_std = ~_spread(_grouped(scored, group))[1].any(-1).reshape(-1)
+    # (N, C) advantages, one column for each reward or one for all of them, and the weights of the columns.
+    each = _standardized(scored, group, "group" if aggregation == "normalize_then_sum" else scale, eps)
+    if aggregation == "normalize_then_sum":
+        each = _standardized(_weighted_sum(each, weights)[:, None], len(each), "group", eps)
+    if aggregation != "sum_of_advantages":
+        weights = weights.new_ones(1)
+    each = each.masked_fill((unscored | zero_std.repeat_interleave(group))[:, None], torch.nan)
+    plain = (each.nan_to_num(0.0) * weights).sum(1).float()
+    if kappa:
+        assert log_motion is not None
+        each = residual(each, log_motion, group, kappa)
+    shares = each.nan_to_num(0.0) * weights
+    unclipped = shares.sum(1).float()
+    if clip_per == "reward":
+        shares = each.nan_to_num(0.0).clamp(-clip, clip) * weights
+    values = shares.sum(1).float() if clip_per == "reward" else unclipped.clamp(-clip, clip)
+    return Advantages(
+        values=values,
+        gains=shares.clamp_min(0).sum(1).float() if clip_per == "reward" else values.clamp_min(0),
+        unclipped=unclipped,
+        plain=plain,
+        rewards=total.float(),
+        zero_std=zero_std,
+    )
+
+
+def win_rates(values: Tensor, group: int, dead_zone: float = 0.0) -> Tensor:
+    """Replace each of (N, K) values by the share of the other samples of its group that it exceeds.
+
+    Args:
+        values: NaN where a value is missing; these stay NaN and are not counted.
+        group: number of rows of one prompt.
+        dead_zone: two values that differ by at most this much are a tie, which counts as 1/2. With 0 the result does
+            not change when a rising function is applied to the values.
+
+    Returns:
+        (N, K) in [0, 1]; 1/2 for a value without another one in its group.
+    """
+    groups = _grouped(values, group)
+    mine, others = groups[:, :, None], groups[:, None]  # (P, G, 1, K), (P, 1, G, K)
+    ahead, behind = mine > others + dead_zone, others > mine + dead_zone
+    pairs = ~(mine.isnan() | others.isnan())
+    # A value is in a tie with itself. This pair is taken out of the sum and of the count.
+    won = torch.where(pairs, 0.5 * (1 + ahead.double() - behind.double()), 0.0).sum(2) - 0.5
+    count = pairs.sum(2) - 1
+    rates = torch.where(count > 0, won / count.clamp_min(1), 0.5)
+    return rates.masked_fill(groups.isnan(), torch.nan).reshape(values.shape)
+
+
+def group_stds(values: Tensor, group: int) -> Tensor:
+    """Return the (K,) unbiased std of (N, K) values within groups, averaged over the groups; NaN without a group.
+
+    Groups with fewer than two known values are left out.
+    """
+    groups = _grouped(values.double(), group)
+    std = _spread(groups)[0][:, 0]
+    enough = (~groups.isnan()).sum(1) > 1
+    return torch.where(enough, std, torch.nan).nanmean(0)
 
 
 def best_and_worst(scores: Tensor, group: int, keep: int) -> Tensor:
@@ -142,5 +228,7 @@ def _standardized(values: Tensor, group: int, scale: Scale, eps: float) -> Tenso
     centred = (groups - groups.nanmean(1, keepdim=True)) * spread
     if scale == "batch":
         std = _spread(values[None])[0]
+    elif scale == "max":
+        std = std.amax(0, keepdim=True)
     scaled = centred if scale == "none" else centred / (std + eps)
     return scaled.reshape(values.shape)

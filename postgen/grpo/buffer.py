@@ -31,6 +31,8 @@ class Buffer:
     """Prompt number of each row."""
     samples: list[SampleNumber]
     """Sample number of each row."""
+    gains: Tensor | None = None
+    """(n,) positive parts of the advantages of all rewards; None if the rewards share one loss."""
 
     def state(self) -> dict[str, Any]:
         """Return the buffer as tensors and JSON values under flat names, for a checkpoint."""
@@ -38,7 +40,8 @@ class Buffer:
         state: dict[str, Any] = {"number": self.number, "prompts": self.prompts, "samples": self.samples}
         state |= {f"buffer.{name}": getattr(paths, name) for name in ("clean", "start", "states", "log_probs")}
         state["buffer.advantages"] = self.advantages
-        return state | ({"buffer.means": paths.means} if paths.means is not None else {})
+        optional = {"buffer.means": paths.means, "buffer.gains": self.gains}
+        return state | {name: value for name, value in optional.items() if value is not None}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Buffer | None:
@@ -47,5 +50,5 @@ class Buffer:
             return None
         held = {key.removeprefix("buffer."): value for key, value in state.items() if key.startswith("buffer.")}
         held = {name: value.to(device) for name, value in held.items()}
-        advantages = held.pop("advantages")
-        return cls(state["number"], Trajectories(**held), advantages, state["prompts"], state["samples"])
+        advantages, gains = held.pop("advantages"), held.pop("gains", None)
+        return cls(state["number"], Trajectories(**held), advantages, state["prompts"], state["samples"], gains)

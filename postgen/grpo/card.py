@@ -16,6 +16,11 @@ from postgen.versions import version_of
 
 from .curves import Curves
 
+_CONTROL = (
+    "**Control experiment, not a model for use:** the advantages were shuffled within each group"
+    " (`shuffle_advantages`), so this model learned nothing from the rewards."
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
@@ -77,6 +82,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         "",
         f"# {base} after {card.step} updates of {card.trainer}",
         "",
+        *((_CONTROL, "") if card.settings.get("shuffle_advantages") else ()),
         f"- Base: {base} ({card.pipeline})",
         f"- Trained: {'LoRA' if card.lora else 'all weights'} of {', '.join(card.modules)}",
         f"- Rewards: {', '.join(f'{name} (weight {weight:g})' for name, weight in card.rewards)}",

@@ -12,10 +12,11 @@ from postgen.training.lora import AdapterConfig
 from postgen.training.policy import ModelConfig
 from postgen.training.prompts import PromptsConfig
 
-from .advantages import Aggregation, Scale
+from .advantage_config import LEAST_GROUP, AdvantageConfig
 
 Strategy = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["rollout", "prompt", "sample"]
+LossPer = Literal["sum", "reward"]
 
 
 @dataclass(kw_only=True)
@@ -84,6 +85,10 @@ class EvaluationConfig(Part):
     eval_grid: int = 9
     """Number of clips in the grid that each evaluation writes to `samples/`, with fixed seeds; 0 writes none."""
 
+    eval_motion_exact: bool = False
+    """Compare the motion of samples with that of the exact clips of the same scenes. For prompts of the synthetic
+    world and square videos."""
+
     hacking_patience: int = 2
     """Reward hacking is reported when, in this many evaluations in a row, the reward rises and the first reward of
     `eval_reward_funcs` falls; 0 disables the check."""
@@ -103,7 +108,14 @@ class EvaluationConfig(Part):
 
 @dataclass(kw_only=True)
 class GroupConfig(
-    EvaluationConfig, RewardConfig, SamplingConfig, PromptsConfig, AdapterConfig, ModelConfig, TrainingConfig
+    EvaluationConfig,
+    AdvantageConfig,
+    RewardConfig,
+    SamplingConfig,
+    PromptsConfig,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
 ):
     """Settings that DanceGRPO and DiffusionNFT share: groups of samples, rewards, advantages, batches.
 
@@ -142,20 +154,6 @@ class GroupConfig(
     best_of_n: int | None = None
     """Train on this many samples of each prompt only: half of them the best, half the worst. None trains on all."""
 
-    scale_rewards: Scale = "group"
-    """Divisor of a reward's difference from the mean of its group: "group": the std of the group; "batch": the std of
-    the batch; "none": no division."""
-
-    multi_objective_aggregation: Aggregation = "sum_of_advantages"
-    """How several rewards are combined into one advantage. `sum_of_advantages` is DanceGRPO's way; the other two
-    values have the same meaning as in TRL."""
-
-    advantage_clip: float = 5.0
-    """Advantages are clipped to [-advantage_clip, advantage_clip]."""
-
-    advantage_eps: float = 1e-4
-    """Added to the std that divides the rewards."""
-
     log_completions: bool = False
     """Write a table of each logged rollout and some of its clips to `completions/`."""
 
@@ -172,13 +170,20 @@ class GroupConfig(
         self.require(self.num_iterations >= 1, "num_iterations", "at least 1")
         kept = self.best_of_n
         self.require(kept is None or 2 <= kept <= self.num_generations, "best_of_n", "in 2..num_generations")
-        for name in ("advantage_clip", "advantage_eps"):
-            self.require(getattr(self, name) > 0, name, "above 0")
+        if self.motion_residual:
+            self.require(self.num_frames != 1, "motion_residual", "0 with num_frames: 1: images have no motion")
+            least = f"at least {LEAST_GROUP} with motion_residual, which would remove much of the signal by chance"
+            self.require(self.num_generations >= LEAST_GROUP, "num_generations", least)
         both = self.steps_per_generation is not None and self.generation_batch_size is not None
         self.require(not both, "generation_batch_size", "left out when steps_per_generation is given")
         for name in ("steps_per_generation", "generation_batch_size"):
             value = getattr(self, name)
             self.require(value is None or value >= 1, name, "at least 1")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a setting asks for evaluations."""
+        return bool(self.evaluate_only or self.eval_steps or self.eval_on_start or self.eval_motion_exact)
 
     @property
     def rollout_batch(self) -> int:
@@ -235,6 +240,10 @@ class DanceGRPOConfig(GroupConfig):
     epsilon_high: float | None = None
     """Upper clip of the probability ratio, at 1 + epsilon_high. None uses `epsilon`."""
 
+    loss_per: LossPer = "sum"
+    """Number of clipped losses of a step: "sum": one, with the weighted sum of the advantages; "reward": one for each
+    reward, added with the weights (DanceGRPO's code for HunyuanVideo). Needs `advantage_clip_per: reward`."""
+
     beta: float = 0.0
     """Weight of the divergence from the reference policy: with new adapters the model without them, otherwise (a
     given `lora_path`, or all weights) a copy of the first weights. DanceGRPO uses 0."""
@@ -266,6 +275,8 @@ class DanceGRPOConfig(GroupConfig):
         self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
         self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")
         self.require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high", "above 0")
+        fits = self.loss_per == "sum" or self.advantage_clip_per == "reward"
+        self.require(fits, "loss_per", "sum without advantage_clip_per: reward")
         self.require(self.beta >= 0, "beta", "at least 0")
         self.require(self.max_ratio_error > 0, "max_ratio_error", "above 0")
         self.require(self.sde_window_interval >= 1, "sde_window_interval", "at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,13 +19,17 @@ from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
 
 from .config import EvaluationConfig
-from .quality import clip_statistics, diversity
+from .exact_motion import ExactMotion
+from .quality import appearance, clip_statistics, diversity, diversity_of_prompts
 
 if TYPE_CHECKING:
     from postgen.rewards import RewardResult
 
 Rows = list[dict[str, float]]
 """One dict of metrics per sample; a reward without a score has no key."""
+
+Looks = dict[int, dict[str, Tensor]]
+"""Position of a prompt -> `appearance` of its first sample."""
 
 Decode = Callable[[Tensor], list[Tensor]]
 """Latents (B, ...) -> B clips (F, 3, H, W) in [0, 1]."""
@@ -79,6 +84,7 @@ class Evaluator:
         decode: decodes latents into clips.
         score: computes the rewards that training uses.
         gold: computes the held-out rewards; None if there are none.
+        exact: motion of the exact clips; None if it is not compared.
     """
 
     def __init__(
@@ -93,10 +99,11 @@ class Evaluator:
         decode: Decode,
         score: Score,
         gold: Gold | None,
+        exact: ExactMotion | None = None,
     ) -> None:
         self.args, self.sampler, self.embeddings, self.meter = args, sampler, embeddings, meter
         self.seed, self.batch = seed, batch
-        self.decode, self.score, self.gold = decode, score, gold
+        self.decode, self.score, self.gold, self.exact = decode, score, gold, exact
 
     def run(self, rows: Sequence[Row], rank: int = 0, processes: int = 1) -> Evaluation:
         """Evaluate the first `eval_prompts` rows; every process must call this and draws its share of them.
@@ -112,15 +119,21 @@ class Evaluator:
         results: Rows = []
         metrics: list[tuple[dict[str, float], int]] = []
         shown: list[Tensor] = []
+        looks: Looks = {}
         per_batch = max(1, self.batch // args.num_generations_eval)
         for low in range(0, len(numbers), per_batch):
             part = numbers[low : low + per_batch]
             found, noted, clips = self._batch([chosen[number] for number in part], part)
             results += found
             metrics.append((noted, len(found)))
-            shown += clips[:: args.num_generations_eval][: args.eval_grid - len(shown)]
+            firsts = clips[:: args.num_generations_eval]
+            shown += firsts[: args.eval_grid - len(shown)]
+            looks |= zip(part, map(appearance, firsts), strict=True)
+        means = combined(gather_object([(results, metrics, self.meter.read())]))
+        if "motion_exact" in means:  # the mean of logarithms
+            means["motion_exact"] = math.exp(means["motion_exact"])
         return Evaluation(
-            means=combined(gather_object([(results, metrics, self.meter.read())])),
+            means=means | _diversity(gather_object([looks])),
             clips=shown,
             prompts=[chosen[number]["prompt"] for number in numbers[: len(shown)]],
         )
@@ -153,6 +166,12 @@ class Evaluator:
         owners = [rows[sample.prompt] for sample in samples]
         result = self.score(owners, clips, latents)
         found = [clip_statistics(clip) for clip in clips]
+        if self.exact is not None:
+            places = [numbers[sample.prompt] for sample in samples]
+            moved = [row["motion"] for row in found]
+            for row, ratio in zip(found, self.exact.log_ratios(moved, owners, places), strict=True):
+                if ratio is not None:
+                    row["motion_exact"] = ratio
         _enter(found, result, "rewards")
         weighted = result.weighted().tolist()
         for row, value in zip(found, weighted, strict=True):
@@ -164,6 +183,15 @@ class Evaluator:
             for row in found:
                 row["diversity"] = diversity(latents, [sample.prompt for sample in samples])
         return found, result.metrics, clips
+
+
+def _diversity(parts: Sequence[Looks]) -> dict[str, float]:
+    """Return the diversity over the prompts of all processes."""
+    looks = {number: look for part in parts for number, look in part.items()}
+    if len(looks) < 2:
+        return {}
+    found = diversity_of_prompts([looks[number] for number in sorted(looks)])
+    return {f"diversity/{name}": value for name, value in found.items()}
 
 
 def combined(parts: list[tuple[Rows, list[tuple[dict[str, float], int]], dict[str, float]]]) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""Base of the reward trainers: rollouts of groups, their rewards and advantages, evaluation, export."""
+"""Base of the reward trainers: models, micro-batches of rollouts, evaluation, export."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,36 +15,30 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from postgen.errors import UserError, shown
-from postgen.rewards import RewardResult
-from postgen.sampling.conditions import Conditions, Embeddings, Row
+from postgen.sampling.conditions import Embeddings
 from postgen.sampling.meter import Meter
-from postgen.sampling.sampler import Sample, Sampler, Sampling, Trajectories
+from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import chosen_schedule
-from postgen.sampling.seeds import seed_of
 from postgen.training import Reason, TrainingConfig, TrainResult, Weights
-from postgen.training.policy import Policy, load_policy
+from postgen.training.policy import load_policy
 from postgen.training.prompts import Prompts
 
-from .advantages import Advantages, best_and_worst, compute_advantages
 from .batches import Batches
-from .buffer import Buffer
 from .card import Card, write_card
 from .config import GroupConfig
 from .cost import Plan, Work, bytes_of, estimate, report, trained_in
 from .curves import Curves
 from .evaluation import Evaluator, evaluation_sampler
+from .exact_motion import ExactMotion, check_scenes
 from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
-from .logging import CompletionLog, write_samples
-from .numbers import PromptNumber, RolloutNumber, SampleNumber
-from .quality import diversity
+from .logging import write_samples
+from .rollout import Metrics, Rollouts
 from .rows import check_data
-from .scoring import Rewards, Scoring, gathered, reward_metrics
-from .state import G, KeptState
-
-Metrics = dict[str, float | Tensor]
+from .scoring import Rewards, Scoring
+from .state import G
 
 
-class GroupTrainer(KeptState[G]):
+class GroupTrainer(Rollouts[G]):
     """Draws rollouts of groups of samples, scores them, and passes micro-batches with advantages to `learn`.
 
     Arguments that are None or empty are taken from `args`.
@@ -91,10 +85,12 @@ class GroupTrainer(KeptState[G]):
         self.eval_prompts = None
         if eval_dataset is not None:
             self.eval_prompts = Prompts(eval_dataset, "eval_dataset", seed=args.seed, shuffle=False)
-        elif self.gold is not None or args.evaluate_only or args.eval_steps or args.eval_on_start:
+            if args.eval_motion_exact:
+                check_scenes(self.eval_prompts.rows[: args.eval_prompts])
+        elif self.gold is not None or args.evaluates:
             raise UserError(
-                "eval_reward_funcs, eval_steps, eval_on_start and evaluate_only need held-out prompts:"
-                " give eval_dataset"
+                "eval_reward_funcs, eval_steps, eval_motion_exact, eval_on_start and evaluate_only need held-out"
+                " prompts: give eval_dataset"
             )
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
@@ -102,7 +98,7 @@ class GroupTrainer(KeptState[G]):
         self.batches = Batches.of(args, self.accelerator.num_processes, self.accelerator.process_index)
         check_groups(self.runner, self.batches)
         self.micro = 0
-        self.buffer: Buffer | None = None
+        self.buffer = None
         if self.sharded:
             evaluated = 0 if self.eval_prompts is None else min(args.eval_prompts, len(self.eval_prompts))
             check_equal_calls(self.batches.processes, evaluated, one_window=self.shares_rollout_window)
@@ -120,10 +116,6 @@ class GroupTrainer(KeptState[G]):
     @abstractmethod
     def sampling(self) -> Sampling:
         """Return the settings with which rollouts are drawn."""
-
-    @abstractmethod
-    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
-        """Return the step index of the first stochastic step of a sample."""
 
     @abstractmethod
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
@@ -156,14 +148,6 @@ class GroupTrainer(KeptState[G]):
     def prepare(self) -> None:
         """Set up the method once the models are loaded, before a checkpoint is read and before the first rollout."""
 
-    @contextmanager
-    def rollout_policy(self) -> Iterator[None]:
-        """Enclose the drawing of a rollout; a method may swap other weights in."""
-        yield
-
-    def before_rollout(self) -> None:
-        """Act before a rollout is drawn, for example update an old policy."""
-
     # Hooks of `Trainer`.
 
     def train(self) -> TrainResult:
@@ -179,8 +163,12 @@ class GroupTrainer(KeptState[G]):
         """Load the model, add adapters, encode prompts, make sampler and evaluator; return the trained modules."""
         args = self.args
         check_data(args, self.source, self.prompts, self.eval_prompts)
-        self.policy: Policy = load_policy(self.source, args, args, self.device, self._peft_config)
+        self.policy = load_policy(self.source, args, args, self.device, self._peft_config)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
+        if args.motion_residual and self.size["num_frames"] == 1:
+            raise UserError("motion_residual must be 0 for a model that makes images, which have no motion")
+        if args.shuffle_advantages:
+            warnings.warn("shuffle_advantages: a control experiment, in which nothing can be learned", stacklevel=2)
         self.fps = self.policy.rate(args.fps)
         evaluated = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         self.embeddings = Embeddings(
@@ -210,6 +198,7 @@ class GroupTrainer(KeptState[G]):
             decode=self.decode,
             score=self.score,
             gold=None if self.gold is None else partial(self.scoring.score_gold, fps=self.fps),
+            exact=ExactMotion(self.size, self.device) if args.eval_motion_exact else None,
         )
         self.prepare()
         if self.needs_reference:
@@ -273,109 +262,6 @@ class GroupTrainer(KeptState[G]):
         with self.meter.time("transformer_seconds"):
             super().backward(loss)
 
-    # A rollout.
-
-    def row_of(self, rollout: RolloutNumber, prompt: PromptNumber) -> Row:
-        """Return the prompt row (columns of the data set) of a prompt of a rollout."""
-        return self.prompts.at(rollout * self.batches.prompts + prompt)
-
-    def conditions(self, rollout: RolloutNumber) -> Conditions:
-        """Return a function from the prompt numbers of a rollout to their stacked conditions."""
-        return self.embeddings.table(lambda prompt: self.row_of(rollout, PromptNumber(prompt)))
-
-    def _new_rollout(self) -> Metrics:
-        """Draw and score the samples of the next rollout, put those to train on into the buffer, return metrics."""
-        for module in self.policy.modules.values():
-            module.eval()  # no dropout, neither here nor in training passes
-        self.before_rollout()
-        number = RolloutNumber(self.micro // self.batches.per_rollout)
-        # `drawn` holds the sample numbers of this process; samples, paths, rows and clips are in the same order.
-        before, drawn = self.meter.read(), self.batches.mine()
-        samples = [self._sample(number, sample) for sample in drawn]
-        with self.meter.time("rollout_seconds"):
-            paths = self.draw(number, samples)
-        rows = [self.row_of(number, self.batches.prompt_of(sample)) for sample in drawn]
-        clips = self.decode(paths.clean)
-        with self.meter.time("reward_seconds"):
-            result = self.score(rows, clips, paths.clean)
-        # Rewards, advantages and `chosen` are in the order of sample numbers, over all processes.
-        everyone = gathered(result.values, drawn, self.batches.samples, self.global_step + 1)
-        self.scoring.check_alive(everyone, self.global_step + 1)
-        advantages = self.advantages(everyone)
-        chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
-        row_of = {sample: row for row, sample in enumerate(drawn)}
-        mine = [SampleNumber(sample) for sample in chosen if sample in row_of]
-        picked = torch.tensor([row_of[sample] for sample in mine], device=self.device)
-        own = advantages.values[torch.tensor(mine)].to(self.device)
-        prompts = [self.batches.prompt_of(sample) for sample in mine]
-        self.buffer = Buffer(number, paths.rows(picked), own, prompts, mine)
-        args = self.args
-        if args.log_completions and self.accelerator.is_main_process and self.global_step % args.logging_steps == 0:
-            values = [advantages.values[sample].item() for sample in drawn]
-            log = CompletionLog(args.folder / "completions", args.num_completions_to_log, self.fps)
-            log.write(self.global_step, rows, clips, result, values)
-        spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
-        metrics: Metrics = {**advantages.metrics(), **reward_metrics(result, spent)}
-        metrics["diversity/latent_pairwise"] = diversity(paths.clean, [sample.prompt for sample in samples])
-        return metrics
-
-    def draw(self, number: RolloutNumber, samples: Sequence[Sample]) -> Trajectories:
-        """Draw the given samples of rollout `number`; the rows of the result are in their order."""
-        with self._networks(wrapped=False), self.rollout_policy():
-            return self.sampler.draw(samples, self.conditions(number), self.args.rollout_batch)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Tensor]:
-        """Decode latents (n, ...) into n clips (F, 3, H, W) in [0, 1]."""
-        size = self.args.decode_batch_size or self.args.rollout_batch
-        with self.meter.time("decode_seconds"):
-            return [clip for part in latents.split(size) for clip in self.policy.denoiser.decode(part)]
-
-    def score(self, rows: Sequence[Row], clips: Sequence[Tensor], latents: Tensor) -> RewardResult:
-        """Compute the rewards of samples of this process, given their prompt rows, clips and clean latents."""
-        return self.scoring.score(rows, clips, latents, fps=self.fps)
-
-    def advantages(self, rewards: Tensor) -> Advantages:
-        """Compute advantages from the rewards (N, K) of a whole rollout, in the order of sample numbers."""
-        args = self.args
-        return compute_advantages(
-            rewards,
-            torch.tensor(self.runner.weights),
-            args.num_generations,
-            aggregation=args.multi_objective_aggregation,
-            scale=args.scale_rewards,
-            clip=args.advantage_clip,
-            eps=args.advantage_eps,
-        )
-
-    def _sample(self, number: RolloutNumber, sample: SampleNumber) -> Sample:
-        prompt, seed = self.batches.prompt_of(sample), self.args.seed
-        shared = self.args.share_initial_noise
-        initial = ("initial", number, prompt, 0) if shared else ("initial", number, prompt, sample + 1)
-        return Sample(
-            index=sample,
-            prompt=prompt,
-            initial=seed_of(seed, *initial),
-            step_seed=lambda step: seed_of(seed, "step", number, sample, step),
-            start=self.window_start(number, prompt, sample),
-        )
-
-    # Networks.
-
-    @contextmanager
-    def _networks(self, *, wrapped: bool) -> Iterator[None]:
-        """Choose which networks the denoiser calls: the prepared models, or the modules without gradient averaging.
-
-        Processes must call prepared (`wrapped`) models equally often.
-        """
-        table = self.policy.denoiser.transformers
-        for name in self.policy.modules.keys() & self.models.keys():  # `models` is empty before they are prepared
-            table[name] = self.models[name] if wrapped else self.unaveraged(name)
-        # TF32 convolutions round differently for different batch sizes, which would move the ratio away from 1.
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
-            yield
-
     def _dry_run(self) -> TrainResult:
         """Load the model, print the cost estimate of the run, and return without training."""
         modules = self.build()
@@ -394,3 +280,6 @@ class GroupTrainer(KeptState[G]):
         if self.accelerator.is_main_process:
             print(report(plan, numbers))
         return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
+
+
+__all__ = ["GroupTrainer", "Metrics"]

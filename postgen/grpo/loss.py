@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,28 @@ def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, low: float, high: flo
     above = (ratio > 1 + high) & (advantage_B > 0)
     approx_kl = ratio - 1 - log_ratio_B
     return StepLoss(loss, ratio, below.float(), above.float(), approx_kl)
+
+
+def clipped_losses(
+    log_ratio_B: Tensor, advantage_B: Tensor, gain_B: Tensor | None, low: float, high: float
+) -> StepLoss:
+    """Compute the sum of the clipped losses of several rewards for each row.
+
+    A clipped loss is linear in advantages of one sign, so the losses of all positive advantages are one loss, and so
+    are those of all negative ones.
+
+    Args:
+        log_ratio_B: (B,) log-ratios.
+        advantage_B: (B,) sum of the advantages of all rewards, times their weights.
+        gain_B: (B,) sum of the positive ones; None computes one loss of the sum.
+        low: lower clip of the ratio, at 1 - low.
+        high: upper clip of the ratio, at 1 + high.
+    """
+    if gain_B is None:
+        return clipped_loss(log_ratio_B, advantage_B, low, high)
+    for_it = clipped_loss(log_ratio_B, gain_B, low, high)
+    against_it = clipped_loss(log_ratio_B, advantage_B - gain_B, low, high)
+    return replace(for_it, loss=for_it.loss + against_it.loss, low=against_it.low)
 
 
 def gaussian_kl(step: Transition, reference: Transition) -> Tensor:

@@ -1,11 +1,14 @@
-"""Statistics of clips that reveal reward hacking: brightness, sharpness, motion, diversity of latents."""
+"""Statistics of clips that reveal reward hacking: brightness, sharpness, motion, diversity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from postgen.metrics.video_measures import frame_change
 
 
 def clip_statistics(clip: Tensor) -> dict[str, float]:
@@ -21,7 +24,7 @@ def clip_statistics(clip: Tensor) -> dict[str, float]:
     return {
         "brightness": clip.mean().item(),
         "sharpness": laplacian.square().mean().sqrt().item() if laplacian.numel() else 0.0,
-        "motion": (clip[1:] - clip[:-1]).abs().mean().item() if len(clip) > 1 else 0.0,
+        "motion": frame_change(clip),
     }
 
 
@@ -43,3 +46,31 @@ def diversity(latents: Tensor, prompts: Sequence[int]) -> float:
             total = torch.cdist(group, group).sum() / flat.shape[1] ** 0.5
             means.append(total / (len(group) * (len(group) - 1)))
     return float(torch.stack(means).mean()) if means else 0.0
+
+
+def appearance(clip: Tensor) -> dict[str, Tensor]:
+    """Return what a clip (F, 3, H, W) looks like as a whole, on the CPU, to compare clips of different prompts.
+
+    `background` is the median of each colour over all pixels and frames, (3,): in most clips the colour of the ground,
+    whatever moves on it. `picture` is the mean picture, reduced to 8 x 8 pixels, (192,).
+    """
+    pixels = clip.float().transpose(0, 1).flatten(1).contiguous()  # torch's median is wrong for expanded tensors
+    picture = functional.adaptive_avg_pool2d(clip.float().mean(0), 8)
+    return {"background": pixels.median(1).values.cpu(), "picture": picture.flatten().cpu()}
+
+
+def diversity_of_prompts(appearances: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return how much the clips of different prompts differ: the mean rms distance of two, from 0 to 1.
+
+    There is one value for each part of `appearance`. A policy that gives every clip the same ground lowers the
+    diversity of backgrounds. It depends on the prompts, so compare it with the value before training.
+
+    Args:
+        appearances: of one clip for each of at least 2 prompts.
+    """
+    found = {}
+    for name in appearances[0]:
+        rows = torch.stack([each[name] for each in appearances]).double()
+        total = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum() / rows.shape[1] ** 0.5
+        found[name] = float(total / (len(rows) * (len(rows) - 1)))
+    return found

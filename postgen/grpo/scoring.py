@@ -16,6 +16,7 @@ from postgen.rewards import AllRewardsFailed, RewardResult, RewardRunner
 from postgen.sampling.conditions import Row
 from postgen.training.prompts import columns
 
+from .advantages import group_stds
 from .config import RewardConfig
 from .numbers import SampleNumber
 
@@ -130,9 +131,7 @@ def gathered(values: Tensor, indices: Sequence[SampleNumber], total: int, step: 
     Raises:
         AllRewardsFailed: no sample of any process has a reward.
     """
-    rewards = torch.full((total, values.shape[1]), torch.nan)
-    for numbers, part in gather_object([(list(indices), values)]):
-        rewards[torch.tensor(numbers)] = part
+    rewards = in_order(values, indices, total)
     if bool(rewards.isnan().all()):
         raise AllRewardsFailed(
             f"every reward failed on every one of {total} samples of step {step}: the warnings above say why"
@@ -140,14 +139,27 @@ def gathered(values: Tensor, indices: Sequence[SampleNumber], total: int, step: 
     return rewards
 
 
-def reward_metrics(result: RewardResult, spent: Mapping[str, float]) -> dict[str, float]:
+def in_order(values: Tensor, indices: Sequence[SampleNumber], total: int) -> Tensor:
+    """Gather (n, K) values of all processes as (total, K) values on the CPU; arguments are those of `gathered`."""
+    everyone = torch.full((total, values.shape[1]), torch.nan)
+    for numbers, part in gather_object([(list(indices), values)]):
+        everyone[torch.tensor(numbers)] = part.to(everyone)
+    return everyone
+
+
+def reward_metrics(result: RewardResult, spent: Mapping[str, float], everyone: Tensor, group: int) -> dict[str, float]:
     """Return mean, std and failures of each reward under TRL's metric names, and the cost of a rollout.
 
     Args:
         result: rewards of this process.
         spent: passes and seconds of the rollout, under the names of `Meter`.
+        everyone: (N, K) rewards of all processes, prompt by prompt, for the spread within groups.
+        group: number of samples of one prompt.
     """
     found: dict[str, float] = {**result.metrics}
+    for name, spread in zip(result.names, group_stds(everyone, group).tolist(), strict=True):
+        if spread == spread:
+            found[f"rewards/{name}/group_std"] = spread
     for name in result.names:
         known = result.column(name)
         known = known[~known.isnan()]

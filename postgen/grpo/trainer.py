@@ -30,7 +30,7 @@ from .config import DanceGRPOConfig
 from .cost import Work
 from .group import GroupTrainer, Metrics
 from .guards import RatioCheck
-from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
+from .loss import StepLoss, clipped_losses, gaussian_kl, log_ratio, velocity_kl
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .window import Window
 
@@ -94,6 +94,11 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
     def shares_rollout_window(self) -> bool:
         """Whether all samples of a rollout have the same window."""
         return self.args.sde_window_per == "rollout" or not self.args.sde_window_size
+
+    @property
+    def loss_per_reward(self) -> bool:
+        """Whether each reward has its own clipped loss."""
+        return self.args.loss_per == "reward"
 
     @property
     def needs_reference(self) -> bool:
@@ -180,7 +185,8 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         old_mean = None if paths.means is None else paths.means[rows, offset]
         ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        found = clipped_loss(ratio, buffer.advantages[rows], args.epsilon, high)
+        gains = None if buffer.gains is None else buffer.gains[rows]
+        found = clipped_losses(ratio, buffer.advantages[rows], gains, args.epsilon, high)
         # Weight of the step.
         weight = self.weights[index].float()
         if args.ratio_norm:

@@ -16,6 +16,9 @@ from torch.nn import functional
 
 from postgen.errors import UserError
 
+LEAST_CHANGE = 1e-4
+"""Smaller values of `frame_change` count as this in logarithms, because a frozen clip has 0: 1/40 of an 8-bit step."""
+
 
 def flicker(clips: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the part of the change between frames that reverses at once, (B,): mean |x[t-1] - 2 x[t] + x[t+1]| / 2.
@@ -100,6 +103,15 @@ def motion(clips: Tensor, *, gap: int = 4, block: int = 8, reach: int = 12) -> T
             best = torch.minimum(best, cost)
     lengths: Tensor = length.unflatten(0, (len(clips), -1))
     return lengths.mean(dim=(1, 2, 3)) / gap
+
+
+def frame_change(clip: Tensor) -> float:
+    """Return the mean absolute difference of neighbouring frames of a clip (F, 3, H, W).
+
+    It is 0 for a single frame or a frozen clip. Reward trainers call it the motion of a clip: it needs no search, but
+    it also grows with contrast, noise and flicker.
+    """
+    return (clip[1:] - clip[:-1]).abs().mean().item() if len(clip) > 1 else 0.0
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,10 +7,11 @@ import signal
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from postgen.grpo.motion import motions
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
 from postgen.training import checkpoint
 from tests.grpo.toy import ROWS, near
-from tests.sampling.toy import PointPipeline
+from tests.sampling.toy import ClipPipeline, PointPipeline
 
 
 @dataclass(kw_only=True)
@@ -88,6 +89,19 @@ class WitnessGRPO(Whole, KilledGRPO):
             assert cut == {self.sharded}, "sharding fell back to something else"
             weights = {name: whole(value.detach()).clone() for name, value in self.trained().items()}
             save_file(weights, self.args.folder / f"rank-{self.accelerator.process_index}.safetensors")
+
+
+def still(completions):
+    """Return the reward of each clip, minus its motion."""
+    return (-motions(completions)).tolist()
+
+
+class ClipGRPO(WitnessGRPO):
+    """A trainer of clips with two rewards."""
+
+    @classmethod
+    def from_config(cls, args: Any) -> Any:
+        return cls(ClipPipeline(), [near, still], args, ROWS, ROWS)
 
 
 class ShardedWitnessGRPO(WitnessGRPO):

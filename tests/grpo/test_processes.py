@@ -36,11 +36,18 @@ RUN = {
 }
 ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
 BEST = {"best_of_n": 2, "sde_window_per": "sample"}
+ADVANTAGES = {
+    # Groups of 8 with 12 samples per process span processes.
+    **{"method": "tests.grpo.killed:ClipGRPO", "num_frames": 4, "num_generations": 8, "motion_residual": 0.7},
+    **{"scale_rewards": "max", "advantage_clip_per": "reward", "loss_per": "reward", "advantage_clip": 1.0},
+    **{"shuffle_advantages": True, "reward_weights": [1.0, 0.5], "per_device_train_batch_size": 12},
+}
 # The reference and the EMA weights are swapped in between the updates.
 SHARDED = {"sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1}
 TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups span processes": ({}, ACCUMULATED),
     "best of n": ({"per_device_train_batch_size": 4, **BEST}, {"per_device_train_batch_size": 8, **BEST}),
+    "all of the advantages": (ADVANTAGES, {**ACCUMULATED, **ADVANTAGES}),
     "fully sharded": ({"fully_shard": True, **SHARDED}, {**ACCUMULATED, **SHARDED}),
 }
 """Name -> settings of the run in two processes, and of the equivalent run in one process."""
@@ -117,7 +124,7 @@ def test_grpo_two_processes_do_what_one_does(
     assert max((start[key] - expected[key]).abs().max() for key in zero) >= 1e-3
     assert [found.name for found in checkpoint.find(run)] == ["checkpoint-3"]
     rows, lone = lines_of(run), lines_of(single)
-    for key in ("reward", "eval_reward", "frac_reward_zero_std"):
+    for key in ("reward", "eval_reward", "frac_reward_zero_std", "eval_diversity/picture"):
         both = ([row[key] for row in found if key in row] for found in (rows, lone))
         assert next(both) == pytest.approx(next(both), abs=1e-5), key
 

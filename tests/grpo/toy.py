@@ -9,7 +9,7 @@ from torch import Tensor
 
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
-from tests.sampling.toy import PointPipeline
+from tests.sampling.toy import ClipPipeline, PointPipeline
 
 
 def near(completions: list[Tensor], **columns: Any) -> list[float]:
@@ -48,11 +48,12 @@ def settings(folder: Any, config: Any = DanceGRPOConfig, **changes: Any) -> Any:
 
 
 def grpo(folder: Any, *, kind: type = DanceGRPOTrainer, reward: Any = near, rows: Any = ROWS, **changes: Any) -> Any:
-    """Return a trainer of the toy model."""
+    """Return a trainer of the toy model: of clips with `num_frames` 4, else of single points."""
     config = DiffusionNFTConfig if issubclass(kind, DiffusionNFTTrainer) else DanceGRPOConfig
     prediction_type = changes.pop("prediction_type", "flow")
     extra = {name: changes.pop(name) for name in ("eval_dataset", "eval_reward_funcs", "callbacks") if name in changes}
-    return kind(PointPipeline(prediction_type), reward, settings(folder, config, **changes), rows, **extra)
+    pipe = ClipPipeline if changes.get("num_frames") == 4 else PointPipeline
+    return kind(pipe(prediction_type), reward, settings(folder, config, **changes), rows, **extra)
 
 
 def lines(trainer: Any) -> list[dict[str, Any]]:

@@ -155,7 +155,10 @@ def test_bands_are_one_inside_and_fall_outside(clip):
 
 @pytest.mark.parametrize(
     "text",
-    ["motion_floor(floor=0)", "brightness_band(low=0.5, high=0.4)", "sharpness_band(margin=0)"],
+    [
+        *("motion_floor(floor=0)", "brightness_band(low=0.5, high=0.4)", "sharpness_band(margin=0)"),
+        *("world_motion(dead_zone=-0.1)", "world_motion(margin=0)", "world_motion(margin='a')"),
+    ],
 )
 def test_bounds_are_checked(text):
     with pytest.raises(UserError):
@@ -164,5 +167,5 @@ def test_bounds_are_checked(text):
 
 def test_every_registered_name_leads_somewhere():
     for name in known_rewards():
-        if name in ("brightness_band", "motion_floor", "parabola", "permanence", "sharpness_band", "world"):
+        if name in ("motion_floor", "parabola", "permanence", "world", "world_motion") or name.endswith("_band"):
             assert get_reward(name).name == name

@@ -1,6 +1,7 @@
 """The exact rewards: about 1 on true clips, below 0.2 on the matching corruption, monotone in graded corruption."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from postgen import world
 from postgen.errors import UserError
+from postgen.metrics.world_truth import exact_motion
 from postgen.rewards import RewardRunner, get_reward
 from postgen.rewards.depth_consistency import block_motion, carried, outlined
 from postgen.rewards.parabola import flight_score
@@ -257,10 +259,37 @@ def test_block_motion_finds_a_shift():
     assert (motion[1] == 2).float().mean() > 0.98
 
 
+# motion of the exact clip
+
+
+def test_motion_of_true_slow_fast_and_frozen_clips(mixed):
+    specs, frames = mixed
+    reward, logged = get_reward("world_motion"), {}
+    clips, columns = list(frames.rgb_BF3HW), {"spec": list(specs)}
+    moving = [row for row, value in enumerate(exact_motion(specs, FRAMES, SIZE)) if value > 1e-3]
+    assert len(moving) > 2
+
+    def scores(changed):
+        runner = RewardRunner([reward], reward_error="raise")
+        found = runner([""] * len(changed), changed, must_score=False, **columns)
+        logged.update(found.metrics)
+        return found.values[moving, 0]
+
+    assert scores(clips).tolist() == [1.0] * len(moving)
+    assert logged["world_motion/log_ratio"] == pytest.approx(0, abs=1e-4)
+    # Contrast scales this measure of motion, so a known factor can be tested in both directions.
+    for factor, expected in ((1.1, 1.0), (2.0, 1 - (math.log(2) - 0.1) / 0.7), (0.5, 1 - (math.log(2) - 0.1) / 0.7)):
+        assert scores([clip * factor for clip in clips]).tolist() == pytest.approx([expected] * len(moving), abs=1e-3)
+        assert logged["world_motion/log_ratio"] == pytest.approx(math.log(factor), abs=1e-3)
+    assert scores([clip[:1].expand_as(clip) for clip in clips]).tolist() == [0.0] * len(moving)
+    result = RewardRunner([reward])([""], [clips[0][..., :-1, :]], must_score=False, spec=[specs[0]])
+    assert "it is not square" in result.reasons["world_motion"][0]
+
+
 # all of them
 
 
-@pytest.mark.parametrize("name", ["world", "permanence", "parabola", "depth_consistency"])
+@pytest.mark.parametrize("name", ["world", "world_motion", "permanence", "parabola", "depth_consistency"])
 def test_a_batch_equals_single_calls(name, mixed):
     specs, frames = mixed
     clips = [*frames.rgb_BF3HW, frames.rgb_BF3HW[0, :9], frames.rgb_BF3HW[1, :9]]

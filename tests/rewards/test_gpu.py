@@ -11,7 +11,10 @@ from postgen.rewards.world_net import prepare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-EXACT = ["world", "parabola", "permanence", "depth_consistency", "motion_floor", "brightness_band", "sharpness_band"]
+EXACT = [
+    *("world", "world_motion", "parabola", "permanence", "depth_consistency"),
+    *("motion_floor", "brightness_band", "sharpness_band"),
+]
 VIT = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 64, "layers": 3, "width": 128, "head_width": 32, "patch_size": 16},

@@ -150,3 +150,13 @@ class FrameDenoiser(ToyDenoiser):
         alone = x.transpose(1, 2).reshape(batch * frames, channels, 1, *size)
         alone = super().predict(alone, levels, condition, guidance)
         return alone.view(batch, frames, channels, *size).transpose(1, 2)
+
+
+class ClipPipeline(PointPipeline):
+    """The toy with clips of four frames, one number a colour and pixel."""
+
+    def __call__(self, prompt: str, num_frames: int = 4) -> None:
+        raise AssertionError("training does not call the pipeline")
+
+
+register_denoiser("ClipPipeline", FrameDenoiser)
