@@ -202,7 +202,8 @@ class DanceGRPOConfig(GroupConfig):
     may_change: ClassVar[tuple[str, ...]] = ("check_on_policy_ratio", "max_ratio_error")
 
     sde_type: Kind = "dance"
-    """Transition of the stochastic steps: dance, flow, exact or cps for flow models, ddim for other models."""
+    """Transition of the stochastic steps: dance, flow, flow_wan, exact or cps for flow models, ddim for other
+    models."""
 
     noise_level: float | None = None
     """Strength of the noise. None uses the published strength of `sde_type`."""

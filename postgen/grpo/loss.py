@@ -83,8 +83,9 @@ def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, low: float, high: flo
 def gaussian_kl(step: Transition, reference: Transition) -> Tensor:
     """Return the (B,) KL divergences of two transitions of equal std, averaged over latent values.
 
-    The KL is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's image recipes divide by 2 g^2
-    instead, and std^2 = g^2 D for a step of length D. The same loss therefore needs beta = (their beta) * D here.
+    The KL is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's code for Wan divides like this,
+    so its beta of 0.004 has the same meaning here. Its image recipes divide by 2 g^2 instead, and std^2 = g^2 D for a
+    step of length D. The same loss therefore needs beta = (their beta) * D here.
     """
     difference = (step.mean - reference.mean).square().flatten(1).mean(1)
     return difference / (2 * step.std.to(difference.dtype).square())
