@@ -71,7 +71,7 @@ class State:
     stop: Tensor
     """(n,) or (n, T) step indices after the step."""
     levels: Levels
-    """Noise levels before and after the step; the network received `levels.s`."""
+    """Noise levels before and after the step; the network received `Schedule.received(start)`."""
     x: Tensor
     """(n, ...) latents before the step, float32, the input of the network."""
     prediction: Tensor
@@ -172,8 +172,7 @@ class Sampler:
 
     def predict(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:
         """Return the prediction (B, ...) for latents `x` at step indices `start`, (B,) or per latent frame (B, T)."""
-        sigma = self.schedule.sigmas[start].to(torch.float32)
-        return self.denoiser.predict(x, sigma, condition, self.how.guidance)
+        return self.denoiser.predict(x, self.schedule.received(start), condition, self.how.guidance)
 
     def step(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor | None = None) -> Transition:
         """Return the step from step indices `start`: stochastic to the next index, or deterministic to `stop`."""

@@ -8,8 +8,8 @@ the prediction, e = x + (1 - s) v the noise in x, x0 = x - s v the clean latents
 
     dance     g = a                            DanceGRPO, arXiv:2505.07818, eq. 8
     flow      g = a sqrt(s / (1 - s))          Flow-GRPO, arXiv:2505.05470, eq. 9
-    flow_wan  g = a s_1 s                      Flow-GRPO's code for Wan (a = 1); s_1 is the schedule's second noise level
-    exact     std^2 = a^2 (log((1 - s') / (1 - s)) - D), the integral of flow's g^2 over the step; SAGE, arXiv:2603.21872
+    flow_wan  g = a s_1 s                      Flow-GRPO's code for Wan, a = 1; s_1 is the second noise level
+    exact     std^2 = a^2 (log((1 - s') / (1 - s)) - D), the integral of flow's g^2; SAGE, arXiv:2603.21872
     cps       std = s' sin(a pi / 2), y = (1 - s') x0 + sqrt(s'^2 - std^2) e + std z; arXiv:2509.05952
     ddim      for models with alpha-bar A: std = a sqrt((1 - A') / (1 - A) (1 - A / A')); arXiv:2010.02502, eq. 12, 16
     ode       no noise: Euler step; for models with alpha-bars the ddim step with a = 0
