@@ -147,8 +147,9 @@ class Denoiser(Protocol):
 
         Args:
             x: noisy latents, batch first.
-            sigma: (B,) noise level of each row, float32 or float64; rows may differ. If `per_frame` is True, also (B, T), one noise level
-                for each of the T latent frames. Equal levels in a row mean the same as one level for the row.
+            sigma: (B,) noise level of each row, float32 or float64; rows may differ. If `per_frame` is True, also
+                (B, T), one noise level for each of the T latent frames. Equal levels in a row mean the same as one
+                level for the row.
             condition: the entries of `encode_prompt`, and those of `encode_image` if the pipeline takes an image.
             guidance: guidance scale. Up to 1, the network runs once. Above 1, it runs twice, with gradients in both
                 passes.

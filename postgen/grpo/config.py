@@ -236,6 +236,18 @@ class DanceGRPOConfig(GroupConfig):
     epsilon_high: float | None = None
     """Upper clip of the probability ratio, at 1 + epsilon_high. None uses `epsilon`."""
 
+    policy_loss: Literal["clip", "dppo"] = "clip"
+    """Loss of a step: "clip" is PPO's clipped ratio; "dppo" (Flow-DPPO, arXiv:2606.11025) drops the step of a sample
+    that has moved far enough from its rollout. "dppo" needs two or more updates per rollout."""
+
+    dppo_delta: float = 1e-5
+    """KL divergence per latent value from which `policy_loss: dppo` drops a step."""
+
+    old_log_prob: Literal["rollout", "self", "replay"] = "rollout"
+    """Source of the old probability of the ratio: "rollout": the pass that drew the samples; "replay": one more pass
+    before the first update, with the batches of training; "self": the training pass itself, so that the ratio is 1,
+    for one update per rollout."""
+
     beta: float = 0.0
     """Weight of the divergence from the reference policy: with new adapters the model without them, otherwise (a
     given `lora_path`, or all weights) a copy of the first weights. DanceGRPO uses 0."""
@@ -267,6 +279,9 @@ class DanceGRPOConfig(GroupConfig):
         self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
         self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")
         self.require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high", "above 0")
+        self.require(self.dppo_delta >= 0, "dppo_delta", "at least 0")
+        unclipped = self.policy_loss == "dppo"
+        self.require(not unclipped or self.epsilon_high is None, "epsilon_high", "left out: dppo does not clip ratios")
         self.require(self.beta >= 0, "beta", "at least 0")
         self.require(self.max_ratio_error > 0, "max_ratio_error", "above 0")
         self.require(self.sde_window_interval >= 1, "sde_window_interval", "at least 1")
@@ -286,6 +301,11 @@ class DanceGRPOConfig(GroupConfig):
     def noise(self) -> float:
         """Strength of the noise: `noise_level`, or the published strength of `sde_type`."""
         return NOISE_LEVEL[self.sde_type] if self.noise_level is None else self.noise_level
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether the loss needs the means of the rollout's transitions."""
+        return self.old_log_prob != "self" and (self.ratio_norm or self.policy_loss == "dppo")
 
     @property
     def window(self) -> tuple[int, int, int]:

@@ -14,23 +14,24 @@ cheaper variants: a window of few stochastic steps, a fast solver, a shared pref
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.sampling.sampler import Sampling
 from postgen.sampling.solver import coarser
-from postgen.sampling.transition import check_kind, overshooting, step_weights
+from postgen.sampling.transition import Transition, check_kind, overshooting, step_weights
 from postgen.training import TrainingConfig
 
 from .buffer import Buffer
 from .config import DanceGRPOConfig
 from .cost import Work
 from .group import GroupTrainer, Metrics
-from .guards import RatioCheck
-from .loss import StepLoss, clipped_loss, gaussian_kl, log_ratio, velocity_kl
+from .guards import RatioCheck, check_updates
+from .loss import StepLoss, clipped_loss, drift, gaussian_kl, log_ratio, masked_loss, moved_kl, velocity_kl
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .window import Window
 
@@ -47,6 +48,11 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
     """
 
     config_class: ClassVar[type[TrainingConfig]] = DanceGRPOConfig
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """Refuse settings that do not fit the number of updates per rollout, then build as `GroupTrainer` does."""
+        check_updates(self.args, self.batches.updates * self.batches.iterations)
+        return super().build()
 
     def prepare(self) -> None:
         """Set up the window and the loss weights of its steps, and warn if steps add too much noise."""
@@ -81,7 +87,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             solver=args.rollout_solver,
             fraction=args.rollout_solver_fraction,
             reduction=args.log_prob_reduction,
-            keep_means=args.ratio_norm,
+            keep_means=args.keeps_means,
             size=self.size,
         )
 
@@ -107,8 +113,10 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         shared = args.share_initial_noise and args.sde_window_per != "sample"
         prefix = middle / args.num_generations if shared else middle
         tail = len(coarser(middle + window.size, sampler.schedule.steps, sampler.how.fraction)) - 1
+        # A replay takes one pass for each trained step of the samples that are trained on.
+        replay = window.kept * args.kept / args.num_generations if args.old_log_prob == "replay" else 0
         return Work(
-            rollout=sampler.passes * float(prefix + window.size + tail),
+            rollout=sampler.passes * float(prefix + window.size + tail + replay),
             trained=sampler.passes * float(window.kept),
             beside=int(self.needs_reference),
             latents=window.size + 2 + (window.size if sampler.how.keep_means else 0),
@@ -125,12 +133,12 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         """
         assert self.buffer is not None
         buffer, count = self.buffer, self.window.kept
-        # (B, kept): steps to train, as offsets from the start of each sample's window.
-        offsets = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
+        extra: Metrics = {"nfe/train": float(self.sampler.passes * count)}
+        if self.args.old_log_prob == "replay" and self.micro % self.batches.per_rollout == 0:
+            extra["logp_diff/replay"] = self._replay(buffer)
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
         parts, differences = [], []
-        for number in range(count):
-            offset = offsets[:, number].to(self.device)
+        for number, offset in enumerate(self._offsets(buffer, rows)):
             last = number == count - 1
             with nullcontext() if last else self.no_sync():
                 loss, metrics, difference = self._transition_loss(buffer, rows, offset, condition)
@@ -142,7 +150,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         means: Metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         if first_update:
             means |= self._check_ratio(torch.stack(differences).max())
-        return loss, {**means, "loss": means["policy_loss"], "nfe/train": float(self.sampler.passes * count)}
+        return loss, {**means, **extra, "loss": means["policy_loss"]}
 
     def _check_ratio(self, difference: Tensor) -> Metrics:
         """Track the largest log-ratio of a first update; check and log it with the update's last micro-batch."""
@@ -150,7 +158,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         if self.micro % self.batches.per_rollout < self.batches.accumulation - 1:
             return {}
         worst, self._worst = self._worst, torch.zeros_like(self._worst)
-        if self.args.check_on_policy_ratio != "off":
+        if self.args.check_on_policy_ratio != "off" and self.args.old_log_prob != "self":
             self.ratio_check(float(worst))
         return {"logp_diff/max": worst}
 
@@ -174,13 +182,11 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         reference = self._reference(x, index, condition) if args.beta else None
         with self.meter.training(self.sampler.passes * len(rows)):
             prediction = self.sampler.predict(x, index, condition)
-        # Ratio of the new to the old probability of the step, and its clipped loss.
+        # Ratio of the new to the old probability of the step, and its loss.
         step = self.sampler.step(x, prediction, index)
         log_prob = step.log_prob(y, args.log_prob_reduction)
         old_mean = None if paths.means is None else paths.means[rows, offset]
-        ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
-        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        found = clipped_loss(ratio, buffer.advantages[rows], args.epsilon, high)
+        found = self._policy_loss(step, log_prob, old, old_mean, buffer.advantages[rows])
         # Weight of the step.
         weight = self.weights[index].float()
         if args.ratio_norm:
@@ -195,6 +201,59 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             metrics["kl"] = kl.detach().mean()
         metrics |= {"policy_loss": loss.detach()}
         return loss, metrics, (log_prob - old).detach().abs().max()
+
+    def _policy_loss(
+        self, step: Transition, log_prob: Tensor, old: Tensor, old_mean: Tensor | None, advantages: Tensor
+    ) -> StepLoss:
+        """Return the loss of a trained step of B samples, before the weight of the step.
+
+        Args:
+            step: the transition under the new policy.
+            log_prob: (B,) log-probability of the drawn latents under the new policy.
+            old: (B,) the same under the policy of the rollout.
+            old_mean: (B, ...) mean of the transition under the policy of the rollout; None if it was not kept.
+            advantages: (B,) advantages.
+        """
+        args = self.args
+        if args.old_log_prob == "self":
+            old, old_mean = log_prob.detach(), step.mean.detach()
+        centre = old_mean if args.ratio_norm else None
+        ratio = log_ratio(step, log_prob, old, old_mean=centre, reduction=args.log_prob_reduction)
+        if args.policy_loss == "dppo":
+            assert old_mean is not None
+            with torch.no_grad():
+                centred = log_prob - old + drift(step, old_mean, args.log_prob_reduction)
+                kl = moved_kl(step, old_mean)
+            return masked_loss(ratio, advantages, kl, centred, args.dppo_delta)
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        return clipped_loss(ratio, advantages, args.epsilon, high)
+
+    @torch.no_grad()
+    def _replay(self, buffer: Buffer) -> Tensor:
+        """Compute the old probabilities of the buffer again, with the batches of training.
+
+        The rollout may draw other batches than those of training, and in bfloat16 a prediction depends on the shape
+        of its batch. Returns the largest absolute change of a log-probability.
+        """
+        paths, worst = buffer.paths, torch.zeros((), device=self.device)
+        for rows in torch.arange(len(buffer.samples), device=self.device).split(self.batches.per_device):
+            condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
+            for offset in self._offsets(buffer, rows):
+                index = paths.start[rows] + offset
+                x, y = paths.states[rows, offset], paths.states[rows, offset + 1]
+                with self.meter.rollout(self.sampler.passes * len(rows)):
+                    step = self.sampler.step(x, self.sampler.predict(x, index, condition), index)
+                log_prob = step.log_prob(y, self.args.log_prob_reduction)
+                worst = torch.maximum(worst, (log_prob - paths.log_probs[rows, offset]).abs().max())
+                paths.log_probs[rows, offset] = log_prob
+                if paths.means is not None:
+                    paths.means[rows, offset] = step.mean
+        return worst
+
+    def _offsets(self, buffer: Buffer, rows: Tensor) -> list[Tensor]:
+        """Return the trained steps of B rows, `kept` tensors (B,) of offsets from the start of each row's window."""
+        table = [self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()]
+        return list(torch.stack(table, 1).to(self.device))
 
     @torch.no_grad()
     def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:

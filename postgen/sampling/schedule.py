@@ -58,7 +58,7 @@ class Schedule:
     frame_axis: int | None = None
     """Frame axis of the latents, see `Levels.frame_axis`."""
     network_sigmas: Tensor | None = None
-    """(S + 1,) float64 noise levels that the network receives, if the pipeline rounds its timesteps; None: `sigmas`."""
+    """(S + 1,) float64 noise levels that the network receives if the pipeline rounds timesteps; None: `sigmas`."""
 
     def __post_init__(self) -> None:
         if len(self.sigmas) < 3 or not bool((self.sigmas[1:] < self.sigmas[:-1]).all()):
