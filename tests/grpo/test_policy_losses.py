@@ -72,7 +72,7 @@ def test_dppo_reads_the_direction_without_the_bias_of_large_latents() -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 1e3])
 def test_dppo_gradient_equals_finite_differences(delta: float) -> None:
-    old, new, y = case(6, 5, 0.3)
+    old, _, y = case(6, 5, 0.3)
     source = torch.Generator().manual_seed(1)
     x, v = torch.randn(2, 6, 5, generator=source, dtype=torch.float64)
     levels = Schedule(torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]).double()).levels(*torch.tensor([[1] * 6, [2] * 6]))
