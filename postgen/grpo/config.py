@@ -248,6 +248,11 @@ class DanceGRPOConfig(GroupConfig):
     before the first update, with the batches of training; "self": the training pass itself, so that the ratio is 1,
     for one update per rollout."""
 
+    reuse_graph: Literal["off", "retain", "reweight"] = "off"
+    """Train on the forward passes of the rollout, for one update per rollout (LeanGRPO, arXiv:2609.03528): "retain"
+    keeps the autograd graphs of the trained steps until the advantages are known; "reweight" keeps one gradient for
+    each sample of a process."""
+
     beta: float = 0.0
     """Weight of the divergence from the reference policy: with new adapters the model without them, otherwise (a
     given `lora_path`, or all weights) a copy of the first weights. DanceGRPO uses 0."""
@@ -283,6 +288,7 @@ class DanceGRPOConfig(GroupConfig):
         unclipped = self.policy_loss == "dppo"
         self.require(not unclipped or self.epsilon_high is None, "epsilon_high", "left out: dppo does not clip ratios")
         self.require(self.beta >= 0, "beta", "at least 0")
+        self._check_reuse()
         self.require(self.max_ratio_error > 0, "max_ratio_error", "above 0")
         self.require(self.sde_window_interval >= 1, "sde_window_interval", "at least 1")
         last = self.num_inference_steps - 1
@@ -296,6 +302,23 @@ class DanceGRPOConfig(GroupConfig):
         if self.ratio_norm:
             allowed = "another than cps with ratio_norm: the log-probability of cps is not divided by a variance"
             self.require(self.sde_type != "cps", "sde_type", allowed)
+
+    def _check_reuse(self) -> None:
+        reuse = self.reuse_graph
+        if reuse == "off":
+            return
+        left_out = f"left out with reuse_graph {reuse}"
+        self.require(self.best_of_n is None, "best_of_n", f"{left_out}, which would pay for dropped samples")
+        self.require(self.old_log_prob == "rollout", "old_log_prob", f"rollout with reuse_graph {reuse}")
+        if reuse == "reweight":
+            one = "1 with reuse_graph reweight, which keeps one gradient per sample"
+            self.require(self.rollout_batch == 1, "rollout_batch_size", one)
+            self.require(not self.beta, "beta", "0 with reuse_graph reweight: use retain")
+
+    @property
+    def high(self) -> float:
+        """Distance of the upper clip from 1: `epsilon_high`, or `epsilon`."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def noise(self) -> float:

@@ -45,8 +45,8 @@ def check_groups(runner: RewardRunner, batches: Batches) -> None:
         )
 
 
-def check_updates(args: DanceGRPOConfig, updates: int) -> None:
-    """Check settings that depend on the number of updates in all passes over a rollout.
+def check_updates(args: DanceGRPOConfig, updates: int, *, sharded: bool) -> None:
+    """Check settings that depend on the number of updates in all passes over a rollout, or on sharding.
 
     Raises:
         UserError: a setting has no effect with one update per rollout, or is wrong with several.
@@ -61,6 +61,13 @@ def check_updates(args: DanceGRPOConfig, updates: int) -> None:
             f"old_log_prob self is for one update per rollout, this run has {updates}: use old_log_prob replay or "
             "rollout"
         )
+    if args.reuse_graph != "off" and updates > 1:
+        raise UserError(
+            f"reuse_graph {args.reuse_graph} is for one update per rollout, this run has {updates}: later updates "
+            "need forward passes of their own. Set reuse_graph off"
+        )
+    if args.reuse_graph != "off" and sharded:
+        raise UserError(f"reuse_graph {args.reuse_graph} is not for sharded models: set reuse_graph off")
 
 
 def check_equal_calls(processes: int, evaluated: int, *, one_window: bool) -> None:

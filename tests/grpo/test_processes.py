@@ -35,12 +35,17 @@ RUN = {
     "report_to": "none",
 }
 ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+ONE_UPDATE = {"steps_per_generation": 1}
+ACCUMULATED_ONCE = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+SCORES = {"reuse_graph": "reweight", "rollout_batch_size": 1}
 BEST = {"best_of_n": 2, "sde_window_per": "sample"}
 # The reference and the EMA weights are swapped in between the updates.
 SHARDED = {"sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1}
 TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups span processes": ({}, ACCUMULATED),
     "best of n": ({"per_device_train_batch_size": 4, **BEST}, {"per_device_train_batch_size": 8, **BEST}),
+    "retained graphs": ({**ONE_UPDATE, "reuse_graph": "retain"}, {**ACCUMULATED_ONCE, "reuse_graph": "retain"}),
+    "score gradients": ({**ONE_UPDATE, **SCORES}, {**ACCUMULATED_ONCE, **SCORES}),
     "fully sharded": ({"fully_shard": True, **SHARDED}, {**ACCUMULATED, **SHARDED}),
 }
 """Name -> settings of the run in two processes, and of the equivalent run in one process."""
