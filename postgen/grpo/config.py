@@ -313,7 +313,6 @@ class DanceGRPOConfig(GroupConfig):
         if reuse == "reweight":
             one = "1 with reuse_graph reweight, which keeps one gradient per sample"
             self.require(self.rollout_batch == 1, "rollout_batch_size", one)
-            self.require(not self.beta, "beta", "0 with reuse_graph reweight: use retain")
 
     @property
     def high(self) -> float:

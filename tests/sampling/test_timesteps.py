@@ -143,6 +143,29 @@ def test_the_sampler_of_every_family_has_the_timesteps_of_its_pipeline(name: str
     assert flat[0] == flat[1]
 
 
+@torch.no_grad()
+def test_both_experts_have_the_timesteps_of_the_pipeline(tiny_wan: Path) -> None:
+    """The noise level at which Wan 2.2 changes its network is compared with the rounded timestep, as in the pipeline."""
+    from diffusers import WanTransformer3DModel
+
+    pipe = wan(tiny_wan, "UniPC")
+    pipe.register_modules(transformer_2=WanTransformer3DModel.from_config(pipe.transformer.config).eval())
+    # 8 steps have the level 0.83356, whose timestep 833 lies below the boundary.
+    pipe.register_to_config(boundary_ratio=0.8334)
+    denoiser = denoiser_for(pipe)
+    condition = denoiser.encode_prompt(["a ball"], guidance=False)
+    sampler = Sampler(denoiser, schedule_of(denoiser, 8), Sampling(size=SIZE))
+    assert (sampler.schedule.sigmas - 0.83356).abs().min() < 1e-4
+    with heard(pipe.transformer) as high, heard(pipe.transformer_2) as low:
+        pipe("a ball", num_inference_steps=8, guidance_scale=1.0, output_type="latent", **SIZE)
+        expected = [[float(call[0]) for call in calls] for calls in (high, low)]
+        high.clear()
+        low.clear()
+        sampler.draw([Sample(index=0, prompt=0, initial=3, step_seed=int, start=0)], lambda prompts: condition, 1)
+    assert [[float(call[0]) for call in calls] for calls in (high, low)] == expected
+    assert max(expected[1]) == 833
+
+
 def test_levels_of_our_own_schedule_keep_their_fractions(tiny_wan: Path) -> None:
     """DanceGRPO's levels are not those of the pipeline: nothing rounds them."""
     denoiser = denoiser_for(wan(tiny_wan, "UniPC"))
