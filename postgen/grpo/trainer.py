@@ -108,8 +108,8 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             return RetainedGraphs(self.window)
         if self.needs_reference:
             raise UserError(
-                "reuse_graph reweight has no divergence from a reference policy, which advantages do not multiply: set "
-                "beta 0, or use reuse_graph retain"
+                "reuse_graph reweight has no divergence from a reference policy, which advantages do not multiply: "
+                "set beta 0, or use reuse_graph retain"
             )
         return ScoreGradients(self.window, self.trained, self._score)
 

@@ -145,7 +145,7 @@ def test_the_sampler_of_every_family_has_the_timesteps_of_its_pipeline(name: str
 
 @torch.no_grad()
 def test_both_experts_have_the_timesteps_of_the_pipeline(tiny_wan: Path) -> None:
-    """The noise level at which Wan 2.2 changes its network is compared with the rounded timestep, as in the pipeline."""
+    """Wan 2.2 changes its network by the rounded timestep, as in the pipeline."""
     from diffusers import WanTransformer3DModel
 
     pipe = wan(tiny_wan, "UniPC")
