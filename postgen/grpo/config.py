@@ -327,7 +327,8 @@ class DanceGRPOConfig(GroupConfig):
     @property
     def keeps_means(self) -> bool:
         """Whether the loss needs the means of the rollout's transitions."""
-        return self.old_log_prob != "self" and (self.ratio_norm or self.policy_loss == "dppo")
+        known = self.old_log_prob == "self" or self.reuse_graph == "reweight"  # the ratio is 1
+        return not known and (self.ratio_norm or self.policy_loss == "dppo")
 
     @property
     def window(self) -> tuple[int, int, int]:

@@ -199,15 +199,15 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; with `reuse_graph` a loss without a graph has had it in `learn`."""
-        if loss.requires_grad:
+        if self.graphs is None or loss.requires_grad:
             super().backward(loss)
 
     def _learn_from_scores(self, buffer: Buffer, graphs: ScoreGradients, rows: Tensor) -> tuple[Tensor, Metrics]:
         """Add the gradients of B samples, each multiplied by -A; the ratio is 1. Returns what `learn` returns."""
         args, advantages = self.args, buffer.advantages[rows]
         scale = -1 / (len(rows) * args.gradient_accumulation_steps)
-        samples = [buffer.samples[row] for row in rows.tolist()]
-        graphs.add(dict(zip(samples, (scale * advantages).tolist(), strict=True)))
+        pairs = zip(rows.tolist(), advantages.tolist(), strict=True)
+        graphs.add({buffer.samples[row]: scale * advantage for row, advantage in pairs})
         if self._ends_update:
             average_gradients(self.trained().values(), self.accelerator)
         found = clipped_loss(torch.zeros_like(advantages), advantages, args.epsilon, args.high)
