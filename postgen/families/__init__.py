@@ -6,7 +6,7 @@ This package does not import it, because it needs torch.
 """
 
 from postgen.families.blocks import Block, BlockGroup, Blocks
-from postgen.families.denoiser import Condition, Denoiser, PredictionType, VarianceDenoiser
+from postgen.families.denoiser import Condition, Denoiser, PredictionType, RoundingDenoiser, VarianceDenoiser
 from postgen.families.layout import Call, Layout
 from postgen.families.registry import (
     blocks_of,
@@ -32,6 +32,7 @@ __all__ = [
     "Grid",
     "Layout",
     "PredictionType",
+    "RoundingDenoiser",
     "VarianceDenoiser",
     "VideoTokens",
     "blocks_of",

@@ -72,6 +72,9 @@ class AlphaBarDenoiser(PipelineDenoiser):
         sigmas = torch.cat([(times + 1) / self.timestep_scale, times.new_zeros(1)])
         return sigmas.to(self.model.device)
 
+    def network_sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> None:
+        """Return None: the noise levels of the steps belong to whole timesteps."""
+
     def timestep(self, sigma: Tensor) -> Tensor:
         """Return the timesteps of the network for noise levels of any shape: whole numbers, as in its training."""
         return (sigma.double() * self.timestep_scale).round().long() - 1

@@ -147,8 +147,9 @@ class Denoiser(Protocol):
 
         Args:
             x: noisy latents, batch first.
-            sigma: (B,) noise level of each row; rows may differ. If `per_frame` is True, also (B, T), one noise level
-                for each of the T latent frames. Equal levels in a row mean the same as one level for the row.
+            sigma: (B,) noise level of each row, float32 or float64; rows may differ. If `per_frame` is True, also
+                (B, T), one noise level for each of the T latent frames. Equal levels in a row mean the same as one
+                level for the row.
             condition: the entries of `encode_prompt`, and those of `encode_image` if the pipeline takes an image.
             guidance: guidance scale. Up to 1, the network runs once. Above 1, it runs twice, with gradients in both
                 passes.
@@ -163,6 +164,23 @@ class Denoiser(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents into clips (B, F, 3, H, W), float32 in [0, 1]."""
+
+
+@runtime_checkable
+class RoundingDenoiser(Denoiser, Protocol):
+    """A denoiser whose pipeline may round the timesteps of the network, as with the scheduler UniPC."""
+
+    def network_sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor | None:
+        """Return the noise levels that the pipeline's network receives at the steps of `sigmas`.
+
+        Args:
+            num_steps: number of steps.
+            shape: shape of the latents of one sample, for schedules that depend on the size.
+
+        Returns:
+            (num_steps + 1,) float64 noise levels, timestep / timestep_scale. `predict` gives the network exactly
+            these timesteps if it gets the levels in float64. None: the network receives the levels of `sigmas`.
+        """
 
 
 @runtime_checkable

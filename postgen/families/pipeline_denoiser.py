@@ -197,6 +197,26 @@ class PipelineDenoiser(ABC):
         Raises:
             UserError: the schedule depends on the size and `shape` is missing.
         """
+        sigmas: Tensor = self._scheduled(num_steps, shape).sigmas
+        return sigmas.to(self.model.device, torch.float32)
+
+    def network_sigmas(self, num_steps: int, shape: Sequence[int] | None = None) -> Tensor | None:
+        """Return the noise levels that the network receives at the steps of `sigmas`. See `RoundingDenoiser`.
+
+        Raises:
+            UserError: the schedule depends on the size and `shape` is missing.
+        """
+        scheduler = self._scheduled(num_steps, shape)
+        timesteps = scheduler.timesteps.to(self.model.device)
+        if len(timesteps) + 1 != len(scheduler.sigmas):  # a solver with several passes per step
+            return None
+        if torch.equal(timesteps.float(), self.timestep(scheduler.sigmas[:-1].to(self.model.device))):
+            return None
+        # float64: multiplied by the scale again and rounded to float32, these levels give the very same timesteps.
+        return torch.cat([timesteps.double() / self.timestep_scale, timesteps.new_zeros(1, dtype=torch.float64)])
+
+    def _scheduled(self, num_steps: int, shape: Sequence[int] | None) -> Any:
+        """Return a copy of the pipeline's scheduler with the timesteps of a call of the pipeline."""
         scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes it, and a rollout may be using it
         extra: dict[str, Any] = {}
         if scheduler.config.get("use_dynamic_shifting", False):
@@ -210,8 +230,7 @@ class PipelineDenoiser(ABC):
             scheduler.set_timesteps(num_steps, device=self.model.device, **extra)
         else:
             scheduler.set_timesteps(sigmas=start.numpy(), device=self.model.device, **extra)
-        sigmas: Tensor = scheduler.sigmas
-        return sigmas.to(self.model.device, torch.float32)
+        return scheduler
 
     def alpha_bar(self, sigma: Tensor) -> Tensor:
         """Refuse: flow models have no alpha-bar. `AlphaBarDenoiser` overrides this method.
@@ -226,7 +245,8 @@ class PipelineDenoiser(ABC):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Return the network's timesteps for noise levels of any shape."""
-        return sigma.to(torch.float32) * self.timestep_scale
+        levels = sigma if sigma.dtype == torch.float64 else sigma.to(torch.float32)
+        return (levels * self.timestep_scale).to(torch.float32)
 
     # The network.
 

@@ -123,7 +123,7 @@ def _base(source: Any) -> tuple[str, bool]:
     if isinstance(source, str | Path):
         name = str(source)
     else:
-        name = getattr(source, "name_or_path", None) or f"a {type(source).__name__} made in Python"
+        name = str(getattr(source, "name_or_path", None) or "") or f"a {type(source).__name__} made in Python"
     return name, name.count("/") == 1 and not Path(name).exists()
 
 

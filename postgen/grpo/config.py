@@ -207,7 +207,8 @@ class DanceGRPOConfig(GroupConfig):
     may_change: ClassVar[tuple[str, ...]] = ("check_on_policy_ratio", "max_ratio_error")
 
     sde_type: Kind = "dance"
-    """Transition of the stochastic steps: dance, flow, exact or cps for flow models, ddim for other models."""
+    """Transition of the stochastic steps: dance, flow, flow_wan, exact or cps for flow models, ddim for other
+    models."""
 
     noise_level: float | None = None
     """Strength of the noise. None uses the published strength of `sde_type`."""
@@ -243,6 +244,22 @@ class DanceGRPOConfig(GroupConfig):
     loss_per: LossPer = "sum"
     """Number of clipped losses of a step: "sum": one, with the weighted sum of the advantages; "reward": one for each
     reward, added with the weights (DanceGRPO's code for HunyuanVideo). Needs `advantage_clip_per: reward`."""
+    policy_loss: Literal["clip", "dppo"] = "clip"
+    """Loss of a step: "clip" is PPO's clipped ratio; "dppo" (Flow-DPPO, arXiv:2606.11025) drops the step of a sample
+    that has moved far enough from its rollout. "dppo" needs two or more updates per rollout."""
+
+    dppo_delta: float = 1e-5
+    """KL divergence per latent value from which `policy_loss: dppo` drops a step."""
+
+    old_log_prob: Literal["rollout", "self", "replay"] = "rollout"
+    """Source of the old probability of the ratio: "rollout": the pass that drew the samples; "replay": one more pass
+    before the first update, with the batches of training; "self": the training pass itself, so that the ratio is 1,
+    for one update per rollout."""
+
+    reuse_graph: Literal["off", "retain", "reweight"] = "off"
+    """Train on the forward passes of the rollout, for one update per rollout (LeanGRPO, arXiv:2609.03528): "retain"
+    keeps the autograd graphs of the trained steps until the advantages are known; "reweight" keeps one gradient for
+    each sample of a process."""
 
     beta: float = 0.0
     """Weight of the divergence from the reference policy: with new adapters the model without them, otherwise (a
@@ -277,7 +294,13 @@ class DanceGRPOConfig(GroupConfig):
         self.require(self.epsilon_high is None or self.epsilon_high > 0, "epsilon_high", "above 0")
         fits = self.loss_per == "sum" or self.advantage_clip_per == "reward"
         self.require(fits, "loss_per", "sum without advantage_clip_per: reward")
+        self.require(self.dppo_delta >= 0, "dppo_delta", "at least 0")
+        unclipped = self.policy_loss == "dppo"
+        fits = not unclipped or self.loss_per == "sum"
+        self.require(fits, "loss_per", "sum with policy_loss: dppo, which masks a sample by the sign of its advantage")
+        self.require(not unclipped or self.epsilon_high is None, "epsilon_high", "left out: dppo does not clip ratios")
         self.require(self.beta >= 0, "beta", "at least 0")
+        self._check_reuse()
         self.require(self.max_ratio_error > 0, "max_ratio_error", "above 0")
         self.require(self.sde_window_interval >= 1, "sde_window_interval", "at least 1")
         last = self.num_inference_steps - 1
@@ -292,10 +315,32 @@ class DanceGRPOConfig(GroupConfig):
             allowed = "another than cps with ratio_norm: the log-probability of cps is not divided by a variance"
             self.require(self.sde_type != "cps", "sde_type", allowed)
 
+    def _check_reuse(self) -> None:
+        reuse = self.reuse_graph
+        if reuse == "off":
+            return
+        left_out = f"left out with reuse_graph {reuse}"
+        self.require(self.best_of_n is None, "best_of_n", f"{left_out}, which would pay for dropped samples")
+        self.require(self.old_log_prob == "rollout", "old_log_prob", f"rollout with reuse_graph {reuse}")
+        if reuse == "reweight":
+            one = "1 with reuse_graph reweight, which keeps one gradient per sample"
+            self.require(self.rollout_batch == 1, "rollout_batch_size", one)
+
+    @property
+    def high(self) -> float:
+        """Distance of the upper clip from 1: `epsilon_high`, or `epsilon`."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
     @property
     def noise(self) -> float:
         """Strength of the noise: `noise_level`, or the published strength of `sde_type`."""
         return NOISE_LEVEL[self.sde_type] if self.noise_level is None else self.noise_level
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether the loss needs the means of the rollout's transitions."""
+        known = self.old_log_prob == "self" or self.reuse_graph == "reweight"  # the ratio is 1
+        return not known and (self.ratio_norm or self.policy_loss == "dppo")
 
     @property
     def window(self) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from postgen.rewards import RewardRunner
 from postgen.training.prompts import Prompts, columns
 
 from .batches import Batches
+from .config import DanceGRPOConfig
 
 
 def check_columns(runners: Iterable[RewardRunner | None], prompts: Prompts | None) -> None:
@@ -42,6 +43,31 @@ def check_groups(runner: RewardRunner, batches: Batches) -> None:
             f"per_device_train_batch_size x gradient_accumulation_steps ({batches.part}) a multiple of "
             f"num_generations ({batches.group})"
         )
+
+
+def check_updates(args: DanceGRPOConfig, updates: int, *, sharded: bool) -> None:
+    """Check settings that depend on the number of updates in all passes over a rollout, or on sharding.
+
+    Raises:
+        UserError: a setting has no effect with one update per rollout, or is wrong with several.
+    """
+    if args.policy_loss == "dppo" and updates < 2:
+        raise UserError(
+            "policy_loss dppo masks nothing with one update per rollout: set num_iterations to 2 or more, or "
+            "steps_per_generation to a multiple of gradient_accumulation_steps"
+        )
+    if args.old_log_prob == "self" and updates > 1:
+        raise UserError(
+            f"old_log_prob self is for one update per rollout, this run has {updates}: use old_log_prob replay or "
+            "rollout"
+        )
+    if args.reuse_graph != "off" and updates > 1:
+        raise UserError(
+            f"reuse_graph {args.reuse_graph} is for one update per rollout, this run has {updates}: later updates "
+            "need forward passes of their own. Set reuse_graph off"
+        )
+    if args.reuse_graph != "off" and sharded:
+        raise UserError(f"reuse_graph {args.reuse_graph} is not for sharded models: set reuse_graph off")
 
 
 def check_equal_calls(processes: int, evaluated: int, *, one_window: bool) -> None:

@@ -1,4 +1,4 @@
-"""Policy losses of one sampling step: clipped probability ratio, its normalisation, divergence from a reference."""
+"""Policy losses of one sampling step: clipped or masked ratio, its normalisation, divergence from a reference."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class StepLoss:
     ratio: Tensor
     """(B,) probability ratio before clipping, normalised if `log_ratio` normalises it."""
     low: Tensor
-    """(B,) 1 where the ratio is below the lower clip and the advantage is negative, else 0."""
+    """(B,) 1 where the advantage is negative and the row is clipped or masked, else 0."""
     high: Tensor
-    """(B,) 1 where the ratio is above the upper clip and the advantage is positive, else 0."""
+    """(B,) 1 where the advantage is positive and the row is clipped or masked, else 0."""
     approx_kl: Tensor
     """(B,) estimate of the KL divergence from the policy that drew the samples: ratio - 1 - log ratio."""
 
@@ -64,9 +64,16 @@ def log_ratio(
     plain = log_prob - old_log_prob
     if old_mean is None:
         return plain
-    std = step.std.to(plain.dtype)
-    drift = reduced((step.mean - old_mean).square(), reduction) / (2 * std.square())
-    return (plain + drift) * std
+    return (plain + drift(step, old_mean, reduction)) * step.std.to(plain.dtype)
+
+
+def drift(step: Transition, old_mean: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Return by how much (B,) the move of the mean lowers the log-ratio of samples of the old policy, on average.
+
+    With the variance in the log-probability and the reduction "mean", this is the KL divergence per latent value.
+    """
+    square = reduced((step.mean - old_mean).square(), reduction)
+    return square / (2 * step.std.to(square.dtype).square()) if step.has_scale else square
 
 
 def clipped_loss(log_ratio_B: Tensor, advantage_B: Tensor, low: float, high: float) -> StepLoss:
@@ -102,13 +109,42 @@ def clipped_losses(
     return replace(for_it, loss=for_it.loss + against_it.loss, low=against_it.low)
 
 
+def masked_loss(log_ratio_B: Tensor, advantage_B: Tensor, kl_B: Tensor, centred_B: Tensor, delta: float) -> StepLoss:
+    """Compute Flow-DPPO's loss for each row (arXiv:2606.11025): -A r, and 0 where the policy has moved far enough.
+
+    A row is masked if its step has left the trust region, KL >= delta, and its gradient would lead further away: the
+    probability of the sample has risen and A is positive, or it has fallen and A is negative. The published mask reads
+    the direction from the sign of log r. In large latents that sign is almost always negative, whatever the policy
+    did, because the mean of log r is -KL. Here the sign of log r + KL decides.
+
+    Args:
+        log_ratio_B: log-ratios r of the loss.
+        advantage_B: advantages A.
+        kl_B: KL divergences of the step from the policy that drew the samples, per latent value.
+        centred_B: log-ratios plus their `drift`.
+        delta: size of the trust region, at least 0; infinity masks nothing.
+    """
+    ratio = log_ratio_B.exp()
+    outside = kl_B.detach() >= delta
+    down = outside & (centred_B < 0) & (advantage_B < 0)
+    up = outside & (centred_B > 0) & (advantage_B > 0)
+    loss = torch.where(down | up, 0, -advantage_B * ratio)
+    return StepLoss(loss, ratio, down.float(), up.float(), ratio - 1 - log_ratio_B)
+
+
 def gaussian_kl(step: Transition, reference: Transition) -> Tensor:
     """Return the (B,) KL divergences of two transitions of equal std, averaged over latent values.
 
-    The KL is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's image recipes divide by 2 g^2
-    instead, and std^2 = g^2 D for a step of length D. The same loss therefore needs beta = (their beta) * D here.
+    The KL is |mean - mean_ref|^2 / (2 std^2) = c_t^2 |v - v_ref|^2 / 2. Flow-GRPO's code for Wan divides like this,
+    so its beta of 0.004 has the same meaning here. Its image recipes divide by 2 g^2 instead, and std^2 = g^2 D for a
+    step of length D. The same loss therefore needs beta = (their beta) * D here.
     """
-    difference = (step.mean - reference.mean).square().flatten(1).mean(1)
+    return moved_kl(step, reference.mean)
+
+
+def moved_kl(step: Transition, mean: Tensor) -> Tensor:
+    """Return the `gaussian_kl` (B,) of a transition and one of equal std with another mean (B, ...)."""
+    difference = (step.mean - mean).square().flatten(1).mean(1)
     return difference / (2 * step.std.to(difference.dtype).square())
 
 

@@ -14,24 +14,37 @@ cheaper variants: a window of few stochastic steps, a fast solver, a shared pref
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from postgen.sampling.sampler import Sampling
+from postgen.errors import UserError
+from postgen.sampling.sampler import Sampling, State
 from postgen.sampling.solver import coarser
-from postgen.sampling.transition import check_kind, overshooting, step_weights
+from postgen.sampling.transition import Transition, check_kind, overshooting, step_weights
 from postgen.training import TrainingConfig
 
 from .buffer import Buffer
 from .config import DanceGRPOConfig
 from .cost import Work
 from .group import GroupTrainer, Metrics
-from .guards import RatioCheck
-from .loss import StepLoss, clipped_losses, gaussian_kl, log_ratio, velocity_kl
+from .guards import RatioCheck, check_updates
+from .loss import (
+    StepLoss,
+    clipped_loss,
+    clipped_losses,
+    drift,
+    gaussian_kl,
+    log_ratio,
+    masked_loss,
+    moved_kl,
+    velocity_kl,
+)
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
+from .reuse import RetainedGraphs, ScoreGradients, average_gradients
 from .window import Window
 
 
@@ -47,6 +60,11 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
     """
 
     config_class: ClassVar[type[TrainingConfig]] = DanceGRPOConfig
+
+    def build(self) -> Mapping[str, nn.Module]:
+        """Refuse settings that do not fit the number of updates per rollout, then build as `GroupTrainer` does."""
+        check_updates(self.args, self.batches.updates * self.batches.iterations, sharded=self.sharded)
+        return super().build()
 
     def prepare(self) -> None:
         """Set up the window and the loss weights of its steps, and warn if steps add too much noise."""
@@ -67,6 +85,8 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             self.window.steps,
             guard=args.ratio_norm,
         )
+        self.graphs = self._graphs()
+        self.sampler.graphs = self.graphs
         self.ratio_check = RatioCheck(args.check_on_policy_ratio, args.max_ratio_error)
         self._worst = torch.zeros((), device=self.device)
 
@@ -81,9 +101,32 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             solver=args.rollout_solver,
             fraction=args.rollout_solver_fraction,
             reduction=args.log_prob_reduction,
-            keep_means=args.ratio_norm,
+            keep_means=args.keeps_means,
             size=self.size,
         )
+
+    def _graphs(self) -> RetainedGraphs | ScoreGradients | None:
+        """Return what keeps the graphs of rollouts (`reuse_graph`); None if training has forward passes of its own."""
+        if self.args.reuse_graph == "off":
+            return None
+        if self.args.reuse_graph == "retain" and self.needs_reference and self.policy.copies_reference:
+            raise UserError(
+                "reuse_graph with beta needs new LoRA adapters: another reference policy is swapped into the weights, "
+                "which the kept graphs still need. Set beta 0 or reuse_graph off"
+            )
+        if self.args.reuse_graph == "retain":
+            return RetainedGraphs(self.window)
+        if self.needs_reference:
+            raise UserError(
+                "reuse_graph reweight has no divergence from a reference policy, which advantages do not multiply: "
+                "set beta 0, or use reuse_graph retain"
+            )
+        return ScoreGradients(self.window, self.trained, self._score)
+
+    def before_rollout(self) -> None:
+        """Drop the graphs of the last rollout."""
+        if self.graphs is not None:
+            self.graphs.begin(RolloutNumber(self.micro // self.batches.per_rollout))
 
     def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
         """Return the step index of the first stochastic step of a sample."""
@@ -112,12 +155,23 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         shared = args.share_initial_noise and args.sde_window_per != "sample"
         prefix = middle / args.num_generations if shared else middle
         tail = len(coarser(middle + window.size, sampler.schedule.steps, sampler.how.fraction)) - 1
+        # A replay takes one pass for each trained step of the samples that are trained on.
+        replay = window.kept * args.kept / args.num_generations if args.old_log_prob == "replay" else 0
+        # With reused graphs, the forward passes of the trained steps are those of the rollout. Retained graphs keep a
+        # prediction for each trained step, and its gradient.
+        reused = 0 if args.reuse_graph == "off" else window.kept
+        kept = 2 * window.kept if args.reuse_graph == "retain" else 0
         return Work(
-            rollout=sampler.passes * float(prefix + window.size + tail),
+            rollout=sampler.passes * float(prefix + window.size + tail + replay - reused),
             trained=sampler.passes * float(window.kept),
             beside=int(self.needs_reference),
-            latents=window.size + 2 + (window.size if sampler.how.keep_means else 0),
+            latents=window.size + 2 + (window.size if sampler.how.keep_means else 0) + kept,
         )
+
+    @property
+    def copies(self) -> int:
+        """Number of copies of the trained weights, including the gradients that `reuse_graph: reweight` keeps."""
+        return super().copies + (len(self.batches.mine()) if self.args.reuse_graph == "reweight" else 0)
 
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
         """Compute the losses of the trained steps of B samples.
@@ -129,13 +183,15 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             first_update: whether the policy has not changed since it drew these samples; the ratio is then checked.
         """
         assert self.buffer is not None
+        if isinstance(self.graphs, ScoreGradients):
+            return self._learn_from_scores(self.buffer, self.graphs, rows)
         buffer, count = self.buffer, self.window.kept
-        # (B, kept): steps to train, as offsets from the start of each sample's window.
-        offsets = torch.stack([self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()])
+        extra: Metrics = {"nfe/train": float(self.sampler.passes * count)}
+        if self.args.old_log_prob == "replay" and self.micro % self.batches.per_rollout == 0:
+            extra["logp_diff/replay"] = self._replay(buffer)
         condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
         parts, differences = [], []
-        for number in range(count):
-            offset = offsets[:, number].to(self.device)
+        for number, offset in enumerate(self._offsets(buffer, rows)):
             last = number == count - 1
             with nullcontext() if last else self.no_sync():
                 loss, metrics, difference = self._transition_loss(buffer, rows, offset, condition)
@@ -147,7 +203,56 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         means: Metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         if first_update:
             means |= self._check_ratio(torch.stack(differences).max())
-        return loss, {**means, "loss": means["policy_loss"], "nfe/train": float(self.sampler.passes * count)}
+        if self.graphs is not None:
+            self.backward(loss)  # into the predictions of the rollout
+            loss = loss.detach()
+            if self._ends_update:
+                with self.meter.time("transformer_seconds"):
+                    self.graphs.backward()
+                average_gradients(self.trained().values(), self.accelerator)
+        return loss, {**means, **extra, "loss": means["policy_loss"]}
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass; with `reuse_graph` a loss without a graph has had it in `learn`."""
+        if self.graphs is None or loss.requires_grad:
+            super().backward(loss)
+
+    def _learn_from_scores(self, buffer: Buffer, graphs: ScoreGradients, rows: Tensor) -> tuple[Tensor, Metrics]:
+        """Add the gradients of B samples, each multiplied by -A; the ratio is 1. Returns what `learn` returns."""
+        args, advantages = self.args, buffer.advantages[rows]
+        scale = -1 / (len(rows) * args.gradient_accumulation_steps)
+        pairs = zip(rows.tolist(), advantages.tolist(), strict=True)
+        graphs.add({buffer.samples[row]: scale * advantage for row, advantage in pairs})
+        if self._ends_update:
+            average_gradients(self.trained().values(), self.accelerator)
+        found = clipped_loss(torch.zeros_like(advantages), advantages, args.epsilon, args.high)
+        weights = [self._weight(buffer.paths.start[rows] + offset) for offset in self._offsets(buffer, rows)]
+        loss = (found.loss * torch.stack(weights)).mean()
+        nfe = float(self.sampler.passes * self.window.kept)
+        return loss, {**found.metrics(), "loss": loss, "policy_loss": loss, "nfe/train": nfe}
+
+    def _score(self, state: State) -> Tensor:
+        """Return the sum of the log-probabilities of trained steps, with the factors that the loss gives them."""
+        assert state.graph is not None
+        rows = list(state.traced)
+        index = state.start[rows]
+        step = self.sampler.step(state.x[rows], state.graph, index)
+        log_prob = step.log_prob(state.after[rows], self.args.log_prob_reduction)
+        factor = self._weight(index) * (step.std.to(log_prob.dtype) if self.args.ratio_norm else 1)
+        return (log_prob * factor).sum() / self.window.kept
+
+    def _weight(self, index: Tensor) -> Tensor:
+        """Return the weights (B,) of the policy losses of steps (B,)."""
+        weight = self.weights[index].float()
+        if self.args.ratio_norm:
+            sigmas = self.sampler.schedule.sigmas
+            weight = weight / (sigmas[index] - sigmas[index + 1]).float()
+        return weight
+
+    @property
+    def _ends_update(self) -> bool:
+        """Whether the next micro-batch is the last of its update."""
+        return self.micro % self.batches.accumulation == self.batches.accumulation - 1
 
     def _check_ratio(self, difference: Tensor) -> Metrics:
         """Track the largest log-ratio of a first update; check and log it with the update's last micro-batch."""
@@ -155,7 +260,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         if self.micro % self.batches.per_rollout < self.batches.accumulation - 1:
             return {}
         worst, self._worst = self._worst, torch.zeros_like(self._worst)
-        if self.args.check_on_policy_ratio != "off":
+        if self.args.check_on_policy_ratio != "off" and self.args.old_log_prob != "self":
             self.ratio_check(float(worst))
         return {"logp_diff/max": worst}
 
@@ -177,22 +282,18 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         index = paths.start[rows] + offset  # step indices into the schedule
         x, y, old = paths.states[rows, offset], paths.states[rows, offset + 1], paths.log_probs[rows, offset]
         reference = self._reference(x, index, condition) if args.beta else None
-        with self.meter.training(self.sampler.passes * len(rows)):
-            prediction = self.sampler.predict(x, index, condition)
-        # Ratio of the new to the old probability of the step, and its clipped loss.
+        if isinstance(self.graphs, RetainedGraphs):
+            prediction = self.graphs.predictions([buffer.samples[row] for row in rows.tolist()], index)
+        else:
+            with self.meter.training(self.sampler.passes * len(rows)):
+                prediction = self.sampler.predict(x, index, condition)
+        # Ratio of the new to the old probability of the step, and its loss.
         step = self.sampler.step(x, prediction, index)
         log_prob = step.log_prob(y, args.log_prob_reduction)
         old_mean = None if paths.means is None else paths.means[rows, offset]
-        ratio = log_ratio(step, log_prob, old, old_mean=old_mean, reduction=args.log_prob_reduction)
-        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         gains = None if buffer.gains is None else buffer.gains[rows]
-        found = clipped_losses(ratio, buffer.advantages[rows], gains, args.epsilon, high)
-        # Weight of the step.
-        weight = self.weights[index].float()
-        if args.ratio_norm:
-            schedule = self.sampler.schedule
-            weight = weight / (schedule.sigmas[index] - schedule.sigmas[index + 1]).float()
-        loss, metrics = (found.loss * weight).mean(), found.metrics()
+        found = self._policy_loss(step, log_prob, old, old_mean, buffer.advantages[rows], gains)
+        loss, metrics = (found.loss * self._weight(index)).mean(), found.metrics()
         # Divergence from the reference policy.
         if reference is not None:
             kl = gaussian_kl(step, self.sampler.step(x, reference, index))
@@ -201,6 +302,65 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             metrics["kl"] = kl.detach().mean()
         metrics |= {"policy_loss": loss.detach()}
         return loss, metrics, (log_prob - old).detach().abs().max()
+
+    def _policy_loss(
+        self,
+        step: Transition,
+        log_prob: Tensor,
+        old: Tensor,
+        old_mean: Tensor | None,
+        advantages: Tensor,
+        gains: Tensor | None,
+    ) -> StepLoss:
+        """Return the loss of a trained step of B samples, before the weight of the step.
+
+        Args:
+            step: the transition under the new policy.
+            log_prob: (B,) log-probability of the drawn latents under the new policy.
+            old: (B,) the same under the policy of the rollout.
+            old_mean: (B, ...) mean of the transition under the policy of the rollout; None if it was not kept.
+            advantages: (B,) advantages.
+            gains: (B,) their positive parts, for `loss_per: reward`; else None.
+        """
+        args = self.args
+        if args.old_log_prob == "self":
+            old, old_mean = log_prob.detach(), step.mean.detach()
+        centre = old_mean if args.ratio_norm else None
+        ratio = log_ratio(step, log_prob, old, old_mean=centre, reduction=args.log_prob_reduction)
+        if args.policy_loss == "dppo":
+            assert old_mean is not None
+            with torch.no_grad():
+                centred = log_prob - old + drift(step, old_mean, args.log_prob_reduction)
+                kl = moved_kl(step, old_mean)
+            return masked_loss(ratio, advantages, kl, centred, args.dppo_delta)
+        return clipped_losses(ratio, advantages, gains, args.epsilon, args.high)
+
+    @torch.no_grad()
+    def _replay(self, buffer: Buffer) -> Tensor:
+        """Compute the old probabilities of the buffer again, with the batches of training.
+
+        The rollout may draw other batches than those of training, and in bfloat16 a prediction depends on the shape
+        of its batch. Returns the largest absolute change of a log-probability.
+        """
+        paths, worst = buffer.paths, torch.zeros((), device=self.device)
+        for rows in torch.arange(len(buffer.samples), device=self.device).split(self.batches.per_device):
+            condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
+            for offset in self._offsets(buffer, rows):
+                index = paths.start[rows] + offset
+                x, y = paths.states[rows, offset], paths.states[rows, offset + 1]
+                with self.meter.rollout(self.sampler.passes * len(rows)):
+                    step = self.sampler.step(x, self.sampler.predict(x, index, condition), index)
+                log_prob = step.log_prob(y, self.args.log_prob_reduction)
+                worst = torch.maximum(worst, (log_prob - paths.log_probs[rows, offset]).abs().max())
+                paths.log_probs[rows, offset] = log_prob
+                if paths.means is not None:
+                    paths.means[rows, offset] = step.mean
+        return worst
+
+    def _offsets(self, buffer: Buffer, rows: Tensor) -> list[Tensor]:
+        """Return the trained steps of B rows, `kept` tensors (B,) of offsets from the start of each row's window."""
+        table = [self.window.trained(buffer.number, buffer.samples[row]) for row in rows.tolist()]
+        return list(torch.stack(table, 1).to(self.device))
 
     @torch.no_grad()
     def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:

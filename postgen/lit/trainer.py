@@ -289,7 +289,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
     ) -> tuple[Tensor, Tensor, Condition, Tensor | None]:
         """Return the arguments of `Distillation.forward`: latents, noise levels, condition and target of the task."""
         levels = self.schedule.levels(steps, steps + 1)
-        sigma = levels.s.to(torch.float32)
+        sigma = self.schedule.received(steps)
         if self.args.states == "trajectory":
             drawn = self.drawn[kind]
             assert isinstance(drawn, Drawn)

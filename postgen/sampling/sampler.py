@@ -11,7 +11,7 @@ latents that the network predicts there, and these are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,104 +22,14 @@ from postgen.families import Condition, Denoiser
 
 from .conditions import Conditions
 from .meter import Meter
+from .moves import Graphs, Move, Sample, State
 from .schedule import Levels, Schedule
 from .seeds import normal
 from .solver import Multistep, Solver, coarser
+from .trajectories import Trajectories
 from .transition import Kind, Reduction, Transition, transition
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """A sample to draw."""
-
-    index: int
-    """Number of the sample in the whole rollout, over all processes."""
-    prompt: int
-    """Number of its prompt; the `Conditions` function receives this number."""
-    initial: int
-    """Seed of its initial noise; samples with the same seed share the noise."""
-    step_seed: Callable[[int], int]
-    """Step index -> seed of the noise of that step."""
-    start: int
-    """Step index of its first stochastic step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Move:
-    """A step that n rows of the latents take together, with one call of the network."""
-
-    rows: slice
-    """The n rows, as `slice(low, high)`."""
-    start: Sequence[int] | Tensor
-    """(n,) step indices before the step, or (n, T), one for each latent frame."""
-    stop: Sequence[int] | Tensor
-    """(n,) or (n, T) step indices after the step; a frame with equal indices does not change."""
-    seeds: Sequence[int] | None = None
-    """n seeds of the noise of a stochastic step; None for a deterministic step."""
-    multistep: bool = False
-    """Use DPM-Solver++ instead of Euler for a deterministic step. `rows` must then begin with the first row."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class State:
-    """Result of one step of n rows."""
-
-    samples: tuple[tuple[int, ...], ...]
-    """For each row the positions (in the list of samples) of its samples; several if they share their first steps."""
-    start: Tensor
-    """(n,) or (n, T) step indices before the step."""
-    stop: Tensor
-    """(n,) or (n, T) step indices after the step."""
-    levels: Levels
-    """Noise levels before and after the step; the network received `levels.s`."""
-    x: Tensor
-    """(n, ...) latents before the step, float32, the input of the network."""
-    prediction: Tensor
-    """(n, ...) prediction of the network."""
-    transition: Transition
-    """The step as a Gaussian; `transition.clean` is the estimate of the clean latents."""
-    after: Tensor
-    """(n, ...) latents after the step."""
-    stochastic: bool
-    """Whether the step added noise."""
-
-
-@dataclass(slots=True)
-class Trajectories:
-    """The latents and log-probabilities that are kept of n drawn samples. Latents are float32."""
-
-    clean: Tensor
-    """(n, ...) clean latents at the end."""
-    start: Tensor
-    """(n,) step index of the first stochastic step."""
-    states: Tensor
-    """(n, w + 1, ...) latents before, between and after the w stochastic steps; (n, 0) if w is 0."""
-    log_probs: Tensor
-    """(n, w) log-probabilities of the stochastic steps under the policy that drew them."""
-    means: Tensor | None = None
-    """(n, w, ...) means of the stochastic transitions; None unless `Sampling.keep_means`."""
-    kept: Tensor | None = None
-    """(n, k, ...) latents at the k step indices `keep` of `Sampler.draw`; None without them."""
-
-    def rows(self, rows: Tensor) -> Trajectories:
-        """Return the trajectories of some rows, (m,) row indices."""
-        means = None if self.means is None else self.means[rows]
-        kept = None if self.kept is None else self.kept[rows]
-        return Trajectories(self.clean[rows], self.start[rows], self.states[rows], self.log_probs[rows], means, kept)
-
-    @staticmethod
-    def join(parts: Sequence[Trajectories]) -> Trajectories:
-        """Concatenate the rows of several trajectories, in order."""
-        means = [part.means for part in parts if part.means is not None]
-        kept = [part.kept for part in parts if part.kept is not None]
-        return Trajectories(
-            torch.cat([part.clean for part in parts]),
-            torch.cat([part.start for part in parts]),
-            torch.cat([part.states for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-            torch.cat(means) if means else None,
-            torch.cat(kept) if kept else None,
-        )
+__all__ = ["Graphs", "Move", "Sample", "Sampler", "Sampling", "State", "Trajectories"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,11 +79,12 @@ class Sampler:
         self.device = torch.device(device)
         self.meter = meter or Meter(self.device)
         self.passes = 2 if sampling.guidance > 1 else 1
+        self.graphs: Graphs | None = None
+        """Receives predictions of `draw` with their autograd graphs; None keeps no graphs."""
 
     def predict(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:
         """Return the prediction (B, ...) for latents `x` at step indices `start`, (B,) or per latent frame (B, T)."""
-        sigma = self.schedule.sigmas[start].to(torch.float32)
-        return self.denoiser.predict(x, sigma, condition, self.how.guidance)
+        return self.denoiser.predict(x, self.schedule.received(start), condition, self.how.guidance)
 
     def step(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor | None = None) -> Transition:
         """Return the step from step indices `start`: stochastic to the next index, or deterministic to `stop`."""
@@ -269,8 +180,7 @@ class Sampler:
             start, stop = self._index(move.start), self._index(move.stop)
             _check_move(move, len(part), start, stop)
             levels = self.schedule.levels(start, stop)
-            with self.meter.rollout(self.passes * len(part)):
-                prediction = self.predict(part, start, part_condition)
+            prediction, graph = self._predicted(part, start, part_condition, move.traced)
             step = self._transition(part, prediction, levels, stochastic=move.seeds is not None)
             if move.seeds is not None:
                 after = step.sample(self.noise(move.seeds))
@@ -288,8 +198,26 @@ class Sampler:
                 transition=step,
                 after=after,
                 stochastic=move.seeds is not None,
+                traced=move.traced,
+                graph=graph,
             )
         return x
+
+    def _predicted(
+        self, x: Tensor, start: Tensor, condition: Condition, traced: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the predictions of a move, and those of its traced rows with their autograd graphs."""
+        left = [row for row in range(len(x)) if row not in traced]
+        parts = []
+        if traced:
+            with torch.enable_grad(), self.meter.training(self.passes * len(traced)):
+                parts.append(self.predict(*_rows(traced, x, start, condition)))
+        if left:
+            with self.meter.rollout(self.passes * len(left)):
+                parts.append(self.predict(*_rows(left, x, start, condition)))
+        if not traced or not left:
+            return parts[0].detach(), parts[0] if traced else None
+        return torch.cat(parts).detach()[self._index([*traced, *left]).argsort()], parts[0]
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Return standard normal noise of the latents' shape, one row for each seed."""
@@ -304,7 +232,10 @@ class Sampler:
         for offset in range(self.how.window):
             now = [sample.start + offset for sample in samples]
             seeds = [sample.step_seed(step) for sample, step in zip(samples, now, strict=True)]
-            yield Move(rows=slice(0, len(now)), start=now, stop=[step + 1 for step in now], seeds=seeds)
+            graphs, pairs = self.graphs, enumerate(zip(samples, now, strict=True))
+            traced = [] if graphs is None else [row for row, (each, step) in pairs if graphs.wanted(each, step)]
+            after = [step + 1 for step in now]
+            yield Move(rows=slice(0, len(now)), start=now, stop=after, seeds=seeds, traced=traced)
 
     def _grid(self, sample: Sample) -> list[int]:
         """Return the step indices from the end of a sample's window to the clean latents."""
@@ -344,6 +275,8 @@ class Sampler:
                 states += [state.after] if states else [state.x, state.after]
                 log_probs.append(state.transition.log_prob(state.after, self.how.reduction))
                 means += [state.transition.mean] if self.how.keep_means else []
+            if self.graphs is not None and state.graph is not None:
+                self.graphs.take([samples[state.samples[row][0]] for row in state.traced], state)
         clean = state.after
         nothing = clean.new_zeros(len(clean), 0)
         return Trajectories(
@@ -357,6 +290,14 @@ class Sampler:
 
     def _index(self, indices: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(indices, device=self.device)
+
+
+def _rows(rows: Sequence[int], x: Tensor, start: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
+    """Return rows of the arguments of `Sampler.predict`; all rows are returned as they are."""
+    if len(rows) == len(x):
+        return x, start, condition
+    index = torch.tensor(rows, device=x.device)
+    return x[index], start[index], {name: value[index] for name, value in condition.items()}
 
 
 def _check_move(move: Move, rows: int, start: Tensor, stop: Tensor) -> None:

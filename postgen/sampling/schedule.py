@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.families import Denoiser, PredictionType
+from postgen.families import Denoiser, PredictionType, RoundingDenoiser
 
 SigmaSchedule = Literal["pipeline", "linspace"]
 """Source of the noise levels: the pipeline's scheduler, or `linspace_schedule`."""
@@ -21,7 +21,7 @@ class Levels:
     """Noise levels before and after a step, float64: one per row, (B,), or one per row and latent frame, (B, T)."""
 
     s: Tensor
-    """(B,) or (B, T) noise level (sigma) before the step. The network receives this level."""
+    """(B,) or (B, T) noise level (sigma) before the step."""
     after: Tensor
     """(B,) or (B, T) noise level after the step."""
     second: Tensor
@@ -57,6 +57,8 @@ class Schedule:
     """(S + 1,) float64 alpha-bars; None for flow models."""
     frame_axis: int | None = None
     """Frame axis of the latents, see `Levels.frame_axis`."""
+    network_sigmas: Tensor | None = None
+    """(S + 1,) float64 noise levels that the network receives if the pipeline rounds timesteps; None: `sigmas`."""
 
     def __post_init__(self) -> None:
         if len(self.sigmas) < 3 or not bool((self.sigmas[1:] < self.sigmas[:-1]).all()):
@@ -68,6 +70,12 @@ class Schedule:
     def steps(self) -> int:
         """Number of steps S from the first noise level to 0."""
         return len(self.sigmas) - 1
+
+    def received(self, start: Tensor) -> Tensor:
+        """Return the noise levels that the network receives at step indices, (B,) or (B, T), to pass to `predict`."""
+        if self.network_sigmas is not None:
+            return self.network_sigmas[start]
+        return self.sigmas[start].to(torch.float32)
 
     def levels(self, start: Tensor, stop: Tensor) -> Levels:
         """Return the noise levels of steps from step indices `start` to step indices `stop`, both (B,) or (B, T)."""
@@ -96,7 +104,8 @@ def schedule_of(denoiser: Denoiser, steps: int, shape: Sequence[int] | None = No
     sigmas = denoiser.sigmas(steps, shape)
     kind = denoiser.prediction_type
     bars = None if kind == "flow" else denoiser.alpha_bar(sigmas).double()
-    return Schedule(sigmas.double(), kind, bars, denoiser.frame_axis)
+    received = denoiser.network_sigmas(steps, shape) if isinstance(denoiser, RoundingDenoiser) else None
+    return Schedule(sigmas.double(), kind, bars, denoiser.frame_axis, received)
 
 
 def linspace_schedule(denoiser: Denoiser, steps: int, shift: float, device: torch.device) -> Schedule:

@@ -6,12 +6,13 @@ the prediction, e = x + (1 - s) v the noise in x, x0 = x - s v the clean latents
     mean = x - D (v + g^2 / (2 s) e)     std = g sqrt(D)     y = mean + std z                                     (K1)
     log p(y|x) = reduce(-(y - mean)^2 / (2 std^2) - log std - log(2 pi) / 2)                                      (K2)
 
-    dance  g = a                            DanceGRPO, arXiv:2505.07818, eq. 8
-    flow   g = a sqrt(s / (1 - s))          Flow-GRPO, arXiv:2505.05470, eq. 9
-    exact  std^2 = a^2 (log((1 - s') / (1 - s)) - D), the integral of flow's g^2 over the step; SAGE, arXiv:2603.21872
-    cps    std = s' sin(a pi / 2), y = (1 - s') x0 + sqrt(s'^2 - std^2) e + std z; arXiv:2509.05952
-    ddim   for models with alpha-bar A: std = a sqrt((1 - A') / (1 - A) (1 - A / A')); arXiv:2010.02502, eq. 12 and 16
-    ode    no noise: Euler step; for models with alpha-bars the ddim step with a = 0
+    dance     g = a                            DanceGRPO, arXiv:2505.07818, eq. 8
+    flow      g = a sqrt(s / (1 - s))          Flow-GRPO, arXiv:2505.05470, eq. 9
+    flow_wan  g = a s_1 s                      Flow-GRPO's code for Wan, a = 1; s_1 is the second noise level
+    exact     std^2 = a^2 (log((1 - s') / (1 - s)) - D), the integral of flow's g^2; SAGE, arXiv:2603.21872
+    cps       std = s' sin(a pi / 2), y = (1 - s') x0 + sqrt(s'^2 - std^2) e + std z; arXiv:2509.05952
+    ddim      for models with alpha-bar A: std = a sqrt((1 - A') / (1 - A) (1 - A / A')); arXiv:2010.02502, eq. 12, 16
+    ode       no noise: Euler step; for models with alpha-bars the ddim step with a = 0
 
 `a` is the strength of the noise. `flow` and `exact` have a pole at s = 1. Near it, the formulas use 1 minus the second
 noise level as the smallest value of 1 - s, and `exact`, whose integral diverges, uses the formula of `flow`. Sampling
@@ -36,9 +37,17 @@ from postgen.families import PredictionType
 
 from .schedule import Levels, Schedule
 
-Kind = Literal["dance", "flow", "exact", "cps", "ddim", "ode"]
+Kind = Literal["dance", "flow", "flow_wan", "exact", "cps", "ddim", "ode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NOISE_LEVEL: dict[Kind, float] = {"dance": 0.3, "flow": 0.7, "exact": 0.7, "cps": 0.8, "ddim": 1.0, "ode": 0.0}
+NOISE_LEVEL: dict[Kind, float] = {
+    "dance": 0.3,
+    "flow": 0.7,
+    "flow_wan": 1.0,
+    "exact": 0.7,
+    "cps": 0.8,
+    "ddim": 1.0,
+    "ode": 0.0,
+}
 """Published strength `a` of the noise of each kind."""
 
 Reduction = Literal["mean", "sum", "sqrt"]
@@ -201,6 +210,8 @@ def _variance(kind: Kind, levels: Levels, a: float) -> Tensor:
         return torch.zeros_like(s)
     if kind == "dance":
         return a**2 * delta
+    if kind == "flow_wan":
+        return (a * levels.second * s) ** 2 * delta
     kept = torch.maximum(1 - s, 1 - levels.second)
     flow = a**2 * s / kept * delta
     if kind == "flow":

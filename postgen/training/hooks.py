@@ -171,7 +171,7 @@ class TrainerHooks(ABC, Generic[C]):
         return self._raw[name]
 
     def unaveraged(self, name: str) -> nn.Module:
-        """Return a model for forward passes without gradients.
+        """Return a model whose gradients are not averaged over processes; mostly for forward passes without gradients.
 
         Processes may call the returned module a different number of times, unless the model is sharded.
         """

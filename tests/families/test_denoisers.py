@@ -32,7 +32,7 @@ def deterministic(denoiser, condition, size, guidance):
     for index in range(STEPS):
         now = torch.full((batch,), index)
         levels = schedule.levels(now, now + 1)
-        prediction = denoiser.predict(x, levels.s.float(), condition, guidance)
+        prediction = denoiser.predict(x, schedule.received(now), condition, guidance)
         x = transition("ode", x, prediction, levels, 0.0, schedule.prediction_type).mean
     return x, denoiser.decode(x)
 
@@ -69,9 +69,7 @@ def test_denoiser_equals_its_pipeline(built, guidance):
     assert ("negative" in condition) == (guidance > 1)
     assert all(len(value) == 2 for value in condition.values())
     assert clips.shape == (2, size["num_frames"], 3, size["height"], size["width"])
-    # UniPC, the scheduler of SkyReels-V2, rounds the timesteps of the network down to whole numbers.
-    whole = "UniPC" in type(pipe.scheduler).__name__
-    assert (clips - torch.as_tensor(expected)).abs().max() <= (1e-3 if whole else 2e-4)
+    assert (clips - torch.as_tensor(expected)).abs().max() <= 2e-4
 
 
 def test_denoiser_rows_are_independent(built):

@@ -27,6 +27,8 @@ def run(folder, **changes) -> float:
         {"sde_type": "flow"},
         {"sde_type": "exact", "sde_window_size": 2, "step_weighting": "inv_grad", "rollout_solver": "dpm++"},
         {"sde_type": "flow", "sde_window_size": 1, "ratio_norm": True, "share_initial_noise": True},
+        {"sde_type": "flow_wan", "sde_window_size": 2, "reuse_graph": "retain"},
+        {"sde_type": "flow", "policy_loss": "dppo", "steps_per_generation": 2},
         {"sde_type": "cps", "sde_window_size": 2, "sde_window_range": [0, 4]},
         {"sde_type": "ddim", "prediction_type": "epsilon"},
         {"sde_type": "ddim", "prediction_type": "v_prediction", "sde_window_size": 2},

@@ -35,6 +35,10 @@ RUN = {
     "report_to": "none",
 }
 ACCUMULATED = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+ONE_UPDATE = {"steps_per_generation": 1}
+ACCUMULATED_ONCE = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+REPLAYED = {"policy_loss": "dppo", "dppo_delta": 1e-6, "old_log_prob": "replay", "rollout_batch_size": 4}
+SCORES = {"reuse_graph": "reweight", "rollout_batch_size": 1}
 BEST = {"best_of_n": 2, "sde_window_per": "sample"}
 ADVANTAGES = {
     # Groups of 8 with 12 samples per process span processes.
@@ -48,6 +52,9 @@ TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups span processes": ({}, ACCUMULATED),
     "best of n": ({"per_device_train_batch_size": 4, **BEST}, {"per_device_train_batch_size": 8, **BEST}),
     "all of the advantages": (ADVANTAGES, {**ACCUMULATED, **ADVANTAGES}),
+    "mask and replay": (REPLAYED, {**ACCUMULATED, **REPLAYED}),
+    "retained graphs": ({**ONE_UPDATE, "reuse_graph": "retain"}, {**ACCUMULATED_ONCE, "reuse_graph": "retain"}),
+    "score gradients": ({**ONE_UPDATE, **SCORES}, {**ACCUMULATED_ONCE, **SCORES}),
     "fully sharded": ({"fully_shard": True, **SHARDED}, {**ACCUMULATED, **SHARDED}),
 }
 """Name -> settings of the run in two processes, and of the equivalent run in one process."""

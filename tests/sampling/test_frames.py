@@ -30,7 +30,7 @@ def case(axis=2):
 
 
 def kinds():
-    flow = [(kind, "flow") for kind in ("dance", "flow", "exact", "cps", "ode")]
+    flow = [(kind, "flow") for kind in ("dance", "flow", "flow_wan", "exact", "cps", "ode")]
     # epsilon says nothing at alpha-bar 0, where the schedule above begins.
     return flow + [(kind, meaning) for kind in ("ddim", "ode") for meaning in ("v_prediction", "sample")]
 

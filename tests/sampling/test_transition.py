@@ -11,7 +11,7 @@ from postgen.sampling.schedule import Schedule, linspace_schedule
 from postgen.sampling.transition import KINDS, NOISE_LEVEL, overshooting, split, step_weights, transition
 from tests.sampling.toy import PointPipeline, ToyDenoiser
 
-FLOW_KINDS = ("dance", "flow", "exact", "cps", "ode")
+FLOW_KINDS = ("dance", "flow", "flow_wan", "exact", "cps", "ode")
 
 
 def shifted(steps: int, shift: float = 3.0) -> Schedule:
@@ -39,7 +39,7 @@ def k1(kind: str, x, v, s: float, after: float, second: float, a: float) -> tupl
         std = after * math.sin(a * math.pi / 2)
         return (1 - after) * clean + math.sqrt(after**2 - std**2) * noise, std
     room = 1 - second if s == 1 else 1 - s
-    g = {"ode": 0.0, "dance": a, "flow": a * math.sqrt(s / room), "exact": a * math.sqrt(s / room)}[kind]
+    g = {"ode": 0.0, "dance": a, "flow_wan": a * second * s}.get(kind, a * math.sqrt(s / room))
     if kind == "exact" and s < 1:
         g = a * math.sqrt((math.log((1 - after) / (1 - s)) - delta) / delta)
     return x - delta * (v + g**2 / (2 * s) * noise), g * math.sqrt(delta)
@@ -82,7 +82,7 @@ def test_transition_of_flow_is_flow_grpos_own_algebra():
     assert (transition("flow", x, v, levels, 0.7).mean - mean).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("kind", ["dance", "flow", "exact", "ddim"])
+@pytest.mark.parametrize("kind", ["dance", "flow", "flow_wan", "exact", "ddim"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sqrt"])
 def test_transition_log_prob_equals_torch_distributions(kind, reduction):
     x, v, z = case()
@@ -103,7 +103,7 @@ def test_transition_log_prob_of_cps_has_no_scale():
     assert (step.log_prob(step.sample(z)) - expected).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("kind", ["dance", "flow", "exact", "cps"])
+@pytest.mark.parametrize("kind", ["dance", "flow", "flow_wan", "exact", "cps"])
 def test_transition_without_noise_is_eulers_step(kind):
     x, v, _ = case()
     levels = at(shifted(8), 0, 3, 6)
@@ -221,7 +221,7 @@ def test_transition_cuts_its_pole_off(kind, first):
     assert 0 < std[1] < 1
 
 
-@pytest.mark.parametrize("kind", ["dance", "flow", "exact", "cps", "ddim"])
+@pytest.mark.parametrize("kind", ["dance", "flow", "flow_wan", "exact", "cps", "ddim"])
 def test_transition_slope_is_the_gradient(kind):
     x, v, z = case()
     schedule = ddim_schedule("epsilon") if kind == "ddim" else shifted(8)
