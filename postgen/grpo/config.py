@@ -13,6 +13,7 @@ from postgen.training.policy import ModelConfig
 from postgen.training.prompts import PromptsConfig
 
 from .advantages import Aggregation, Scale
+from .brakes import BrakesConfig
 
 Strategy = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["rollout", "prompt", "sample"]
@@ -103,7 +104,14 @@ class EvaluationConfig(Part):
 
 @dataclass(kw_only=True)
 class GroupConfig(
-    EvaluationConfig, RewardConfig, SamplingConfig, PromptsConfig, AdapterConfig, ModelConfig, TrainingConfig
+    BrakesConfig,
+    EvaluationConfig,
+    RewardConfig,
+    SamplingConfig,
+    PromptsConfig,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
 ):
     """Settings that DanceGRPO and DiffusionNFT share: groups of samples, rewards, advantages, batches.
 
