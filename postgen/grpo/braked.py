@@ -19,6 +19,7 @@ from postgen.training.logging import say
 from postgen.training.modes import evaluating
 from postgen.training.policy import Policy
 from postgen.training.prompts import Prompts
+from postgen.training.sharding import drop_gathered
 
 from .brake_data import ClipPool, ClipRows, Makers, kept_latents
 from .brakes import Guards
@@ -128,6 +129,8 @@ class Braked(KeptState[G]):
                     processes=process.num_processes,
                     equal_calls=self.sharded,
                 )
+            # Sharded weights stay gathered after a pass, and the optimiser needs the shards.
+            drop_gathered(self.policy.modules.values())
             levels = self.sampler.schedule if name == "train" else self.evaluator.sampler.schedule
             plain = Sampler(self.policy.denoiser, levels, Sampling(size=self.size), makers.sampler.meter, self.device)
             self._clips[name] = ClipPool(rows.rows, latents, plain, conditions)

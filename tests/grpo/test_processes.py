@@ -41,7 +41,8 @@ SHARDED = {"sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_ste
 # Clips are made by both processes; 5 clips in files of 3 make one process draw a file less.
 BRAKES = {
     **{"data_beta": 0.5, "data_source": "samples", "data_clips": 5, "eval_fm_clips": 3, "rollout_batch_size": 3},
-    **{"norm_guard": 1.0, "sde_window_per": "rollout"},
+    # Adam makes steps of the size of the rate from nearly zero gradients, and so also from their rounding.
+    **{"norm_guard": 1.0, "sde_window_per": "rollout", "learning_rate": 3e-3},
 }
 TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups span processes": ({}, ACCUMULATED),
