@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.reconstruct.records import digest
 from postgen.sampling.conditions import Embeddings, Row
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sampler, Sampling
@@ -120,7 +121,8 @@ class Braked(KeptState[G]):
                 say(f"clips for {'data_beta' if name == 'train' else 'eval_fm_loss'}: {len(rows.rows)} {rows.kind}")
             with torch.no_grad(), self._networks(wrapped=False), evaluating(self.policy.modules.values()):
                 latents = kept_latents(
-                    self.args.folder / "data" / name,
+                    # Settings of evaluations may change when a run is resumed; other clips get another folder.
+                    self.args.folder / "data" / f"{name}-{digest(said)}",
                     len(rows.rows),
                     said,
                     makers.batch,
