@@ -67,17 +67,17 @@ class ClipRows:
         if source == "samples":
             rows = [prompts.rows[number % len(prompts)] for number in range(count)]
             return cls(kind="samples", rows=rows, specs=[], name=prompts.name, setting=setting)
-        if pictured := [number for number, row in enumerate(prompts.rows) if row.get("image") is not None]:
+        if pictured := [number for number, row in enumerate(prompts.rows, 1) if row.get("image") is not None]:
             raise UserError(
                 f"{setting}: row {pictured[0]} of {prompts.name} has an image, and only {setting} samples supports"
                 " first frames"
             )
         if source in MADE or source is None:
             rows = prompts.rows[:count]
-            specs = [_scene(row, f"row {number} of {prompts.name}", setting) for number, row in enumerate(rows)]
+            specs = [_scene(row, f"row {number} of {prompts.name}", setting) for number, row in enumerate(rows, 1)]
             return cls(kind="world", rows=rows, specs=specs, name=prompts.name, setting=setting)
         rows = Prompts(source, setting, seed=0, shuffle=False).rows[:count]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, 1):
             video_path(row, f"row {number} of {setting}")
         return cls(kind="videos", rows=rows, specs=[], name=setting, setting=setting)
 
@@ -112,7 +112,7 @@ class ClipRows:
             specs = [self.specs[number] for number in numbers]
             return render(specs, num_frames=count, size=height, geometry=False, device=device).rgb_BF3HW
         clips = [
-            read_clip(self.rows[number]["video"], count, (height, width), f"row {number} of {self.name}")
+            read_clip(self.rows[number]["video"], count, (height, width), f"row {number + 1} of {self.name}")
             for number in numbers
         ]
         return torch.stack(clips).to(device)
@@ -207,7 +207,7 @@ class Makers:
             )
         for number, row in zip(numbers, latents, strict=True):
             if not bool(row.isfinite().all()):
-                raise UserError(f"the latents of clip {number} of {clips.name} ({clips.kind}) are not finite")
+                raise UserError(f"the latents of clip {number + 1} of {clips.name} ({clips.kind}) are not finite")
         return latents
 
 

@@ -248,6 +248,19 @@ def grpo_forwards(folder: Path) -> float:
     return float(run.meter.totals["forwards"])
 
 
+def test_data_beta_holds_the_loss_on_clips(tmp_path: Path) -> None:
+    """Samples of the model before training hold it; the reward alone moves it away from them."""
+    values = {"eval_dataset": ROWS, "eval_fm_clips": 16, "data_source": "samples", "eval_on_start": True}
+    rise = []
+    for name, changes in (("free", {}), ("held", {"data_beta": 1.0, "data_clips": 64})):
+        run = grpo(tmp_path / name, eval_steps=30, max_steps=30, **values, **changes)
+        run.train()
+        losses = [row["eval_fm_loss"] for row in lines(run) if "eval_fm_loss" in row]
+        rise.append(losses[1] / losses[0] - 1)
+    assert rise[0] > 0.02
+    assert rise[1] < 0.5 * rise[0]
+
+
 # Scenes and videos, with a real pipeline.
 
 WORLD = [{"prompt": "a red ball moves left"}, {"prompt": "a blue cube falls and a green ball stays still"}]
@@ -298,7 +311,7 @@ def test_videos_are_read_and_their_own_prompts_are_used(tiny_wan: Path, tmp_path
     assert [row["prompt"] for row in run._clips["train"].rows] == ["clip 0", "clip 1", "clip 2"]
     assert lines(run)[0]["data_loss"] > 0
     place.write_text(json.dumps({"prompt": "no video"}) + "\n")
-    with pytest.raises(UserError, match="row 0 of data_source: video must be the path of a file"):
+    with pytest.raises(UserError, match="row 1 of data_source: video must be the path of a file"):
         wan(tiny_wan, tmp_path / "bad", prompts, **words)
 
 
@@ -321,7 +334,7 @@ def test_videos_are_read_and_their_own_prompts_are_used(tiny_wan: Path, tmp_path
         ({"eval_fm_clips": 2}, "eval_fm_clips needs held-out prompts: give eval_dataset"),
         (
             {"data_beta": 1.0},
-            "row 0 of train_dataset is 'a', which does not describe a scene of the synthetic world .no body.: set"
+            "row 1 of train_dataset is 'a', which does not describe a scene of the synthetic world .no body.: set"
             " data_source to samples",
         ),
         (
