@@ -13,6 +13,7 @@ from postgen.training.policy import ModelConfig
 from postgen.training.prompts import PromptsConfig
 
 from .advantage_config import LEAST_GROUP, AdvantageConfig
+from .brakes import BrakesConfig
 
 Strategy = Literal["fixed", "progressive", "random"]
 WindowPer = Literal["rollout", "prompt", "sample"]
@@ -108,6 +109,7 @@ class EvaluationConfig(Part):
 
 @dataclass(kw_only=True)
 class GroupConfig(
+    BrakesConfig,
     EvaluationConfig,
     AdvantageConfig,
     RewardConfig,

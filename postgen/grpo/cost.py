@@ -26,6 +26,10 @@ class Work:
     """Forward passes of other policies (old policy, reference) for each pass with gradients."""
     latents: int
     """Number of latents kept for each sample of a rollout."""
+    data: float = 0.0
+    """Passes with gradients on clips (`data_beta`) for one sample in one iteration."""
+    once: float = 0.0
+    """Forward passes before the first update, of all processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +65,7 @@ def estimate(plan: Plan) -> dict[str, float]:
     batches, work = plan.batches, plan.work
     here = batches.samples // batches.processes
     per_rollout = batches.samples * work.rollout + batches.samples * batches.kept / batches.group * (
-        batches.iterations * work.trained * (1 + plan.backward + work.beside)
+        batches.iterations * (work.trained * (1 + plan.backward + work.beside) + work.data * (1 + plan.backward))
     )
     updates = batches.updates * batches.iterations
     return {
@@ -74,7 +78,7 @@ def estimate(plan: Plan) -> dict[str, float]:
         "passes/rollout_per_sample": work.rollout,
         "passes/train_per_sample": work.trained,
         "forward_equivalents/update": per_rollout / updates,
-        "forward_equivalents/run": per_rollout / updates * plan.max_steps,
+        "forward_equivalents/run": per_rollout / updates * plan.max_steps + work.once,
     }
 
 

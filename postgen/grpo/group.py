@@ -95,6 +95,7 @@ class GroupTrainer(Rollouts[G]):
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
         check_data(args, self.source, self.prompts, self.eval_prompts, here=True)
+        self.check_brakes()
         self.batches = Batches.of(args, self.accelerator.num_processes, self.accelerator.process_index)
         check_groups(self.runner, self.batches)
         self.micro = 0
@@ -134,11 +135,6 @@ class GroupTrainer(Rollouts[G]):
     def shares_rollout_window(self) -> bool:
         """Whether all samples of a rollout take the same steps through the network."""
         return True
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss needs the reference policy, the model before training."""
-        return False
 
     @property
     def copies(self) -> int:
@@ -183,6 +179,7 @@ class GroupTrainer(Rollouts[G]):
             self.embeddings.encode(
                 row for part in (self.prompts, self.eval_prompts) if part is not None for row in part.rows
             )
+            self.embeddings.encode(self.rows_of_clips())
             self.policy.park_text_encoders()
         denoiser, steps = self.policy.denoiser, args.num_inference_steps
         shape = denoiser.latent_shape(**self.size)
@@ -201,6 +198,7 @@ class GroupTrainer(Rollouts[G]):
             exact=ExactMotion(self.size, self.device) if args.eval_motion_exact else None,
         )
         self.prepare()
+        self.make_brakes()
         if self.needs_reference:
             self.policy.check_reference(args.init_from)
         if not args.dry_run:
@@ -208,9 +206,10 @@ class GroupTrainer(Rollouts[G]):
         return self.policy.modules
 
     def on_models_ready(self) -> None:
-        """Keep a copy of the weights as the reference policy, if the loss needs one."""
+        """Keep a copy of the weights as the reference policy, if the loss needs one, and make the clips."""
         if self.needs_reference:
             self.policy.keep_reference()
+        super().on_models_ready()
 
     def training_step(self) -> tuple[Tensor, Metrics]:
         """Compute the loss of the next micro-batch. Draws a new rollout first if the last one is used up."""
@@ -220,6 +219,7 @@ class GroupTrainer(Rollouts[G]):
         low = position % self.batches.micro_batches * size
         rows = torch.arange(low, low + size, device=self.device)
         with self._networks(wrapped=True):
+            metrics |= self.data_step(rows)
             loss, found = self.learn(rows, position < self.batches.accumulation)
         self.micro += 1
         return loss, {**metrics, **found}
@@ -236,7 +236,7 @@ class GroupTrainer(Rollouts[G]):
         watched = {} if self.gold is None else self.hacking.watch(found.means, self.gold.names[0])
         if watched.get("hacking") and args.on_hacking == "stop":
             self.request_stop()
-        return found.means | watched
+        return found.means | watched | self.fm_loss()
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained models, and a model card, into an export folder."""
@@ -267,7 +267,7 @@ class GroupTrainer(Rollouts[G]):
         modules = self.build()
         plan = Plan(
             batches=self.batches,
-            work=self.work(),
+            work=self.with_clips(self.work()),
             weights=bytes_of(self.policy.pipe.components.values()),
             trained=trained_in(modules.values()),
             copies=self.copies,

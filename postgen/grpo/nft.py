@@ -116,8 +116,8 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss contains the difference from the reference policy (`beta` above 0)."""
-        return self.args.beta > 0
+        """Whether the loss contains the difference from the reference policy (`beta` above 0), or a guard."""
+        return self.args.beta > 0 or super().needs_reference
 
     @property
     def copies(self) -> int:
@@ -211,15 +211,19 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         # Predictions of the old, the reference and the new policy.
         with torch.no_grad(), self.meter.rollout(self.sampler.passes * len(rows)), self.old.swapped_in():
             old = self.sampler.predict(x, index, condition)
-        reference = self._reference(x, index, condition) if args.beta else None
+        reference = self._reference(x, index, condition) if self.needs_reference else None
         with self.meter.training(self.sampler.passes * len(rows)):
             new = self.sampler.predict(x, index, condition)
             policy = nft_loss(x, clean, new, old, optimality, levels, args.nft_beta, schedule.prediction_type)
             loss = policy.mean() * args.advantage_clip
         metrics: Metrics = {"old_difference": velocity_kl(new.detach(), old).mean()}
-        if reference is not None:
+        if reference is not None and args.beta:
             kl = velocity_kl(new, reference).mean()
             loss, metrics["kl"] = loss + args.beta * kl, kl.detach()
+        if reference is not None:
+            estimates = (split(x, each, levels, schedule.prediction_type)[0] for each in (new, reference))
+            guard, measured = self.guards(new, reference, *estimates)
+            loss, metrics = loss + guard, {**metrics, **measured}
         return loss, metrics
 
     @torch.no_grad()

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from postgen.rewards import RewardResult, RewardRunner
-from postgen.sampling.conditions import Conditions, Embeddings, Row
-from postgen.sampling.sampler import Sample, Sampler, Trajectories
+from postgen.sampling.conditions import Conditions, Row
+from postgen.sampling.sampler import Sample, Trajectories
 from postgen.sampling.seeds import seed_of
-from postgen.training.policy import Policy
-from postgen.training.prompts import Prompts
 
 from .advantages import Advantages, best_and_worst, compute_advantages
+from .braked import Braked
 from .buffer import Buffer
 from .logging import CompletionLog
 from .motion import log_motions, motion_metrics, motions
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
 from .quality import diversity
 from .scoring import Scoring, gathered, in_order, reward_metrics
-from .state import G, KeptState
+from .state import G
 
 Metrics = dict[str, float | Tensor]
 
@@ -47,23 +46,13 @@ class Drawn:
     """Rewards."""
 
 
-class Rollouts(KeptState[G]):
+class Rollouts(Braked[G]):
     """Base of the reward trainers: draws and scores rollouts. `GroupTrainer` sets the attributes."""
 
     scoring: Scoring
     """The rewards of the run."""
     runner: RewardRunner
     """The rewards that training uses."""
-    prompts: Prompts
-    """The training prompts."""
-    policy: Policy
-    """The trained model."""
-    embeddings: Embeddings
-    """Encodes the prompt rows."""
-    sampler: Sampler
-    """Draws samples with the settings of rollouts."""
-    size: dict[str, int]
-    """`num_frames`, `height` and `width` of a clip."""
     fps: float
     """Frames per second of a clip."""
 

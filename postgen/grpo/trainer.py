@@ -145,8 +145,8 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss contains the divergence from the reference policy (`beta` above 0)."""
-        return self.args.beta > 0
+        """Whether the loss contains the divergence from the reference policy (`beta` above 0), or a guard."""
+        return self.args.beta > 0 or super().needs_reference
 
     def work(self) -> Work:
         """Return the passes for one sample, assuming that its window lies in the middle of its range."""
@@ -281,7 +281,7 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         args, paths = self.args, buffer.paths
         index = paths.start[rows] + offset  # step indices into the schedule
         x, y, old = paths.states[rows, offset], paths.states[rows, offset + 1], paths.log_probs[rows, offset]
-        reference = self._reference(x, index, condition) if args.beta else None
+        reference = self._reference(x, index, condition) if self.needs_reference else None
         if isinstance(self.graphs, RetainedGraphs):
             prediction = self.graphs.predictions([buffer.samples[row] for row in rows.tolist()], index)
         else:
@@ -294,12 +294,15 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         gains = None if buffer.gains is None else buffer.gains[rows]
         found = self._policy_loss(step, log_prob, old, old_mean, buffer.advantages[rows], gains)
         loss, metrics = (found.loss * self._weight(index)).mean(), found.metrics()
-        # Divergence from the reference policy.
+        # Divergence from the reference policy, and guards.
         if reference is not None:
-            kl = gaussian_kl(step, self.sampler.step(x, reference, index))
-            kl = kl if args.kl_type == "mean" else velocity_kl(prediction, reference)
-            loss = loss + args.beta * kl.mean()
-            metrics["kl"] = kl.detach().mean()
+            held = self.sampler.step(x, reference, index)
+            if args.beta:
+                kl = gaussian_kl(step, held) if args.kl_type == "mean" else velocity_kl(prediction, reference)
+                loss = loss + args.beta * kl.mean()
+                metrics["kl"] = kl.detach().mean()
+            guard, measured = self.guards(prediction, reference, step.clean, held.clean)
+            loss, metrics = loss + guard, metrics | measured
         metrics |= {"policy_loss": loss.detach()}
         return loss, metrics, (log_prob - old).detach().abs().max()
 

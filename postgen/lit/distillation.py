@@ -23,10 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families import Block, Condition, Denoiser, PredictionType, blocks_of
+from postgen.families import Block, Condition, Denoiser, blocks_of
 from postgen.reconstruct.loss import distance
-from postgen.sampling.schedule import Levels
-from postgen.sampling.transition import wide
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,23 +150,6 @@ def predicts_variance(network: Any) -> bool:
     return config.get("out_channels") is not None and config["out_channels"] == 2 * config["in_channels"]
 
 
-def wanted_of(clean: Tensor, noise: Tensor, levels: Levels, kind: PredictionType) -> Tensor:
-    """Return the training target for noised latents, (B, ...).
-
-    Args:
-        clean: clean latents, (B, ...).
-        noise: the noise that was added, (B, ...).
-        levels: noise levels, (B,).
-        kind: prediction type of the model.
-    """
-    if kind == "flow":
-        return noise - clean
-    if kind == "v_prediction":
-        (a, b), _ = levels.mix()
-        return wide(a, noise) * noise - wide(b, clean) * clean
-    return noise if kind == "epsilon" else clean
-
-
 @contextmanager
 def _listening(network: nn.Module, blocks: tuple[Block, ...] | Any, said: Said) -> Iterator[None]:
     """Record the outputs of a network and its blocks during one forward pass; the hooks are removed afterwards."""
@@ -193,12 +174,6 @@ def _square(a: Tensor | None, b: Tensor | None) -> Tensor:
     assert a is not None
     assert b is not None
     return (a.float() - b.float()).square().mean()
-
-
-def noised(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
-    """Return clean latents mixed with noise at the given noise levels, (B, ...)."""
-    (a, b), _ = levels.mix()
-    return wide(a, clean) * clean + wide(b, noise) * noise
 
 
 def check_terms(terms: Mapping[str, float]) -> None:

@@ -3,29 +3,23 @@ the user."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.files import replacing
-from postgen.reading import read_json
 from postgen.reconstruct import Share
 from postgen.reconstruct.loss import check_teacher
 from postgen.sampling.conditions import Conditions
 from postgen.sampling.sampler import Sample, Sampler
 from postgen.sampling.seeds import seed_of
-from postgen.tensor_files import opened, read_tensors
+from postgen.tensor_files import read_tensors
+from postgen.training.latent_files import LatentFiles
 from postgen.training.logging import Progress
 from postgen.training.transfer import to_device
-
-_SAID = "drawn.json"
-_KEY = "states"
 
 
 class Drawn:
@@ -48,11 +42,11 @@ class Drawn:
     def __init__(
         self, folder: Path, sampler: Sampler, prompts: int, *, batch: int, seed: int, steps: bool, said: dict[str, Any]
     ) -> None:
-        self.folder, self.sampler, self.prompts, self.batch, self.seed = folder, sampler, prompts, batch, seed
+        self.sampler, self.seed = sampler, seed
         last = sampler.schedule.steps
         self.keep = (*range(last + 1),) if steps else (last,)
-        self._said = {"prompts": prompts, "batch": batch, "seed": seed, "kept": len(self.keep), **said}
-        self._said["sigmas"] = sampler.schedule.sigmas.tolist()
+        said = {"prompts": prompts, "batch": batch, "seed": seed, "kept": len(self.keep), **said}
+        self.files = LatentFiles(folder, prompts, batch, {**said, "sigmas": sampler.schedule.sigmas.tolist()})
 
     def make(self, conditions: Conditions, share: Share, *, progress: bool) -> None:
         """Sample the missing latents of this process's part. The network must be in evaluation mode.
@@ -65,21 +59,18 @@ class Drawn:
         Raises:
             UserError: the folder holds latents of another run, or the sampled latents are not finite.
         """
-        self._check()
-        chunks = range(-(-self.prompts // self.batch))
-        own = share.of(chunks)
+        self.files.check()
+        own, missing = share.of(self.files.chunks), set(self.files.missing())
         bar = Progress(step=0, max_steps=len(own), shown=progress, name="draw")
         for chunk in own:
-            if not self._file(chunk).is_file():
-                states = self._draw(chunk, conditions)
-                with replacing(self._file(chunk)) as part:
-                    save_file({_KEY: states}, part)
+            if chunk in missing:
+                self.files.write(chunk, self._draw(chunk, conditions))
             bar.step()
         bar.close()
 
     def complete(self) -> bool:
         """Whether the latents of all prompts exist, including the parts of other processes."""
-        return all(self._file(chunk).is_file() for chunk in range(-(-self.prompts // self.batch)))
+        return not self.files.missing()
 
     def at(self, prompt: int, step: int) -> Tensor:
         """Return the latents of a prompt before a step, in float32 on the CPU.
@@ -91,42 +82,22 @@ class Drawn:
         Raises:
             UserError: the file is missing or damaged.
         """
-        chunk, row = divmod(prompt, self.batch)
-        with opened(self._file(chunk)) as content:
-            state: Tensor = content.get_slice(_KEY)[row, self.keep.index(step)]
-        return state
+        return self.files.at(prompt, self.keep.index(step))
 
     def finished(self, prompts: Sequence[int], device: torch.device) -> Tensor:
         """Return the final latents of prompts, (B, ...), in float32 on a device."""
         return stacked(self, prompts, [self.sampler.schedule.steps] * len(prompts), device)
 
     def _draw(self, chunk: int, conditions: Conditions) -> Tensor:
-        prompts = range(chunk * self.batch, min((chunk + 1) * self.batch, self.prompts))
+        prompts = self.files.items(chunk)
         samples = [
             Sample(index=n, prompt=n, initial=seed_of(self.seed, "initial", 0, n), step_seed=int, start=0)
             for n in prompts
         ]
-        kept = self.sampler.draw(samples, conditions, self.batch, keep=self.keep).kept
+        kept = self.sampler.draw(samples, conditions, self.files.batch, keep=self.keep).kept
         assert kept is not None
         check_teacher(kept, prompts)
-        return kept.float().cpu().contiguous()
-
-    def _file(self, chunk: int) -> Path:
-        return self.folder / f"{chunk:05}.safetensors"
-
-    def _check(self) -> None:
-        path, said = self.folder / _SAID, json.loads(json.dumps(self._said))
-        if path.is_file():
-            before = read_json(path, f"{path} cannot be read")
-            before = before if isinstance(before, dict) else {}
-            if different := [name for name in said if before.get(name) != said[name]]:
-                raise UserError(
-                    f"{self.folder} holds latents of a run with other settings ({', '.join(different)}): choose"
-                    " another output_dir, or remove that folder"
-                )
-            return
-        with replacing(path) as part:
-            part.write_text(json.dumps(said, indent=1), encoding="utf-8")
+        return kept
 
 
 class Given:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import signal
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,7 +24,7 @@ from postgen.lit.adapter import ADAPTER, save_adapter
 from postgen.lit.attention_transfer import FOLDER, grid_of, the_network, train_layers, trained_tensors
 from postgen.lit.config import LitConfig
 from postgen.lit.convert import layers_of
-from postgen.lit.distillation import Distillation, Terms, noised, predicts_variance, wanted_of, with_network
+from postgen.lit.distillation import Distillation, Terms, predicts_variance, with_network
 from postgen.lit.drawn import Drawn, Given, stacked
 from postgen.lit.saving import save
 from postgen.lit.student import (
@@ -42,10 +41,12 @@ from postgen.lit.train_config import VARIANCE_WEIGHT, LitTrainingConfig
 from postgen.reconstruct import Share, read_report
 from postgen.reconstruct.records import digest, weights_digest
 from postgen.sampling.conditions import Embeddings, Row
+from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import Shuffled, normal, seed_of
 from postgen.training import Trainer, TrainingConfig, Weights
+from postgen.training.latent_files import wait_until
 from postgen.training.logging import say
 from postgen.training.lora import add_adapters
 from postgen.training.policy import frozen, load_model, park_text_encoders
@@ -176,7 +177,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
         if report.signal:
             signal.raise_signal(report.signal)  # `reconstruct` catches the signal; raise it now, the next run resumes
         names = (*report.blocks, *report.unfinished)
-        _wait(lambda: not read_report(report.folder, names).unfinished)
+        wait_until(lambda: not read_report(report.folder, names).unfinished)
         return args.lit, trained_tensors(read_report(report.folder, names))
 
     def _adapt(self, student: nn.Module, config: LitConfig) -> None:
@@ -219,7 +220,7 @@ class LitTrainer(Trainer[LitTrainingConfig]):
             )
             if rows:
                 drawn.make(told.table(rows.__getitem__), self.share, progress=not args.disable_tqdm)
-                _wait(drawn.complete)
+                wait_until(drawn.complete)
             self.drawn[name] = drawn
         self._told = self._embeddings(guidance=False)
         if args.precompute_prompt_embeds:
@@ -340,9 +341,3 @@ def chance(seed: int, place: int) -> float:
 
 def _without_text(row: Row) -> Row:
     return {**row, "prompt": ""}
-
-
-def _wait(done: Callable[[], bool]) -> None:
-    """Poll until the files of other processes exist. A barrier of the launcher would time out after some minutes."""
-    while not done():
-        time.sleep(0.5)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STREAMS = ("order", "initial", "step", "window", "kept", "eval", "forward", "shuffle")
+_STREAMS = ("order", "initial", "step", "window", "kept", "eval", "forward", "shuffle", "data")
 
 
 def seed_of(seed: int, stream: str, *index: int) -> int:

@@ -146,8 +146,8 @@ class Policy:
         """
         if self.copies_reference and init_from:
             raise UserError(
-                "init_from with beta above 0: the reference policy would not have the weights of init_from. Give a "
-                "pipeline folder with these weights as model (or their LoRA as lora_path), or set beta to 0"
+                "init_from with beta or a guard above 0: the reference policy would not have the weights of init_from."
+                " Give a pipeline folder with these weights as model (or their LoRA as lora_path), or set them to 0"
             )
 
     def keep_reference(self) -> None:

@@ -20,6 +20,7 @@ from postgen.sampling.conditions import Row
 from postgen.tensor_files import read_tensors
 from postgen.training.logging import say
 from postgen.training.prompts import Prompts
+from postgen.training.video_rows import first_frames, read_clip, video_path
 from postgen.video import iter_video
 
 from .clips import CORRUPTED, ClipPool, ClipsConfig, encoded
@@ -189,7 +190,8 @@ class _Encoder:
             lock.release()
 
     def _encoded(self, video: _Video, names: Sequence[str]) -> dict[str, Tensor]:
-        rgb = _clip(video, self.config)
+        config = self.config
+        rgb = read_clip(video.path, config.num_frames, config.size, video.where)
         disparity = _disparity(video, rgb, self.estimator)[None] if "depth" in names else None
         # Seed with the content of the video, so that its corruption is the same in every process and dataset.
         noise = torch.Generator().manual_seed(int(self._content(video.path, video.where)[:15], 16))
@@ -199,9 +201,7 @@ class _Encoder:
 
 def _checked(row: Row, where: str, wants: bool, none: bool) -> _Video:
     """Check a row before any video is read."""
-    path, depth = row.get("video"), row.get("depth") if wants else None
-    if not isinstance(path, str) or not path:
-        raise UserError(f"{where}: video must be the path of a file or of a folder of frames, got {shown(path)}")
+    path, depth = video_path(row, where), row.get("depth") if wants else None
     if depth is None and none:
         raise UserError(f"{where} has no depth: add a column depth, or set depth_model")
     if depth is not None and (not isinstance(depth, str) or not depth):
@@ -225,16 +225,6 @@ def _content(path: str, where: str) -> str:
     return said.hexdigest()[:16]
 
 
-def _clip(video: _Video, config: ClipsConfig) -> Tensor:
-    """Read and resize a video, (F, 3, H, W). Only a few frames are held at their original size at a time."""
-    found = torch.empty(config.num_frames, 3, *config.size)
-    done = 0
-    for frames in iter_video(video.path, count=config.num_frames):
-        found[done : done + len(frames)] = _sized(frames, config)
-        done += len(frames)
-    return _cut(found[:done], config.num_frames, f"{video.where}: {video.path}")
-
-
 def _disparity(video: _Video, rgb: Tensor, estimator: Callable[[], DepthSource]) -> Tensor:
     """Return the disparity of a video (F, H, W): from the file of its row, or else from the estimator."""
     if video.depth is None:
@@ -249,24 +239,10 @@ def _disparity(video: _Video, rgb: Tensor, estimator: Callable[[], DepthSource])
         parts = [frames.mean(1) for frames in iter_video(video.depth, count=len(rgb))]
     stored = [_finite(part, where)[:, None] for part in parts]
     sized = [interpolate(part, rgb.shape[-2:], mode="bilinear", antialias=True)[:, 0] for part in stored]
-    return _cut(torch.cat(sized), len(rgb), where)
+    return first_frames(torch.cat(sized), len(rgb), where)
 
 
 def _finite(disparity: Tensor, where: str) -> Tensor:
     if not bool(disparity.isfinite().all()):
         raise UserError(f"{where} has values that are not finite: disparity is 1 / depth, 0 where there is no depth")
     return disparity
-
-
-def _cut(frames: Tensor, count: int, where: str) -> Tensor:
-    if len(frames) < count:
-        raise UserError(
-            f"{where} has {len(frames)} frames but num_frames is {count}: give longer videos or lower num_frames"
-        )
-    return frames[:count]
-
-
-def _sized(frames: Tensor, config: ClipsConfig) -> Tensor:
-    if tuple(frames.shape[-2:]) == config.size:
-        return frames
-    return interpolate(frames, config.size, mode="bicubic", antialias=True).clamp(0, 1)

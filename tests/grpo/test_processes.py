@@ -48,6 +48,12 @@ ADVANTAGES = {
 }
 # The reference and the EMA weights are swapped in between the updates.
 SHARDED = {"sde_window_per": "rollout", "ema_decay": 0.9, "beta": 0.1, "eval_steps": 1}
+# Clips are made by both processes; 5 clips in files of 3 make one process draw a file less.
+BRAKES = {
+    **{"data_beta": 0.5, "data_source": "samples", "data_clips": 5, "eval_fm_clips": 3, "rollout_batch_size": 3},
+    # Adam makes steps of the size of the rate from nearly zero gradients, and so also from their rounding.
+    **{"norm_guard": 1.0, "sde_window_per": "rollout", "learning_rate": 3e-3},
+}
 TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "groups span processes": ({}, ACCUMULATED),
     "best of n": ({"per_device_train_batch_size": 4, **BEST}, {"per_device_train_batch_size": 8, **BEST}),
@@ -56,6 +62,8 @@ TWO_AND_ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "retained graphs": ({**ONE_UPDATE, "reuse_graph": "retain"}, {**ACCUMULATED_ONCE, "reuse_graph": "retain"}),
     "score gradients": ({**ONE_UPDATE, **SCORES}, {**ACCUMULATED_ONCE, **SCORES}),
     "fully sharded": ({"fully_shard": True, **SHARDED}, {**ACCUMULATED, **SHARDED}),
+    "brakes": (BRAKES, {**ACCUMULATED, **BRAKES}),
+    "brakes fully sharded": ({"fully_shard": True, **BRAKES}, {**ACCUMULATED, **BRAKES}),
 }
 """Name -> settings of the run in two processes, and of the equivalent run in one process."""
 VIDEO = {"LoRA": True, "all weights": False}
@@ -131,7 +139,8 @@ def test_grpo_two_processes_do_what_one_does(
     assert max((start[key] - expected[key]).abs().max() for key in zero) >= 1e-3
     assert [found.name for found in checkpoint.find(run)] == ["checkpoint-3"]
     rows, lone = lines_of(run), lines_of(single)
-    for key in ("reward", "eval_reward", "frac_reward_zero_std", "eval_diversity/picture"):
+    keys = ("reward", "eval_reward", "frac_reward_zero_std", "eval_diversity/picture", "data_loss", "eval_fm_loss")
+    for key in (*keys, "norm_ratio"):
         both = ([row[key] for row in found if key in row] for found in (rows, lone))
         assert next(both) == pytest.approx(next(both), abs=1e-5), key
 

@@ -89,7 +89,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"reward": "wrold"}, "wrold"),
         (
             {"beta": 0.1, "init_from": "."},
-            "init_from with beta above 0: the reference policy would not have the weights",
+            "init_from with beta or a guard above 0: the reference policy would not have the weights",
         ),
         ({"fully_shard": True, "sde_window_size": 2}, "sharded training needs sde_window_per: rollout"),
         ({"fully_shard": True}, "fully_shard shards the model over processes, but there is only one"),

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from postgen.errors import UserError
 from postgen.families import denoiser_for
+from postgen.training import video_rows
 from postgen.training.run_folder import RunLock
 from postgen.video import write_video
-from postgen.worldweaver import video_clips
 from postgen.worldweaver.clips import ClipPool
 from postgen.worldweaver.embedding import LevelEmbedder
 from postgen.worldweaver.model import WorldWeaverModel
@@ -81,7 +81,7 @@ def test_processes_share_the_work_and_read_the_rest(
     assert first.exists()
     assert same(found[0], alone)
     with monkeypatch.context() as patch:
-        patch.setattr(video_clips, "iter_video", None)
+        patch.setattr(video_rows, "iter_video", None)
         assert same(pool(model, rows, folder, part=0, parts=2), alone)
     # Changed depth creates a new file of depth only, and rows in another order find their files.
     save_file({"disparity": torch.rand(9, 8, 8)}, rows[2]["depth"])
@@ -116,6 +116,6 @@ def test_a_large_video_is_sized_as_it_is_read(
     model: WorldWeaverModel, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Resizing a video in pieces of a few frames equals resizing it as a whole."""
-    whole, read = pool(model, rows, None), video_clips.iter_video
-    monkeypatch.setattr(video_clips, "iter_video", lambda path, count: read(path, count=count, chunk=2))
+    whole, read = pool(model, rows, None), video_rows.iter_video
+    monkeypatch.setattr(video_rows, "iter_video", lambda path, count: read(path, count=count, chunk=2))
     assert same(pool(model, rows, None), whole)
