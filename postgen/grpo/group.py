@@ -186,7 +186,7 @@ class GroupTrainer(KeptState[G]):
         self.embeddings = Embeddings(
             self.policy.denoiser,
             size=self.size,
-            guidance=max(args.guidance_scale, evaluated) > 1,
+            guidance=max(args.guidance_scale, args.reference_guidance, evaluated) > 1,
             negative_prompt=args.negative_prompt,
             keep_all=args.precompute_prompt_embeds,
             device=self.device,
@@ -302,7 +302,7 @@ class GroupTrainer(KeptState[G]):
         everyone = gathered(result.values, drawn, self.batches.samples, self.global_step + 1)
         self.scoring.check_alive(everyone, self.global_step + 1)
         advantages = self.advantages(everyone)
-        chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
+        chosen = self.choose(advantages, clips).tolist()
         row_of = {sample: row for row, sample in enumerate(drawn)}
         mine = [SampleNumber(sample) for sample in chosen if sample in row_of]
         picked = torch.tensor([row_of[sample] for sample in mine], device=self.device)
@@ -347,6 +347,10 @@ class GroupTrainer(KeptState[G]):
             clip=args.advantage_clip,
             eps=args.advantage_eps,
         )
+
+    def choose(self, advantages: Advantages, clips: Sequence[Tensor]) -> Tensor:
+        """Return the sample numbers of a rollout to train on; `clips` are those of this process."""
+        return best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept)
 
     def _sample(self, number: RolloutNumber, sample: SampleNumber) -> Sample:
         prompt, seed = self.batches.prompt_of(sample), self.args.seed

@@ -1,148 +1,146 @@
-"""DiffusionNFT (arXiv:2509.16117): reinforcement learning on the forward process.
+"""DiffusionNFT (arXiv:2509.16117) and its relatives: reinforcement learning on the forward process.
 
-A deterministic solver draws samples under an old policy. Noise is then added to the finished samples x0. The
-optimality of a sample with advantage A is o = clip(A / A_max, -1, 1) / 2 + 1/2, in [0, 1]. The loss (eq. 9, 10) is
+A deterministic solver draws samples. Noise is then added to the finished samples x0, and the advantages of the samples
+weight the errors of the policy's predictions for the noised samples. The methods need no log-probabilities, no
+trajectories and no stochastic sampler. `forward_loss` chooses the loss; `forward_losses` has the formulas. The loss of
+DiffusionNFT (eq. 9, 10), with the optimality o = clip(A / A_max, -1, 1) / 2 + 1/2 in [0, 1] of a sample, is
 
     v+ = beta v_new + (1 - beta) v_old        v- = (1 + beta) v_old - beta v_new
     loss = o |x0(v+) - x0|^2 / w+  +  (1 - o) |x0(v-) - x0|^2 / w-        w = mean |x0(v) - x0|, without gradient
 
 where v_new and v_old are the predictions of the new and the old policy, and x0(v) the clean latents that v predicts.
-The method needs no log-probabilities, no trajectories and no stochastic sampler. The old policy is a moving average of
-the new one.
+The old policy is a moving average of the new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from postgen.families import PredictionType
+from postgen.errors import UserError
+from postgen.families import Condition
 from postgen.sampling.sampler import Sampling
 from postgen.sampling.schedule import Levels
 from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import coarser
-from postgen.sampling.transition import split, wide
+from postgen.sampling.transition import wide
 from postgen.training import TrainingConfig
 from postgen.training.swap import WeightsCopy
 
-from .config import GroupConfig
+from .advantages import Advantages
 from .cost import Work
+from .forward_config import Decay, DiffusionNFTConfig
+from .forward_groups import Beside, UpdateGroups
+from .forward_losses import (
+    awm_likelihood,
+    awm_loss,
+    crd_loss,
+    dgpo_loss,
+    dpo_loss,
+    errors_of,
+    implicit_reward,
+    moded,
+    nft_loss,
+    pairs_of_equal_motion,
+    true_prediction,
+)
 from .group import GroupTrainer, Metrics
 from .loss import velocity_kl
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
+from .quality import clip_statistics
+from .scoring import gathered
+
+_LEAST_KL = 1e-4
+"""`beta` that remains for the worst sample with `crd_adaptive_kl`, as in Flow-Factory's code."""
 
 
-@dataclass(kw_only=True)
-class DiffusionNFTConfig(GroupConfig):
-    """Settings of `DiffusionNFTTrainer`. The defaults are those of the published code.
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """B noised samples."""
 
-    Raises:
-        UserError: a value is outside its range.
-    """
-
-    learning_rate: float = 3e-4
-    """Peak learning rate of AdamW."""
-
-    nft_beta: float = 1.0
-    """Distance of v+ and v- from the old policy, above 0; the beta of eq. 9 and 10 of arXiv:2509.16117."""
-
-    share_initial_noise: bool = False
-    """Must be false. The sampler has no stochastic step, so samples with the same initial noise would be equal."""
-
-    beta: float = 1e-4
-    """Weight of the mean square difference between the predictions of the policy and of the reference policy, which
-    is the same as for DanceGRPO."""
-
-    old_decay: float = 0.5
-    """Maximum decay of the old policy, in [0, 1). Between two rollouts, old = decay * old + (1 - decay) * new."""
-
-    old_decay_rate: float = 0.001
-    """Ramp of the decay: decay = min(old_decay, old_decay_rate * optimiser steps done)."""
-
-    train_timesteps: int = 1
-    """Number of noise levels that each sample is trained at, drawn from the noise levels of the rollout."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.nft_beta > 0, "nft_beta", "above 0")
-        allowed = "false: with the same noise all samples of a prompt would be equal"
-        self.require(not self.share_initial_noise, "share_initial_noise", allowed)
-        self.require(self.beta >= 0, "beta", "at least 0")
-        self.require(0 <= self.old_decay < 1, "old_decay", "in [0, 1)")
-        self.require(self.old_decay_rate >= 0, "old_decay_rate", "at least 0")
-        self.require(self.train_timesteps >= 1, "train_timesteps", "at least 1")
-
-
-def nft_loss(
-    x: Tensor,
-    clean: Tensor,
-    new: Tensor,
-    old: Tensor,
-    optimality: Tensor,
-    levels: Levels,
-    beta: float,
-    prediction_type: PredictionType = "flow",
-) -> Tensor:
-    """Return the (B,) losses of noised samples; the module docstring has the formula.
-
-    Args:
-        x: (B, ...) noised latents.
-        clean: (B, ...) clean latents of the samples.
-        new: (B, ...) prediction of the new policy for `x`.
-        old: (B, ...) prediction of the old policy for `x`.
-        optimality: (B,) in [0, 1].
-        levels: noise levels; `levels.s` (B,) is the level of `x`.
-        beta: distance of v+ and v- from the old policy, above 0.
-        prediction_type: what the policies predict.
-    """
-    parts = []
-    for prediction in (beta * new + (1 - beta) * old, (1 + beta) * old - beta * new):
-        error = split(x, prediction, levels, prediction_type)[0] - clean
-        with torch.no_grad():
-            weight = error.double().abs().flatten(1).mean(1).clamp_min(1e-5)
-        parts.append(error.square().flatten(1).mean(1) / weight.to(error.dtype))
-    return (optimality * parts[0] + (1 - optimality) * parts[1]) / beta
+    rows: Tensor
+    """(B,) rows of the buffer."""
+    clean: Tensor
+    """(B, ...) clean latents."""
+    x: Tensor
+    """(B, ...) noised latents."""
+    target: Tensor
+    """(B, ...) true prediction for `x`."""
+    index: Tensor
+    """(B,) step indices of the noise levels."""
+    levels: Levels
+    """Noise levels of `x`."""
+    condition: Condition
+    """Condition of the B rows."""
+    advantages: Tensor
+    """(B,) advantages after `adv_mode`."""
 
 
 class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
-    """Trainer of DiffusionNFT: reinforcement learning on the forward process. `GroupTrainer` has the arguments."""
+    """Trainer of DiffusionNFT: reinforcement learning on the forward process. `GroupTrainer` has the arguments.
+
+    `forward_loss` replaces the loss of DiffusionNFT by that of AWM, CRD, DGPO or online DPO.
+    """
 
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
+    def prepare(self) -> None:
+        """Set up the groups of an update, and check that the reference policy has the starting weights."""
+        args = self.args
+        self.groups = UpdateGroups(self.batches, self.accelerator)
+        if args.compares_base and self.policy.copies_reference and args.init_from:
+            raise UserError(
+                f"init_from with forward_loss {args.forward_loss}: the reference policy would not have the weights of"
+                " init_from. Give a pipeline folder with these weights as model (or their LoRA as lora_path)"
+            )
+
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss contains the difference from the reference policy (`beta` above 0)."""
-        return self.args.beta > 0
+        """Whether the loss contains the reference policy, itself or through `beta`."""
+        return self.args.beta > 0 or self.args.compares_base
 
     @property
     def copies(self) -> int:
-        """Number of copies of the trained weights, including the old policy."""
-        return super().copies + 1
+        """Number of copies of the trained weights, including the old policies."""
+        return super().copies + len(self._decays())
 
     def work(self) -> Work:
-        """Return the passes for one sample: a deterministic rollout, then `train_timesteps` passes for each policy."""
-        sampler = self.sampler
+        """Return the passes for one sample: a deterministic rollout, then `train_timesteps` passes for each policy.
+
+        If a group does not fit into a micro-batch, each update first computes the errors of all its samples without
+        gradients, because the loss needs means over groups.
+        """
+        args, sampler = self.args, self.sampler
         steps = len(coarser(0, sampler.schedule.steps, sampler.how.fraction)) - 1
+        base = int(args.compares_base)
+        look = int(args.whole_groups and not self.groups.fit)
+        references = base + int(args.beta > 0) if look else int(self.needs_reference)
         return Work(
             rollout=sampler.passes * float(steps),
-            trained=sampler.passes * float(self.args.train_timesteps),
-            beside=1 + int(self.needs_reference),
+            trained=sampler.passes * float(args.train_timesteps),
+            beside=int(args.compares_old) + look + references * self._reference_passes / sampler.passes,
             latents=1,
         )
 
     def on_models_ready(self) -> None:
-        """Initialise the old policy as a copy of the trained weights."""
+        """Initialise the old policies as copies of the trained weights."""
         super().on_models_ready()
-        self.old = WeightsCopy(self.policy.modules)
+        self.old = {name: WeightsCopy(self.policy.modules) for name in self._decays()}
 
     def weight_copies(self) -> Mapping[str, WeightsCopy]:
-        """Return the old policy, which checkpoints must hold."""
-        return {"old": self.old}
+        """Return the old policies, which checkpoints must hold."""
+        return self.old
+
+    def _decays(self) -> dict[str, Decay]:
+        """Return the decay of each old policy: "old", and for CRD the "anchor" of the implicit reward."""
+        args = self.args
+        found = {"old": args.old_policy_decay} if args.has_old else {}
+        return found | ({"anchor": args.anchor_decay} if args.forward_loss == "crd" else {})
 
     def sampling(self) -> Sampling:
         """Return the settings of rollouts: deterministic steps only."""
@@ -161,14 +159,28 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
 
     @contextmanager
     def rollout_policy(self) -> Iterator[None]:
-        """Swap the weights of the old policy in while a rollout is drawn."""
-        with self.old.swapped_in():
+        """Swap the weights of the old policy in while a rollout is drawn, if it draws the rollouts."""
+        args = self.args
+        old = args.has_old
+        if args.forward_loss == "awm":
+            old = args.awm_off_policy
+        elif args.forward_loss == "dgpo":
+            old = self.global_step > args.dgpo_old_after
+        with self.old["old"].swapped_in() if old else nullcontext():
             yield
 
     def before_rollout(self) -> None:
-        """Move the old policy towards the new one."""
-        if self.global_step:
-            self.old.blend(min(self.args.old_decay, self.args.old_decay_rate * self.global_step))
+        """Move the old policies towards the new one."""
+        for name, decay in self._decays().items() if self.global_step else ():
+            self.old[name].blend(decay.at(self.global_step))
+
+    def choose(self, advantages: Advantages, clips: Sequence[Tensor]) -> Tensor:
+        """Return the sample numbers to train on: the best and worst of each group, or a pair of equal motion."""
+        if self.args.pair_by == "reward":
+            return super().choose(advantages, clips)
+        motion = torch.tensor([[clip_statistics(clip)["motion"]] for clip in clips])
+        everyone = gathered(motion, self.batches.mine(), self.batches.samples, self.global_step + 1)[:, 0]
+        return pairs_of_equal_motion(advantages.unclipped, everyone, self.batches.group)
 
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
         """Compute the loss of B buffer rows at `train_timesteps` random noise levels.
@@ -180,6 +192,8 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
             first_update: not used here.
         """
         count = self.args.train_timesteps
+        if self.args.whole_groups and self.micro % self.batches.accumulation == 0:
+            self._open_groups()
         losses: list[Tensor] = []
         for number in range(count):
             loss, metrics = self._pass(rows, number)
@@ -191,38 +205,181 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         total = torch.stack(losses).sum()
         return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(self.sampler.passes * count)}
 
-    def _pass(self, rows: Tensor, number: int) -> tuple[Tensor, Metrics]:
-        """Return loss and metrics of (B,) buffer rows at the `number`-th of their random noise levels."""
+    def _noised(self, rows: Tensor, number: int) -> Noised:
+        """Return (B,) buffer rows, noised to the `number`-th of their random noise levels."""
         assert self.buffer is not None
         args, buffer, schedule = self.args, self.buffer, self.sampler.schedule
-        clean, advantages = buffer.paths.clean[rows], buffer.advantages[rows]
-        condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
+        clean = buffer.paths.clean[rows]
+        prompts = [buffer.prompts[row] for row in rows.tolist()]
+        samples = [buffer.samples[row] for row in rows.tolist()]
         # Seeds use the number of the update, not of the micro-batch, so that two processes draw the same noise as one
         # process with twice the accumulation.
         update = self.micro // self.batches.accumulation
-        seeds = [seed_of(args.seed, "forward", update, number, buffer.samples[row]) for row in rows.tolist()]
-        index = torch.tensor([seed % schedule.steps for seed in seeds], device=self.device)
+        seeds = [
+            seed_of(args.seed, "forward", update, number, one) for one in (prompts if args.shares_noise else samples)
+        ]
+        drawn = max(1, int(args.timestep_fraction * schedule.steps))
+        index = torch.tensor([seed % drawn for seed in seeds], device=self.device)
         levels = schedule.levels(index, index + 1)
-        # Noised samples, and the optimality of each sample.
-        (a, b), _ = levels.mix()
         noise = normal(clean.shape[1:], seeds, self.device)
-        x = wide(a, clean) * clean + wide(b, noise) * noise
-        optimality = (advantages / args.advantage_clip).clamp(-1, 1) / 2 + 0.5
+        (a, b), _ = levels.mix()
+        a, b = wide(a, clean), wide(b, noise)
+        return Noised(
+            rows=rows,
+            clean=clean,
+            x=a * clean + b * noise,
+            target=true_prediction(clean, noise, (a, b), schedule.prediction_type),
+            index=index,
+            levels=levels,
+            condition=self.conditions(buffer.number)(prompts),
+            advantages=moded(buffer.advantages[rows], args.adv_mode),
+        )
+
+    def _pass(self, rows: Tensor, number: int) -> tuple[Tensor, Metrics]:
+        """Return loss and metrics of (B,) buffer rows at the `number`-th of their random noise levels."""
+        args, noised = self.args, self._noised(rows, number)
+        x, index, condition = noised.x, noised.index, noised.condition
+        beside = self.groups.ahead(rows, number) if args.whole_groups else None
         # Predictions of the old, the reference and the new policy.
-        with torch.no_grad(), self.meter.rollout(self.sampler.passes * len(rows)), self.old.swapped_in():
-            old = self.sampler.predict(x, index, condition)
-        reference = self._reference(x, index, condition) if args.beta else None
+        old = self._old(x, index, condition) if args.compares_old and beside is None else None
+        base = args.compares_base and beside is None
+        reference = self._reference(x, index, condition) if args.beta or base else None
         with self.meter.training(self.sampler.passes * len(rows)):
             new = self.sampler.predict(x, index, condition)
-            policy = nft_loss(x, clean, new, old, optimality, levels, args.nft_beta, schedule.prediction_type)
-            loss = policy.mean() * args.advantage_clip
-        metrics: Metrics = {"old_difference": velocity_kl(new.detach(), old).mean()}
-        if reference is not None:
-            kl = velocity_kl(new, reference).mean()
-            loss, metrics["kl"] = loss + args.beta * kl, kl.detach()
+            if args.whole_groups:
+                if beside is None:
+                    beside = self._beside(noised, new.detach(), old, reference)
+                policy, metrics = self._grouped_loss(noised, new, beside)
+            elif args.forward_loss == "awm":
+                policy, metrics = self._awm(noised, new, old)
+            else:
+                assert old is not None
+                policy, metrics = self._nft(noised, new, old)
+            loss = policy.mean() * (args.advantage_clip if args.forward_loss in ("nft", "crd") else 1.0)
+        if reference is not None and args.beta:
+            kl = velocity_kl(new, reference)
+            metrics["kl"] = kl.detach().mean()
+            if args.forward_loss == "crd" and args.crd_adaptive_kl:
+                least = min(1.0, _LEAST_KL / args.beta)
+                kl = kl * (least + (1 - least) * self._optimality(noised.advantages))
+            loss = loss + args.beta * kl.mean()
         return loss, metrics
 
+    def _optimality(self, advantages: Tensor) -> Tensor:
+        """Return the optimality (B,) of samples, in [0, 1]."""
+        return (advantages / self.args.advantage_clip).clamp(-1, 1) / 2 + 0.5
+
+    def _nft(self, noised: Noised, new: Tensor, old: Tensor) -> tuple[Tensor, Metrics]:
+        args = self.args
+        loss = nft_loss(
+            noised.x,
+            noised.clean,
+            new,
+            old,
+            self._optimality(noised.advantages),
+            noised.levels,
+            args.nft_beta,
+            self.sampler.schedule.prediction_type,
+            args.nft_weight,
+        )
+        return loss, {"old_difference": velocity_kl(new.detach(), old).mean()}
+
+    def _awm(self, noised: Noised, new: Tensor, old: Tensor | None) -> tuple[Tensor, Metrics]:
+        args = self.args
+        _, level = noised.levels.mix()[0]
+
+        def likelihood(prediction: Tensor) -> Tensor:
+            error = errors_of(prediction, noised.target).square
+            return awm_likelihood(error, level, args.awm_weighting, args.awm_power)
+
+        now = likelihood(new)
+        before = likelihood(old) if args.awm_off_policy and old is not None else now.detach()
+        advantages = noised.advantages * (args.awm_advantage_max / args.advantage_clip)
+        found = awm_loss(now, before, advantages, args.awm_clip)
+        metrics: Metrics = {**found.metrics()}
+        loss = found.loss.float()
+        if old is not None:
+            difference = velocity_kl(new, old)
+            metrics["old_difference"] = difference.detach().mean()
+            loss = loss + args.awm_ema_beta * difference
+        return loss, metrics
+
+    def _grouped_loss(self, noised: Noised, new: Tensor, beside: Beside) -> tuple[Tensor, Metrics]:
+        """Return the losses (B,) that compare the samples of a prompt, and metrics."""
+        args, errors = self.args, errors_of(new, noised.target)
+        metrics: Metrics = {} if beside.difference is None else {"old_difference": beside.difference.mean()}
+        if args.forward_loss == "crd":
+            assert beside.old is not None
+            reward = implicit_reward(errors, beside.old)
+            optimality = self.groups.centred(noised.rows) / (2 * args.advantage_clip)
+            loss = crd_loss(reward, beside.mean, optimality, args.crd_beta)
+            return loss.float(), {**metrics, "implicit_reward/abs_mean": reward.detach().abs().mean()}
+        if args.forward_loss == "dpo":
+            found = dpo_loss(errors.square, self.groups.side(noised.rows), beside.mean, args.dpo_beta)
+            metrics["pair/accuracy"] = (beside.mean < 0).double().mean()
+        else:
+            old = None if beside.old is None else beside.old.square
+            found = dgpo_loss(errors.square, old, noised.advantages, beside.mean, args.dgpo_beta, args.dgpo_clip)
+            metrics["clip_ratio/region_mean"] = found.clipped.mean()
+        metrics["group_weight/mean"] = found.weight.mean()
+        metrics["group_weight/std"] = found.weight.std(correction=0)
+        return found.loss.float(), metrics
+
+    # Means over groups.
+
+    def _open_groups(self) -> None:
+        """Begin an update: centre its advantages; if groups do not fit into a micro-batch, compute their means."""
+        assert self.buffer is not None
+        args = self.args
+        self.groups.open(self.micro, self.buffer, moded(self.buffer.advantages, args.adv_mode))
+        for number in range(0 if self.groups.fit else args.train_timesteps):
+            self.groups.add([self._looked(rows, number) for rows in self.groups.rows.split(self.batches.per_device)])
+
     @torch.no_grad()
-    def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:
-        with self.policy.reference(), self.meter.rollout(self.sampler.passes * len(x)):
+    def _looked(self, rows: Tensor, number: int) -> Beside:
+        """Return the errors of buffer rows before the update."""
+        args, noised = self.args, self._noised(rows, number)
+        x, index, condition = noised.x, noised.index, noised.condition
+        old = self._old(x, index, condition) if args.compares_old else None
+        reference = self._reference(x, index, condition) if args.compares_base else None
+        with self.meter.rollout(self.sampler.passes * len(rows)):
+            new = self.sampler.predict(x, index, condition)
+        return self._beside(noised, new, old, reference)
+
+    @torch.no_grad()
+    def _beside(self, noised: Noised, new: Tensor, old: Tensor | None, reference: Tensor | None) -> Beside:
+        """Return the errors of other policies, and the group means that the loss needs."""
+        args, target = self.args, noised.target
+        errors = errors_of(new, target)
+        before = None if old is None else errors_of(old, target)
+        if args.forward_loss == "crd":
+            assert before is not None
+            signal = implicit_reward(errors, before)
+        else:
+            base = old if reference is None or not args.compares_base else reference
+            assert base is not None
+            side = noised.advantages if args.forward_loss == "dgpo" else self.groups.side(noised.rows)
+            signal = side * (errors.square - errors_of(base, target).square)
+        mean = self.groups.mean(signal, noised.rows) if self.groups.fit else signal
+        difference = None if old is None else velocity_kl(new, old)
+        return Beside(old=before, difference=difference, mean=mean)
+
+    # Passes of other policies.
+
+    @torch.no_grad()
+    def _old(self, x: Tensor, index: Tensor, condition: Condition) -> Tensor:
+        copy = self.old["anchor" if self.args.forward_loss == "crd" else "old"]
+        with self.meter.rollout(self.sampler.passes * len(x)), copy.swapped_in():
             return self.sampler.predict(x, index, condition)
+
+    @property
+    def _reference_passes(self) -> int:
+        return 2 if self.args.reference_guidance > 1 else 1
+
+    @torch.no_grad()
+    def _reference(self, x: Tensor, index: Tensor, condition: Condition) -> Tensor:
+        with self.policy.reference(), self.meter.rollout(self._reference_passes * len(x)):
+            return self.sampler.predict(x, index, condition, self.args.reference_guidance)
+
+
+__all__ = ["DiffusionNFTConfig", "DiffusionNFTTrainer"]
