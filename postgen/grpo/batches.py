@@ -79,8 +79,8 @@ class Batches:
             raise UserError(
                 f"an update trains on {accumulation * at_once} samples (per_device_train_batch_size {per_device} x "
                 f"{counted(processes)} x gradient_accumulation_steps {accumulation}). Its loss compares the samples "
-                f"of a prompt, so this must be a multiple of {name}, which is {kept}. Set gradient_accumulation_steps to "
-                f"a multiple of {kept // math.gcd(kept, at_once)}."
+                f"of a prompt, so this must be a multiple of {name}, which is {kept}. Set gradient_accumulation_steps "
+                f"to a multiple of {kept // math.gcd(kept, at_once)}."
             )
         if kept < group and accumulation * per_device % kept:
             raise UserError(
