@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families import Condition
-from postgen.sampling.sampler import Sampling
+from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import Levels
 from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import coarser
@@ -90,9 +90,12 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
     def prepare(self) -> None:
-        """Set up the groups of an update, and check that the reference policy has the starting weights."""
+        """Set up the groups of an update and the reference policy, and check that this has the starting weights."""
         args = self.args
         self.groups = UpdateGroups(self.batches, self.accelerator)
+        sampler = self.sampler
+        guided = replace(sampler.how, guidance=args.reference_guidance)
+        self.reference_sampler = Sampler(sampler.denoiser, sampler.schedule, guided, self.meter, self.device)
         if args.compares_base and self.policy.copies_reference and args.init_from:
             raise UserError(
                 f"init_from with forward_loss {args.forward_loss}: the reference policy would not have the weights of"
@@ -123,7 +126,7 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         return Work(
             rollout=sampler.passes * float(steps),
             trained=sampler.passes * float(args.train_timesteps),
-            beside=int(args.compares_old) + look + references * self._reference_passes / sampler.passes,
+            beside=int(args.compares_old) + look + references * self.reference_sampler.passes / sampler.passes,
             latents=1,
         )
 
@@ -372,14 +375,11 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         with self.meter.rollout(self.sampler.passes * len(x)), copy.swapped_in():
             return self.sampler.predict(x, index, condition)
 
-    @property
-    def _reference_passes(self) -> int:
-        return 2 if self.args.reference_guidance > 1 else 1
-
     @torch.no_grad()
     def _reference(self, x: Tensor, index: Tensor, condition: Condition) -> Tensor:
-        with self.policy.reference(), self.meter.rollout(self._reference_passes * len(x)):
-            return self.sampler.predict(x, index, condition, self.args.reference_guidance)
+        sampler = self.reference_sampler
+        with self.policy.reference(), self.meter.rollout(sampler.passes * len(x)):
+            return sampler.predict(x, index, condition)
 
 
 __all__ = ["DiffusionNFTConfig", "DiffusionNFTTrainer"]

@@ -170,13 +170,10 @@ class Sampler:
         self.meter = meter or Meter(self.device)
         self.passes = 2 if sampling.guidance > 1 else 1
 
-    def predict(self, x: Tensor, start: Tensor, condition: Condition, guidance: float | None = None) -> Tensor:
-        """Return the prediction (B, ...) for latents `x` at step indices `start`, (B,) or per latent frame (B, T).
-
-        `guidance` replaces the guidance scale of the settings; the caller counts its passes.
-        """
+    def predict(self, x: Tensor, start: Tensor, condition: Condition) -> Tensor:
+        """Return the prediction (B, ...) for latents `x` at step indices `start`, (B,) or per latent frame (B, T)."""
         sigma = self.schedule.sigmas[start].to(torch.float32)
-        return self.denoiser.predict(x, sigma, condition, self.how.guidance if guidance is None else guidance)
+        return self.denoiser.predict(x, sigma, condition, self.how.guidance)
 
     def step(self, x: Tensor, prediction: Tensor, start: Tensor, stop: Tensor | None = None) -> Transition:
         """Return the step from step indices `start`: stochastic to the next index, or deterministic to `stop`."""

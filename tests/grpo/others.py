@@ -44,7 +44,7 @@ class WholeNFT(Whole, DiffusionNFTTrainer):
     pass
 
 
-KINDS: dict[str, tuple[Any, Any]] = {name: (WholeNFT, DiffusionNFTConfig) for name in OWN}
+KINDS: dict[str, tuple[Any, Any]] = dict.fromkeys(OWN, (WholeNFT, DiffusionNFTConfig))
 KINDS["dance"] = (WholeDance, DanceGRPOConfig)
 
 

@@ -1,4 +1,4 @@
-"""The trainer with each loss of the forward process: learning, groups, old policies, noise, costs, refusals, resume."""
+"""The trainer with each loss of the forward process: learning, groups, old policies, noise, costs, refusals."""
 
 import shutil
 
