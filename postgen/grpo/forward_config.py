@@ -243,8 +243,6 @@ class DiffusionNFTConfig(ForwardConfig, GroupConfig):
             self.require(alone, name, f"left out: old_decay_type {self.old_decay_type} sets it")
         if self.forward_loss == "dpo" and self.kept != 2:
             self.require(False, "best_of_n", "2 with forward_loss dpo, which trains on pairs")
-        if self.pair_by == "motion":
-            self.require(self.num_frames != 1, "pair_by", "reward for pictures: they have no motion")
 
     @property
     def old_policy_decay(self) -> Decay:

@@ -90,12 +90,14 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
     def prepare(self) -> None:
-        """Set up the groups of an update and the reference policy, and check that this has the starting weights."""
+        """Set up the groups of an update and the reference policy, and check what needs the loaded model."""
         args = self.args
         self.groups = UpdateGroups(self.batches, self.accelerator)
         sampler = self.sampler
         guided = replace(sampler.how, guidance=args.reference_guidance)
         self.reference_sampler = Sampler(sampler.denoiser, sampler.schedule, guided, self.meter, self.device)
+        moves = args.pair_by == "reward" or self.size["num_frames"] > 1
+        args.require(moves, "pair_by", "reward for pictures: they have no motion")
         if args.compares_base and self.policy.copies_reference and args.init_from:
             raise UserError(
                 f"init_from with forward_loss {args.forward_loss}: the reference policy would not have the weights of"

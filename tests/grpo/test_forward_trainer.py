@@ -45,6 +45,13 @@ def test_it_learns_with_each_loss_but_not_from_shuffled_advantages(tmp_path, nam
     assert run(tmp_path / "b", kind=ShuffledNFT, **changes) < 0.1
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["awm", "crd", "dgpo"])
+def test_it_learns_with_models_that_are_no_flows(tmp_path, name, kind):
+    changes = {"max_steps": 30, "beta": 0.0, "prediction_type": kind, **LOSSES[name]}
+    assert run(tmp_path, kind=DiffusionNFTTrainer, **changes) > 0.2
+
+
 GROUPED = {
     "crd": {"forward_loss": "crd", "crd_decay_first": 0.9, "crd_kl_guidance": 1.0, "forward_noise": "group"},
     "dgpo": {"forward_loss": "dgpo", "dgpo_clip": 1e-3},
@@ -248,6 +255,32 @@ def test_groups_without_spread_have_no_pair(tmp_path):
     trainer.train()
     assert [row["grad_norm"] for row in lines(trainer)] == [0, 0]
     assert lines(trainer)[0]["frac_reward_zero_std"] == 1
+
+
+VIDEO: dict[str, dict] = {
+    "crd": {"forward_loss": "crd", "beta": 0.1, "precompute_prompt_embeds": True},
+    "dgpo": {"forward_loss": "dgpo", "beta": 0.0, "per_device_train_batch_size": 2, "dgpo_old_after": 0},
+    "dpo": {"forward_loss": "dpo", "best_of_n": 2, "pair_by": "motion"},
+    "awm": {"forward_loss": "awm", "use_peft": False},
+}
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_it_trains_a_video_model(tiny_wan, tmp_path, name):
+    changes = {
+        "height": 16, "width": 16, "num_frames": 5, "num_generations": 4, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4 // VIDEO[name].get("per_device_train_batch_size", 4),
+        "num_inference_steps": 3, "max_sequence_length": 16, "lora_r": 2, "use_peft": True, "bf16": True,
+        "max_steps": 2, **VIDEO[name],
+    }  # fmt: skip
+    args = settings(tmp_path, DiffusionNFTConfig, **changes)
+    DiffusionNFTTrainer(str(tiny_wan), near, args, [{"prompt": "a ball"}, {"prompt": "a cube"}]).train()
+    rows = lines_of(tmp_path)
+    assert [row["grad_norm"] > 0 for row in rows] == [True, True]
+    first = {"crd": "implicit_reward/abs_mean", "dgpo": "old_difference", "awm": "old_difference"}
+    # The policy equals all others before the first update, also in bfloat16.
+    assert name not in first or rows[0][first[name]] == 0
+    assert rows[0].get("kl", 0) == 0 or name == "crd"  # the reference policy of CRD is guided
 
 
 COSTS = {
