@@ -102,7 +102,8 @@ class ForwardConfig(Part):
 
     awm_off_policy: bool = False
     """Let the old policy draw the rollouts, and use its likelihood in the ratio. As published (false), the policy
-    itself draws them, and the ratio is 1 with the policy gradient as its derivative."""
+    itself draws them, and the ratio is 1 in the first update after a rollout. For later updates the likelihoods are
+    computed before the first one, in an extra pass."""
 
     crd_beta: float = 1.0
     """Scale of CRD's implicit reward, above 0."""

@@ -14,28 +14,14 @@ The old policy is a moving average of the new one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
-from postgen.families import Condition
-from postgen.sampling.sampler import Sampler, Sampling
-from postgen.sampling.schedule import Levels
-from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import coarser
-from postgen.sampling.transition import wide
-from postgen.training import TrainingConfig
-from postgen.training.swap import WeightsCopy
 
-from .advantages import Advantages
 from .cost import Work
-from .forward_config import Decay, DiffusionNFTConfig
-from .forward_groups import Beside, UpdateGroups
+from .forward_config import DiffusionNFTConfig
+from .forward_groups import Beside
 from .forward_losses import (
     awm_likelihood,
     awm_loss,
@@ -46,73 +32,20 @@ from .forward_losses import (
     implicit_reward,
     moded,
     nft_loss,
-    pairs_of_equal_motion,
-    true_prediction,
 )
-from .group import GroupTrainer, Metrics
+from .forward_policies import ForwardPolicies, Noised
+from .group import Metrics
 from .loss import velocity_kl
-from .numbers import PromptNumber, RolloutNumber, SampleNumber
-from .quality import clip_statistics
-from .scoring import gathered
 
 _LEAST_KL = 1e-4
 """`beta` that remains for the worst sample with `crd_adaptive_kl`, as in Flow-Factory's code."""
 
 
-@dataclass(frozen=True, slots=True)
-class Noised:
-    """B noised samples."""
-
-    rows: Tensor
-    """(B,) rows of the buffer."""
-    clean: Tensor
-    """(B, ...) clean latents."""
-    x: Tensor
-    """(B, ...) noised latents."""
-    target: Tensor
-    """(B, ...) true prediction for `x`."""
-    index: Tensor
-    """(B,) step indices of the noise levels."""
-    levels: Levels
-    """Noise levels of `x`."""
-    condition: Condition
-    """Condition of the B rows."""
-    advantages: Tensor
-    """(B,) advantages after `adv_mode`."""
-
-
-class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
+class DiffusionNFTTrainer(ForwardPolicies):
     """Trainer of DiffusionNFT: reinforcement learning on the forward process. `GroupTrainer` has the arguments.
 
     `forward_loss` replaces the loss of DiffusionNFT by that of AWM, CRD, DGPO or online DPO.
     """
-
-    config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
-
-    def prepare(self) -> None:
-        """Set up the groups of an update and the reference policy, and check what needs the loaded model."""
-        args = self.args
-        self.groups = UpdateGroups(self.batches, self.accelerator)
-        sampler = self.sampler
-        guided = replace(sampler.how, guidance=args.reference_guidance)
-        self.reference_sampler = Sampler(sampler.denoiser, sampler.schedule, guided, self.meter, self.device)
-        moves = args.pair_by == "reward" or self.size["num_frames"] > 1
-        args.require(moves, "pair_by", "reward for pictures: they have no motion")
-        if args.compares_base and self.policy.copies_reference and args.init_from:
-            raise UserError(
-                f"init_from with forward_loss {args.forward_loss}: the reference policy would not have the weights of"
-                " init_from. Give a pipeline folder with these weights as model (or their LoRA as lora_path)"
-            )
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss contains the reference policy, itself or through `beta`."""
-        return self.args.beta > 0 or self.args.compares_base
-
-    @property
-    def copies(self) -> int:
-        """Number of copies of the trained weights, including the old policies."""
-        return super().copies + len(self._decays())
 
     def work(self) -> Work:
         """Return the passes for one sample: a deterministic rollout, then `train_timesteps` passes for each policy.
@@ -125,67 +58,16 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         base = int(args.compares_base)
         look = int(args.whole_groups and not self.groups.fit)
         references = base + int(args.beta > 0) if look else int(self.needs_reference)
+        likelihoods = 1 - 1 / (self.batches.updates * self.batches.iterations) if self._keeps_likelihoods else 0.0
         return Work(
             rollout=sampler.passes * float(steps),
             trained=sampler.passes * float(args.train_timesteps),
-            beside=int(args.compares_old) + look + references * self.reference_sampler.passes / sampler.passes,
+            beside=int(args.compares_old)
+            + look
+            + likelihoods
+            + references * self.reference_sampler.passes / sampler.passes,
             latents=1,
         )
-
-    def on_models_ready(self) -> None:
-        """Initialise the old policies as copies of the trained weights."""
-        super().on_models_ready()
-        self.old = {name: WeightsCopy(self.policy.modules) for name in self._decays()}
-
-    def weight_copies(self) -> Mapping[str, WeightsCopy]:
-        """Return the old policies, which checkpoints must hold."""
-        return self.old
-
-    def _decays(self) -> dict[str, Decay]:
-        """Return the decay of each old policy: "old", and for CRD the "anchor" of the implicit reward."""
-        args = self.args
-        found = {"old": args.old_policy_decay} if args.has_old else {}
-        return found | ({"anchor": args.anchor_decay} if args.forward_loss == "crd" else {})
-
-    def sampling(self) -> Sampling:
-        """Return the settings of rollouts: deterministic steps only."""
-        args = self.args
-        return Sampling(
-            kind="ode",
-            guidance=args.guidance_scale,
-            solver=args.rollout_solver,
-            fraction=args.rollout_solver_fraction,
-            size=self.size,
-        )
-
-    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
-        """Return 0, because no step is stochastic."""
-        return 0
-
-    @contextmanager
-    def rollout_policy(self) -> Iterator[None]:
-        """Swap the weights of the old policy in while a rollout is drawn, if it draws the rollouts."""
-        args = self.args
-        old = args.has_old
-        if args.forward_loss == "awm":
-            old = args.awm_off_policy
-        elif args.forward_loss == "dgpo":
-            old = self.global_step > args.dgpo_old_after
-        with self.old["old"].swapped_in() if old else nullcontext():
-            yield
-
-    def before_rollout(self) -> None:
-        """Move the old policies towards the new one."""
-        for name, decay in self._decays().items() if self.global_step else ():
-            self.old[name].blend(decay.at(self.global_step))
-
-    def choose(self, advantages: Advantages, clips: Sequence[Tensor]) -> Tensor:
-        """Return the sample numbers to train on: the best and worst of each group, or a pair of equal motion."""
-        if self.args.pair_by == "reward":
-            return super().choose(advantages, clips)
-        motion = torch.tensor([[clip_statistics(clip)["motion"]] for clip in clips])
-        everyone = gathered(motion, self.batches.mine(), self.batches.samples, self.global_step + 1)[:, 0]
-        return pairs_of_equal_motion(advantages.unclipped, everyone, self.batches.group)
 
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
         """Compute the loss of B buffer rows at `train_timesteps` random noise levels.
@@ -194,14 +76,16 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
 
         Args:
             rows: (B,) rows of the buffer.
-            first_update: not used here.
+            first_update: whether the policy has not changed since it drew these samples.
         """
         count = self.args.train_timesteps
+        if self._keeps_likelihoods and self.micro % self.batches.per_rollout == 0:
+            self._keep_likelihoods()
         if self.args.whole_groups and self.micro % self.batches.accumulation == 0:
             self._open_groups()
         losses: list[Tensor] = []
         for number in range(count):
-            loss, metrics = self._pass(rows, number)
+            loss, metrics = self._pass(rows, number, first_update)
             loss = loss / count
             losses.append(loss.detach())
             if number < count - 1:
@@ -210,37 +94,7 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         total = torch.stack(losses).sum()
         return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(self.sampler.passes * count)}
 
-    def _noised(self, rows: Tensor, number: int) -> Noised:
-        """Return (B,) buffer rows, noised to the `number`-th of their random noise levels."""
-        assert self.buffer is not None
-        args, buffer, schedule = self.args, self.buffer, self.sampler.schedule
-        clean = buffer.paths.clean[rows]
-        prompts = [buffer.prompts[row] for row in rows.tolist()]
-        samples = [buffer.samples[row] for row in rows.tolist()]
-        # Seeds use the number of the update, not of the micro-batch, so that two processes draw the same noise as one
-        # process with twice the accumulation.
-        update = self.micro // self.batches.accumulation
-        seeds = [
-            seed_of(args.seed, "forward", update, number, one) for one in (prompts if args.shares_noise else samples)
-        ]
-        drawn = max(1, int(args.timestep_fraction * schedule.steps))
-        index = torch.tensor([seed % drawn for seed in seeds], device=self.device)
-        levels = schedule.levels(index, index + 1)
-        noise = normal(clean.shape[1:], seeds, self.device)
-        (a, b), _ = levels.mix()
-        a, b = wide(a, clean), wide(b, noise)
-        return Noised(
-            rows=rows,
-            clean=clean,
-            x=a * clean + b * noise,
-            target=true_prediction(clean, noise, (a, b), schedule.prediction_type),
-            index=index,
-            levels=levels,
-            condition=self.conditions(buffer.number)(prompts),
-            advantages=moded(buffer.advantages[rows], args.adv_mode),
-        )
-
-    def _pass(self, rows: Tensor, number: int) -> tuple[Tensor, Metrics]:
+    def _pass(self, rows: Tensor, number: int, first_update: bool) -> tuple[Tensor, Metrics]:
         """Return loss and metrics of (B,) buffer rows at the `number`-th of their random noise levels."""
         args, noised = self.args, self._noised(rows, number)
         x, index, condition = noised.x, noised.index, noised.condition
@@ -256,7 +110,8 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
                     beside = self._beside(noised, new.detach(), old, reference)
                 policy, metrics = self._grouped_loss(noised, new, beside)
             elif args.forward_loss == "awm":
-                policy, metrics = self._awm(noised, new, old)
+                before = self._old_likelihoods(noised, old, first_update, number)
+                policy, metrics = self._awm(noised, new, old, before)
             else:
                 assert old is not None
                 policy, metrics = self._nft(noised, new, old)
@@ -289,16 +144,10 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         )
         return loss, {"old_difference": velocity_kl(new.detach(), old).mean()}
 
-    def _awm(self, noised: Noised, new: Tensor, old: Tensor | None) -> tuple[Tensor, Metrics]:
+    def _awm(self, noised: Noised, new: Tensor, old: Tensor | None, before: Tensor | None) -> tuple[Tensor, Metrics]:
         args = self.args
-        _, level = noised.levels.mix()[0]
-
-        def likelihood(prediction: Tensor) -> Tensor:
-            error = errors_of(prediction, noised.target).square
-            return awm_likelihood(error, level, args.awm_weighting, args.awm_power)
-
-        now = likelihood(new)
-        before = likelihood(old) if args.awm_off_policy and old is not None else now.detach()
+        now = self._likelihoods(noised, new)
+        before = now.detach() if before is None else before
         advantages = noised.advantages * (args.awm_advantage_max / args.advantage_clip)
         found = awm_loss(now, before, advantages, args.awm_clip)
         metrics: Metrics = {**found.metrics()}
@@ -308,6 +157,51 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
             metrics["old_difference"] = difference.detach().mean()
             loss = loss + args.awm_ema_beta * difference
         return loss, metrics
+
+    def _likelihoods(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """Return the likelihoods (B,) of AWM, float64."""
+        _, level = noised.levels.mix()[0]
+        error = errors_of(prediction, noised.target).square
+        return awm_likelihood(error, level, self.args.awm_weighting, self.args.awm_power)
+
+    @property
+    def _keeps_likelihoods(self) -> bool:
+        """Whether AWM's likelihoods under the policy that drew a rollout are kept, for its later updates."""
+        several = self.batches.updates * self.batches.iterations > 1
+        return self.args.forward_loss == "awm" and not self.args.awm_off_policy and several
+
+    @torch.no_grad()
+    def _keep_likelihoods(self) -> None:
+        """Compute AWM's likelihoods for all updates of a new rollout but the first, whose ratio is 1.
+
+        They are kept as the log-probabilities of the buffer, which checkpoints hold: one column for each noise level
+        of each pass over the rollout.
+        """
+        assert self.buffer is not None
+        batches, count = self.batches, self.args.train_timesteps
+        part = batches.per_device * batches.accumulation
+        shape = len(self.buffer.samples), batches.iterations * count
+        kept = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for ahead in range(1, batches.updates * batches.iterations):
+            iteration, update = divmod(ahead, batches.updates)
+            for rows in torch.arange(update * part, (update + 1) * part, device=self.device).split(batches.per_device):
+                for number in range(count):
+                    noised = self._noised(rows, number, ahead)
+                    with self.meter.rollout(self.sampler.passes * len(rows)):
+                        prediction = self.sampler.predict(noised.x, noised.index, noised.condition)
+                    kept[rows, iteration * count + number] = self._likelihoods(noised, prediction)
+        self.buffer.paths.log_probs = kept
+
+    def _old_likelihoods(self, noised: Noised, old: Tensor | None, first_update: bool, number: int) -> Tensor | None:
+        """Return AWM's likelihoods (B,) under the policy that drew the samples; None if it is unchanged."""
+        assert self.buffer is not None
+        if self.args.awm_off_policy:
+            assert old is not None
+            return self._likelihoods(noised, old)
+        if first_update:
+            return None
+        iteration = self.micro % self.batches.per_rollout // self.batches.micro_batches
+        return self.buffer.paths.log_probs[noised.rows, iteration * self.args.train_timesteps + number]
 
     def _grouped_loss(self, noised: Noised, new: Tensor, beside: Beside) -> tuple[Tensor, Metrics]:
         """Return the losses (B,) that compare the samples of a prompt, and metrics."""
@@ -368,20 +262,6 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         mean = self.groups.mean(signal, noised.rows) if self.groups.fit else signal
         difference = None if old is None else velocity_kl(new, old)
         return Beside(old=before, difference=difference, mean=mean)
-
-    # Passes of other policies.
-
-    @torch.no_grad()
-    def _old(self, x: Tensor, index: Tensor, condition: Condition) -> Tensor:
-        copy = self.old["anchor" if self.args.forward_loss == "crd" else "old"]
-        with self.meter.rollout(self.sampler.passes * len(x)), copy.swapped_in():
-            return self.sampler.predict(x, index, condition)
-
-    @torch.no_grad()
-    def _reference(self, x: Tensor, index: Tensor, condition: Condition) -> Tensor:
-        sampler = self.reference_sampler
-        with self.policy.reference(), self.meter.rollout(sampler.passes * len(x)):
-            return sampler.predict(x, index, condition)
 
 
 __all__ = ["DiffusionNFTConfig", "DiffusionNFTTrainer"]

@@ -26,6 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dance": {"per_device_train_batch_size": 4, "best_of_n": 2, "sde_window_size": 2, "sde_window_per": "sample"},
     # Groups of 4 with 6 samples per process span processes.
     "nft": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1},
+    "awm": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1, "forward_loss": "awm"},
     "crd": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1, "forward_loss": "crd", "crd_decay_first": 0.9},
     "dgpo": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1, "forward_loss": "dgpo", "dgpo_clip": 1e-3},
     # Only pairs are trained on.

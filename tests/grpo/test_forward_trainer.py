@@ -197,6 +197,25 @@ def test_awm_clip_and_the_difference_from_the_old_policy(tmp_path):
     assert lines(held)[-1]["old_difference"] < 0.5 * lines(loose)[-1]["old_difference"]
 
 
+def test_awm_later_updates_have_the_ratio_to_the_policy_of_the_rollout(tmp_path):
+    changes = {"forward_loss": "awm", "steps_per_generation": 2, "num_iterations": 2, "train_timesteps": 2}
+    trainer = forward(tmp_path, max_steps=4, **changes)
+    trainer.train()
+    rows, buffer = lines(trainer), trainer.buffer
+    assert rows[0]["ratio/std"] == 0
+    assert all(row["ratio/std"] > 0 for row in rows[1:])
+    assert buffer.paths.log_probs.shape == (32, 4)
+    # The weights before training, which drew the rollout, at the noise of the last update (the fourth).
+    first = PointPipeline().transformer
+    trainer.policy.denoiser.transformers["transformer"] = first
+    trainer.micro = 3
+    noised = trainer._noised(torch.arange(16, 32), 1)
+    with torch.no_grad():
+        prediction = trainer.sampler.predict(noised.x, noised.index, noised.condition)
+    expected = trainer._likelihoods(noised, prediction)
+    torch.testing.assert_close(buffer.paths.log_probs[16:, 3], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_crd_holds_good_samples_more_and_guides_the_reference(tmp_path):
     scales = []
 
@@ -286,6 +305,8 @@ def test_it_trains_a_video_model(tiny_wan, tmp_path, name):
 COSTS = {
     "nft": ({"beta": 0.1}, 5, 2),
     "awm": ({"forward_loss": "awm", "beta": 0.0}, 4, 1),
+    "awm, two updates": ({"forward_loss": "awm", "beta": 0.0, "steps_per_generation": 2}, 4.5, 1),
+    "awm, two passes": ({"forward_loss": "awm", "beta": 0.0, "num_iterations": 2, "train_timesteps": 2}, 2 * 4.5, 1),
     "awm without old policy": ({"forward_loss": "awm", "beta": 0.0, "awm_ema_beta": 0.0}, 3, 0),
     "crd": ({"forward_loss": "crd", "beta": 0.1}, 6, 3),
     "crd cut": ({"forward_loss": "crd", "beta": 0.1, "per_device_train_batch_size": 4}, 7, 3),
@@ -309,8 +330,8 @@ def test_dry_run_and_meter_count_every_pass(tmp_path, name):
     trainer = forward(tmp_path / "run", **changes)
     trainer.train()
     assert guess.metrics["forward_equivalents/run"] == pytest.approx(trainer.meter.forward_equivalents)
-    drawn, kept = trainer.batches.samples, 16
-    rollout = guess.metrics["passes/rollout_per_sample"] * drawn
+    batches, kept = trainer.batches, 16
+    rollout = guess.metrics["passes/rollout_per_sample"] * batches.samples / batches.updates / batches.iterations
     assert guess.metrics["forward_equivalents/update"] == pytest.approx(rollout + kept * trained)
     assert isinstance(trainer.meter, Meter)
     assert guess.metrics["bytes/training"] == (3 + copies) * 4 * guess.metrics["trained_parameters"]
