@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import Levels
 from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.transition import wide
-from postgen.training import TrainingConfig
 from postgen.training.swap import WeightsCopy
 
 from .advantages import Advantages
@@ -53,8 +51,6 @@ class Noised:
 
 class ForwardPolicies(GroupTrainer[DiffusionNFTConfig]):
     """Base of `DiffusionNFTTrainer`: everything but its losses."""
-
-    config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
     def prepare(self) -> None:
         """Set up the groups of an update and the reference policy, and check what needs the loaded model."""

@@ -14,10 +14,13 @@ The old policy is a moving average of the new one.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from postgen.sampling.solver import coarser
+from postgen.training import TrainingConfig
 
 from .cost import Work
 from .forward_config import DiffusionNFTConfig
@@ -47,6 +50,8 @@ class DiffusionNFTTrainer(ForwardPolicies):
     `forward_loss` replaces the loss of DiffusionNFT by that of AWM, CRD, DGPO or online DPO.
     """
 
+    config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
+
     def work(self) -> Work:
         """Return the passes for one sample: a deterministic rollout, then `train_timesteps` passes for each policy.
 
@@ -59,13 +64,11 @@ class DiffusionNFTTrainer(ForwardPolicies):
         look = int(args.whole_groups and not self.groups.fit)
         references = base + int(args.beta > 0) if look else int(self.needs_reference)
         likelihoods = 1 - 1 / (self.batches.updates * self.batches.iterations) if self._keeps_likelihoods else 0.0
+        others = int(args.compares_old) + look + likelihoods
         return Work(
             rollout=sampler.passes * float(steps),
             trained=sampler.passes * float(args.train_timesteps),
-            beside=int(args.compares_old)
-            + look
-            + likelihoods
-            + references * self.reference_sampler.passes / sampler.passes,
+            beside=others + references * self.reference_sampler.passes / sampler.passes,
             latents=1,
         )
 
