@@ -1,1 +1,1 @@
-"""Reward-driven post-training (DanceGRPO, DiffusionNFT) of any diffusers pipeline that has a denoiser."""
+"""Reward-driven post-training (DanceGRPO, DiffusionNFT and others) of any diffusers pipeline that has a denoiser."""

@@ -1,5 +1,6 @@
 """Which samples a process draws and trains on. The updates do not depend on the number of processes."""
 
+import math
 from dataclasses import dataclass
 
 from postgen.errors import UserError
@@ -72,6 +73,14 @@ class Batches:
                 f"a rollout trains on {count} samples (per_device_train_batch_size {per_device} x {counted(processes)}"
                 f" x {steps} micro-batches): this must be a multiple of {name}, which is {kept}. Use {name}"
                 f" {_fitting(count, kept)}, or another batch size."
+            )
+        if args.whole_groups and accumulation * at_once % kept:
+            name = "num_generations" if args.best_of_n is None else "best_of_n"
+            raise UserError(
+                f"an update trains on {accumulation * at_once} samples (per_device_train_batch_size {per_device} x "
+                f"{counted(processes)} x gradient_accumulation_steps {accumulation}). Its loss compares the samples "
+                f"of a prompt, so this must be a multiple of {name}, which is {kept}. Set gradient_accumulation_steps "
+                f"to a multiple of {kept // math.gcd(kept, at_once)}."
             )
         if kept < group and accumulation * per_device % kept:
             raise UserError(

@@ -197,6 +197,16 @@ class GroupConfig(
         """Number of samples of each prompt that are trained on."""
         return self.best_of_n or self.num_generations
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether an update must hold whole groups, because the loss compares the samples of a prompt."""
+        return False
+
+    @property
+    def reference_guidance(self) -> float:
+        """Guidance scale of the reference policy."""
+        return self.guidance_scale
+
 
 @dataclass(kw_only=True)
 class DanceGRPOConfig(GroupConfig):

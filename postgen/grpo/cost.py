@@ -22,8 +22,8 @@ class Work:
     """Forward passes of the rollout of one sample."""
     trained: float
     """Passes with gradients for one sample in one iteration."""
-    beside: int
-    """Forward passes of other policies (old policy, reference) for each pass with gradients."""
+    beside: float
+    """Forward passes without gradients (old policy, reference) for each pass with gradients."""
     latents: int
     """Number of latents kept for each sample of a rollout."""
     data: float = 0.0

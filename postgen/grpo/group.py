@@ -170,7 +170,7 @@ class GroupTrainer(Rollouts[G]):
         self.embeddings = Embeddings(
             self.policy.denoiser,
             size=self.size,
-            guidance=max(args.guidance_scale, evaluated) > 1,
+            guidance=max(args.guidance_scale, args.reference_guidance, evaluated) > 1,
             negative_prompt=args.negative_prompt,
             keep_all=args.precompute_prompt_embeds,
             device=self.device,

@@ -1,174 +1,77 @@
-"""DiffusionNFT (arXiv:2509.16117): reinforcement learning on the forward process.
+"""DiffusionNFT (arXiv:2509.16117) and its relatives: reinforcement learning on the forward process.
 
-A deterministic solver draws samples under an old policy. Noise is then added to the finished samples x0. The
-optimality of a sample with advantage A is o = clip(A / A_max, -1, 1) / 2 + 1/2, in [0, 1]. The loss (eq. 9, 10) is
+A deterministic solver draws samples. Noise is then added to the finished samples x0, and the advantages of the samples
+weight the errors of the policy's predictions for the noised samples. The methods need no log-probabilities, no
+trajectories and no stochastic sampler. `forward_loss` chooses the loss; `forward_losses` has the formulas. The loss of
+DiffusionNFT (eq. 9, 10), with the optimality o = clip(A / A_max, -1, 1) / 2 + 1/2 in [0, 1] of a sample, is
 
     v+ = beta v_new + (1 - beta) v_old        v- = (1 + beta) v_old - beta v_new
     loss = o |x0(v+) - x0|^2 / w+  +  (1 - o) |x0(v-) - x0|^2 / w-        w = mean |x0(v) - x0|, without gradient
 
 where v_new and v_old are the predictions of the new and the old policy, and x0(v) the clean latents that v predicts.
-The method needs no log-probabilities, no trajectories and no stochastic sampler. The old policy is a moving average of
-the new one.
+The old policy is a moving average of the new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from postgen.families import PredictionType
-from postgen.sampling.sampler import Sampling
-from postgen.sampling.schedule import Levels
-from postgen.sampling.seeds import normal, seed_of
 from postgen.sampling.solver import coarser
-from postgen.sampling.transition import split, wide
+from postgen.sampling.transition import split
 from postgen.training import TrainingConfig
-from postgen.training.swap import WeightsCopy
 
-from .config import GroupConfig
 from .cost import Work
-from .group import GroupTrainer, Metrics
+from .forward_config import DiffusionNFTConfig
+from .forward_groups import Beside
+from .forward_losses import (
+    awm_likelihood,
+    awm_loss,
+    crd_loss,
+    dgpo_loss,
+    dpo_loss,
+    errors_of,
+    implicit_reward,
+    moded,
+    nft_loss,
+)
+from .forward_policies import ForwardPolicies, Noised
+from .group import Metrics
 from .loss import velocity_kl
-from .numbers import PromptNumber, RolloutNumber, SampleNumber
+
+_LEAST_KL = 1e-4
+"""`beta` that remains for the worst sample with `crd_adaptive_kl`, as in Flow-Factory's code."""
 
 
-@dataclass(kw_only=True)
-class DiffusionNFTConfig(GroupConfig):
-    """Settings of `DiffusionNFTTrainer`. The defaults are those of the published code.
+class DiffusionNFTTrainer(ForwardPolicies):
+    """Trainer of DiffusionNFT: reinforcement learning on the forward process. `GroupTrainer` has the arguments.
 
-    Raises:
-        UserError: a value is outside its range.
+    `forward_loss` replaces the loss of DiffusionNFT by that of AWM, CRD, DGPO or online DPO.
     """
-
-    learning_rate: float = 3e-4
-    """Peak learning rate of AdamW."""
-
-    nft_beta: float = 1.0
-    """Distance of v+ and v- from the old policy, above 0; the beta of eq. 9 and 10 of arXiv:2509.16117."""
-
-    share_initial_noise: bool = False
-    """Must be false. The sampler has no stochastic step, so samples with the same initial noise would be equal."""
-
-    beta: float = 1e-4
-    """Weight of the mean square difference between the predictions of the policy and of the reference policy, which
-    is the same as for DanceGRPO."""
-
-    old_decay: float = 0.5
-    """Maximum decay of the old policy, in [0, 1). Between two rollouts, old = decay * old + (1 - decay) * new."""
-
-    old_decay_rate: float = 0.001
-    """Ramp of the decay: decay = min(old_decay, old_decay_rate * optimiser steps done)."""
-
-    train_timesteps: int = 1
-    """Number of noise levels that each sample is trained at, drawn from the noise levels of the rollout."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.nft_beta > 0, "nft_beta", "above 0")
-        allowed = "false: with the same noise all samples of a prompt would be equal"
-        self.require(not self.share_initial_noise, "share_initial_noise", allowed)
-        self.require(self.beta >= 0, "beta", "at least 0")
-        self.require(0 <= self.old_decay < 1, "old_decay", "in [0, 1)")
-        self.require(self.old_decay_rate >= 0, "old_decay_rate", "at least 0")
-        self.require(self.train_timesteps >= 1, "train_timesteps", "at least 1")
-
-
-def nft_loss(
-    x: Tensor,
-    clean: Tensor,
-    new: Tensor,
-    old: Tensor,
-    optimality: Tensor,
-    levels: Levels,
-    beta: float,
-    prediction_type: PredictionType = "flow",
-) -> Tensor:
-    """Return the (B,) losses of noised samples; the module docstring has the formula.
-
-    Args:
-        x: (B, ...) noised latents.
-        clean: (B, ...) clean latents of the samples.
-        new: (B, ...) prediction of the new policy for `x`.
-        old: (B, ...) prediction of the old policy for `x`.
-        optimality: (B,) in [0, 1].
-        levels: noise levels; `levels.s` (B,) is the level of `x`.
-        beta: distance of v+ and v- from the old policy, above 0.
-        prediction_type: what the policies predict.
-    """
-    parts = []
-    for prediction in (beta * new + (1 - beta) * old, (1 + beta) * old - beta * new):
-        error = split(x, prediction, levels, prediction_type)[0] - clean
-        with torch.no_grad():
-            weight = error.double().abs().flatten(1).mean(1).clamp_min(1e-5)
-        parts.append(error.square().flatten(1).mean(1) / weight.to(error.dtype))
-    return (optimality * parts[0] + (1 - optimality) * parts[1]) / beta
-
-
-class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
-    """Trainer of DiffusionNFT: reinforcement learning on the forward process. `GroupTrainer` has the arguments."""
 
     config_class: ClassVar[type[TrainingConfig]] = DiffusionNFTConfig
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss contains the difference from the reference policy (`beta` above 0), or a guard."""
-        return self.args.beta > 0 or super().needs_reference
-
-    @property
-    def copies(self) -> int:
-        """Number of copies of the trained weights, including the old policy."""
-        return super().copies + 1
-
     def work(self) -> Work:
-        """Return the passes for one sample: a deterministic rollout, then `train_timesteps` passes for each policy."""
-        sampler = self.sampler
+        """Return the passes for one sample: a deterministic rollout, then `train_timesteps` passes for each policy.
+
+        If a group does not fit into a micro-batch, each update first computes the errors of all its samples without
+        gradients, because the loss needs means over groups.
+        """
+        args, sampler = self.args, self.sampler
         steps = len(coarser(0, sampler.schedule.steps, sampler.how.fraction)) - 1
+        base = int(args.compares_base)
+        look = int(args.whole_groups and not self.groups.fit)
+        references = base + int(args.beta > 0 or args.guarded) if look else int(self.needs_reference)
+        likelihoods = 1 - 1 / (self.batches.updates * self.batches.iterations) if self._keeps_likelihoods else 0.0
+        others = int(args.compares_old) + look + likelihoods
         return Work(
             rollout=sampler.passes * float(steps),
-            trained=sampler.passes * float(self.args.train_timesteps),
-            beside=1 + int(self.needs_reference),
+            trained=sampler.passes * float(args.train_timesteps),
+            beside=others + references * self.reference_sampler.passes / sampler.passes,
             latents=1,
         )
-
-    def on_models_ready(self) -> None:
-        """Initialise the old policy as a copy of the trained weights."""
-        super().on_models_ready()
-        self.old = WeightsCopy(self.policy.modules)
-
-    def weight_copies(self) -> Mapping[str, WeightsCopy]:
-        """Return the old policy, which checkpoints must hold."""
-        return {"old": self.old}
-
-    def sampling(self) -> Sampling:
-        """Return the settings of rollouts: deterministic steps only."""
-        args = self.args
-        return Sampling(
-            kind="ode",
-            guidance=args.guidance_scale,
-            solver=args.rollout_solver,
-            fraction=args.rollout_solver_fraction,
-            size=self.size,
-        )
-
-    def window_start(self, rollout: RolloutNumber, prompt: PromptNumber, sample: SampleNumber) -> int:
-        """Return 0, because no step is stochastic."""
-        return 0
-
-    @contextmanager
-    def rollout_policy(self) -> Iterator[None]:
-        """Swap the weights of the old policy in while a rollout is drawn."""
-        with self.old.swapped_in():
-            yield
-
-    def before_rollout(self) -> None:
-        """Move the old policy towards the new one."""
-        if self.global_step:
-            self.old.blend(min(self.args.old_decay, self.args.old_decay_rate * self.global_step))
 
     def learn(self, rows: Tensor, first_update: bool) -> tuple[Tensor, Metrics]:
         """Compute the loss of B buffer rows at `train_timesteps` random noise levels.
@@ -177,12 +80,16 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
 
         Args:
             rows: (B,) rows of the buffer.
-            first_update: not used here.
+            first_update: whether the policy has not changed since it drew these samples.
         """
         count = self.args.train_timesteps
+        if self._keeps_likelihoods and self.micro % self.batches.per_rollout == 0:
+            self._keep_likelihoods()
+        if self.args.whole_groups and self.micro % self.batches.accumulation == 0:
+            self._open_groups()
         losses: list[Tensor] = []
         for number in range(count):
-            loss, metrics = self._pass(rows, number)
+            loss, metrics = self._pass(rows, number, first_update)
             loss = loss / count
             losses.append(loss.detach())
             if number < count - 1:
@@ -191,42 +98,187 @@ class DiffusionNFTTrainer(GroupTrainer[DiffusionNFTConfig]):
         total = torch.stack(losses).sum()
         return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(self.sampler.passes * count)}
 
-    def _pass(self, rows: Tensor, number: int) -> tuple[Tensor, Metrics]:
+    def _pass(self, rows: Tensor, number: int, first_update: bool) -> tuple[Tensor, Metrics]:
         """Return loss and metrics of (B,) buffer rows at the `number`-th of their random noise levels."""
-        assert self.buffer is not None
-        args, buffer, schedule = self.args, self.buffer, self.sampler.schedule
-        clean, advantages = buffer.paths.clean[rows], buffer.advantages[rows]
-        condition = self.conditions(buffer.number)([buffer.prompts[row] for row in rows.tolist()])
-        # Seeds use the number of the update, not of the micro-batch, so that two processes draw the same noise as one
-        # process with twice the accumulation.
-        update = self.micro // self.batches.accumulation
-        seeds = [seed_of(args.seed, "forward", update, number, buffer.samples[row]) for row in rows.tolist()]
-        index = torch.tensor([seed % schedule.steps for seed in seeds], device=self.device)
-        levels = schedule.levels(index, index + 1)
-        # Noised samples, and the optimality of each sample.
-        (a, b), _ = levels.mix()
-        noise = normal(clean.shape[1:], seeds, self.device)
-        x = wide(a, clean) * clean + wide(b, noise) * noise
-        optimality = (advantages / args.advantage_clip).clamp(-1, 1) / 2 + 0.5
+        args, noised = self.args, self._noised(rows, number)
+        x, index, condition = noised.x, noised.index, noised.condition
+        beside = self.groups.ahead(rows, number) if args.whole_groups else None
         # Predictions of the old, the reference and the new policy.
-        with torch.no_grad(), self.meter.rollout(self.sampler.passes * len(rows)), self.old.swapped_in():
-            old = self.sampler.predict(x, index, condition)
-        reference = self._reference(x, index, condition) if self.needs_reference else None
+        old = self._old(x, index, condition) if args.compares_old and beside is None else None
+        base = args.compares_base and beside is None
+        reference = self._reference(x, index, condition) if args.beta or args.guarded or base else None
         with self.meter.training(self.sampler.passes * len(rows)):
             new = self.sampler.predict(x, index, condition)
-            policy = nft_loss(x, clean, new, old, optimality, levels, args.nft_beta, schedule.prediction_type)
-            loss = policy.mean() * args.advantage_clip
-        metrics: Metrics = {"old_difference": velocity_kl(new.detach(), old).mean()}
-        if reference is not None and args.beta:
-            kl = velocity_kl(new, reference).mean()
-            loss, metrics["kl"] = loss + args.beta * kl, kl.detach()
+            if args.whole_groups:
+                if beside is None:
+                    beside = self._beside(noised, new.detach(), old, reference)
+                policy, metrics = self._grouped_loss(noised, new, beside)
+            elif args.forward_loss == "awm":
+                before = self._old_likelihoods(noised, old, first_update, number)
+                policy, metrics = self._awm(noised, new, old, before)
+            else:
+                assert old is not None
+                policy, metrics = self._nft(noised, new, old)
+            loss = policy.mean() * (args.advantage_clip if args.forward_loss in ("nft", "crd") else 1.0)
         if reference is not None:
-            estimates = (split(x, each, levels, schedule.prediction_type)[0] for each in (new, reference))
-            guard, measured = self.guards(new, reference, *estimates)
-            loss, metrics = loss + guard, {**metrics, **measured}
+            held, measured = self._held(noised, new, reference)
+            loss, metrics = loss + held, {**metrics, **measured}
         return loss, metrics
 
+    def _held(self, noised: Noised, new: Tensor, reference: Tensor) -> tuple[Tensor | float, Metrics]:
+        """Return the weighted difference from the reference policy, and the guards, with metrics."""
+        args = self.args
+        held: Tensor | float = 0.0
+        metrics: Metrics = {}
+        if args.beta:
+            kl = velocity_kl(new, reference)
+            metrics["kl"] = kl.detach().mean()
+            if args.forward_loss == "crd" and args.crd_adaptive_kl:
+                least = min(1.0, _LEAST_KL / args.beta)
+                kl = kl * (least + (1 - least) * self._optimality(noised.advantages))
+            held = held + args.beta * kl.mean()
+        kind = self.sampler.schedule.prediction_type
+        clean = (split(noised.x, each, noised.levels, kind)[0] for each in (new, reference))
+        guard, measured = self.guards(new, reference, *clean)
+        return held + guard, {**metrics, **measured}
+
+    def _optimality(self, advantages: Tensor) -> Tensor:
+        """Return the optimality (B,) of samples, in [0, 1]."""
+        return (advantages / self.args.advantage_clip).clamp(-1, 1) / 2 + 0.5
+
+    def _nft(self, noised: Noised, new: Tensor, old: Tensor) -> tuple[Tensor, Metrics]:
+        args = self.args
+        loss = nft_loss(
+            noised.x,
+            noised.clean,
+            new,
+            old,
+            self._optimality(noised.advantages),
+            noised.levels,
+            args.nft_beta,
+            self.sampler.schedule.prediction_type,
+            args.nft_weight,
+        )
+        return loss, {"old_difference": velocity_kl(new.detach(), old).mean()}
+
+    def _awm(self, noised: Noised, new: Tensor, old: Tensor | None, before: Tensor | None) -> tuple[Tensor, Metrics]:
+        args = self.args
+        now = self._likelihoods(noised, new)
+        before = now.detach() if before is None else before
+        advantages = noised.advantages * (args.awm_advantage_max / args.advantage_clip)
+        found = awm_loss(now, before, advantages, args.awm_clip)
+        metrics: Metrics = {**found.metrics()}
+        loss = found.loss.float()
+        if old is not None:
+            difference = velocity_kl(new, old)
+            metrics["old_difference"] = difference.detach().mean()
+            loss = loss + args.awm_ema_beta * difference
+        return loss, metrics
+
+    def _likelihoods(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """Return the likelihoods (B,) of AWM, float64."""
+        _, level = noised.levels.mix()[0]
+        error = errors_of(prediction, noised.target).square
+        return awm_likelihood(error, level, self.args.awm_weighting, self.args.awm_power)
+
+    @property
+    def _keeps_likelihoods(self) -> bool:
+        """Whether AWM's likelihoods under the policy that drew a rollout are kept, for its later updates."""
+        several = self.batches.updates * self.batches.iterations > 1
+        return self.args.forward_loss == "awm" and not self.args.awm_off_policy and several
+
     @torch.no_grad()
-    def _reference(self, x: Tensor, index: Tensor, condition: Any) -> Tensor:
-        with self.policy.reference(), self.meter.rollout(self.sampler.passes * len(x)):
-            return self.sampler.predict(x, index, condition)
+    def _keep_likelihoods(self) -> None:
+        """Compute AWM's likelihoods for all updates of a new rollout but the first, whose ratio is 1.
+
+        They are kept as the log-probabilities of the buffer, which checkpoints hold: one column for each noise level
+        of each pass over the rollout.
+        """
+        assert self.buffer is not None
+        batches, count = self.batches, self.args.train_timesteps
+        part = batches.per_device * batches.accumulation
+        shape = len(self.buffer.samples), batches.iterations * count
+        kept = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for ahead in range(1, batches.updates * batches.iterations):
+            iteration, update = divmod(ahead, batches.updates)
+            for rows in torch.arange(update * part, (update + 1) * part, device=self.device).split(batches.per_device):
+                for number in range(count):
+                    noised = self._noised(rows, number, ahead)
+                    with self.meter.rollout(self.sampler.passes * len(rows)):
+                        prediction = self.sampler.predict(noised.x, noised.index, noised.condition)
+                    kept[rows, iteration * count + number] = self._likelihoods(noised, prediction)
+        self.buffer.paths.log_probs = kept
+
+    def _old_likelihoods(self, noised: Noised, old: Tensor | None, first_update: bool, number: int) -> Tensor | None:
+        """Return AWM's likelihoods (B,) under the policy that drew the samples; None if it is unchanged."""
+        assert self.buffer is not None
+        if self.args.awm_off_policy:
+            assert old is not None
+            return self._likelihoods(noised, old)
+        if first_update:
+            return None
+        iteration = self.micro % self.batches.per_rollout // self.batches.micro_batches
+        return self.buffer.paths.log_probs[noised.rows, iteration * self.args.train_timesteps + number]
+
+    def _grouped_loss(self, noised: Noised, new: Tensor, beside: Beside) -> tuple[Tensor, Metrics]:
+        """Return the losses (B,) that compare the samples of a prompt, and metrics."""
+        args, errors = self.args, errors_of(new, noised.target)
+        metrics: Metrics = {} if beside.difference is None else {"old_difference": beside.difference.mean()}
+        if args.forward_loss == "crd":
+            assert beside.old is not None
+            reward = implicit_reward(errors, beside.old)
+            optimality = self.groups.centred(noised.rows) / (2 * args.advantage_clip)
+            loss = crd_loss(reward, beside.mean, optimality, args.crd_beta)
+            return loss.float(), {**metrics, "implicit_reward/abs_mean": reward.detach().abs().mean()}
+        if args.forward_loss == "dpo":
+            found = dpo_loss(errors.square, self.groups.side(noised.rows), beside.mean, args.dpo_beta)
+            metrics["pair/accuracy"] = (beside.mean < 0).double().mean()
+        else:
+            old = None if beside.old is None else beside.old.square
+            found = dgpo_loss(errors.square, old, noised.advantages, beside.mean, args.dgpo_beta, args.dgpo_clip)
+            metrics["clip_ratio/region_mean"] = found.clipped.mean()
+        metrics["group_weight/mean"] = found.weight.mean()
+        metrics["group_weight/std"] = found.weight.std(correction=0)
+        return found.loss.float(), metrics
+
+    # Means over groups.
+
+    def _open_groups(self) -> None:
+        """Begin an update: centre its advantages; if groups do not fit into a micro-batch, compute their means."""
+        assert self.buffer is not None
+        args = self.args
+        self.groups.open(self.micro, self.buffer, moded(self.buffer.advantages, args.adv_mode))
+        for number in range(0 if self.groups.fit else args.train_timesteps):
+            self.groups.add([self._looked(rows, number) for rows in self.groups.rows.split(self.batches.per_device)])
+
+    @torch.no_grad()
+    def _looked(self, rows: Tensor, number: int) -> Beside:
+        """Return the errors of buffer rows before the update."""
+        args, noised = self.args, self._noised(rows, number)
+        x, index, condition = noised.x, noised.index, noised.condition
+        old = self._old(x, index, condition) if args.compares_old else None
+        reference = self._reference(x, index, condition) if args.compares_base else None
+        with self.meter.rollout(self.sampler.passes * len(rows)):
+            new = self.sampler.predict(x, index, condition)
+        return self._beside(noised, new, old, reference)
+
+    @torch.no_grad()
+    def _beside(self, noised: Noised, new: Tensor, old: Tensor | None, reference: Tensor | None) -> Beside:
+        """Return the errors of other policies, and the group means that the loss needs."""
+        args, target = self.args, noised.target
+        errors = errors_of(new, target)
+        before = None if old is None else errors_of(old, target)
+        if args.forward_loss == "crd":
+            assert before is not None
+            signal = implicit_reward(errors, before)
+        else:
+            base = old if reference is None or not args.compares_base else reference
+            assert base is not None
+            side = noised.advantages if args.forward_loss == "dgpo" else self.groups.side(noised.rows)
+            signal = side * (errors.square - errors_of(base, target).square)
+        mean = self.groups.mean(signal, noised.rows) if self.groups.fit else signal
+        difference = None if old is None else velocity_kl(new, old)
+        return Beside(old=before, difference=difference, mean=mean)
+
+
+__all__ = ["DiffusionNFTConfig", "DiffusionNFTTrainer"]

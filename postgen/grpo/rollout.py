@@ -97,7 +97,7 @@ class Rollouts(Braked[G]):
         self.scoring.check_alive(everyone, self.global_step + 1)
         motion = in_order(motions(drawn.clips)[:, None], drawn.samples, self.batches.samples)[:, 0]
         advantages = self.advantages(everyone, motion, drawn.number)
-        self.buffer = self._kept(drawn, advantages)
+        self.buffer = self._kept(drawn, advantages, motion)
         self._log_completions(drawn, advantages)
         spent = {key: value - before.get(key, 0.0) for key, value in self.meter.read().items()}
         group = self.batches.group
@@ -119,9 +119,13 @@ class Rollouts(Braked[G]):
             result = self.score(rows, clips, paths.clean)
         return Drawn(number=number, samples=mine, paths=paths, rows=rows, clips=clips, result=result)
 
-    def _kept(self, drawn: Drawn, advantages: Advantages) -> Buffer:
+    def choose(self, advantages: Advantages, motion: Tensor) -> Tensor:
+        """Return the numbers of the samples to train on; `motion` (N,) is that of the clips of the whole rollout."""
+        return best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept)
+
+    def _kept(self, drawn: Drawn, advantages: Advantages, motion: Tensor) -> Buffer:
         """Return the buffer with those samples of this process that are trained on."""
-        chosen = best_and_worst(advantages.unclipped, self.batches.group, self.batches.kept).tolist()
+        chosen = self.choose(advantages, motion).tolist()
         row_of = {sample: row for row, sample in enumerate(drawn.samples)}
         mine = [SampleNumber(sample) for sample in chosen if sample in row_of]
         picked = torch.tensor([row_of[sample] for sample in mine], device=self.device)

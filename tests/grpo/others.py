@@ -26,10 +26,15 @@ OWN: dict[str, dict[str, Any]] = {
     "dance": {"per_device_train_batch_size": 4, "best_of_n": 2, "sde_window_size": 2, "sde_window_per": "sample"},
     # Groups of 4 with 6 samples per process span processes.
     "nft": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1},
+    "awm": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1, "forward_loss": "awm"},
+    "crd": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1, "forward_loss": "crd", "crd_decay_first": 0.9},
+    "dgpo": {"per_device_train_batch_size": 6, "old_decay_rate": 0.1, "forward_loss": "dgpo", "dgpo_clip": 1e-3},
+    # Only pairs are trained on.
+    "dpo": {"per_device_train_batch_size": 4, "forward_loss": "dpo", "best_of_n": 2},
 }
 ONE = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
 TWO = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}
-CUT = {"dance": {}, "nft": {"fully_shard": True}}
+CUT: dict[str, dict[str, Any]] = {name: {"fully_shard": name in ("nft", "crd")} for name in OWN}
 
 
 class WholeDance(Whole, DanceGRPOTrainer):
@@ -40,7 +45,8 @@ class WholeNFT(Whole, DiffusionNFTTrainer):
     pass
 
 
-KINDS = {"dance": (WholeDance, DanceGRPOConfig), "nft": (WholeNFT, DiffusionNFTConfig)}
+KINDS: dict[str, tuple[Any, Any]] = dict.fromkeys(OWN, (WholeNFT, DiffusionNFTConfig))
+KINDS["dance"] = (WholeDance, DanceGRPOConfig)
 
 
 def configuration(folder: Path, name: str, **changes: Any) -> Any:
@@ -91,6 +97,6 @@ def told(path: Path, run: Callable[[], None]) -> None:
 JOBS = [
     *(partial(straight, name=name) for name in OWN),
     another_run,
-    partial(on_in_two, name="nft"),
+    *(partial(on_in_two, name=name) for name in OWN if name != "dance"),
     another_batch,
 ]

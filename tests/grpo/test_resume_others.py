@@ -34,7 +34,7 @@ def ranks_of(folder, run, step):
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("run", ["two", "one-to-two", "two-to-one"])
 def test_it_learns_what_one_process_does(folder, name, run):
-    for group in ("weights", "ema", "copies") if name == "nft" else ("weights", "ema"):
+    for group in ("weights", "ema", "copies") if name in ("nft", "awm", "crd", "dgpo") else ("weights", "ema"):
         parts = [folder / f"{name}-{each}" / "checkpoint-4" / f"{group}.safetensors" for each in (run, "one")]
         found, expected = (load_file(part) for part in parts)
         assert found.keys() == expected.keys()
