@@ -70,7 +70,7 @@ class Row:
 
     def settings(self, device: str) -> dict[str, Any]:
         """Return the settings that replace those of the recipe."""
-        most = 1 if self.part != "tiny" else 4 if self.small else 128
+        most = {"tiny": 4 if self.small else 128, "wan": 2, "wan14": 1}[self.part]
         per_device = min(most, self.samples // self.gpus)
         found: dict[str, Any] = {
             **QUIET,
@@ -112,7 +112,7 @@ def rows_of(part: str, gpus: Sequence[int], *, small: bool) -> list[Row]:
         common = {"part": part, "samples": 2 * most, "group": 2, "updates": 2, "lora": True, "limit": 280.0}
         plain = [_row("dancegrpo", count, common) for count in counts]
         return plain + [_row("dancegrpo", count, common, "fully_shard") for count in counts if count > 1]
-    # A prompt of 4 samples for each process: the samples of a prompt share the first steps of a rollout.
+    # A prompt of 4 samples for each process; samples of a prompt in one batch share the first steps of a rollout.
     common = {"part": "wan", "samples": 4 * most, "group": 4, "updates": 3, "limit": 170.0}
     lora = [_row(method, count, {**common, "lora": True}) for method in METHODS for count in counts]
     if part == "split":
