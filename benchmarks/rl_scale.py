@@ -22,15 +22,15 @@ split   the LoRA runs of `wan`, from which `separate` is computed: the best poss
 All launches of a part have the same number of samples in an update, so the ratio of two times is a speed-up.
 
 Expected on H200, written before the first measurement. One forward pass of a clip is 73 TFLOP with 1.3B and 505 TFLOP
-with 14B (`postgen.families.cost`): 0.18 s and 1.3 s at 400 TFLOP/s. fast-video takes about 10 passes in the rollout of
-a sample (12 in batches of 1) and 4 in training (with checkpointing), nft-video 10 and 6: for 8 samples 20 s and 23 s
-per update on one GPU, and the decoder (float32, perhaps 1 s per clip), so the rollout's share is 0.65 to 0.75. 14B with
-4 samples: 80 s. Two GPUs halve this: they exchange gradients once per update, 0.09 GB with LoRA and 5.7 GB with all
-weights, 20 ms over NVLink. So `ddp_2gpu_speedup` should be 1.9 or more. Memory: 1.3B LoRA 2.8 GB of weights, 2.6 GB of
-checkpointed activations, some GB for a block and the decoder; all weights 16 bytes per parameter and 4 for the average,
-28 GB (40 GB with the reference and the old policy of DiffusionNFT); 14B LoRA 29 GB of weights and 6 GB of checkpoints,
-on two GPUs with `fully_shard` 14 GB and 6 GB. The tiny recipes should gain least: a pass of 128 of their clips takes
-some 20 ms, and rewards, which run on the CPU, and the decoder take as long as the passes.
+with 14B (`postgen.families.cost`): 0.18 s and 1.3 s at 400 TFLOP/s. fast-video takes about 10 passes in the rollout
+of a sample (12 in batches of 1) and 4 in training (with checkpointing), nft-video 10 and 6: for 8 samples 20 s and 23
+s per update on one GPU, and the decoder (float32, perhaps 1 s per clip), so the rollout's share is 0.65 to 0.75. 14B
+with 4 samples: 80 s. Two GPUs halve this: they exchange gradients once per update, 0.09 GB with LoRA and 5.7 GB with
+all weights, 20 ms over NVLink. So `ddp_2gpu_speedup` should be 1.9 or more. Memory: 1.3B LoRA 2.8 GB of weights, 2.6
+GB of checkpointed activations, some GB for a block and the decoder; all weights 16 bytes per parameter and 4 for the
+average, 28 GB (40 GB with the reference and the old policy of DiffusionNFT); 14B LoRA 29 GB of weights and 6 GB of
+checkpoints, on two GPUs with `fully_shard` 14 GB and 6 GB. The tiny recipes should gain least: a pass of 128 of their
+clips takes some 20 ms, and rewards, which run on the CPU, and the decoder take as long as the passes.
 """
 
 from __future__ import annotations
@@ -254,7 +254,9 @@ def work(options: argparse.Namespace) -> int:
             for row in rows_of(part, options.gpus, small=options.tiny):
                 scale.measure(row)
     for each in payload(scale.rows)["gates"]:
-        print(f"{each['name']}: {each['value']} (target {each['op']} {each['target']}){'' if each['ok'] else ' MISSED'}")
+        print(
+            f"{each['name']}: {each['value']} (target {each['op']} {each['target']}){'' if each['ok'] else ' MISSED'}"
+        )
     return int(any(row["error"] for row in scale.rows))
 
 

@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,8 @@ def trainer_of(row: Row, folder: Path, device: str) -> Any:
 def trained(row: Row, folder: Path, device: str) -> dict[str, Any]:
     """Train a run; return the peak memory in GiB, the passes and the trained parameters of this process."""
     trainer = trainer_of(row, folder, device)
-    try:
+    with suppress(Finished):
         trainer.train()
-    except Finished:
-        pass
     count = sum(value.numel() for value in trainer.trained().values())
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
     return {"peak_gb": peak, "trained_parameters": count, "cost": trainer.meter.read()}

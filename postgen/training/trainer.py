@@ -24,7 +24,7 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .modes import evaluating
-from .processes import check_equal, check_group, counted, leave_group
+from .processes import check_equal, check_group, check_same, counted, leave_group
 from .run_folder import RunLock, no_folder, written
 from .run_log import RunLog
 from .run_state import RunState
@@ -130,11 +130,12 @@ class Trainer(TrainerHooks[C]):
         """Train until `max_steps`, the deadline, a callback's stop or a signal; then save a checkpoint and export.
 
         Raises:
-            UserError: weights or a checkpoint do not fit, the output folder holds another run, or the same several
-                processes have already trained a run.
+            UserError: weights or a checkpoint do not fit, the output folder holds another run, several
+                processes differ in settings or data, or have already trained a run.
             FloatingPointError: a loss was not finite; nothing is saved after such a step.
         """
         check_group(self.accelerator)
+        check_same(self.args, self.inputs())
         self._began = time.monotonic()
         warned = kept_warnings(self.args.folder, lambda: self.global_step, main=self.accelerator.is_main_process)
         with self._own_folder(), written(self.args.folder), warned, compiled(self.args):
