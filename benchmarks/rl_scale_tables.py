@@ -1,9 +1,17 @@
-"""What `benchmarks.rl_scale` computes from its runs: speed-ups, the bound for separate GPUs, and tables for pages."""
+"""What `benchmarks.rl_scale` computes from its runs: speed-ups, the bound for separate GPUs, and tables for pages.
+
+`python -m benchmarks.rl_scale_tables` writes the tables of docs/several_gpus.md from benchmarks/results/rl_scale.json.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from benchmarks import docs_tables
+from benchmarks.gates import RESULTS, read_result
+from benchmarks.rl_scale_rows import METHODS
 
 NVLINK = 3e11
 """Assumed bytes per second between two GPUs, about two thirds of NVLink 4's 450 GB/s in one direction."""
@@ -87,7 +95,7 @@ def equality(result: Mapping[str, Any]) -> Iterable[str]:
     yield "| run | GPUs | largest difference from one GPU |"
     yield "|---|---|---|"
     for row in result["rows"]:
-        if row["part"] == "equal" and not row["run"].startswith(tuple(f"equal-{name}-one-of" for name in _METHODS)):
+        if row["part"] == "equal" and not row["run"].startswith(tuple(f"equal-{name}-one-of" for name in METHODS)):
             told = row["error"].splitlines()[0][:80] if row["error"] else f"{row['max_abs']:.1e}"
             yield f"| {row['run'].removeprefix('equal-')} | {row['gpus']} | {told} |"
 
@@ -105,6 +113,16 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-_METHODS = ("dancegrpo", "diffusion_nft")
 MAKERS = {"rl_times": times, "rl_equality": equality, "rl_separate": apart}
 """Name of a table of docs/several_gpus.md -> the function that makes it."""
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "several_gpus.md"
+
+
+def tables() -> dict[str, list[str]]:
+    """Return the lines of each table for the committed result, or that nothing was measured."""
+    there = (RESULTS / "rl_scale.json").is_file()
+    return docs_tables.of_result(read_result("rl_scale") if there else None, MAKERS)
+
+
+if __name__ == "__main__":
+    docs_tables.write(PAGE, tables())

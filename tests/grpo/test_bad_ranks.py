@@ -45,7 +45,11 @@ def pair(path: Path) -> tuple[list[int], list[list[str]]]:
 @pytest.mark.parametrize(
     ("bad", "codes", "message"),
     [
-        ("column", [2, 2], "process 1: the reward counting needs the column 'number', the data has no columns besides"),
+        (
+            "column",
+            [2, 2],
+            "process 1: the reward counting needs the column 'number', the data has no columns",
+        ),
         ("rows", [2, 2], "process 1 has another value of train_dataset than process 0: all processes of a run need"),
         ("user", [2, 2], "process 1: no such thing: do that"),
         ("bug", [1, 1], "process 1: RuntimeError: no way (its traceback is in the output)"),
