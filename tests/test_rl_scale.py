@@ -7,7 +7,7 @@ import pytest
 from benchmarks.docs_tables import filled
 from benchmarks.faults_two_gpus import SPREADS, TRAINERS
 from benchmarks.rl_scale import main, payload, summary
-from benchmarks.rl_scale_rows import METHODS, Row, rows_of
+from benchmarks.rl_scale_rows import METHODS, rows_of
 from benchmarks.rl_scale_tables import MAKERS, PAGE, bound, tables
 from postgen.grpo.batches import Batches
 from postgen.training import load_recipe
@@ -79,9 +79,7 @@ def test_gates_need_all_their_runs():
 
 
 def test_a_run_that_was_ended_keeps_its_measured_updates(tmp_path):
-    row = Row(
-        part="wan", method="dancegrpo", spread="one", gpus=1, lora=True, samples=8, group=4, updates=3, limit=1.0
-    )
+    row = rows_of("wan", [1], small=False)[0]
     (tmp_path / "log").write_text("Timeout (0:02:00)!")
     assert "Timeout" in summary(row, tmp_path)["error"]
     assert "seconds" not in summary(row, tmp_path)
