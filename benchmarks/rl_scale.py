@@ -11,10 +11,10 @@ left out. Run it from the root of a checkout, because it uses the tiny models of
 
 equal   all weights of a tiny Wan in float32, 4 updates, both trainers: largest difference from one GPU with averaged
         gradients (DDP), FSDP2 by accelerate and `fully_shard`, and of runs that resume on another number of GPUs
-tiny    the recipes dancegrpo-tiny and nft-tiny, 256 samples per update
+tiny    the recipes dancegrpo-tiny and nft-tiny, 256 samples per update, for each distribution of the weights
 wan     the shape of Wan 2.1 1.3B with random weights, 480 x 832 x 33, LoRA and all weights, 4 samples per GPU of the
         largest launch and update; the recipes fast-video and nft-video, with one window per rollout and no networks
-        in the reward
+        in the reward; all weights also sharded
 wan14   the same for LoRA on Wan 2.1 14B, 2 samples per GPU
 split   the LoRA runs of `wan`, from which `separate` is computed: the best possible time if some GPUs only draw
         rollouts while the others train on the rollout before
@@ -93,6 +93,10 @@ class Scale:
 
     def equal(self, count: int, *, small: bool) -> None:
         """Compare the weights of one process with those of `count`, for each way of distributing the weights."""
+        wanted = {f"equal-{job.name}-of-{count}" for jobs in jobs_of(self.device, count) for job in jobs}
+        if wanted <= self.known:
+            print(f"equal, {count} processes: in the file already")
+            return
         with tempfile.TemporaryDirectory() as name:
             bench = Bench(Path(name), self.device, count=count)
             bench.build()

@@ -107,7 +107,7 @@ def rows_of(part: str, gpus: Sequence[int], *, small: bool) -> list[Row]:
     counts = sorted(gpus)
     if part == "tiny":
         common: dict[str, Any] = {"part": "tiny", "samples": 256, "group": 16, "updates": 14, "warm": 2, "limit": 90.0}
-        return [_row(method, count, common) for method in METHODS for count in counts]
+        return [*(_row(method, count, common) for method in METHODS for count in counts), *_shards(common, counts)]
     if part == "wan14":
         common = {"part": part, "samples": 2 * most, "group": 2, "updates": 2, "lora": True, "limit": 280.0}
         plain = [_row("dancegrpo", count, common) for count in counts]
@@ -118,8 +118,17 @@ def rows_of(part: str, gpus: Sequence[int], *, small: bool) -> list[Row]:
     if part == "split":
         return lora
     full = [_row(method, count, common) for method in METHODS for count in counts]
-    shards = ("fully_shard", "fsdp2")
-    return [*lora, *full, *(_row("dancegrpo", n, common, spread) for spread in shards for n in counts if n > 1)]
+    return [*lora, *full, *_shards(common, counts)]
+
+
+def _shards(common: Mapping[str, Any], counts: Sequence[int]) -> list[Row]:
+    return [
+        _row(method, count, common, spread)
+        for method in METHODS
+        for spread in ("fully_shard", "fsdp2")
+        for count in counts
+        if count > 1
+    ]
 
 
 def _row(method: str, count: int, common: Mapping[str, Any], spread: str = "ddp") -> Row:
