@@ -181,8 +181,9 @@ def summary(row: Row, folder: Path) -> dict[str, Any]:
         found |= {"train_seconds": step - sum(means.values())}
     if ranks and not error:
         passes = sum(each["cost"]["forward_equivalents"] for each in ranks) / row.updates
-        peaks = [each["peak_gb"] for each in ranks if each["peak_gb"] is not None]
-        found |= {"forward_equivalents": passes, "peak_gb": max(peaks, default=None)}
+        found["forward_equivalents"] = passes
+        for name in ("peak_gb", "peak_at_start_gb"):
+            found[name] = max((each[name] for each in ranks if each[name] is not None), default=None)
         found |= {"trained_parameters": max(each["trained_parameters"] for each in ranks)}
         if row.part in MODELS and not row.small and updates:
             found["tflops_per_gpu"] = passes * forward_tflop(row.part) / found["seconds"] / row.gpus

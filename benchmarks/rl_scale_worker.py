@@ -37,12 +37,30 @@ class Finished(Exception):
 
 
 class Enough(TrainerCallback):
-    """Ends a run after its last update; all processes do so at the same point."""
+    """Ends a run after its last update, at the same point in all processes, and separates the peak of memory before.
+
+    Args:
+        warm: number of first updates that are not measured.
+    """
+
+    def __init__(self, warm: int) -> None:
+        self.warm = warm
+        self.before: float | None = None
+        """Peak memory in GiB until the first measured update. A sharded model is whole at first."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise `Finished` once the last update is logged."""
+        if state.global_step == self.warm:
+            self.before = peak()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
         if state.global_step >= args.max_steps:
             raise Finished
+
+
+def peak() -> float | None:
+    """Return the peak memory of this process in GiB; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
 def brightness(completions: Sequence[Tensor], **columns: Any) -> list[float]:
@@ -81,13 +99,14 @@ def wan(part: str, device: torch.device, *, small: bool) -> Any:
         )
 
 
-def trainer_of(row: Row, folder: Path, device: str) -> Any:
+def trainer_of(row: Row, folder: Path, device: str, enough: Enough) -> Any:
     """Return the trainer of a run.
 
     Args:
         row: the run.
         folder: folder of the run; it holds `prompts.jsonl`.
         device: "cuda" or "cpu".
+        enough: callback that ends the run.
     """
     words = [] if row.part == "tiny" else ["--train_dataset", str(folder / "prompts.jsonl")]
     kind, recipe = load_recipe(row.recipe, [*words, "--output_dir", str(folder / "run")])
@@ -98,17 +117,20 @@ def trainer_of(row: Row, folder: Path, device: str) -> Any:
         torch.cuda.set_device(place)
     model = None if row.part == "tiny" else wan(row.part, place, small=row.small)
     made: Any = kind
-    return made(model, args=config, callbacks=[Enough()])
+    return made(model, args=config, callbacks=[enough])
 
 
 def trained(row: Row, folder: Path, device: str) -> dict[str, Any]:
     """Train a run; return the peak memory in GiB, the passes and the trained parameters of this process."""
-    trainer = trainer_of(row, folder, device)
+    enough = Enough(row.warm)
+    trainer = trainer_of(row, folder, device, enough)
+    if device == "cuda":  # the random weights were drawn in float32
+        torch.cuda.reset_peak_memory_stats()
     with suppress(Finished):
         trainer.train()
     count = sum(value.numel() for value in trainer.trained().values())
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    return {"peak_gb": peak, "trained_parameters": count, "cost": trainer.meter.read()}
+    memory = {"peak_gb": peak(), "peak_at_start_gb": enough.before}
+    return {**memory, "trained_parameters": count, "cost": trainer.meter.read()}
 
 
 def main(path: str) -> int:

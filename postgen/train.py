@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +80,8 @@ def _run(words: list[str]) -> int:
         result = trainer_class.from_config(config).train()
     if result.reason is not Reason.INTERRUPTED:
         return 0
-    tell(f"postgen: interrupted after step {result.global_step}; continue with --resume")
+    if os.environ.get("RANK", "0") == "0":  # all processes stop after the same step
+        tell(f"postgen: interrupted after step {result.global_step}; continue with --resume")
     return Stop(result.signal).code
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from postgen.errors import first_line
 from postgen.files import discard_unfinished
+from postgen.interrupts import terminate_children
 
 _POLL = 0.25
 """Seconds between two looks for a notice."""
@@ -156,10 +157,7 @@ class Peers:
         if self._over.wait(_GRACE):
             return
         self._finish(store, first)
-        discard_unfinished()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(first.code)
+        _exit(first.code)
 
 
 @contextmanager
@@ -181,11 +179,18 @@ def ending_together(tell: Callable[[str], None]) -> Iterator[Peers]:
 
 def leave(code: int) -> None:
     """Exit with a code. A failed process of several exits at once, because ending its process group could block."""
-    if code and os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if code in (1, 2) and os.environ.get("WORLD_SIZE", "1") != "1":
+        _exit(code)
     sys.exit(code)
+
+
+def _exit(code: int) -> None:
+    """Exit at once, without the functions that Python calls at the end of a process."""
+    discard_unfinished()
+    terminate_children()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _worded(first: Notice, own: str) -> str:
