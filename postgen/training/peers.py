@@ -29,8 +29,8 @@ _GRACE = 2.0
 """Seconds that the main thread of a process has to end by itself after a notice of another process."""
 _PATIENCE = 5.0
 """Seconds that a process waits for the first process to print the notice; then it prints the notice itself."""
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""Parts of the messages of gloo and NCCL about a process that has ended."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Parts of the messages of gloo about a process that has ended; NCCL's errors have their own class."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,24 @@ class Peers:
     def follow(self, error: Exception) -> int | None:
         """Handle an exception that is not the user's error; return the exit code, or None to raise it.
 
-        The exception of a process may be the consequence of another process's end: then only the notice of that
-        process is printed. Otherwise the other processes are told of the exception, and the caller should raise it.
+        An exception of a collective operation is the consequence of another process's end: then only the notice of
+        that process is printed. Of any other exception the other processes are told, and the caller should raise it.
         """
         if self.count == 1:
             return None
+        self.stop()
         store = _connected()
+        lost = _is_lost(error)
         first = None if store is None else _read(store)
-        if first is not None and first.rank != self.rank:
-            self.stop()
-            self._finish(store, first)
-            return first.code
-        if any(part in str(error) for part in _LOST):
+        if first is None and lost:
             text = (
                 "another process of this run has ended without a message (killed, or out of memory); the launcher"
                 " says below which. Continue from the last checkpoint with --resume"
             )
             return self.end(1, text)
-        self.stop()
+        if first is not None and first.rank != self.rank:
+            self._finish(store, first)
+            return first.code if lost else None
         if store is not None:
             text = f"{type(error).__name__}: {first_line(error)} (its traceback is in the output)"
             with suppress(RuntimeError):
@@ -191,6 +191,15 @@ def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Return whether an exception says that another process has ended."""
+    from torch import distributed
+
+    text = str(error)
+    of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in text and any(part in text for part in _LOST)
+    return of_gloo or isinstance(error, distributed.DistError)
 
 
 def _worded(first: Notice, own: str) -> str:

@@ -41,10 +41,10 @@ class Trainer(TrainerHooks[C]):
     """Base class of all trainers. A subclass defines the trained modules, the loss of a micro-batch, and the export.
 
     Required hooks: `build`, `training_step`, `export`. Optional hooks: `parameter_groups`, `build_optimizer`,
-    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`,
-    `state_dict`, `load_state_dict`, `state_of_others`. Hooks may use the attributes `args`, `accelerator`, `device`,
-    `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`). Several trainers in one process may have
-    different precisions; several processes can train one run only.
+    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `inputs`,
+    `weight_copies`, `state_dict`, `load_state_dict`, `state_of_others`. Hooks may use the attributes `args`,
+    `accelerator`, `device`, `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`). Several trainers in
+    one process may have different precisions; several processes can train one run only.
 
     With several processes, gradients are averaged only for calls `self.models[name](...)`: DDP and FSDP wrap the
     `forward` of the modules that `build` returned, but neither their submodules nor other methods. If a loss needs
