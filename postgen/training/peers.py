@@ -63,6 +63,9 @@ class Peers:
     def start(self) -> None:
         """Watch for notices of other processes in a thread."""
         if self.count > 1:
+            # Imported here, because two threads should not import torch at the same time.
+            import torch.distributed  # noqa: F401
+
             self._thread = threading.Thread(target=self._watch, name="postgen-peers", daemon=True)
             self._thread.start()
 
@@ -198,7 +201,7 @@ def _is_lost(error: Exception) -> bool:
     from torch import distributed
 
     text = str(error)
-    of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in text and any(part in text for part in _LOST)
+    of_gloo = isinstance(error, RuntimeError) and "/gloo/" in text and any(part in text for part in _LOST)
     return of_gloo or isinstance(error, distributed.DistError)
 
 
