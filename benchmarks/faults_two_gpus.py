@@ -17,22 +17,21 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gates import gate, write_result
+from benchmarks.launches import ROOT, free_ports, launcher, send, wait_for
 from benchmarks.two_gpus_compare import STEPS, check_export, largest_difference, moved
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = ("dancegrpo", "diffusion_nft")
 SPREADS = {"ddp": "ddp", "fully_shard": "ddp", "fsdp2": "fsdp2"}
 """Ways of distributing the weights over two processes -> the file of `recipes/accelerate` that starts them."""
@@ -59,12 +58,14 @@ class Job:
     trainer: str
     launch: str
     """Name of a file of `recipes/accelerate`, or an empty text for one process."""
+    count: int = 2
+    """Number of processes of a launch."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def processes(self) -> int:
         """Number of processes of the run."""
-        return 2 if self.launch else 1
+        return self.count if self.launch else 1
 
 
 class Bench:
@@ -74,10 +75,11 @@ class Bench:
         folder: empty folder for all runs.
         device: "cuda", or "cpu" (gloo; accelerate has no FSDP2 there).
         limit: time limit of a run in seconds.
+        count: number of processes of a launch, a power of 2. Updates have two samples for each of them.
     """
 
-    def __init__(self, folder: Path, device: str, limit: float = LIMIT) -> None:
-        self.folder, self.device, self.limit = folder, device, limit
+    def __init__(self, folder: Path, device: str, limit: float = LIMIT, count: int = 2) -> None:
+        self.folder, self.device, self.limit, self.count = folder, device, limit, count
         self.outcomes: dict[str, dict[str, Any]] = {}
         self._sessions = 0
 
@@ -88,7 +90,7 @@ class Bench:
         from tests.tiny_wan import wan_components
 
         WanPipeline(**wan_components()).save_pretrained(self.folder / "model")
-        rows = [{"prompt": text} for text in ("a ball", "a cube", "two balls", "a red ball")]
+        rows = [{"prompt": text} for text in ("a ball", "a cube", "two balls", "a red ball")] * max(1, self.count // 4)
         (self.folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def run_of(self, name: str) -> Path:
@@ -96,8 +98,8 @@ class Bench:
         return self.folder / name / "run"
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Return the recipe of a job. Each update has the same samples for one and for two processes."""
-        one = 3 - job.processes
+        """Return the recipe of a job. Each update has the same samples for every number of processes."""
+        micro_batches = self.count // job.processes
         values: dict[str, Any] = {
             **{"method": job.trainer, "model": str(self.folder / "model"), "output_dir": str(self.run_of(job.name))},
             **{
@@ -106,12 +108,13 @@ class Bench:
             },
             **{"reward_funcs": ["tests.grpo.toy.near"], "use_peft": False, "device": self.device},
             **{"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 16},
-            # Groups of four in micro-batches of two: a group spans both processes.
-            **{"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": one},
-            **{"steps_per_generation": 2 * one, "max_steps": STEPS, "save_steps": 1, "save_total_limit": None},
+            # Groups of four in micro-batches of two: a group spans two processes.
+            **{"num_generations": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": micro_batches},
+            **{"steps_per_generation": 2 * micro_batches, "max_steps": STEPS},
+            **{"save_steps": 1, "save_total_limit": None},
             # With a small epsilon, AdamW would make full steps from gradients that are only rounding errors.
             **{"learning_rate": 1e-2, "adam_epsilon": 1e-2, "ema_decay": 0.9, "beta": 0.1},
-            **{"eval_steps": 2, "eval_prompts": 4, "eval_grid": 0, "logging_steps": 1},
+            **{"eval_steps": 2, "eval_prompts": max(4, self.count), "eval_grid": 0, "logging_steps": 1},
             **{"report_to": "none", "disable_tqdm": True},
         }
         if job.trainer == "dancegrpo":
@@ -137,8 +140,8 @@ class Bench:
             described.append({**values, "settings": self.settings(job)})
         path.write_text(json.dumps(described), encoding="utf-8")
         ranks = range(jobs[0].processes)
-        with self._started(jobs[0].launch, path) as process:
-            _wait([Path(f"{path}.ready-{rank}") for rank in ranks], process, START)
+        with self._started(jobs[0], path) as process:
+            wait_for([Path(f"{path}.ready-{rank}") for rank in ranks], process, START)
             for job in jobs:
                 began = time.monotonic()
                 files = [self.folder / job.name / f"rank-{rank}.json" for rank in ranks]
@@ -149,13 +152,11 @@ class Bench:
         return sum(job.name in self.outcomes for job in jobs)
 
     @contextmanager
-    def _started(self, launch: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    def _started(self, job: Job, path: Path) -> Iterator[subprocess.Popen[bytes]]:
         """Start the processes for a file of jobs, and end all of them when the `with` block ends."""
         words = ["-m", "benchmarks.two_gpus_worker", str(path)]
-        if launch:
-            name = launch if self.device == "cuda" else "ddp_cpu"
-            config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
-            words = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", *words]
+        if job.launch:
+            words = [*launcher(job.launch, self.device, job.count), *words]
         environment = dict(os.environ)
         if self.device == "cpu":
             environment |= {"OMP_NUM_THREADS": "1"}
@@ -170,7 +171,7 @@ class Bench:
             finally:
                 # Only SIGKILL ends a process that waits in a collective, and the launcher would wait for it.
                 if process.poll() != 0:
-                    _signal([process.pid, *self._workers(path).values()], signal.SIGKILL)
+                    send([process.pid, *self._workers(path).values()], signal.SIGKILL)
                     process.wait()
 
     def _workers(self, path: Path) -> dict[int, int]:
@@ -182,12 +183,12 @@ class Bench:
         end = time.monotonic() + self.limit
         while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
             if any(json.loads(file.read_text())["error"] for file in files if file.exists()):
-                _wait(files, process, AFTER)
+                wait_for(files, process, AFTER)
                 break
             time.sleep(0.05)
         silent = [number for rank, number in self._workers(path).items() if not files[rank].exists()]
         if silent and process.poll() is None:
-            _signal(silent, signal.SIGUSR1)
+            send(silent, signal.SIGUSR1)
             time.sleep(1)
 
     def _failed(self, path: Path) -> bool:
@@ -214,31 +215,7 @@ class Bench:
         return found
 
 
-def _signal(processes: Sequence[int], number: int) -> None:
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process, number)
-
-
-def _wait(files: Sequence[Path], process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Wait until all files exist, the process has ended, or the time is over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None and not all(file.exists() for file in files):
-        time.sleep(0.05)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return `count` different ports of this machine on which no process listens."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def jobs_of(device: str) -> list[list[Job]]:
+def jobs_of(device: str, count: int = 2) -> list[list[Job]]:
     """Return the runs, grouped by launch, in an order in which they can run."""
     spreads = {name: launch for name, launch in SPREADS.items() if device == "cuda" or name != "fsdp2"}
     one = [Job(name=f"{trainer}-one", trainer=trainer, launch="") for trainer in TRAINERS]
@@ -248,6 +225,7 @@ def jobs_of(device: str) -> list[list[Job]]:
                 name=f"{trainer}-{spread}",
                 trainer=trainer,
                 launch=launch,
+                count=count,
                 settings={"fully_shard": True} if spread == "fully_shard" else {},
             )
             for spread, launch in spreads.items()
@@ -260,15 +238,20 @@ def jobs_of(device: str) -> list[list[Job]]:
 
 
 def resumes(bench: Bench) -> list[list[Job]]:
-    """Return the runs that resume from a checkpoint of another number of processes: from one to two, and back."""
+    """Return the runs that resume from a checkpoint of another number of processes.
 
-    def job(trainer: str, source: str, launch: str, **settings: Any) -> Job:
+    They resume from one to all, from all to one, and with more than two processes from all to a half.
+    """
+
+    def job(trainer: str, source: str, count: int, **settings: Any) -> Job:
         path = str(bench.run_of(f"{trainer}-{source}") / f"checkpoint-{MIDDLE}")
-        name = f"{trainer}-{source}-to-{2 if launch else 1}"
-        return Job(name=name, trainer=trainer, launch=launch, settings={"resume_from_checkpoint": path, **settings})
+        values = {"resume_from_checkpoint": path, **settings}
+        launch = "ddp" if count > 1 else ""
+        return Job(name=f"{trainer}-{source}-to-{count}", trainer=trainer, launch=launch, count=count, settings=values)
 
-    two = [job(trainer, "one", "ddp", fully_shard=trainer == "diffusion_nft") for trainer in TRAINERS]
-    return [two, [job(trainer, "ddp", "") for trainer in TRAINERS]]
+    many = [job(trainer, "one", bench.count, fully_shard=trainer == "diffusion_nft") for trainer in TRAINERS]
+    fewer = [1, bench.count // 2] if bench.count > 2 else [1]
+    return [many, *([job(trainer, "ddp", count) for trainer in TRAINERS] for count in fewer)]
 
 
 def compared(bench: Bench, job: Job) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from postgen.commands.errors import forget_standing, tell, tell_error, tell_stopped, when_stopped
+from postgen.commands.errors import forget_standing, tell, tell_stopped, when_stopped
 from postgen.errors import UserError
 from postgen.files import discard_unfinished
 from postgen.interrupts import Stop, stoppable
+from postgen.training.peers import ending_together, leave
 
 if TYPE_CHECKING:
     from postgen.training import TrainingConfig
@@ -32,24 +34,26 @@ def main(argv: list[str] | None = None) -> int:
     """Run the recipe named by `argv` (default: the command line) and return the exit code.
 
     Exit codes: 0 done, 1 the loss is not finite, 2 wrong input (one line on stderr), 130 interrupted after saving a
-    checkpoint (143 for SIGTERM, 129 for SIGHUP).
+    checkpoint (143 for SIGTERM, 129 for SIGHUP). Of several processes, the first prints the message, and all end.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
         print(USAGE, end="")
         return 0 if words else 2
     forget_standing()
-    with stoppable() as stop:
+    with stoppable() as stop, ending_together(lambda text: tell(f"postgen: error: {text}")) as peers:
         try:
             return _run(words)
-        except UserError as error:
-            return tell_error(error) or 2
-        except FloatingPointError as error:  # training has diverged, which is not a bug of postgen: no traceback
-            tell(f"postgen: error: {error}")
-            return 1
+        except (UserError, FloatingPointError) as error:
+            # FloatingPointError: training has diverged, which is not a bug of postgen, so there is no traceback.
+            stop.end()  # a launcher sends signals to the other processes as soon as one has ended
+            return peers.end(2 if isinstance(error, UserError) else 1, str(error))
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, Exception) and not stop.number:
-                raise
+                stop.end()
+                if (code := peers.follow(error)) is None:
+                    raise
+                return code
             # An interrupt, or an exception that a library raised because of the interrupt.
             stop.end()
             discard_unfinished()
@@ -76,7 +80,8 @@ def _run(words: list[str]) -> int:
         result = trainer_class.from_config(config).train()
     if result.reason is not Reason.INTERRUPTED:
         return 0
-    tell(f"postgen: interrupted after step {result.global_step}; continue with --resume")
+    if os.environ.get("RANK", "0") == "0":  # all processes stop after the same step
+        tell(f"postgen: interrupted after step {result.global_step}; continue with --resume")
     return Stop(result.signal).code
 
 
@@ -107,4 +112,4 @@ def _spelt_out(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

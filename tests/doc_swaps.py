@@ -133,8 +133,9 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
         ("num_inference_steps=8,", "num_inference_steps=4, height=64, width=64, num_frames=5,"),
         ("fast-video --lora_path", "fast-tiny --use_peft true --output_dir runs/lora --lora_path"),
         ("--model runs/my-run/export", "--model runs/fast-tiny/export"),
-        ("recipes/fast-video.yaml", "fast-tiny --dry-run"),  # one process, a local model, and only the estimate
     ),
+    # One process, a local model, and only the estimate.
+    "several_gpus.md": (("recipes/fast-video.yaml", "fast-tiny --dry-run"),),
     # Rewards whose weights are available.
     "rewards.md": (("hps_v2_1", "world_clip"), ("clip_score(frames=8)", "world_clip")),
     "worldweaver_pipeline.md": (

@@ -12,6 +12,7 @@ from postgen.errors import UserError
 from postgen.sampling.meter import Meter
 from postgen.training import Trainer
 from postgen.training.processes import counted
+from postgen.training.prompts import Prompts
 
 from .batches import Batches
 from .buffer import Buffer
@@ -34,6 +35,15 @@ class KeptState(Trainer[G]):
     """Passes and seconds of the run."""
     hacking: HackingGuard
     """Detector of reward hacking."""
+    prompts: Prompts
+    """Prompts to train on."""
+    eval_prompts: Prompts | None
+    """Held-out prompts."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the rows of the prompts, which all processes must have read alike."""
+        sets = {"train_dataset": self.prompts, "eval_dataset": self.eval_prompts}
+        return {name: prompts.rows for name, prompts in sets.items() if prompts is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return position, costs, state of the hacking guard, and the buffer if its rollout is not used up."""

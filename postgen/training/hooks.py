@@ -132,6 +132,13 @@ class TrainerHooks(ABC, Generic[C]):
         """
         return {}
 
+    def inputs(self) -> Mapping[str, Any]:
+        """Return inputs that all processes must have read alike, by name, such as the rows of a data set.
+
+        `train` compares their JSON form; of a value that JSON does not support only the class is compared.
+        """
+        return {}
+
     def weight_copies(self) -> Mapping[str, WeightsCopy]:
         """Return the copies of the trained weights, by name, that change during the run; checkpoints save them."""
         return {}

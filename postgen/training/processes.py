@@ -1,10 +1,48 @@
-"""Several processes of one run: check of equal weights, and the end of the process group."""
+"""Several processes of one run: checks of equal inputs and weights, and the end of the process group."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from postgen.errors import UserError
+
+from .config import TrainingConfig
+
+
+def check_same(args: TrainingConfig, inputs: Mapping[str, Any]) -> None:
+    """Check that all processes have the same settings and inputs; every process must call this.
+
+    Settings that are texts may differ, because paths may, and those that may differ between two calls of a run.
+
+    Args:
+        args: the configuration.
+        inputs: JSON values by name.
+
+    Raises:
+        UserError: a process differs from the first one; the message names what differs.
+    """
+    may = args.named_in("may_change")
+    plain = {
+        name: value for name, value in args.to_dict().items() if name not in may and not isinstance(value, str | None)
+    }
+    digests = {name: _digest(value) for name, value in {**plain, **inputs}.items()}
+    first, *others = gather_object([digests])
+    for rank, other in enumerate(others, 1):
+        if names := [name for name in first | other if first.get(name) != other.get(name)]:
+            raise UserError(
+                f"process {rank} has another value of {', '.join(names)} than process 0: all processes of a run need"
+                " the same recipe, the same options and the same data files"
+            )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, default=lambda other: type(other).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_equal(checksum: float) -> None:

@@ -24,7 +24,7 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .modes import evaluating
-from .processes import check_equal, check_group, counted, leave_group
+from .processes import check_equal, check_group, check_same, counted, leave_group
 from .run_folder import RunLock, no_folder, written
 from .run_log import RunLog
 from .run_state import RunState
@@ -41,10 +41,10 @@ class Trainer(TrainerHooks[C]):
     """Base class of all trainers. A subclass defines the trained modules, the loss of a micro-batch, and the export.
 
     Required hooks: `build`, `training_step`, `export`. Optional hooks: `parameter_groups`, `build_optimizer`,
-    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `weight_copies`,
-    `state_dict`, `load_state_dict`, `state_of_others`. Hooks may use the attributes `args`, `accelerator`, `device`,
-    `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`). Several trainers in one process may have
-    different precisions; several processes can train one run only.
+    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `inputs`,
+    `weight_copies`, `state_dict`, `load_state_dict`, `state_of_others`. Hooks may use the attributes `args`,
+    `accelerator`, `device`, `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`). Several trainers in
+    one process may have different precisions; several processes can train one run only.
 
     With several processes, gradients are averaged only for calls `self.models[name](...)`: DDP and FSDP wrap the
     `forward` of the modules that `build` returned, but neither their submodules nor other methods. If a loss needs
@@ -130,11 +130,12 @@ class Trainer(TrainerHooks[C]):
         """Train until `max_steps`, the deadline, a callback's stop or a signal; then save a checkpoint and export.
 
         Raises:
-            UserError: weights or a checkpoint do not fit, the output folder holds another run, or the same several
-                processes have already trained a run.
+            UserError: weights or a checkpoint do not fit, the output folder holds another run, several
+                processes differ in settings or data, or have already trained a run.
             FloatingPointError: a loss was not finite; nothing is saved after such a step.
         """
         check_group(self.accelerator)
+        check_same(self.args, self.inputs())
         self._began = time.monotonic()
         warned = kept_warnings(self.args.folder, lambda: self.global_step, main=self.accelerator.is_main_process)
         with self._own_folder(), written(self.args.folder), warned, compiled(self.args):

@@ -35,18 +35,18 @@ def test_grpo_accelerate_files_are_read_by_accelerate():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("single", "Tested on one GPU"),
-        ("ddp", "Tested on two H200 of one host"),
-        ("fsdp2", "Tested on two H200 of one host"),
-        ("ddp_cpu", "Not tested on a GPU"),
-        ("zero3", "Not tested on a GPU"),
+        ("single", "Run on: 1 GPU "),
+        ("ddp", "Run on: 2 GPUs (H200, one host)"),
+        ("fsdp2", "Run on: 1 and 2 GPUs (H200, one host)"),
+        ("ddp_cpu", "Run on: 2 CPU processes"),
+        ("zero3", "Run on: none"),
     ],
 )
 def test_grpo_accelerate_files_say_on_how_many_gpus_they_ran(name, said):
     lines = (ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text().splitlines()
     head = " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
     assert said in head
-    if "two" in said:
+    if "2 GPUs" in said:
         log = (ROOT / "benchmarks" / "results" / "two_gpus.txt").read_text()
         for trainer in ("dancegrpo", "diffusion_nft"):
             assert f"{trainer}-{name}: " in log

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.faults_two_gpus import free_ports
+from benchmarks.launches import free_ports
 from tests.children import Child
 
 
