@@ -10,7 +10,7 @@ from postgen.errors import UserError
 from postgen.families import register_denoiser
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.sampling.meter import Meter
-from tests.grpo.test_learning import ShuffledNFT, run
+from tests.grpo.test_learning import run
 from tests.grpo.toy import ROWS, grpo, lines, lines_of, near, settings
 from tests.sampling.toy import FrameDenoiser, PointPipeline
 
@@ -42,7 +42,8 @@ def apart(one, other):
 def test_it_learns_with_each_loss_but_not_from_shuffled_advantages(tmp_path, name):
     changes = {"max_steps": 40, "beta": 0.0, **LOSSES[name]}
     assert run(tmp_path / "a", kind=DiffusionNFTTrainer, **changes) > 0.3
-    assert run(tmp_path / "b", kind=ShuffledNFT, **changes) < 0.1
+    with pytest.warns(UserWarning, match="shuffle_advantages"):
+        assert run(tmp_path / "b", kind=DiffusionNFTTrainer, shuffle_advantages=True, **changes) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -382,3 +383,10 @@ def test_what_cannot_work_is_refused(tmp_path, text):
         forward(tmp_path / "run", **changes).train()
     assert str(caught.value).startswith(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_guard_needs_a_reference_of_the_same_guidance():
+    """The divergence of CRD compares with a guided reference policy, whose predictions have a larger norm."""
+    with pytest.raises(UserError, match="norm_guard must be 0 unless crd_kl_guidance is guidance_scale"):
+        DiffusionNFTConfig(output_dir="x", forward_loss="crd", norm_guard=0.1, report_to=[])
+    DiffusionNFTConfig(output_dir="x", forward_loss="crd", norm_guard=0.1, crd_kl_guidance=1.0, guidance_scale=1.0)
