@@ -1,8 +1,8 @@
 """Arms of the experiment of `python -m benchmarks.dancegrpo`: recipes with settings, budgets and seeds.
 
-The budget of an arm is a number of forward-equivalents by the meter of the training, which counts all passes: rollouts,
-training, and those of the old policy, the reference and data. A run ends after the first update that reaches its
-budget. It keeps the averaged weights at `points` equal parts of the budget.
+The budget of an arm is a number of forward-equivalents by the meter of the training, which counts all passes:
+rollouts, training, and those of the old policy, the reference and data. A run ends after the first update that reaches
+its budget. It keeps the averaged weights at `points` equal parts of the budget.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ COUNTER = {
     "scale_max": _nft("`scale_rewards: max`", scale_rewards="max"),
     "scale_rank": _nft("`scale_rewards: rank`", scale_rewards="rank"),
     "noise_group": _nft("`forward_noise: group`", forward_noise="group"),
-    "data": _nft("`data_beta: 0.01`", data_beta=0.01),
-    "norm": _nft("`norm_guard: 1`", norm_guard=1.0),
+    "data": _nft("`data_beta: 0.1`", data_beta=0.1),
+    "norm": _nft("`norm_guard: 10`", norm_guard=10.0),
     "temporal": _nft("`temporal_guard: 1`", temporal_guard=1.0),
     "kl": _nft("`beta: 0.01`", beta=0.01),
     "fast_residual": Arm(
@@ -94,7 +94,7 @@ FIVE = {
     "visual": ("aesthetics", "world_judge_visual"),
     "clip": ("alignment", "world_clip"),
     "moves": ("motion", "world_judge_motion"),
-    "quality": ("image quality", "brisque"),
+    "quality": ("image quality", "brisque(least=96)"),
     "right": ("binary", "benchmarks.dancegrpo_rewards.wholly_right"),
 }
 """Measure -> the kind of reward of DanceGRPO that it stands for, and the reward."""
@@ -117,9 +117,7 @@ REWARDS = {
 
 def _hack(what: str, reward: str, measure: str) -> Arm:
     settings = {"reward_funcs": reward, "learning_rate": 1e-4}
-    return Arm(
-        what=what, recipe="nft-tiny", settings=settings, budget=LONG, reward=(measure,), points=12, parted=True
-    )
+    return Arm(what=what, recipe="nft-tiny", settings=settings, budget=LONG, reward=(measure,), points=12, parted=True)
 
 
 HACK = {

@@ -43,7 +43,7 @@ JUDGES = {
     "visual": "world_judge_visual",
     "moves": "world_judge_motion",
     "clip": "world_clip",
-    "quality": "brisque",
+    "quality": "brisque(least=96)",
 }
 """Measure -> reward. `judge` and `clip` are held out, except in arms that train on them."""
 MEASURES = ("right", "world", *JUDGES, "motion", "speed", "sharp", "bright", "floor")
@@ -85,7 +85,9 @@ class Sizes:
         default = Defaults.of(embedded_model())
         more = {"guided": default.guidance, "guided_steps": default.steps}
         if tiny:
-            return cls(size=32, frames=5, steps=2, test=3, valid=2, many=2, copies=2, clean=2, guided=3, guided_steps=2)
+            return cls(
+                size=32, frames=5, steps=2, test=3, valid=2, many=2, copies=2, clean=2, guided=3, guided_steps=2
+            )
         return cls(**more)  # type: ignore[arg-type]
 
 

@@ -2,9 +2,9 @@
 
 OUT/measured/ARM.SEED.json has the measures of every clip at every kept checkpoint (`benchmarks.dancegrpo_clips`), the
 means of the training log in eighths of the run, and the chosen checkpoint. An interrupted command continues. The rule
-that chooses was fixed before the runs: among the checkpoints whose motion on the validation prompts is 0.9 to 1.1 times
-that of the base model (the base model is one of them), the one with the highest mean score of the exact judge on these
-prompts.
+that chooses was fixed before the runs: among the checkpoints whose motion on the validation prompts is 0.9 to 1.1
+times that of the base model (the base model is one of them), the one with the highest mean score of the exact judge on
+these prompts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ PARTS = 8
 
 def settings_of(sizes: Sizes) -> dict[str, Any]:
     """Return the settings that must be equal for all files of a report: protocol, sizes, model and judges."""
-    places = [embedded_model() / "transformer", *(embedded_model().parent / f"world-{name}" for name in ("judge", "clip"))]
+    places = [
+        embedded_model() / "transformer",
+        *(embedded_model().parent / f"world-{name}" for name in ("judge", "clip")),
+    ]
     digests = {place.name: _digest(sorted(place.glob("*.safetensors"))) for place in places}
     return {"protocol": PROTOCOL, "sizes": asdict(sizes), "weights": digests}
 
@@ -193,19 +196,18 @@ class Measuring:
                 self.extra(f"mix{share:g}", last, share)
         self.found["chosen"] = chosen(self.found["points"], self.base)
         self.found["last"] = last.stem
-        for name in {self.found["chosen"], last.stem} - {BASE}:
-            if "guided" not in self.found["points"][name]:
-                self.bench.use(last.with_name(f"{name}.safetensors"))
-                self.found["points"][name]["guided"], clips = self.bench.group("guided")
+        if (name := self.found["chosen"]) != BASE and "guided" not in self.found["points"][name]:
+            self.bench.use(last.with_name(f"{name}.safetensors"))
+            self.found["points"][name]["guided"], _ = self.bench.group("guided")
         self.found["log"] = log_means(read_metrics(self.run.folder / "metrics.jsonl"))
         self.found["training"] = json.loads(self.run.done.read_text(encoding="utf-8"))
         self.found |= {"complete": True, "device": device(), "versions": versions()}
         write_file(self.run.measured, self.found)
 
     def extra(self, name: str, file: Path, share: float = 1.0) -> None:
-        """Measure further weights on the test prompts."""
+        """Measure further weights, which cannot be chosen."""
         if name not in self.found["points"]:
-            self.point(name, file, ("test",), share)
+            self.point(name, file, ("test", "many"), share)
 
     def point(self, name: str, file: Path, groups: Sequence[str], share: float = 1.0) -> None:
         """Measure one set of weights."""

@@ -1,12 +1,13 @@
 """Statistics of measured runs: intervals over training seeds and prompts, guards, and the cost of a score.
 
 An interval is a percentile bootstrap with 10,000 draws. A draw takes training seeds of each arm with replacement, and
-prompts with replacement. The prompts are the same for all arms and for the base model, so differences are paired. Three
-seeds are few values to draw from, so each number also has the value of every seed.
+prompts with replacement. The prompts are the same for all arms and for the base model, so differences are paired.
+Three seeds are few values to draw from, so each number also has the value of every seed.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -45,14 +46,15 @@ class Bootstrap:
 
     def of(self, name: str) -> Draw:
         """Return the function from the values of the arm `name` to their means; every arm has its own seeds."""
-        known: dict[int, Tensor] = {}
+        seeds: dict[int, Tensor] = {}
 
         def drawn(values: Tensor) -> Tensor:
-            count = len(values)
-            if count not in known:
+            count, known = len(values), values.isfinite().all(0)
+            if count not in seeds:
                 generator = torch.Generator().manual_seed(self.seed + 1 + sum(name.encode()))
-                known[count] = _shares(self.draws, count, generator)
-            return ((known[count] @ values) * self.prompts).sum(1)
+                seeds[count] = _shares(self.draws, count, generator)
+            prompts = self.prompts[:, known]
+            return ((seeds[count] @ values[:, known]) * prompts).sum(1) / prompts.sum(1)
 
         return drawn
 
@@ -64,10 +66,12 @@ def _shares(draws: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, picked, ones)
 
 
-def interval(value: Tensor | float, draws: Tensor) -> dict[str, float]:
-    """Return a number with the middle 95 % of its draws."""
+def interval(value: float, draws: Tensor) -> dict[str, float]:
+    """Return a number with the middle 95 % of its draws; NaN if it is not known."""
+    if not math.isfinite(value) or not draws.isfinite().all():
+        return {"value": math.nan, "low": math.nan, "high": math.nan}
     low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-    return asdict(Interval(value=_short(float(value)), low=_short(low), high=_short(high)))
+    return asdict(Interval(value=_short(value), low=_short(low), high=_short(high)))
 
 
 def _short(value: float) -> float:
@@ -93,8 +97,6 @@ def read_runs(out: Path) -> tuple[dict[str, Any], dict[str, dict[int, File]]]:
 
 
 def _settings(place: Path) -> Mapping[str, Any]:
-    import json
-
     settings: Mapping[str, Any] = json.loads(place.read_text(encoding="utf-8"))["settings"]
     return settings
 
@@ -123,23 +125,22 @@ def points_of(files: Mapping[int, File], base: File, which: str) -> list[File]:
 
 def change(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap, other: str = BASE) -> dict[str, Any]:
     """Return mean, difference from `theirs` with interval, and the mean of each seed; (S, N) and (S', N)."""
-    ours, theirs = _known(ours, theirs)
+    ours, theirs = paired(ours, theirs)
     mean, before = boot.of(name)(ours), boot.of(other)(theirs)
     return {
-        "mean": interval(ours.mean(), mean),
-        "before": _short(float(theirs.mean())),
-        "change": interval(ours.mean() - theirs.mean(), mean - before),
-        "by_seed": [_short(value) for value in ours.mean(1).tolist()],
+        "mean": interval(_mean(ours), mean),
+        "before": _short(_mean(theirs)),
+        "change": interval(_mean(ours) - _mean(theirs), mean - before),
+        "by_seed": _by_seed(ours.nanmean(1)),
     }
 
 
 def ratio(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap, other: str = BASE) -> dict[str, Any]:
     """Return the geometric mean of the ratios of paired clips with its interval, and that of each seed."""
-    ours, theirs = (part.clamp_min(LEAST_MOTION).log() for part in _known(ours, theirs))
+    ours, theirs = (part.clamp_min(LEAST_MOTION).log() for part in paired(ours, theirs))
     draws = boot.of(name)(ours) - boot.of(other)(theirs)
-    value = ours.mean() - theirs.mean()
-    by_seed = (ours.mean(1) - theirs.mean()).exp().tolist()
-    return {**interval(value.exp(), draws.exp()), "by_seed": [_short(each) for each in by_seed]}
+    by_seed = (ours.nanmean(1) - _mean(theirs)).exp()
+    return {**interval(math.exp(_mean(ours) - _mean(theirs)), draws.exp()), "by_seed": _by_seed(by_seed)}
 
 
 def gap_closed(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap) -> dict[str, Any]:
@@ -150,7 +151,10 @@ def gap_closed(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap) -> dict
     base = boot.of(BASE)(theirs).clamp_max(1 - 1e-6)
     draws = (boot.of(name)(ours) - base) / (1 - base)
     by_seed = ((ours.mean(1) - before) / (1 - before)).tolist()
-    return {**interval((ours.mean() - before) / (1 - before), draws), "by_seed": [_short(each) for each in by_seed]}
+    return {
+        **interval(float((ours.mean() - before) / (1 - before)), draws),
+        "by_seed": [_short(each) for each in by_seed],
+    }
 
 
 def floor_ratio(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap) -> dict[str, Any]:
@@ -167,21 +171,29 @@ def floor_ratio(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap) -> dic
     by_seed = effective([part.mean(1) for part in mine]) / before
     # The shares are joined over seeds, so a value above those of all seeds is possible: each seed has its own colour.
     value = effective([part.mean() for part in mine]) / before
-    return {**interval(value, draws), "by_seed": [_short(each) for each in by_seed.tolist()]}
+    return {**interval(float(value), draws), "by_seed": [_short(each) for each in by_seed.tolist()]}
 
 
 def mean_ratio(name: str, ours: Tensor, theirs: Tensor, boot: Bootstrap) -> dict[str, Any]:
     """Return the ratio of means with its interval, and that of each seed."""
-    ours, theirs = _known(ours, theirs)
+    ours, theirs = paired(ours, theirs)
     draws = boot.of(name)(ours) / boot.of(BASE)(theirs)
-    by_seed = (ours.mean(1) / theirs.mean()).tolist()
-    return {**interval(ours.mean() / theirs.mean(), draws), "by_seed": [_short(each) for each in by_seed]}
+    by_seed = _by_seed(ours.nanmean(1) / _mean(theirs))
+    return {**interval(_mean(ours) / _mean(theirs), draws), "by_seed": by_seed}
 
 
-def _known(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace measures that are missing in any seed by 0 in both arms, so that they change nothing."""
+def paired(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace prompts that lack a measure in any seed by NaN in both arms, so that both miss the same prompts."""
     known = ours.isfinite().all(0) & theirs.isfinite().all(0)
-    return tuple(torch.where(known, part, part.new_zeros(())) for part in (ours, theirs))  # type: ignore[return-value]
+    return ours.where(known, math.nan), theirs.where(known, math.nan)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean())
+
+
+def _by_seed(values: Tensor) -> list[float]:
+    return [_short(value) for value in values.tolist()]
 
 
 def cost_to(rows: Sequence[tuple[float, float]], score: float) -> float | None:

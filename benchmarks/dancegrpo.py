@@ -1,0 +1,196 @@
+"""Training with rewards on the embedded model: recipes, counter-measures, reward hacking. One command for each part.
+
+    python -m benchmarks.dancegrpo train --arms shipped --seeds 0 1 2 --gpus 0 --each 4 --seconds 560
+    python -m benchmarks.dancegrpo measure                  # what 'train' has left unmeasured
+    python -m benchmarks.dancegrpo exact                    # resume and two processes, on the CPU
+    python -m benchmarks.dancegrpo report --docs            # result, pictures, tables of the pages
+    python -m benchmarks.dancegrpo table                    # the arms
+
+`train` runs the arms (`benchmarks.dancegrpo_arms`) several at a time on each GPU, and measures each run as soon as it
+is trained (`--later` leaves that to `measure`). After `--seconds` the runs save a checkpoint. The exit code is 0 if
+all is done, 1 if a job failed, and 3 if the command has to be repeated; it then continues. `--back FOLDER` keeps the
+measurements in a few small files, and `--unpack FOLDER` restores them on another machine. With `--tiny --gpus` (no
+number) everything runs on a CPU, to show that it runs.
+
+Rules, fixed before the runs:
+
+- A run ends after the first update at which the meter reaches the budget of its arm. All passes count. At eighths
+  of the budget the averaged weights (`ema_decay: 0.995`) are kept. No run is stopped or repeated because of its
+  results.
+- The result of a run is the checkpoint with the highest mean score of the exact judge on 128 validation prompts, among
+  those that move 0.9 to 1.1 times as much as the base model there. The base model is one of the candidates.
+- The 256 test prompts and their noise are the same for all arms. The held-out judges are `world_judge` and
+  `world_clip`. Tables show all seeds.
+- The learning rates are those of the recipes. The counter-measures and losses run with seed 0 first; the rule of
+  `benchmarks.dancegrpo_report.screened` then names the arms that get the seeds 1 and 2 (`next` in the result).
+- Arms that are hacked have one easily hacked reward and twice the learning rate, and their last checkpoint counts.
+
+Calls, shortest useful first, with estimates for one H200 (an H100 took 8.5, 2.5 and 1.7 minutes for one run alone of
+220, 80 and 60 updates with evaluations; several runs that share a card are assumed to be 1.8 times faster together):
+
+    train --arms nft --seeds 0 1 2                            3 min, measuring included
+    train --arms fast --seeds 0 1 2                           7 min
+    train --arms faithful --seeds 0 1 2                      13 min: two calls
+    train --arms hack --seeds 0                               5 min; seeds 1 2: 9 min
+    train --arms counter control --seeds 0 --each 5           9 min
+    train --arms losses --seeds 0 --each 6                    5 min
+    train --arms rewards --seeds 0 --each 6                   4 min
+    train --arms NAMES --seeds 1 2                            4 min for three arms on the budget of `nft`
+    exact                                                     3 min on a CPU, no GPU
+    report --docs                                             seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import dancegrpo_exact, dancegrpo_pictures, dancegrpo_report, dancegrpo_tables, job_queue
+from benchmarks.command import ended
+from benchmarks.dancegrpo_arms import Run, base_job, check_arms, named_arms, table
+from benchmarks.lit_video_files import pack_files, unpack
+from postgen.grpo.curves import read_metrics
+
+GRACE = 40.0
+"""Seconds between the signal to stop and the end of a run, in which it finishes its update and saves."""
+
+
+def jobs_of(runs: Sequence[Run], words: Sequence[str], *, train: bool, measure: bool) -> list[job_queue.Job]:
+    """Return the unfinished jobs of some runs; a run is measured as soon as it is trained.
+
+    Args:
+        runs: the runs in their order.
+        words: options of all jobs.
+        train: whether runs are trained; otherwise only trained runs are measured.
+        measure: whether runs are measured.
+    """
+    base = base_job(runs[0].out, words)
+    found = [base] if measure else []
+    for run in runs:
+        jobs = run.jobs(words)
+        found += [jobs["train"]] if train else []
+        found += [jobs["measure"]] if measure and (train or jobs["train"].done) else []
+    return [job for job in found if not job.done]
+
+
+def progress(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield a line about each run that has begun and is not done: update, share of the budget, mean reward."""
+    for run in runs:
+        rows = read_metrics(run.folder / "metrics.jsonl")
+        if rows and not run.done.is_file():
+            points = len([*(run.folder / "snapshots").glob("[0-9]*.safetensors")])
+            rewards = [row["reward"] for row in rows[-10:] if row.get("reward") is not None]
+            mean = f", reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+            yield f"  {run.name}: update {rows[-1]['step']}, {points} of {len(run.marks)} checkpoints{mean}"
+
+
+def kept_files(out: Path) -> Iterator[Path]:
+    """Yield the files of a folder to bring back, the most important ones first."""
+    yield from sorted((out / "measured").glob("*.json"))
+    yield from sorted(out.glob(dancegrpo_exact.FILE))
+    for path in sorted((out / "measured").glob("*.*.json")):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        for name in dict.fromkeys(said[which] for which in ("chosen", "last") if which in said):
+            yield from (out / "measured").glob(f"{path.stem}.{name}.png")
+    yield from sorted((out / "logs").glob("*.log"))
+
+
+def work_on(options: argparse.Namespace) -> int:
+    """Train or measure, and return the exit code."""
+    names = named_arms(options.arms)
+    check_arms(names, tiny=options.tiny)
+    runs = [Run(arm=arm, seed=seed, out=options.out, tiny=options.tiny) for seed in options.seeds for arm in names]
+    words = ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]
+    words += [] if options.gpus else ["--device", "cpu"]
+    training = options.command == "train"
+    jobs = jobs_of(runs, words, train=training, measure=not training or not options.later)
+
+    def tick() -> None:
+        for line in progress(runs):
+            print(line, flush=True)
+        keep(options)
+
+    left = job_queue.run_jobs(
+        jobs,
+        job_queue.places_on(options.gpus, options.each),
+        seconds=options.seconds,
+        tick=tick,
+        grace=GRACE,
+    )
+    failed = job_queue.told(left)
+    print(f"{len(jobs) - len(left)} of {len(jobs)} jobs done", flush=True)
+    return 1 if failed else 3 if left else 0
+
+
+def keep(options: argparse.Namespace) -> None:
+    """Bring the measurements back, if `--back` is given and there are any."""
+    files = [*kept_files(options.out)] if options.back is not None else []
+    if files:
+        pack_files(files, options.out, options.back)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = made.add_subparsers(dest="command", required=True)
+    for name in ("train", "measure", "exact", "report", "table"):
+        add = commands.add_parser(name).add_argument
+        if name == "table":
+            continue
+        add("--out", type=Path, default=Path("runs/dancegrpo"), help="output folder")
+        add("--back", type=Path, metavar="FOLDER", help="keep the measurements here, in files of less than 16 MiB")
+        add("--unpack", type=Path, metavar="FOLDER", help="first restore what --back has kept in this folder")
+        if name == "report":
+            add("-o", "--output", default="dancegrpo", help="name or path of the result")
+            add("--replace", action="store_true", help="replace a result of an earlier way of measuring")
+            add("--docs", action="store_true", help="write the tables of the pages")
+        elif name != "exact":
+            add("--arms", nargs="+", default=["shipped"], metavar="ARM", help="arms or groups of arms (see table)")
+            add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training")
+            add("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
+            add("--each", type=int, default=4, help="jobs at the same time on a GPU (default: 4)")
+            add("--seconds", type=float, default=0.0, help="save and end after this time; 0: no limit")
+            add("--tiny", action="store_true", help="tiny sizes, only to show that everything runs")
+        if name == "train":
+            add("--later", action="store_true", help="do not measure; 'measure' does it later")
+    return made
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the result, the pictures and the tables."""
+    where, payload = dancegrpo_report.write(options.out, options.output, replace=options.replace)
+    if options.replace:
+        dancegrpo_pictures.clear(where)
+    for path in dancegrpo_pictures.write(options.out, payload, where):
+        print(path)
+    if options.docs:
+        dancegrpo_tables.write_pages(options.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the command line names."""
+    options = parser().parse_args(argv)
+
+    def work() -> int:
+        if options.command == "table":
+            print(table())
+            return 0
+        if options.unpack is not None:
+            unpack(options.unpack, options.out)
+        if options.command == "exact":
+            dancegrpo_exact.exact(options.out)
+            keep(options)
+        elif options.command == "report":
+            report(options)
+        else:
+            return work_on(options)
+        return 0
+
+    return ended("benchmarks.dancegrpo", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
