@@ -7,6 +7,7 @@ The groups of clips are
     valid    128 other prompts of two bodies, on which checkpoints are chosen
     many     some of the test prompts with several noises each, for the diversity within a prompt
     guided   the test prompts with the guidance scale and steps with which users run the model
+    best     for the base model: of several clips of each test prompt, the one that the exact judge prefers
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ class Bench:
             value.copy_(base if snapshot is None else base.lerp(tuned[name].to(base), share))
 
     @torch.no_grad()
-    def draw(self, group: str) -> tuple[Tensor, list[str]]:
-        """Draw the clean latents of a group; return them with the prompt of each."""
+    def draw(self, group: str, first: int = 0) -> tuple[Tensor, list[str]]:
+        """Draw the clean latents of a group; return them with the prompt of each. `first` is the first noise."""
         sizes, guided = self.sizes, group == "guided"
         prompts, copies = self.prompts[group], sizes.copies if group == "many" else 1
         sampler = evaluation_sampler(
@@ -174,19 +175,30 @@ class Bench:
         seed = SEED + (group == "valid")
         samples = [
             Sample(
-                index=number * copies + copy,
+                index=number * copies + copy - first,
                 prompt=number,
                 initial=seed_of(seed, "eval", number, copy),
                 step_seed=lambda step: step,
                 start=0,
             )
             for number in range(len(prompts))
-            for copy in range(copies)
+            for copy in range(first, first + copies)
         ]
         table = self.embeddings.table(lambda number: {"prompt": prompts[number]})
         with self._autocast():
             latents = sampler.draw(samples, table, _BATCH[self.device.type]).clean
         return latents, [prompts[sample.prompt] for sample in samples]
+
+    def best(self) -> Rows:
+        """Return, for each test prompt, the verdict on the best of `copies` clips by the score of the exact judge."""
+        prompts, found = self.prompts["test"], []
+        for copy in range(self.sizes.copies):
+            clips = self.decode(self.draw("test", copy)[0])
+            asked = [reading for prompt in prompts if (reading := world.read(prompt)) is not None]
+            found.append(check_batch(clips, asked, workers=self.workers))
+        best = [max(reports, key=lambda report: float(report.score)) for reports in zip(*found, strict=True)]
+        right = "".join("01"[report.all_right] for report in best)
+        return {"right": right, "world": rounded([float(report.score) for report in best])}
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

@@ -147,6 +147,7 @@ def measure_base(bench: Bench, out: Path, settings: Mapping[str, Any]) -> None:
                 save_file({"clips": bytes_of(clips[:SHOWN])}, part)
         print(f"base model, {name}: {_said(point[name])}", flush=True)
     point["clean"] = bench.flow_matching()
+    point["best"] = bench.best()
     exact = {name: bench.exact(name) for name in ("test", "valid")}
     print(f"exact clips: {_said(exact['test'])}", flush=True)
     found |= {"complete": True, "points": {BASE: point}, "exact": exact, "device": device(), "versions": versions()}

@@ -40,6 +40,8 @@ MARGIN = 0.03
 """Smallest rise of the mean score of 256 clips that is not chance for one seed."""
 COSTS = ("forward_equivalents", "transformer_seconds")
 JUDGED = ("right", "world", "judge", "visual", "moves", "clip", "quality")
+LOGGED = ("motion", "std", "kl", "ratio", "diversity", "nfe/", "grad_norm", "clip")
+"""Parts of the names of metrics of the training that the result keeps."""
 KEPT = 3
 """Arms that the rule of the screening keeps for further seeds."""
 
@@ -71,7 +73,7 @@ class Report:
             "chosen_steps": [point.get("step", 0.0) for point in points_of(files, self.base, "chosen")],
             **{cost: statistics.fmean(point[cost] for point in last) for cost in COSTS},
             "devices": sorted({file["training"]["device"] for file in files.values()}),
-            "log": {str(seed): file["log"] for seed, file in files.items()},
+            "log": {str(seed): short_log(file["log"]) for seed, file in files.items()},
         }
         for which in ("chosen", "last"):
             row[which] = self.numbers(name, points_of(files, self.base, which))
@@ -160,6 +162,12 @@ class Report:
         return {key: float(f"{value:.5g}") for key, value in (found | ratios_of(point, self.start)).items()}
 
 
+def short_log(log: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a training log that the result keeps."""
+    means = {name: values for name, values in log["means"].items() if any(part in name for part in LOGGED)}
+    return {**log, "means": means}
+
+
 def costs_of(arms: Mapping[str, Any]) -> dict[str, Any]:
     """Return the costs of each cheap recipe until the best score that both it and the faithful one reach.
 
@@ -212,11 +220,8 @@ def gates_of(
     faithful = whole.get("faithful", {}).get("chosen", {}).get("right")
     gain = None if faithful is None else _divided(faithful["mean"]["value"], faithful["before"])
     cheapest = [row["forward_equivalents_ratio"] for row in costs.values() if row["forward_equivalents_ratio"]]
-    errors = [
-        file["onpolicy_ratio_error"]
-        for name in ("faithful", "fast")
-        for file in arms.get(name, {}).get("log", {}).values()
-    ]
+    logs = [log for name in ("faithful", "fast") for log in arms[name]["log"].values()] if everyone else []
+    errors = [log["onpolicy_ratio_error"] for log in logs]
     return [
         gate("gap_closed_faithful", of("faithful", "chosen", "gap_closed", "value"), ">=", 0.5),
         gate("gap_closed_fast", of("fast", "chosen", "gap_closed", "value"), ">=", 0.5),
@@ -293,6 +298,10 @@ def payload_of(out: Path) -> dict[str, Any]:
         "base": {
             group: {name: statistics.fmean(column(start, group, name)) for name in ("right", "world", "judge", "clip")}
             for group in ("test", "valid", "guided")
+        },
+        "best_of": {
+            "clips": base["settings"]["sizes"]["copies"],
+            **{name: statistics.fmean(column(start, "best", name)) for name in ("right", "world")},
         },
         "arms": arms,
         "hacking": {name: report.hacking(name) for name in GROUPS["hack"] if name in runs},

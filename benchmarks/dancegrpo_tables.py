@@ -25,6 +25,12 @@ FIRED = {
     "bright": "brightness moved by 0.05",
 }
 """Guard -> head of its column. Ratios are to the base model."""
+DIAGNOSED = {
+    "motion/advantage_corr": "correlation of advantage and log motion",
+    "motion/advantage_corr_used": "the same after `motion_residual`",
+    "motion/log_group_std": "spread of log motion within groups",
+}
+"""Metric of the training -> head of its column."""
 Result = Mapping[str, Any]
 
 
@@ -70,24 +76,13 @@ def shipped(result: Result) -> Iterator[str]:
                     f"{arm['transformer_seconds']:.0f}",
                 ]
             )
-    heads = [
-        "recipe",
-        "seeds",
-        "chosen updates",
-        "right before",
-        "right",
-        "gap closed",
-        "change of the held-out judge",
-    ]
-    heads += [
-        "motion, each seed",
-        "motion / exact clip",
-        "diversity",
-        "floor colours",
-        "sharpness",
-        "forward-equivalents",
-        "s",
-    ]
+    if rows:
+        best = result["best_of"]
+        what = f"base model, best of {best['clips']} clips by the exact judge"
+        rows.append([what, "", "", f"{result['base']['test']['right']:.2f}", f"{best['right']:.2f}", *[""] * 9])
+    heads = ["recipe", "seeds", "chosen updates", "right before", "right", "gap closed"]
+    heads += ["change of the held-out judge", "motion, each seed", "motion / exact clip", "diversity", "floor colours"]
+    heads += ["sharpness", "forward-equivalents", "s in the transformer"]
     yield from _table(heads, rows)
 
 
@@ -157,6 +152,21 @@ def _compared(result: Result, names: Iterable[str]) -> Iterator[str]:
 def counter(result: Result) -> Iterator[str]:
     """Yield the table of the counter-measures, with the control and the recipes without them."""
     yield from _compared(result, ["nft", *GROUPS["control"], "fast", *GROUPS["counter"]])
+
+
+def diagnosis(result: Result) -> Iterator[str]:
+    """Yield the table of what the training logs of all arms say about motion, means over runs."""
+    rows = []
+    for name in ("faithful", "fast", "nft", *GROUPS["control"], *GROUPS["counter"], *GROUPS["losses"]):
+        if (arm := result["arms"].get(name)) is not None:
+            found = [_logged(arm, key) for key in DIAGNOSED]
+            rows.append([arm["what"], *(_number(value) for value in found), _between(arm["last"]["motion_ratio"])])
+    yield from _table(["arm", *DIAGNOSED.values(), "motion at the end"], rows)
+
+
+def _logged(arm: Result, key: str) -> float | None:
+    values = [each for log in arm["log"].values() for each in log["means"].get(key, ()) if each is not None]
+    return sum(values) / len(values) if values else None
 
 
 def losses(result: Result) -> Iterator[str]:
@@ -252,6 +262,7 @@ def hack_curves(result: Result) -> Iterator[str]:
 PAGES: dict[str, dict[str, Callable[[Result], Iterator[str]]]] = {
     "dancegrpo.md": {
         **{"shipped": shipped, "guided": guided, "costs": costs, "counter": counter, "losses": losses},
+        "diagnosis": diagnosis,
         **{"rewards": rewards, "curves": curves, "gates": gates},
     },
     "reward_hacking.md": {"hacked": hacked, "series": series, "back": back, "hack_curves": hack_curves},
