@@ -68,7 +68,8 @@ def _shares(draws: int, count: int, generator: torch.Generator) -> Tensor:
 
 def interval(value: float, draws: Tensor) -> dict[str, float]:
     """Return a number with the middle 95 % of its draws; NaN if it is not known."""
-    if not math.isfinite(value) or not draws.isfinite().all():
+    draws = draws[draws.isfinite()]  # a draw may hold only prompts that lack the measure
+    if not math.isfinite(value) or not len(draws):
         return {"value": math.nan, "low": math.nan, "high": math.nan}
     low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
     return asdict(Interval(value=_short(value), low=_short(low), high=_short(high)))
