@@ -25,18 +25,19 @@ Rules, fixed before the runs:
   `benchmarks.dancegrpo_report.screened` then names the arms that get the seeds 1 and 2 (`next` in the result).
 - Arms that are hacked have one easily hacked reward and twice the learning rate, and their last checkpoint counts.
 
-Calls, shortest useful first, with estimates for one H200 (an H100 took 8.5, 2.5 and 1.7 minutes for one run alone of
-220, 80 and 60 updates with evaluations; several runs that share a card are assumed to be 1.8 times faster together):
+Calls, shortest useful first, with estimates for one H200; two take half of the time. (An H100 took 8.5, 2.5 and 1.7
+minutes for one run alone of 220, 80 and 60 updates with evaluations. A run is measured in 45 seconds. Runs that share
+a card are assumed to be 1.8 times as fast together.) A call of more than 9 minutes has to be repeated:
 
-    train --arms nft --seeds 0 1 2                            3 min, measuring included
+    train --arms nft --seeds 0 1 2                            4 min
     train --arms fast --seeds 0 1 2                           7 min
-    train --arms faithful --seeds 0 1 2                      13 min: two calls
-    train --arms hack --seeds 0                               5 min; seeds 1 2: 9 min
-    train --arms counter control --seeds 0 --each 5           9 min
-    train --arms losses --seeds 0 --each 6                    5 min
-    train --arms rewards --seeds 0 --each 6                   4 min
-    train --arms NAMES --seeds 1 2                            4 min for three arms on the budget of `nft`
-    exact                                                     3 min on a CPU, no GPU
+    train --arms faithful --seeds 0 1 2                      13 min
+    train --arms hack --seeds 0                               5 min; --seeds 1 2: 10 min
+    train --arms counter control --seeds 0 --each 5          13 min
+    train --arms losses --seeds 0 --each 6                    7 min
+    train --arms rewards --seeds 0 --each 6                   5 min
+    train --arms shuffled NAMES --seeds 1 2                   8 min for the control and three arms
+    exact                                                     3 min on a CPU
     report --docs                                             seconds
 """
 

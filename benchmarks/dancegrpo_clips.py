@@ -124,7 +124,7 @@ class Bench:
         workers: processes of the exact judge.
     """
 
-    def __init__(self, sizes: Sizes, device: str, workers: int = 2) -> None:
+    def __init__(self, sizes: Sizes, device: str, workers: int = 3) -> None:
         self.sizes, self.device = sizes, torch.device(device)
         self.workers = workers if device == "cuda" else 0
         self.pipe = load(embedded_model(), device)
