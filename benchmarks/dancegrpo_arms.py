@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import job_queue
 from postgen.errors import UserError, did_you_mean
+from postgen.rewards import get_rewards
 from postgen.training import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,11 @@ SHIPPED = {
 CONTROL = {"shuffled": _nft("control: advantages shuffled within groups", shuffle_advantages=True)}
 COUNTER = {
     "residual": _nft("`motion_residual: 1`", motion_residual=1.0),
+    "motion_reward": _nft(
+        "`world_motion` as a second reward, weight 0.5",
+        reward_funcs=("world(workers=4)", "world_motion"),
+        reward_weights=(1.0, 0.5),
+    ),
     "scale_max": _nft("`scale_rewards: max`", scale_rewards="max"),
     "scale_rank": _nft("`scale_rewards: rank`", scale_rewards="rank"),
     "noise_group": _nft("`forward_noise: group`", forward_noise="group"),
@@ -94,7 +100,7 @@ FIVE = {
     "visual": ("aesthetics", "world_judge_visual"),
     "clip": ("alignment", "world_clip"),
     "moves": ("motion", "world_judge_motion"),
-    "quality": ("image quality", "brisque(least=96)"),
+    "quality": ("image quality", "brisque(least=32)"),
     "right": ("binary", "benchmarks.dancegrpo_rewards.wholly_right"),
 }
 """Measure -> the kind of reward of DanceGRPO that it stands for, and the reward."""
@@ -250,10 +256,10 @@ def named_arms(words: Sequence[str]) -> list[str]:
 
 
 def check_arms(names: Sequence[str], *, tiny: bool = False) -> None:
-    """Check that the configurations know all settings of some arms.
+    """Check that the configurations know all settings of some arms, and that their rewards exist.
 
     Raises:
-        UserError: an arm has a setting or a value that its method does not know.
+        UserError: an arm has a setting, a value or a reward that this version does not know.
     """
     for name in names:
         arm = ARMS[name]
@@ -264,10 +270,10 @@ def check_arms(names: Sequence[str], *, tiny: bool = False) -> None:
             raise UserError(
                 f"arm {name}: {kind.config_class.__name__} has no setting {unknown[0]}; leave this arm out"
             )
+        words = Run(arm=name, seed=0, out=Path("."), tiny=tiny).words()
         try:
-            load_recipe(
-                ROOT / "recipes" / f"{arm.recipe}.yaml", Run(arm=name, seed=0, out=Path("."), tiny=tiny).words()
-            )
+            config: Any = load_recipe(ROOT / "recipes" / f"{arm.recipe}.yaml", words)[1]
+            get_rewards(config.reward_funcs)
         except UserError as error:
             raise UserError(f"arm {name}: {error}") from error
 

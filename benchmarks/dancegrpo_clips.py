@@ -44,7 +44,7 @@ JUDGES = {
     "visual": "world_judge_visual",
     "moves": "world_judge_motion",
     "clip": "world_clip",
-    "quality": "brisque(least=96)",
+    "quality": "brisque(least=32)",
 }
 """Measure -> reward. `judge` and `clip` are held out, except in arms that train on them."""
 MEASURES = ("right", "world", *JUDGES, "motion", "speed", "sharp", "bright", "floor")

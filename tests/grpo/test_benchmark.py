@@ -71,6 +71,9 @@ def test_arms_are_named_by_group_and_checked_before_anything_runs(monkeypatch):
     monkeypatch.setitem(dancegrpo_arms.ARMS, "odd", Arm(what="", recipe="nft-tiny", settings={"beta": "much"}))
     with pytest.raises(UserError, match=r"arm odd: .*beta"):
         check_arms(["odd"])
+    monkeypatch.setitem(dancegrpo_arms.ARMS, "odd", Arm(what="", recipe="nft-tiny", settings={"reward_funcs": "wrld"}))
+    with pytest.raises(UserError, match=r"arm odd: .*wrld"):
+        check_arms(["odd"])
 
 
 def test_every_arm_has_words_marks_and_a_reference():
