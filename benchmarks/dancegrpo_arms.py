@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import job_queue
 from postgen.errors import UserError, did_you_mean
-from postgen.rewards import get_rewards
+from postgen.rewards.registry import get_rewards
 from postgen.training import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
