@@ -48,6 +48,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import dancegrpo_exact, dancegrpo_pictures, dancegrpo_report, dancegrpo_tables, job_queue
 from benchmarks.command import ended
@@ -77,11 +78,23 @@ def jobs_of(runs: Sequence[Run], words: Sequence[str], *, train: bool, measure: 
     return [job for job in found if not job.done]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; an empty dict if it does not exist."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
 def progress(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield a line about each run that has begun and is not done: update, share of the budget, mean reward."""
+    """Yield a line about each run that is being trained (update, checkpoints, mean reward) or measured."""
     for run in runs:
+        if run.done.is_file():
+            found = read_json(run.measured)
+            if not found.get("complete", False):
+                points = sum(name.isdigit() for name in found.get("points", ()))
+                yield f"  {run.name}: trained, {points} of {len(run.marks)} checkpoints measured"
+            continue
         rows = read_metrics(run.folder / "metrics.jsonl")
-        if rows and not run.done.is_file():
+        if rows:
             points = len([*(run.folder / "snapshots").glob("[0-9]*.safetensors")])
             rewards = [row["reward"] for row in rows[-10:] if row.get("reward") is not None]
             mean = f", reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
@@ -93,7 +106,7 @@ def kept_files(out: Path) -> Iterator[Path]:
     yield from sorted((out / "measured").glob("*.json"))
     yield from sorted(out.glob(dancegrpo_exact.FILE))
     for path in sorted((out / "measured").glob("*.*.json")):
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = read_json(path)
         for name in dict.fromkeys(said[which] for which in ("chosen", "last") if which in said):
             yield from (out / "measured").glob(f"{path.stem}.{name}.png")
     yield from sorted((out / "logs").glob("*.log"))

@@ -33,17 +33,27 @@ SMALL = {
 }
 
 
+def small_recipe(place: Path, **changes: Any) -> Path:
+    """Write the recipe of a small run to a folder and return its path."""
+    place.mkdir(parents=True, exist_ok=True)
+    folder = ROOT / "recipes"
+    values = yaml.safe_load((folder / f"{RECIPE}.yaml").read_text(encoding="utf-8"))
+    # Relative files are beside the recipe.
+    values |= {name: str(folder / values[name]) for name in ("train_dataset", "eval_dataset")}
+    values |= {**SMALL, "output_dir": str(place / "run"), **changes}
+    path = place / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
 def small_run(place: Path, *, processes: int = 1, **changes: Any) -> dict[str, Tensor]:
     """Run three small updates of the embedded model in one or two new processes; return the weights."""
-    place.mkdir(parents=True, exist_ok=True)
-    values = yaml.safe_load((ROOT / "recipes" / f"{RECIPE}.yaml").read_text())
-    values |= {**SMALL, "output_dir": str(place / "run"), **changes}
-    (place / "recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe = small_recipe(place, **changes)
     launch = ["-m", "postgen.train"]
     if processes > 1:
         config = ROOT / "recipes" / "accelerate" / "ddp_cpu.yaml"
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), *launch]
-    words = [sys.executable, *launch, str(place / "recipe.yaml"), "--resume", "auto"]
+    words = [sys.executable, *launch, str(recipe), "--resume", "auto"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run(words, check=True, cwd=ROOT, env=environment)
     return load_file(place / "run" / "checkpoint-3" / "weights.safetensors")

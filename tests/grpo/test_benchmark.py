@@ -8,12 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dancegrpo, dancegrpo_arms, dancegrpo_job, dancegrpo_measure, dancegrpo_report, dancegrpo_tables
+from benchmarks import (
+    dancegrpo,
+    dancegrpo_arms,
+    dancegrpo_exact,
+    dancegrpo_job,
+    dancegrpo_measure,
+    dancegrpo_report,
+    dancegrpo_tables,
+)
 from benchmarks.dancegrpo_arms import Arm, Run, check_arms, named_arms
 from benchmarks.dancegrpo_clips import Bench, Sizes, within
 from benchmarks.dancegrpo_measure import chosen, log_means, motion_ratio
 from benchmarks.dancegrpo_stats import Bootstrap, change, cost_to, fired, floor_ratio, gap_closed, ratio
 from postgen.errors import UserError
+from postgen.training import load_recipe
 
 # Synthetic measurements.
 
@@ -194,6 +203,14 @@ def test_guards_fire_at_the_checkpoint_at_which_they_see_it(monkeypatch):
     assert found["loss"] is None
 
 
+def test_the_recipe_of_the_exact_comparison_can_be_read_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe(dancegrpo_exact.small_recipe(tmp_path / "a", gradient_accumulation_steps=2))[1]
+    assert Path(config.train_dataset).is_file()
+    assert Path(config.eval_dataset).is_file()
+    assert (config.max_steps, config.gradient_accumulation_steps) == (3, 2)
+
+
 # The report.
 
 
@@ -217,7 +234,8 @@ def test_the_report_has_all_gates_tables_and_pictures(tmp_path, capsys):
     result = json.loads(target.read_text())
     gates = {row["name"]: row for row in result["gates"]}
     assert gates["gap_closed_nft"]["value"] == pytest.approx((0.75 + 0.75 + 0.5) / 3, abs=1e-4)
-    assert gates["motion_ratio_low"]["value"] == gates["motion_ratio_high"]["value"] == pytest.approx(1.05)
+    motion = [row for row in result["gates"] if row["name"] == "motion_ratio"]
+    assert [(row["op"], row["value"], row["ok"]) for row in motion] == [(">=", 1.05, True), ("<=", 1.05, True)]
     assert gates["fast_cost_ratio"]["value"] == pytest.approx(0.3)
     assert gates["diversity_ratio"]["value"] == 1
     assert gates["heldout_judge_drop"]["value"] < 0
@@ -315,6 +333,9 @@ def test_training_measuring_and_reporting(tmp_path, monkeypatch):
     assert result["arms"]["nft"]["seeds"] == [0]
     assert len(result["arms"]["nft"]["curve"]) == 3
     assert (tmp_path / "out_nft-tiny_after.png").is_file()
+    assert [*dancegrpo.progress([run])] == []
+    run.measured.write_text(run.measured.read_text().replace('"complete": true', '"complete": false'))
+    assert [*dancegrpo.progress([run])] == ["  nft.0: trained, 2 of 2 checkpoints measured"]
     kept = [path.name for path in dancegrpo.kept_files(tmp_path)]
     assert kept[:2] == ["base.json", "nft.0.json"]
     assert "nft.0.02.png" in kept
