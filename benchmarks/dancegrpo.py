@@ -37,7 +37,7 @@ a card are assumed to be 1.8 times as fast together.) A call of more than 9 minu
     train --arms losses --seeds 0 --each 6                    7 min
     train --arms rewards --seeds 0 --each 6                   5 min
     train --arms shuffled NAMES --seeds 1 2                   8 min for the control and three arms
-    exact                                                     3 min on a CPU
+    exact                                                     1 min on a CPU
     report --docs                                             seconds
 """
 

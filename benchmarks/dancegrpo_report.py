@@ -40,8 +40,10 @@ MARGIN = 0.03
 """Smallest rise of the mean score of 256 clips that is not chance for one seed."""
 COSTS = ("forward_equivalents", "transformer_seconds")
 JUDGED = ("right", "world", "judge", "visual", "moves", "clip", "quality")
-LOGGED = ("motion", "std", "kl", "ratio", "diversity", "nfe/", "grad_norm", "clip")
+LOGGED = ("motion", "std", "kl", "diversity", "norm")
 """Parts of the names of metrics of the training that the result keeps."""
+RATIOS = ("motion_ratio", "sharpness_ratio", "diversity_ratio", "floor_diversity_ratio", "flow_matching_ratio")
+"""Ratios that curves have."""
 KEPT = 3
 """Arms that the rule of the screening keeps for further seeds."""
 
@@ -122,8 +124,8 @@ class Report:
         for place in (BASE, *(each for each in names if each.isdigit())):
             points = points_of(files, self.base, place)
             numbers = self.numbers(name, points)
-            row: dict[str, Any] = {measure: numbers[measure]["mean"] for measure in JUDGED}
-            row |= {measure: value for measure, value in numbers.items() if measure.endswith("_ratio")}
+            row: dict[str, Any] = {measure: numbers[measure]["mean"] for measure in ("right", "world", "judge")}
+            row |= {measure: _plain(numbers[measure]) for measure in RATIOS}
             row["step"] = statistics.fmean(point.get("step", 0.0) for point in points)
             row |= {cost: statistics.fmean(point.get(cost, 0.0) for point in points) for cost in COSTS}
             rows.append(row)
@@ -160,6 +162,10 @@ class Report:
         found = {"step": point.get("step", 0.0), "reward": float(trained_reward(point, name).mean())}
         found |= {measure: statistics.fmean(column(point, "test", measure)) for measure in ("world", "right", "judge")}
         return {key: float(f"{value:.5g}") for key, value in (found | ratios_of(point, self.start)).items()}
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("value", "low", "high")}
 
 
 def short_log(log: Mapping[str, Any]) -> dict[str, Any]:

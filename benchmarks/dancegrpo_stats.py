@@ -53,8 +53,8 @@ class Bootstrap:
             if count not in seeds:
                 generator = torch.Generator().manual_seed(self.seed + 1 + sum(name.encode()))
                 seeds[count] = _shares(self.draws, count, generator)
-            prompts = self.prompts[:, known]
-            return ((seeds[count] @ values[:, known]) * prompts).sum(1) / prompts.sum(1)
+            sums = (self.prompts @ values.T.nan_to_num(0.0).where(known[:, None], 0.0) * seeds[count]).sum(1)
+            return sums if bool(known.all()) else sums / self.prompts[:, known].sum(1)
 
         return drawn
 
