@@ -40,7 +40,7 @@ MARGIN = 0.03
 """Smallest rise of the mean score of 256 clips that is not chance for one seed."""
 COSTS = ("forward_equivalents", "transformer_seconds")
 JUDGED = ("right", "world", "judge", "visual", "moves", "clip", "quality")
-LOGGED = ("motion", "std", "kl", "diversity", "norm")
+LOGGED = ("motion/", "group_std", "kl", "diversity/")
 """Parts of the names of metrics of the training that the result keeps."""
 RATIOS = ("motion_ratio", "sharpness_ratio", "diversity_ratio", "floor_diversity_ratio", "flow_matching_ratio")
 """Ratios that curves have."""
@@ -201,6 +201,9 @@ def gates_of(
     arms: Mapping[str, Any], costs: Mapping[str, Any], exact: Mapping[str, Any], scale: Mapping[str, Any]
 ) -> list[Gate]:
     """Return the gates. A number that is not measured, or not with enough seeds, misses its gate.
+
+    `motion_ratio` and the two diversity ratios are the worst of all shipped recipes and seeds, `heldout_judge_drop` is
+    that of the worst recipe, and `heldout_judge_low` the lower end of the interval of its change.
 
     Args:
         arms: the numbers of the arms.
