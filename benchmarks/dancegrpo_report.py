@@ -214,7 +214,7 @@ def gates_of(
     whole = {name: arms[name] for name in SHIPPED if name in arms and len(arms[name]["seeds"]) >= len(SEEDS)}
     everyone = len(whole) == len(SHIPPED)
 
-    def of(name: str, *keys: str) -> float | None:
+    def of(name: str, *keys: str) -> Any:
         found: Any = whole.get(name)
         for key in keys:
             found = None if found is None else found[key]
@@ -224,11 +224,10 @@ def gates_of(
         values = [value for arm in whole.values() for value in arm["chosen"][measure]["by_seed"]]
         return [{"value": value} for value in values] if everyone else []
 
-    faithful = whole.get("faithful", {}).get("chosen", {}).get("right")
-    gain = None if faithful is None else _divided(faithful["mean"]["value"], faithful["before"])
-    cheapest = [row["forward_equivalents_ratio"] for row in costs.values() if row["forward_equivalents_ratio"]]
-    logs = [log for name in ("faithful", "fast") for log in arms[name]["log"].values()] if everyone else []
-    errors = [log["onpolicy_ratio_error"] for log in logs]
+    final = of("faithful", "chosen", "right", "mean", "value")
+    gain = _divided(final, of("faithful", "chosen", "right", "before"))
+    logs = [*arms["faithful"]["log"].values(), *arms["fast"]["log"].values()] if everyone else []
+    errors, ratio_name = [log["onpolicy_ratio_error"] for log in logs], "forward_equivalents_ratio"
     return [
         gate("gap_closed_faithful", of("faithful", "chosen", "gap_closed", "value"), ">=", 0.5),
         gate("gap_closed_fast", of("fast", "chosen", "gap_closed", "value"), ">=", 0.5),
@@ -242,11 +241,11 @@ def gates_of(
         gate("ddp_2gpu_speedup", scale.get("ddp_2gpu_speedup"), ">=", 1.7),
         gate("two_gpu_max_abs", scale.get("two_gpu_max_abs"), "<=", 1e-4),
         gate("onpolicy_ratio_error", None if not errors or None in errors else max(errors), "<=", 1e-5),
-        gate("forward_equivalents_ratio", min(cheapest, default=None), "<=", 0.34),
+        gate(ratio_name, smallest([row for row in costs.values() if row[ratio_name]], ratio_name), "<=", 0.34),
         gate("resume_identical", exact.get("resume_identical"), "==", 1),
         gate("ranks_max_abs", exact.get("ranks_max_abs"), "<=", 1e-6),
         gate("world_gain", gain, ">=", 1.5),
-        gate("world_final", None if faithful is None else faithful["mean"]["value"], ">=", 0.85),
+        gate("world_final", final, ">=", 0.85),
     ]
 
 
