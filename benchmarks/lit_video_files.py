@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from postgen.assets import embedded_model
@@ -39,10 +39,23 @@ def kept_files(folder: Path) -> Iterator[Path]:
 
 
 def pack(folder: Path, back: Path) -> list[Path]:
-    """Write the files of a folder to `part-N.tar.gz`. Files that do not fit into the parts are left out.
+    """Write the files of a folder of jobs, or of the export of a teacher, to `part-N.tar.gz` in `back`.
+
+    Returns:
+        The written parts.
+
+    Raises:
+        UserError: there is nothing to pack, or a file is larger than a part.
+    """
+    return pack_files(kept_files(folder), folder, back)
+
+
+def pack_files(files: Iterable[Path], folder: Path, back: Path) -> list[Path]:
+    """Write files to `part-N.tar.gz`. Files that do not fit into the parts are left out.
 
     Args:
-        folder: a folder of jobs, or the export of a teacher.
+        files: the files, the most important ones first.
+        folder: the folder that holds them; their names in the parts are relative to it.
         back: the folder for the parts.
 
     Returns:
@@ -53,7 +66,7 @@ def pack(folder: Path, back: Path) -> list[Path]:
     """
     parts: list[list[tuple[str, bytes]]] = [[]]
     room = LARGEST
-    for path in kept_files(folder):
+    for path in files:
         content = path.read_bytes()
         content = content[-TAIL:] if path.suffix == ".log" else content
         if len(content) > LARGEST:
@@ -69,10 +82,10 @@ def pack(folder: Path, back: Path) -> list[Path]:
         raise UserError(f"{folder} has no files to pack: give a folder of jobs, or the export of a teacher")
     back.mkdir(parents=True, exist_ok=True)
     written = []
-    for number, files in enumerate(parts):
+    for number, contents in enumerate(parts):
         target = back / f"part-{number}.tar.gz"
         with replacing(target) as part, tarfile.open(part, "w:gz") as archive:
-            for name, content in files:
+            for name, content in contents:
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
