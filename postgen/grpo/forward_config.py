@@ -240,9 +240,7 @@ class DiffusionNFTConfig(ForwardConfig, GroupConfig):
         self.require(self.train_timesteps >= 1, "train_timesteps", "at least 1")
         fits = not self.guarded or self.reference_guidance == self.guidance_scale
         for name in ("norm_guard", "temporal_guard"):
-            allowed = (
-                "0 with this crd_kl_guidance: a guard compares predictions of the same guidance as guidance_scale"
-            )
+            allowed = "0 unless crd_kl_guidance is guidance_scale: a guard compares predictions of equal guidance"
             self.require(fits or not getattr(self, name), name, allowed)
         for name in changed(self, "old_decay", "old_decay_rate", "old_decay_type"):
             self.require(self.has_old, name, f"left out: this form of {self.forward_loss} has no old policy")
