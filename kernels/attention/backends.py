@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from postgen.kernels.attention import naive
+from postgen.kernels.attention.store import installed_version
 from postgen.kernels.dispatch import launching_on
-from postgen.versions import version_of
 
 Result = tuple[Tensor, Tensor | None]
 """The output (B, N, H, D), and the LSE (B, H, N) in float32, or None where the call does not need it."""
@@ -86,7 +86,7 @@ class Backend:
 
     def installed(self) -> bool:
         """Return whether all its packages are installed."""
-        return all(version_of(name) is not None for name in self.packages)
+        return all(installed_version(name) is not None for name in self.packages)
 
     def refusal(self, call: Call) -> str | None:
         """Return why the backend does not support a call, or None, without running a kernel."""

@@ -93,9 +93,14 @@ def _versions(packages: tuple[str, ...]) -> str:
     found = [f"torch {torch.__version__}", f"cuda {torch.version.cuda}"]
     if torch.backends.cudnn.is_available():
         found.append(f"cudnn {torch.backends.cudnn.version()}")
-    for name in sorted({*packages} - {"torch"}):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    there = {name: installed_version(name) for name in sorted({*packages} - {"torch"})}
+    found += [f"{name} {each}" for name, each in there.items() if each is not None]
     return ", ".join(found)
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
