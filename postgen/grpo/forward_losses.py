@@ -61,25 +61,6 @@ def errors_of(prediction: Tensor, target: Tensor) -> Errors:
     return Errors(difference.square().mean(1), difference.detach().abs().mean(1).clamp_min(_SMALLEST))
 
 
-def true_prediction(
-    clean: Tensor, noise: Tensor, levels: tuple[Tensor, Tensor], prediction_type: PredictionType
-) -> Tensor:
-    """Return the prediction (B, ...) that is exact for x = a clean + b noise.
-
-    Args:
-        clean: (B, ...) clean latents.
-        noise: (B, ...) standard normal noise.
-        levels: (a, b), broadcast to the latents.
-        prediction_type: what the policy predicts.
-    """
-    a, b = levels
-    if prediction_type == "flow":
-        return noise - clean
-    if prediction_type == "v_prediction":
-        return a * noise - b * clean
-    return noise if prediction_type == "epsilon" else clean
-
-
 def moded(advantages: Tensor, mode: AdvMode) -> Tensor:
     """Return the advantages (B,) that a loss uses, as `adv_mode` of the code of DiffusionNFT.
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families import Condition
+from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import Levels
 from postgen.sampling.seeds import normal, seed_of
-from postgen.sampling.transition import wide
 from postgen.training.swap import WeightsCopy
 
 from .advantages import Advantages
 from .forward_config import Decay, DiffusionNFTConfig
 from .forward_groups import UpdateGroups
-from .forward_losses import moded, pairs_of_equal_motion, true_prediction
+from .forward_losses import moded, pairs_of_equal_motion
 from .group import GroupTrainer
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
 
@@ -145,13 +145,11 @@ class ForwardPolicies(GroupTrainer[DiffusionNFTConfig]):
         index = torch.tensor([seed % drawn for seed in seeds], device=self.device)
         levels = schedule.levels(index, index + 1)
         noise = normal(clean.shape[1:], seeds, self.device)
-        (a, b), _ = levels.mix()
-        a, b = wide(a, clean), wide(b, noise)
         return Noised(
             rows=rows,
             clean=clean,
-            x=a * clean + b * noise,
-            target=true_prediction(clean, noise, (a, b), schedule.prediction_type),
+            x=noised(clean, noise, levels),
+            target=wanted_of(clean, noise, levels, schedule.prediction_type),
             index=index,
             levels=levels,
             condition=self.conditions(buffer.number)(prompts),

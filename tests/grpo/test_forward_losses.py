@@ -1,6 +1,5 @@
 """The losses of the forward process against the formulas: omega at v = v_old, brakes, finite differences, pairs."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from postgen.grpo.forward_losses import (
     moded,
     nft_loss,
     pairs_of_equal_motion,
-    true_prediction,
 )
 from postgen.sampling.schedule import Schedule
 
@@ -34,7 +32,7 @@ def batch():
     s = schedule.sigmas[index]
     advantages = torch.randn(2, GROUP, generator=source, dtype=torch.float64)
     advantages = (advantages - advantages.mean(1, keepdim=True)).flatten()
-    target = true_prediction(clean, noise, (1 - s[:, None], s[:, None]), "flow")
+    target = noise - clean
     return SimpleNamespace(
         clean=clean,
         x=(1 - s[:, None]) * clean + s[:, None] * noise,
@@ -268,14 +266,3 @@ def test_pairs_of_equal_motion():
     motion = torch.tensor([1.0, 9.0, 2.0, 1.1, 4.0, 1.0, 2.0, 3.0])
     # First group by motion: rows 0, 3, 2, 1 with scores 0, 2, 1, 3; second: rows 5, 6, 7, 4 with 1, 1, 0, 5.
     assert pairs_of_equal_motion(scores, motion, 4).tolist() == [0, 3, 4, 7]
-
-
-def test_true_predictions():
-    clean, noise = torch.tensor([[2.0]]), torch.tensor([[3.0]])
-    a, b = torch.tensor([[math.sqrt(0.75)]]), torch.tensor([[0.5]])
-    x = a * clean + b * noise
-    assert true_prediction(clean, noise, (a, b), "flow").item() == 1
-    assert true_prediction(clean, noise, (a, b), "epsilon").item() == 3
-    assert true_prediction(clean, noise, (a, b), "sample").item() == 2
-    v = true_prediction(clean, noise, (a, b), "v_prediction")
-    assert (a * x - b * v).item() == pytest.approx(2)
