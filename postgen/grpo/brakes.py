@@ -76,6 +76,9 @@ class BrakesConfig(Part):
         for name in ("data_beta", "norm_guard", "temporal_guard", "temporal_guard_tau", "eval_fm_clips"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.data_clips >= 1, "data_clips", "at least 1")
+        for name, owner in (("data_clips", "data_beta"), ("temporal_guard_tau", "temporal_guard")):
+            known = getattr(self, name) == getattr(type(self), name)
+            self.require(known or getattr(self, owner) > 0, name, f"left out without {owner}")
         used = self.data_beta > 0 or self.eval_fm_clips > 0
         self.require(used or self.data_source is None, "data_source", "left out without data_beta and eval_fm_clips")
         needless = self.eval_data_source is None or self.eval_fm_clips > 0

@@ -310,6 +310,8 @@ class DanceGRPOConfig(GroupConfig):
         unclipped = self.policy_loss == "dppo"
         fits = not unclipped or self.loss_per == "sum"
         self.require(fits, "loss_per", "sum with policy_loss: dppo, which masks a sample by the sign of its advantage")
+        known = self.dppo_delta == type(self).dppo_delta
+        self.require(unclipped or known, "dppo_delta", "left out without policy_loss: dppo")
         self.require(not unclipped or self.epsilon_high is None, "epsilon_high", "left out: dppo does not clip ratios")
         self.require(self.beta >= 0, "beta", "at least 0")
         self._check_reuse()
