@@ -45,12 +45,12 @@ class BrakesConfig(Part):
     It costs one more training pass without guidance for each sample of an update."""
 
     data_source: str | None = None
-    """Clips of `data_beta`. "world": scenes that the training prompts describe, rendered. "samples": samples of the
-    model before training, for the training prompts. Or a data set with the columns `prompt` and `video` (a file or a
-    folder of frames). None: "world"; prompts that do not describe scenes of the synthetic world are then refused."""
+    """Clips of `data_beta`: "world" (the same as None: renders of the training prompts), "samples" of the model before
+    training, or a data set with the columns `prompt` and `video` (a file or a folder of frames). With "world", prompts
+    that do not describe scenes of the synthetic world are refused."""
 
     data_clips: int = 512
-    """Number of clips of `data_beta`: the first rows of their source. They are encoded once, kept in `output_dir`, and
+    """Number of clips of `data_beta`, the first rows of their source. Only with `data_beta`. They are encoded once, kept in `output_dir`, and
     held in memory. Only "samples" draws several clips of a prompt if there are fewer prompts."""
 
     norm_guard: float = 0.0
@@ -62,7 +62,7 @@ class BrakesConfig(Part):
     reference policy; 0 uses none. It costs the same as `norm_guard`, and both together cost no more than one."""
 
     temporal_guard_tau: float = 0.1
-    """Dead zone of `temporal_guard`: log-ratios between -tau and tau cost nothing."""
+    """Dead zone of `temporal_guard`: log-ratios between -tau and tau cost nothing. Only with `temporal_guard`."""
 
     eval_fm_clips: int = 0
     """Number of held-out clips on which evaluations measure the flow-matching loss (`eval_fm_loss`); 0: none."""
