@@ -50,8 +50,9 @@ class BrakesConfig(Part):
     that do not describe scenes of the synthetic world are refused."""
 
     data_clips: int = 512
-    """Number of clips of `data_beta`, the first rows of their source. Only with `data_beta`. They are encoded once, kept in `output_dir`, and
-    held in memory. Only "samples" draws several clips of a prompt if there are fewer prompts."""
+    """Number of clips of `data_beta`, the first rows of their source. Only with `data_beta`. They are encoded once,
+    kept in `output_dir`, and held in memory. Only "samples" draws several clips of a prompt if there are fewer
+    prompts."""
 
     norm_guard: float = 0.0
     """Weight of the squared relative excess of the prediction's rms over that of the reference policy (after
