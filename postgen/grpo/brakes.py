@@ -16,11 +16,12 @@ policy equals the reference. `brake_data` has the clips.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, did_you_mean
 from postgen.settings import Part
 
 _STILL = 0.03
@@ -77,6 +78,11 @@ class BrakesConfig(Part):
         for name in ("data_beta", "norm_guard", "temporal_guard", "temporal_guard_tau", "eval_fm_clips"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.data_clips >= 1, "data_clips", "at least 1")
+        for name in self.files:  # a mistyped word would be searched on the Hub
+            source = getattr(self, name)
+            if source is not None and source not in MADE and not Path(source).exists():
+                if near := did_you_mean(source, MADE):
+                    raise UserError(f"{name} is {source!r}, it must be {' or '.join(MADE)}, or a data set.{near}")
         for name, owner in (("data_clips", "data_beta"), ("temporal_guard_tau", "temporal_guard")):
             known = getattr(self, name) == getattr(type(self), name)
             self.require(known or getattr(self, owner) > 0, name, f"left out without {owner}")

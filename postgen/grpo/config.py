@@ -299,7 +299,7 @@ class DanceGRPOConfig(GroupConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.sde_type != "ode", "sde_type", "a transition with noise: without it nothing is explored")
+        self.require(self.sde_type != "ode", "sde_type", "one of the others: ode has no noise, so nothing is explored")
         self.require(self.noise_level is None or self.noise_level > 0, "noise_level", "above 0")
         self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
         self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")
