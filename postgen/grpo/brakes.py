@@ -78,11 +78,8 @@ class BrakesConfig(Part):
         for name in ("data_beta", "norm_guard", "temporal_guard", "temporal_guard_tau", "eval_fm_clips"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.data_clips >= 1, "data_clips", "at least 1")
-        for name in self.files:  # a mistyped word would be searched on the Hub
-            source = getattr(self, name)
-            if source is not None and source not in MADE and not Path(source).exists():
-                if near := did_you_mean(source, MADE):
-                    raise UserError(f"{name} is {source!r}, it must be {' or '.join(MADE)}, or a data set.{near}")
+        for name in ("data_source", "eval_data_source"):
+            _check_source(name, getattr(self, name))
         for name, owner in (("data_clips", "data_beta"), ("temporal_guard_tau", "temporal_guard")):
             known = getattr(self, name) == getattr(type(self), name)
             self.require(known or getattr(self, owner) > 0, name, f"left out without {owner}")
@@ -103,6 +100,13 @@ class BrakesConfig(Part):
 
 MADE = ("world", "samples")
 """Values of `data_source` that are not data sets."""
+
+
+def _check_source(name: str, source: str | None) -> None:
+    """Refuse a mistyped word, which would be searched on the Hub."""
+    near = "" if source is None or source in MADE or Path(source).exists() else did_you_mean(source, MADE)
+    if near:
+        raise UserError(f"{name} is {source!r}, it must be {' or '.join(MADE)}, or a data set.{near}")
 
 
 def norm_ratio(prediction: Tensor, reference: Tensor) -> Tensor:
