@@ -10,7 +10,7 @@
 is trained (`--later` leaves that to `measure`). After `--seconds` the runs save a checkpoint. The exit code is 0 if
 all is done, 1 if a job failed, and 3 if the command has to be repeated; it then continues. `--back FOLDER` keeps the
 measurements in a few small files, and `--unpack FOLDER` restores them on another machine. With `--tiny --gpus` (no
-number) everything runs on a CPU, to show that it runs.
+number) everything runs on a CPU, to show that it runs: give such runs an `--out` of their own.
 
 Rules, fixed before the runs:
 
@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ from benchmarks import dancegrpo_exact, dancegrpo_pictures, dancegrpo_report, da
 from benchmarks.command import ended
 from benchmarks.dancegrpo_arms import Run, base_job, check_arms, named_arms, table
 from benchmarks.lit_video_files import pack_files, unpack
+from postgen.errors import UserError
 from postgen.grpo.curves import read_metrics
 
 GRACE = 40.0
@@ -112,9 +114,27 @@ def kept_files(out: Path) -> Iterator[Path]:
     yield from sorted((out / "logs").glob("*.log"))
 
 
+def check_gpus(gpus: Sequence[str]) -> None:
+    """Check that torch finds the GPUs; on the CPU, the sizes of the experiment would take days.
+
+    Raises:
+        UserError: there is no GPU of one of the numbers.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    missing = [gpu for gpu in gpus if not (gpu.isdigit() and int(gpu) < count)]
+    if missing and (not count or "CUDA_VISIBLE_DEVICES" not in os.environ):
+        raise UserError(
+            f"--gpus has {missing[0]}, but torch finds {count} CUDA devices: give other numbers, or --gpus without a"
+            " number and --tiny to test the benchmark on a CPU"
+        )
+
+
 def work_on(options: argparse.Namespace) -> int:
     """Train or measure, and return the exit code."""
     names = named_arms(options.arms)
+    check_gpus(options.gpus)
     check_arms(names, tiny=options.tiny)
     runs = [Run(arm=arm, seed=seed, out=options.out, tiny=options.tiny) for seed in options.seeds for arm in names]
     words = ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]

@@ -1,4 +1,4 @@
-"""Tables of docs/dancegrpo.md and docs/reward_hacking.md from `results/dancegrpo.json`."""
+"""Tables of docs/dancegrpo_results.md and docs/reward_hacking.md from `results/dancegrpo.json`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ FIRED = {
     "norm": "prediction norm outside 0.95 to 1.05",
     "bright": "brightness moved by 0.05",
 }
-"""Guard -> head of its column. Ratios are to the base model."""
+"""Alarm -> head of its column. Ratios are to the base model."""
 DIAGNOSED = {
     "motion/advantage_corr": "correlation of advantage and log motion",
     "motion/advantage_corr_used": "the same after `motion_residual`",
     "motion/log_group_std": "spread of log motion within groups",
 }
 """Metric of the training -> head of its column."""
+_COUNTER = ("nft", *GROUPS["control"], "fast", *GROUPS["counter"])
+_LOSSES = ("nft", *GROUPS["losses"])
+_RATIOS = ("diversity", "floor_diversity", "sharpness")
 Result = Mapping[str, Any]
 
 
@@ -67,11 +70,6 @@ def shipped(result: Result) -> Iterator[str]:
                     _between(at["right"]["mean"]),
                     _between(at["gap_closed"]),
                     _between(at["judge"]["change"]),
-                    _each(at["motion_ratio"]["by_seed"]),
-                    _between(at["motion_to_exact"]),
-                    _between(at["diversity_ratio"]),
-                    _between(at["floor_diversity_ratio"]),
-                    _between(at["sharpness_ratio"]),
                     f"{arm['forward_equivalents'] / 1000:.0f} k",
                     f"{arm['transformer_seconds']:.0f}",
                 ]
@@ -79,10 +77,21 @@ def shipped(result: Result) -> Iterator[str]:
     if rows:
         best = result["best_of"]
         what = f"base model, best of {best['clips']} clips by the exact judge"
-        rows.append([what, "", "", f"{result['base']['test']['right']:.2f}", f"{best['right']:.2f}", *[""] * 9])
+        rows.append([what, "", "", f"{result['base']['test']['right']:.2f}", f"{best['right']:.2f}", *[""] * 4])
     heads = ["recipe", "seeds", "chosen updates", "right before", "right", "gap closed"]
-    heads += ["change of the held-out judge", "motion, each seed", "motion / exact clip", "diversity", "floor colours"]
-    heads += ["sharpness", "forward-equivalents", "s in the transformer"]
+    heads += ["change of the held-out judge", "forward-equivalents", "s in the transformer"]
+    yield from _table(heads, rows)
+
+
+def shipped_beside(result: Result) -> Iterator[str]:
+    """Yield the table of what else the shipped recipes change."""
+    rows = []
+    for name in SHIPPED:
+        if (arm := result["arms"].get(name)) is not None:
+            at = arm["chosen"]
+            ratios = [_between(at[key]) for key in ("motion_to_exact", *(f"{each}_ratio" for each in _RATIOS))]
+            rows.append([f"`{arm['recipe']}`", _each(at["motion_ratio"]["by_seed"]), *ratios])
+    heads = ["recipe", "motion, each seed", "motion / exact clip", "diversity", "floor colours", "sharpness"]
     yield from _table(heads, rows)
 
 
@@ -128,7 +137,7 @@ def _compared(result: Result, names: Iterable[str]) -> Iterator[str]:
     rows = []
     for name in names:
         if (arm := result["arms"].get(name)) is not None:
-            last, against = arm["last"], arm.get("against", {}).get("chosen")
+            against = arm.get("against", {}).get("chosen")
             rows.append(
                 [
                     arm["what"],
@@ -136,22 +145,40 @@ def _compared(result: Result, names: Iterable[str]) -> Iterator[str]:
                     _between(arm["chosen"]["right"]["mean"]),
                     "" if against is None else _between(against["right"]),
                     "" if against is None else _between(against["judge"]),
+                    f"{arm['transformer_seconds']:.0f}",
+                ]
+            )
+    heads = ["arm", "seeds", "right", "right minus reference", "held-out judge minus reference"]
+    yield from _table([*heads, "s in the transformer"], rows)
+
+
+def _beside(result: Result, names: Iterable[str]) -> Iterator[str]:
+    rows = []
+    for name in names:
+        if (arm := result["arms"].get(name)) is not None:
+            last = arm["last"]
+            rows.append(
+                [
+                    arm["what"],
                     _each(last["motion_ratio"]["by_seed"]),
                     _between(last["motion_to_exact"]),
                     _between(last["floor_diversity_ratio"]),
                     f"{last['flow_matching_ratio']['value']:.2f}",
                     f"{last['prediction_norm_ratio']['value']:.2f}",
-                    f"{arm['transformer_seconds']:.0f}",
                 ]
             )
-    heads = ["arm", "seeds", "right", "right minus reference", "held-out judge minus reference"]
-    heads += ["motion at the end, each seed", "motion / exact clip at the end", "floor colours at the end"]
-    yield from _table([*heads, "flow-matching loss", "prediction norm", "s"], rows)
+    heads = ["arm", "motion, each seed", "motion / exact clip", "floor colours", "flow-matching loss"]
+    yield from _table([*heads, "prediction norm"], rows)
 
 
 def counter(result: Result) -> Iterator[str]:
     """Yield the table of the counter-measures, with the control and the recipes without them."""
-    yield from _compared(result, ["nft", *GROUPS["control"], "fast", *GROUPS["counter"]])
+    yield from _compared(result, _COUNTER)
+
+
+def counter_beside(result: Result) -> Iterator[str]:
+    """Yield the table of what else changes with the counter-measures."""
+    yield from _beside(result, _COUNTER)
 
 
 def diagnosis(result: Result) -> Iterator[str]:
@@ -171,7 +198,12 @@ def _logged(arm: Result, key: str) -> float | None:
 
 def losses(result: Result) -> Iterator[str]:
     """Yield the table of the forward losses."""
-    yield from _compared(result, ["nft", *GROUPS["losses"]])
+    yield from _compared(result, _LOSSES)
+
+
+def losses_beside(result: Result) -> Iterator[str]:
+    """Yield the table of what else changes with the forward losses."""
+    yield from _beside(result, _LOSSES)
 
 
 def rewards(result: Result) -> Iterator[str]:
@@ -260,8 +292,9 @@ def hack_curves(result: Result) -> Iterator[str]:
 
 
 PAGES: dict[str, dict[str, Callable[[Result], Iterator[str]]]] = {
-    "dancegrpo.md": {
-        **{"shipped": shipped, "guided": guided, "costs": costs, "counter": counter, "losses": losses},
+    "dancegrpo_results.md": {
+        **{"shipped": shipped, "shipped_beside": shipped_beside, "guided": guided, "costs": costs},
+        **{"counter": counter, "counter_beside": counter_beside, "losses": losses, "losses_beside": losses_beside},
         "diagnosis": diagnosis,
         **{"rewards": rewards, "curves": curves, "gates": gates},
     },

@@ -28,6 +28,13 @@ from .cost import Work
 from .evaluation import Evaluator
 from .state import G, KeptState
 
+_SOURCES = {
+    "world": "renders of the prompts",
+    "samples": "samples of the model before training",
+    "videos": "videos of the data set",
+}
+"""Kind of clips -> its name in messages."""
+
 
 class Braked(KeptState[G]):
     """Base of the reward trainers: the clips of `data_beta` and `eval_fm_loss`, and the guards."""
@@ -118,7 +125,8 @@ class Braked(KeptState[G]):
             conditions = self.embeddings.table(rows.rows.__getitem__)
             makers, said = self._clip_files[name]
             if process.is_main_process:
-                say(f"clips for {'data_beta' if name == 'train' else 'eval_fm_loss'}: {len(rows.rows)} {rows.kind}")
+                setting = "data_beta" if name == "train" else "eval_fm_clips"
+                say(f"{setting}: {len(rows.rows)} clips, {_SOURCES[rows.kind]}")
             with torch.no_grad(), self._networks(wrapped=False), evaluating(self.policy.modules.values()):
                 latents = kept_latents(
                     # Settings of evaluations may change when a run is resumed; other clips get another folder.

@@ -16,11 +16,12 @@ policy equals the reference. `brake_data` has the clips.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, did_you_mean
 from postgen.settings import Part
 
 _STILL = 0.03
@@ -45,13 +46,14 @@ class BrakesConfig(Part):
     It costs one more training pass without guidance for each sample of an update."""
 
     data_source: str | None = None
-    """Clips of `data_beta`. "world": scenes that the training prompts describe, rendered. "samples": samples of the
-    model before training, for the training prompts. Or a data set with the columns `prompt` and `video` (a file or a
-    folder of frames). None: "world"; prompts that do not describe scenes of the synthetic world are then refused."""
+    """Clips of `data_beta`: "world" (the same as None: renders of the training prompts), "samples" of the model before
+    training, or a data set with the columns `prompt` and `video` (a file or a folder of frames). With "world", prompts
+    that do not describe scenes of the synthetic world are refused."""
 
     data_clips: int = 512
-    """Number of clips of `data_beta`: the first rows of their source. They are encoded once, kept in `output_dir`, and
-    held in memory. Only "samples" draws several clips of a prompt if there are fewer prompts."""
+    """Number of clips of `data_beta`, the first rows of their source. Only with `data_beta`. They are encoded once,
+    kept in `output_dir`, and held in memory. Only "samples" draws several clips of a prompt if there are fewer
+    prompts."""
 
     norm_guard: float = 0.0
     """Weight of the squared relative excess of the prediction's rms over that of the reference policy (after
@@ -62,7 +64,7 @@ class BrakesConfig(Part):
     reference policy; 0 uses none. It costs the same as `norm_guard`, and both together cost no more than one."""
 
     temporal_guard_tau: float = 0.1
-    """Dead zone of `temporal_guard`: log-ratios between -tau and tau cost nothing."""
+    """Dead zone of `temporal_guard`: log-ratios between -tau and tau cost nothing. Only with `temporal_guard`."""
 
     eval_fm_clips: int = 0
     """Number of held-out clips on which evaluations measure the flow-matching loss (`eval_fm_loss`); 0: none."""
@@ -76,6 +78,11 @@ class BrakesConfig(Part):
         for name in ("data_beta", "norm_guard", "temporal_guard", "temporal_guard_tau", "eval_fm_clips"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.data_clips >= 1, "data_clips", "at least 1")
+        for name in ("data_source", "eval_data_source"):
+            _check_source(name, getattr(self, name))
+        for name, owner in (("data_clips", "data_beta"), ("temporal_guard_tau", "temporal_guard")):
+            known = getattr(self, name) == getattr(type(self), name)
+            self.require(known or getattr(self, owner) > 0, name, f"left out without {owner}")
         used = self.data_beta > 0 or self.eval_fm_clips > 0
         self.require(used or self.data_source is None, "data_source", "left out without data_beta and eval_fm_clips")
         needless = self.eval_data_source is None or self.eval_fm_clips > 0
@@ -93,6 +100,13 @@ class BrakesConfig(Part):
 
 MADE = ("world", "samples")
 """Values of `data_source` that are not data sets."""
+
+
+def _check_source(name: str, source: str | None) -> None:
+    """Refuse a mistyped word, which would be searched on the Hub."""
+    near = "" if source is None or source in MADE or Path(source).exists() else did_you_mean(source, MADE)
+    if near:
+        raise UserError(f"{name} is {source!r}, it must be {' or '.join(MADE)}, or a data set.{near}")
 
 
 def norm_ratio(prediction: Tensor, reference: Tensor) -> Tensor:

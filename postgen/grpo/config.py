@@ -299,7 +299,7 @@ class DanceGRPOConfig(GroupConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.sde_type != "ode", "sde_type", "a transition with noise: without it nothing is explored")
+        self.require(self.sde_type != "ode", "sde_type", "one of the others: ode has no noise, so nothing is explored")
         self.require(self.noise_level is None or self.noise_level > 0, "noise_level", "above 0")
         self.require(0 < self.timestep_fraction <= 1, "timestep_fraction", "in (0, 1]")
         self.require(0 < self.epsilon < 1, "epsilon", "in (0, 1)")
@@ -310,6 +310,8 @@ class DanceGRPOConfig(GroupConfig):
         unclipped = self.policy_loss == "dppo"
         fits = not unclipped or self.loss_per == "sum"
         self.require(fits, "loss_per", "sum with policy_loss: dppo, which masks a sample by the sign of its advantage")
+        known = self.dppo_delta == type(self).dppo_delta
+        self.require(unclipped or known, "dppo_delta", "left out without policy_loss: dppo")
         self.require(not unclipped or self.epsilon_high is None, "epsilon_high", "left out: dppo does not clip ratios")
         self.require(self.beta >= 0, "beta", "at least 0")
         self._check_reuse()

@@ -75,7 +75,7 @@ class ForwardConfig(Part):
     """Share of the rollout's noise levels that training draws from, the noisiest first, in (0, 1]."""
 
     old_decay_type: int | None = None
-    """Decay of the old policy as in the code of DiffusionNFT. 0: none; 1: the ramp 0.001 up to 0.5; 2: none for 75
+    """Decay of the old policy as in the code of DiffusionNFT: 0: none; 1: the ramp 0.001 up to 0.5; 2: none for 75
     updates, then the ramp 0.0075 up to 0.999. None uses `old_decay` and `old_decay_rate`."""
 
     nft_beta: float = 1.0

@@ -40,6 +40,8 @@ def interpolate_export(export: str | Path, output: str | Path, amount: float) ->
     check_number("amount", amount, -100, 100)
     if source.resolve() == target.resolve():
         raise UserError(f"output is the export itself, {target}: choose another folder")
+    if (source / "export").is_dir():  # its checkpoints hold LoRA files too
+        raise UserError(f"{source} is the folder of a run: give its export, {source / 'export'}")
     loras = sorted(source.rglob(_LORA)) if source.is_dir() else []
     with replacing(target) as part:
         if loras:

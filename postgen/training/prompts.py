@@ -87,7 +87,12 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
             except UserError as error:
                 if path.exists():
                     raise
-                raise UserError(f"{error}. Give a file of your own prompts: --{name} FILE") from error
+                what = (
+                    "a file of your own prompts"
+                    if name.endswith("dataset")
+                    else "a file with prompt and video in each row"
+                )
+                raise UserError(f"{error}. Give {what}: --{name} FILE") from error
         source = _made(source, name)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise UserError(f"{name} is {shown(source)}, it must be a file, a data set, a function or rows of prompts")

@@ -256,7 +256,7 @@ def test_the_report_has_all_gates_tables_and_pictures(tmp_path, capsys):
     for page in dancegrpo_tables.PAGES:
         shutil.copyfile(dancegrpo_tables.DOCS / page, tmp_path / page)
     dancegrpo_tables.write_pages(str(target), tmp_path)
-    text = (tmp_path / "dancegrpo.md").read_text()
+    text = (tmp_path / "dancegrpo_results.md").read_text()
     assert "| `nft-tiny` | 3 | 20, 20, 20 | 0.50 | 0.83 [" in text
     assert "| `motion_residual: 1` | 0.25 |" in text
     assert "| 20 |" in (tmp_path / "reward_hacking.md").read_text()
@@ -290,7 +290,14 @@ def test_the_report_refuses_to_mix(tmp_path, capsys):
     for page in dancegrpo_tables.PAGES:
         shutil.copyfile(dancegrpo_tables.DOCS / page, tmp_path / page)
     dancegrpo_tables.write_pages(str(old), tmp_path)
-    assert "<!-- table: shipped -->\n\nNot measured yet.\n" in (tmp_path / "dancegrpo.md").read_text()
+    assert "<!-- table: shipped -->\n\nNot measured yet.\n" in (tmp_path / "dancegrpo_results.md").read_text()
+
+
+def test_missing_gpus_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert dancegrpo.main(["train", "--arms", "nft", "--seeds", "0", "--gpus", "99", "--out", str(tmp_path)]) == 2
+    assert "--gpus has 99, but torch finds" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_nothing_measured_is_one_line(tmp_path, capsys):

@@ -341,7 +341,16 @@ def test_videos_are_read_and_their_own_prompts_are_used(tiny_wan: Path, tmp_path
             {"data_beta": 1.0, "rows": [{"prompt": "a red ball moves left and a cat sleeps"}]},
             "does not describe a scene of the synthetic world .unknown: cat, sleeps.",
         ),
-        ({"data_beta": 1.0, "data_source": "absent.jsonl"}, "data_source absent.jsonl cannot be read"),
+        (
+            {"data_beta": 1.0, "data_source": "absent.jsonl"},
+            "data_source absent.jsonl cannot be read.* Give a file with prompt and video in each row: --data_source",
+        ),
+        (
+            {"data_beta": 1.0, "data_source": "wrld"},
+            "data_source is 'wrld', it must be world or samples, or a data set. Did you mean 'world'",
+        ),
+        ({"data_clips": 8}, "data_clips is 8, it must be left out without data_beta"),
+        ({"temporal_guard_tau": 0.2}, "temporal_guard_tau is 0.2, it must be left out without temporal_guard"),
         (
             {"data_beta": 1.0, "rows": [{"prompt": "a red ball moves left"}]},
             "data_source: the denoiser of this model cannot encode clips: set data_source to samples",

@@ -35,6 +35,8 @@ def test_whole_networks(tiny_wan: Path, tmp_path: Path) -> None:
         interpolate_export(export, tmp_path / "x", "x")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="is not the export of a run: it holds neither"):
         interpolate_export(tiny_wan, tmp_path / "x", 0.5)
+    with pytest.raises(UserError, match=r"is the folder of a run: give its export, .*export"):
+        interpolate_export(Path(export).parent, tmp_path / "x", 0.5)
     assert not (tmp_path / "x").exists()
 
 

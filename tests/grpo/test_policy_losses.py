@@ -181,6 +181,7 @@ def test_old_log_prob_replay_is_metered(tmp_path: Path, changes: dict[str, Any])
         ({"policy_loss": "dppo", "epsilon_high": 0.1}, "epsilon_high is 0.1, it must be left out: dppo does not clip"),
         ({"policy_loss": "ppo"}, "policy_loss"),
         ({"dppo_delta": -1.0}, "dppo_delta is -1.0, it must be at least 0"),
+        ({"dppo_delta": 1e-4}, "dppo_delta is 0.0001, it must be left out without policy_loss: dppo"),
     ],
 )
 def test_policy_losses_refuse_what_does_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -76,7 +76,7 @@ def test_grpo_groups_may_span_processes(tmp_path):
         ({"best_of_n": 9}, "best_of_n is 9, it must be in 2..num_generations"),
         ({"sde_window_size": 8}, "sde_window_size is 8, it must be in 1..7: the last step has no noise"),
         ({"sde_window_range": [3, 9]}, "must be .first, stop. with 0 <= first < stop <= 7"),
-        ({"sde_type": "ode"}, "a transition with noise"),
+        ({"sde_type": "ode"}, "one of the others: ode has no noise"),
         ({"sde_type": "cps", "ratio_norm": True}, "another than cps with ratio_norm"),
         ({"sde_type": "ddim"}, "'ddim' is not for a model that predicts flow"),
         ({"reward_funcs": ["a"], "reward_weights": [1.0, 2.0]}, "one number for each of reward_funcs"),
