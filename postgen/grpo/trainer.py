@@ -44,7 +44,7 @@ from .loss import (
     velocity_kl,
 )
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
-from .reuse import RetainedGraphs, ScoreGradients, average_gradients
+from .reuse import RetainedGraphs, ScoreGradients
 from .window import Window
 
 
@@ -139,6 +139,16 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         return self.args.sde_window_per == "rollout" or not self.args.sde_window_size
 
     @property
+    def shares_levels(self) -> bool:
+        """Whether all samples of a rollout are also trained at the same noise levels."""
+        return self.shares_rollout_window and self.window.kept == self.window.size
+
+    @property
+    def averages(self) -> bool:
+        """Whether this trainer averages gradients, as always for graphs of rollouts: no prepared model began them."""
+        return super().averages or self.graphs is not None
+
+    @property
     def loss_per_reward(self) -> bool:
         """Whether each reward has its own clipped loss."""
         return self.args.loss_per == "reward"
@@ -209,7 +219,6 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             if self._ends_update:
                 with self.meter.time("transformer_seconds"):
                     self.graphs.backward()
-                average_gradients(self.trained().values(), self.accelerator)
         return loss, {**means, **extra, "loss": means["policy_loss"]}
 
     def backward(self, loss: Tensor) -> None:
@@ -223,8 +232,6 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         scale = -1 / (len(rows) * args.gradient_accumulation_steps)
         pairs = zip(rows.tolist(), advantages.tolist(), strict=True)
         graphs.add({buffer.samples[row]: scale * advantage for row, advantage in pairs})
-        if self._ends_update:
-            average_gradients(self.trained().values(), self.accelerator)
         found = clipped_loss(torch.zeros_like(advantages), advantages, args.epsilon, args.high)
         weights = [self._weight(buffer.paths.start[rows] + offset) for offset in self._offsets(buffer, rows)]
         loss = (found.loss * torch.stack(weights)).mean()

@@ -122,6 +122,9 @@ class TrainerHooks(ABC, Generic[C]):
         A method makes its copies of the weights here. A checkpoint is read afterwards.
         """
 
+    def on_gradients(self) -> None:
+        """Act on the gradients of an update, which the prepared models have averaged, before they are clipped."""
+
     def on_optimizer_step(self) -> None:
         """Act after each optimiser step and update of the average; `global_step` already counts this step."""
 
