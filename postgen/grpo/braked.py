@@ -114,7 +114,9 @@ class Braked(KeptState[G]):
         """Make the clips, or read them from the folder of the run, while the model has its weights before training."""
         super().on_models_ready()
         process = self.accelerator
-        for stream, (name, rows) in enumerate(self._clip_rows.items()):
+        for name, rows in self._clip_rows.items():
+            # The same in every run, so that a run without data_beta measures the same held-out samples.
+            stream = 0 if name == "train" else 1
             conditions = self.embeddings.table(rows.rows.__getitem__)
             makers, said = self._clip_files[name]
             if process.is_main_process:
