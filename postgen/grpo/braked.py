@@ -155,9 +155,9 @@ class Braked(KeptState[G]):
         assert self.buffer is not None
         args, samples, update = self.args, self.buffer.samples, self.micro // self.batches.accumulation
         seeds = [seed_of(args.seed, "data", 0, update, samples[row]) for row in rows.tolist()]
-        with self.meter.training(len(seeds)):
-            loss = self._clips["train"].drawn(seeds).mean()
-        with self.no_sync():
+        with self.no_sync():  # the forward pass decides whether gradients are averaged
+            with self.meter.training(len(seeds)):
+                loss = self._clips["train"].drawn(seeds).mean()
             self.backward(args.data_beta * loss)
         return {"data_loss": loss.detach()}
 

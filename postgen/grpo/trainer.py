@@ -111,16 +111,11 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             return None
         if self.args.reuse_graph == "retain" and self.needs_reference and self.policy.copies_reference:
             raise UserError(
-                "reuse_graph with beta needs new LoRA adapters: another reference policy is swapped into the weights, "
-                "which the kept graphs still need. Set beta 0 or reuse_graph off"
+                "reuse_graph with beta or a guard needs new LoRA adapters: another reference policy is swapped into "
+                "the weights, which the kept graphs still need. Set them to 0, or reuse_graph off"
             )
         if self.args.reuse_graph == "retain":
             return RetainedGraphs(self.window)
-        if self.needs_reference:
-            raise UserError(
-                "reuse_graph reweight has no divergence from a reference policy, which advantages do not multiply: "
-                "set beta 0, or use reuse_graph retain"
-            )
         return ScoreGradients(self.window, self.trained, self._score)
 
     def before_rollout(self) -> None:

@@ -110,7 +110,7 @@ class Trainer(TrainerHooks[C]):
         self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Skip gradient averaging in enclosed backward passes; the next one outside averages all gradients."""
+        """Skip gradient averaging in enclosed forward and backward passes; the next ones average all gradients."""
         return no_sync(self.models, self.accelerator)
 
     @contextmanager
