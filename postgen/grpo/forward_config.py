@@ -241,8 +241,8 @@ class DiffusionNFTConfig(ForwardConfig, GroupConfig):
         fits = not self.guarded or self.reference_guidance == self.guidance_scale
         for name in ("norm_guard", "temporal_guard"):
             allowed = (
-                f"0 unless crd_kl_guidance is {self.guidance_scale:g}, like guidance_scale: a guard compares predictions"
-                " of the same guidance"
+                f"0 unless crd_kl_guidance is {self.guidance_scale:g}, like guidance_scale: a guard compares "
+                "predictions of the same guidance"
             )
             self.require(fits or not getattr(self, name), name, allowed)
         for name in changed(self, "old_decay", "old_decay_rate", "old_decay_type"):

@@ -14,7 +14,7 @@ from postgen.errors import UserError
 from postgen.grpo.guards import check_experts
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from postgen.grpo.trainer import DanceGRPOConfig, DanceGRPOTrainer
-from tests.grpo.toy import near
+from tests.grpo.toy import grpo, near
 from tests.training.pair import run_pair
 
 RUN: dict[str, Any] = {
@@ -37,7 +37,32 @@ def train(folder: Path, name: str, run: str, parts: int = 1) -> None:
     kind(str(folder / "model"), near, args, [{"prompt": f"a {colour} ball"} for colour in ("red", "blue")]).train()
 
 
-JOBS = [partial(train, name=name, run="two") for name in METHODS]
+class Counting(DiffusionNFTTrainer):
+    """Counts how often DDP averages the gradients of the toy, which fit into one bucket."""
+
+    averaged = 0
+
+    def on_models_ready(self) -> None:
+        super().on_models_ready()
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def counted(group, bucket):  # DDP checks annotations
+            self.averaged += 1
+            return allreduce_hook(group, bucket)
+
+        model: Any = self.models["transformer"]
+        model.register_comm_hook(None, counted)
+
+
+def count(folder: Path) -> None:
+    """Make two updates, and write how often gradients were averaged."""
+    changes = {"gradient_accumulation_steps": 2, "train_timesteps": 3, "old_decay": 0.0}
+    run = grpo(folder / "count", kind=Counting, max_steps=2, **changes, **CLIPS)
+    run.train()
+    (folder / f"averaged-{run.accelerator.process_index}").write_text(str(run.averaged))
+
+
+JOBS = [*(partial(train, name=name, run="two") for name in METHODS), count]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +89,11 @@ def test_two_processes_do_what_one_does_with_two_experts(folder: Path, name: str
     for expert in ("transformer.", "transformer_2."):
         moved = [float((before[key] - expected[key]).abs().max()) for key in expected if key.startswith(expert)]
         assert max(moved) >= 1e-5, expert
+
+
+@pytest.mark.slow
+def test_ddp_averages_gradients_once_per_update(folder: Path) -> None:
+    assert [(folder / f"averaged-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 
 def test_sharded_experts_need_the_same_levels_everywhere() -> None:
