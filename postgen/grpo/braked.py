@@ -121,7 +121,9 @@ class Braked(KeptState[G]):
         """Make the clips, or read them from the folder of the run, while the model has its weights before training."""
         super().on_models_ready()
         process = self.accelerator
-        for stream, (name, rows) in enumerate(self._clip_rows.items()):
+        for name, rows in self._clip_rows.items():
+            # The same in every run, so that a run without data_beta measures the same held-out samples.
+            stream = 0 if name == "train" else 1
             conditions = self.embeddings.table(rows.rows.__getitem__)
             makers, said = self._clip_files[name]
             if process.is_main_process:
@@ -161,9 +163,9 @@ class Braked(KeptState[G]):
         assert self.buffer is not None
         args, samples, update = self.args, self.buffer.samples, self.micro // self.batches.accumulation
         seeds = [seed_of(args.seed, "data", 0, update, samples[row]) for row in rows.tolist()]
-        with self.meter.training(len(seeds)):
-            loss = self._clips["train"].drawn(seeds).mean()
-        with self.no_sync():
+        with self.no_sync():  # the forward pass decides whether gradients are averaged
+            with self.meter.training(len(seeds)):
+                loss = self._clips["train"].drawn(seeds).mean()
             self.backward(args.data_beta * loss)
         return {"data_loss": loss.detach()}
 

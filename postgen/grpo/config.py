@@ -339,6 +339,9 @@ class DanceGRPOConfig(GroupConfig):
         if reuse == "reweight":
             one = "1 with reuse_graph reweight, which keeps one gradient per sample"
             self.require(self.rollout_batch == 1, "rollout_batch_size", one)
+            for name in ("beta", "norm_guard", "temporal_guard"):
+                allowed = "0 with reuse_graph reweight: advantages do not multiply it. reuse_graph retain allows it"
+                self.require(not getattr(self, name), name, allowed)
 
     @property
     def high(self) -> float:

@@ -240,12 +240,17 @@ class DiffusionNFTConfig(ForwardConfig, GroupConfig):
         self.require(self.train_timesteps >= 1, "train_timesteps", "at least 1")
         fits = not self.guarded or self.reference_guidance == self.guidance_scale
         for name in ("norm_guard", "temporal_guard"):
-            allowed = "0 unless crd_kl_guidance is guidance_scale: a guard compares predictions of equal guidance"
+            allowed = (
+                f"0 unless crd_kl_guidance is {self.guidance_scale:g}, like guidance_scale: a guard compares "
+                "predictions of the same guidance"
+            )
             self.require(fits or not getattr(self, name), name, allowed)
         for name in changed(self, "old_decay", "old_decay_rate", "old_decay_type"):
             self.require(self.has_old, name, f"left out: this form of {self.forward_loss} has no old policy")
             alone = name == "old_decay_type" or self.old_decay_type is None
             self.require(alone, name, f"left out: old_decay_type {self.old_decay_type} sets it")
+        moves = self.num_frames != 1 or self.pair_by == "reward"
+        self.require(moves, "pair_by", "reward with num_frames: 1: images have no motion")
         if self.forward_loss == "dpo" and self.kept != 2:
             self.require(False, "best_of_n", "2 with forward_loss dpo, which trains on pairs")
 

@@ -233,15 +233,17 @@ def pairs_of_equal_motion(scores: Tensor, motion: Tensor, group: int) -> Tensor:
     cannot teach it.
 
     Args:
-        scores: (N,) unclipped advantages, group by group.
+        scores: (N,) unclipped advantages, group by group; NaN for a sample without a score, which is left out unless
+            its group has fewer than two others.
         motion: (N,) motion of the clips.
         group: number of rows of one prompt, at least 2.
 
     Returns:
         (2 N / group,) row numbers into `scores`, rising within each group.
     """
-    order = motion.view(-1, group).argsort(dim=1, stable=True)
+    last = motion.nan_to_num(torch.inf).masked_fill(scores.isnan(), torch.inf)
+    order = last.view(-1, group).argsort(dim=1, stable=True)
     ranked = scores.view(-1, group).gather(1, order)
-    best = (ranked[:, 1:] - ranked[:, :-1]).abs().argmax(1, keepdim=True)
+    best = (ranked[:, 1:] - ranked[:, :-1]).abs().nan_to_num(-1.0).argmax(1, keepdim=True)
     pair = torch.cat([order.gather(1, best), order.gather(1, best + 1)], dim=1).sort(dim=1).values
     return (pair + torch.arange(len(order), device=pair.device)[:, None] * group).flatten()

@@ -126,7 +126,8 @@ class ForwardPolicies(GroupTrainer[DiffusionNFTConfig]):
         """Return the sample numbers to train on: the best and worst of each group, or a pair of equal motion."""
         if self.args.pair_by == "reward":
             return super().choose(advantages, motion)
-        return pairs_of_equal_motion(advantages.unclipped, motion, self.batches.group)
+        scores = advantages.unclipped.masked_fill(advantages.rewards.isnan(), torch.nan)
+        return pairs_of_equal_motion(scores, motion, self.batches.group)
 
     def _noised(self, rows: Tensor, number: int, ahead: int = 0) -> Noised:
         """Return (B,) buffer rows, noised to the `number`-th of their random noise levels `ahead` updates later."""

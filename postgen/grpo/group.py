@@ -30,7 +30,7 @@ from .cost import Plan, Work, bytes_of, estimate, report, trained_in
 from .curves import Curves
 from .evaluation import Evaluator, evaluation_sampler
 from .exact_motion import ExactMotion, check_scenes
-from .guards import HackingGuard, check_columns, check_equal_calls, check_groups, load_rewards
+from .guards import HackingGuard, check_columns, check_equal_calls, check_experts, check_groups, load_rewards
 from .logging import write_samples
 from .rollout import Metrics, Rollouts
 from .rows import check_data
@@ -137,6 +137,11 @@ class GroupTrainer(Rollouts[G]):
         return True
 
     @property
+    def shares_levels(self) -> bool:
+        """Whether all samples of a rollout are also trained at the same noise levels."""
+        return False
+
+    @property
     def copies(self) -> int:
         """Number of copies of the trained weights that are kept (average, reference), for the cost estimate."""
         return int(self.args.ema_decay > 0) + int(self.needs_reference and self.policy.copies_reference)
@@ -199,6 +204,8 @@ class GroupTrainer(Rollouts[G]):
         )
         self.prepare()
         self.make_brakes()
+        if self.sharded and len(self.policy.modules) > 1:
+            check_experts(self.shares_levels and not self.rows_of_clips())
         if self.needs_reference:
             self.policy.check_reference(args.init_from)
         if not args.dry_run:

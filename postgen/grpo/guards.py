@@ -92,6 +92,23 @@ def check_equal_calls(processes: int, evaluated: int, *, one_window: bool) -> No
         )
 
 
+def check_experts(shares_levels: bool) -> None:
+    """Check that all processes call both experts of a sharded model equally often; otherwise the run would deadlock.
+
+    Args:
+        shares_levels: whether all samples of a rollout are trained at the same noise levels, which choose the expert.
+
+    Raises:
+        UserError: they are not.
+    """
+    if not shares_levels:
+        raise UserError(
+            "sharded training of a model with two experts needs the same noise levels in all processes: use method "
+            "dancegrpo with sde_window_per rollout and timestep_fraction 1, without data_beta and eval_fm_clips, or "
+            "train without fully_shard and FSDP"
+        )
+
+
 def load_rewards(runners: Iterable[RewardRunner | None]) -> None:
     """Load the networks of rewards and contact their servers, so that a run does not fail at its first evaluation.
 

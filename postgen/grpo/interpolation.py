@@ -26,23 +26,28 @@ def interpolate_export(export: str | Path, output: str | Path, amount: float) ->
 
     Args:
         export: the folder `export` of a run, with a LoRA or with whole networks.
-        output: the folder to write; it is replaced when the new one is complete.
+        output: the folder to write; another export there is replaced when the new one is complete.
         amount: 0 is the base model and 1 the export, both bit by bit; values outside [0, 1] extrapolate.
 
     Returns:
         `output`.
 
     Raises:
-        UserError: the folder is not an export, its base model cannot be loaded or has other networks, or it holds
-            adapters that are not linear in their weights, such as DoRA.
+        UserError: the folder is not an export, its base model cannot be loaded or has other networks, it holds
+            adapters that are not linear in their weights, such as DoRA, or `output` holds something else than an
+            export, or lies inside `export`.
     """
     source, target = Path(export), Path(output)
     check_number("amount", amount, -100, 100)
     if source.resolve() == target.resolve():
         raise UserError(f"output is the export itself, {target}: choose another folder")
-    if (source / "export").is_dir():  # its checkpoints hold LoRA files too
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"output {target} lies inside the export: choose another folder")
+    if target.exists() and not (_loras(target) or (target.is_dir() and read_note(target))):
+        raise UserError(f"output {target} exists and is not an export: choose another folder")
+    loras = _loras(source)
+    if not loras and (source / "export").is_dir():
         raise UserError(f"{source} is the folder of a run: give its export, {source / 'export'}")
-    loras = sorted(source.rglob(_LORA)) if source.is_dir() else []
     with replacing(target) as part:
         if loras:
             shutil.copytree(source, part)
@@ -52,6 +57,11 @@ def interpolate_export(export: str | Path, output: str | Path, amount: float) ->
             part.mkdir()
             _mix_networks(source, part, amount)
     return target
+
+
+def _loras(export: Path) -> list[Path]:
+    """Return the LoRA files of an export: one, or one in the folder of each expert."""
+    return sorted(file for place in ("", "transformer*/") for file in export.glob(place + _LORA))
 
 
 def _scale_lora(file: Path, target: Path, amount: float) -> None:

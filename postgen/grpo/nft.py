@@ -14,6 +14,7 @@ The old policy is a moving average of the new one.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -89,12 +90,13 @@ class DiffusionNFTTrainer(ForwardPolicies):
             self._open_groups()
         losses: list[Tensor] = []
         for number in range(count):
-            loss, metrics = self._pass(rows, number, first_update)
-            loss = loss / count
-            losses.append(loss.detach())
-            if number < count - 1:
-                with self.no_sync():
+            last = number == count - 1
+            with nullcontext() if last else self.no_sync():  # the forward pass decides whether gradients are averaged
+                loss, metrics = self._pass(rows, number, first_update)
+                loss = loss / count
+                if not last:
                     self.backward(loss)
+            losses.append(loss.detach())
         total = torch.stack(losses).sum()
         return loss, {**metrics, "loss": total, "policy_loss": total, "nfe/train": float(self.sampler.passes * count)}
 

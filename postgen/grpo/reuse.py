@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from postgen.sampling.sampler import Sample, State
@@ -124,19 +123,6 @@ class ScoreGradients(TrainedSteps):
             for weight, gradient in zip(self._weights().values(), self._gradients.pop(sample), strict=True):
                 if gradient is not None:
                     weight.grad = _sum(weight.grad, gradient.mul_(factor))
-
-
-def average_gradients(weights: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Average the gradients of weights over processes.
-
-    Backward passes of a rollout's graphs do not start in the prepared models, so these do not average them.
-    """
-    if accelerator.num_processes == 1:
-        return
-    for weight in weights:
-        # All processes must take part for every weight, also for an expert that only some of them called.
-        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        weight.grad = accelerator.reduce(gradient, reduction="mean")
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

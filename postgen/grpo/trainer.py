@@ -44,7 +44,7 @@ from .loss import (
     velocity_kl,
 )
 from .numbers import PromptNumber, RolloutNumber, SampleNumber
-from .reuse import RetainedGraphs, ScoreGradients, average_gradients
+from .reuse import RetainedGraphs, ScoreGradients
 from .window import Window
 
 
@@ -111,16 +111,11 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             return None
         if self.args.reuse_graph == "retain" and self.needs_reference and self.policy.copies_reference:
             raise UserError(
-                "reuse_graph with beta needs new LoRA adapters: another reference policy is swapped into the weights, "
-                "which the kept graphs still need. Set beta 0 or reuse_graph off"
+                "reuse_graph with beta or a guard needs new LoRA adapters: another reference policy is swapped into "
+                "the weights, which the kept graphs still need. Set them to 0, or reuse_graph off"
             )
         if self.args.reuse_graph == "retain":
             return RetainedGraphs(self.window)
-        if self.needs_reference:
-            raise UserError(
-                "reuse_graph reweight has no divergence from a reference policy, which advantages do not multiply: "
-                "set beta 0, or use reuse_graph retain"
-            )
         return ScoreGradients(self.window, self.trained, self._score)
 
     def before_rollout(self) -> None:
@@ -137,6 +132,16 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
     def shares_rollout_window(self) -> bool:
         """Whether all samples of a rollout have the same window."""
         return self.args.sde_window_per == "rollout" or not self.args.sde_window_size
+
+    @property
+    def shares_levels(self) -> bool:
+        """Whether all samples of a rollout are also trained at the same noise levels."""
+        return self.shares_rollout_window and self.window.kept == self.window.size
+
+    @property
+    def averages(self) -> bool:
+        """Whether this trainer averages gradients, as always for graphs of rollouts: no prepared model began them."""
+        return super().averages or self.graphs is not None
 
     @property
     def loss_per_reward(self) -> bool:
@@ -209,7 +214,6 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
             if self._ends_update:
                 with self.meter.time("transformer_seconds"):
                     self.graphs.backward()
-                average_gradients(self.trained().values(), self.accelerator)
         return loss, {**means, **extra, "loss": means["policy_loss"]}
 
     def backward(self, loss: Tensor) -> None:
@@ -223,8 +227,6 @@ class DanceGRPOTrainer(GroupTrainer[DanceGRPOConfig]):
         scale = -1 / (len(rows) * args.gradient_accumulation_steps)
         pairs = zip(rows.tolist(), advantages.tolist(), strict=True)
         graphs.add({buffer.samples[row]: scale * advantage for row, advantage in pairs})
-        if self._ends_update:
-            average_gradients(self.trained().values(), self.accelerator)
         found = clipped_loss(torch.zeros_like(advantages), advantages, args.epsilon, args.high)
         weights = [self._weight(buffer.paths.start[rows] + offset) for offset in self._offsets(buffer, rows)]
         loss = (found.loss * torch.stack(weights)).mean()

@@ -59,8 +59,8 @@ class TrainerHooks(ABC, Generic[C]):
         """Draw one micro-batch with `self.generator`; return its mean loss and metrics (numbers or scalar tensors).
 
         Return tensors as they are: a tensor that is read on the host (`item`, `float`) makes every step wait for the
-        device. A method with several backward passes calls `self.backward` inside `self.no_sync()` for all but the
-        last one, and returns the loss of the last one.
+        device. A method with several backward passes computes all losses but the last one inside `self.no_sync()`,
+        passes them to `self.backward` there, and returns the last one.
         """
 
     @abstractmethod
@@ -121,6 +121,9 @@ class TrainerHooks(ABC, Generic[C]):
 
         A method makes its copies of the weights here. A checkpoint is read afterwards.
         """
+
+    def on_gradients(self) -> None:
+        """Act on the gradients of an update, which the prepared models have averaged, before they are clipped."""
 
     def on_optimizer_step(self) -> None:
         """Act after each optimiser step and update of the average; `global_step` already counts this step."""

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 from postgen.errors import UserError
 
@@ -91,3 +92,19 @@ def counted(processes: int) -> str:
     ('1 process', '2 processes')
     """
     return f"{processes} process{'' if processes == 1 else 'es'}"
+
+
+def average_gradients(weights: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Average the gradients of weights over processes, for backward passes that do not start in prepared models.
+
+    A process without a gradient counts as 0. A weight without a gradient in any process keeps none, as in one process,
+    so that the optimiser leaves it out. Every process must call this with the same weights.
+    """
+    if accelerator.num_processes == 1:
+        return
+    weights = list(weights)
+    known = torch.tensor([float(weight.grad is not None) for weight in weights], device=accelerator.device)
+    for weight, count in zip(weights, accelerator.reduce(known, reduction="sum").tolist(), strict=True):
+        if count:
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = accelerator.reduce(gradient, reduction="mean")

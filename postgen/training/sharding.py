@@ -186,9 +186,10 @@ def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def no_sync(models: Mapping[str, nn.Module], accelerator: Accelerator) -> Iterator[None]:
-    """Skip the averaging of gradients over processes in enclosed backward passes.
+    """Skip the averaging of gradients over processes in enclosed backward passes, with their forward passes.
 
-    The next backward pass outside averages the accumulated gradients.
+    The next backward pass outside averages the accumulated gradients. DDP averages a backward pass whose forward pass
+    was outside, wherever the backward pass is.
     """
     sharded = [model for model in models.values() if hasattr(model, "set_requires_gradient_sync")]
     with ExitStack() as stack:

@@ -41,7 +41,7 @@ class Trainer(TrainerHooks[C]):
     """Base class of all trainers. A subclass defines the trained modules, the loss of a micro-batch, and the export.
 
     Required hooks: `build`, `training_step`, `export`. Optional hooks: `parameter_groups`, `build_optimizer`,
-    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_optimizer_step`, `evaluate`, `inputs`,
+    `shard_blocks`, `compiled_blocks`, `on_models_ready`, `on_gradients`, `on_optimizer_step`, `evaluate`, `inputs`,
     `weight_copies`, `state_dict`, `load_state_dict`, `state_of_others`. Hooks may use the attributes `args`,
     `accelerator`, `device`, `global_step`, `generator`, `models`, `sharded` (see `TrainerHooks`). Several trainers in
     one process may have different precisions; several processes can train one run only.
@@ -110,7 +110,7 @@ class Trainer(TrainerHooks[C]):
         self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Skip gradient averaging in enclosed backward passes; the next one outside averages all gradients."""
+        """Skip gradient averaging in enclosed forward and backward passes; the next ones average all gradients."""
         return no_sync(self.models, self.accelerator)
 
     @contextmanager
@@ -263,9 +263,9 @@ class Trainer(TrainerHooks[C]):
                 loss, metrics = self.training_step()
                 self.backward(loss)
             self.log.add(loss, metrics, self.global_step + 1)
+        self.on_gradients()
         # With an infinite limit, gradients are not clipped, but their norm is still returned for the log.
-        limit = self.args.max_grad_norm or float("inf")
-        norm = whole(self.accelerator.clip_grad_norm_(self._parts.parameters, limit))
+        norm = whole(self.accelerator.clip_grad_norm_(self._parts.parameters, self.args.max_grad_norm or float("inf")))
         self.optimizer.step()
         if not self._checked:
             self._parts.optimizer_state.check()

@@ -241,6 +241,20 @@ def test_evaluation_measures_the_loss_on_held_out_clips(tmp_path: Path) -> None:
     assert parts == pytest.approx([parts[0]] * 3, rel=1e-6)
 
 
+def test_held_out_samples_do_not_depend_on_data_beta(tmp_path: Path) -> None:
+    values = {
+        "eval_dataset": ROWS,
+        "eval_fm_clips": 3,
+        "data_source": "samples",
+        "eval_on_start": True,
+        "max_steps": 1,
+    }
+    runs = [clips(tmp_path / str(beta), DanceGRPOTrainer, data_beta=beta, **values) for beta in (0.0, 0.5)]
+    for run in runs:
+        run.train()
+    assert len({lines(run)[0]["eval_fm_loss"] for run in runs}) == 1
+
+
 def grpo_forwards(folder: Path) -> float:
     """Return the forward passes of two steps without evaluation."""
     run = grpo(folder, max_steps=2, learning_rate=0.3)

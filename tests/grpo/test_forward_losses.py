@@ -266,3 +266,6 @@ def test_pairs_of_equal_motion():
     motion = torch.tensor([1.0, 9.0, 2.0, 1.1, 4.0, 1.0, 2.0, 3.0])
     # First group by motion: rows 0, 3, 2, 1 with scores 0, 2, 1, 3; second: rows 5, 6, 7, 4 with 1, 1, 0, 5.
     assert pairs_of_equal_motion(scores, motion, 4).tolist() == [0, 3, 4, 7]
+    # Samples without a score are in no pair, as long as two others are left; otherwise no pair has an advantage.
+    scores = torch.tensor([torch.nan, 3.0, 1.0, 2.0, torch.nan, torch.nan, torch.nan, 0.0])
+    assert pairs_of_equal_motion(scores, motion, 4).tolist()[:2] == [1, 2]

@@ -353,7 +353,7 @@ REFUSED = {
     "adv_mode is 'binary', it must be all: dpo only uses which sample of a pair is better": {
         "forward_loss": "dpo", "best_of_n": 2, "adv_mode": "binary",
     },
-    "pair_by is 'motion', it must be reward for pictures: they have no motion": {
+    "pair_by is 'motion', it must be reward with num_frames: 1: images have no motion": {
         "forward_loss": "dpo", "best_of_n": 2, "pair_by": "motion",
     },
     "old_decay is 0.3, it must be left out: this form of dpo has no old policy": {
@@ -387,6 +387,6 @@ def test_what_cannot_work_is_refused(tmp_path, text):
 
 def test_a_guard_needs_a_reference_of_the_same_guidance():
     """The divergence of CRD compares with a guided reference policy, whose predictions have a larger norm."""
-    with pytest.raises(UserError, match=r"norm_guard is 0\.1, it must be 0 unless crd_kl_guidance is guidance_scale"):
+    with pytest.raises(UserError, match=r"norm_guard is 0\.1, it must be 0 unless crd_kl_guidance is 1, like guid"):
         DiffusionNFTConfig(output_dir="x", forward_loss="crd", norm_guard=0.1, report_to=[])
     DiffusionNFTConfig(output_dir="x", forward_loss="crd", norm_guard=0.1, crd_kl_guidance=1.0, guidance_scale=1.0)

@@ -38,6 +38,10 @@ def test_whole_networks(tiny_wan: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is the folder of a run: give its export, .*export"):
         interpolate_export(Path(export).parent, tmp_path / "x", 0.5)
     assert not (tmp_path / "x").exists()
+    for place, said in ((export / "half", "lies inside the export"), (export.parent, "exists and is not an export")):
+        with pytest.raises(UserError, match=said):
+            interpolate_export(export, place, 0.5)
+    assert (export / "base.json").exists()
 
 
 def test_a_lora_is_scaled(tiny_wan: Path, tmp_path: Path) -> None:
