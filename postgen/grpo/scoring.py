@@ -153,17 +153,15 @@ def reward_metrics(result: RewardResult, spent: Mapping[str, float], everyone: T
     Args:
         result: rewards of this process.
         spent: passes and seconds of the rollout, under the names of `Meter`.
-        everyone: (N, K) rewards of all processes, prompt by prompt, for the spread within groups.
+        everyone: (N, K) rewards of all processes, prompt by prompt; NaN without a score.
         group: number of samples of one prompt.
     """
     found: dict[str, float] = {**result.metrics}
-    for name, spread in zip(result.names, group_stds(everyone, group).tolist(), strict=True):
+    for name, column, spread in zip(result.names, everyone.T, group_stds(everyone, group).tolist(), strict=True):
+        known = column[~column.isnan()]
+        found[f"rewards/{name}/failed"] = float(len(column) - len(known))
         if spread == spread:
             found[f"rewards/{name}/group_std"] = spread
-    for name in result.names:
-        known = result.column(name)
-        known = known[~known.isnan()]
-        found[f"rewards/{name}/failed"] = float(result.failed[name])
         if len(known):
             found[f"rewards/{name}/mean"] = known.mean().item()
             found[f"rewards/{name}/std"] = known.std().item() if len(known) > 1 else 0.0

@@ -140,7 +140,9 @@ def test_grpo_two_processes_do_what_one_does(
     assert [found.name for found in checkpoint.find(run)] == ["checkpoint-3"]
     rows, lone = lines_of(run), lines_of(single)
     keys = ("reward", "eval_reward", "frac_reward_zero_std", "eval_diversity/picture", "data_loss", "eval_fm_loss")
-    for key in (*keys, "norm_ratio"):
+    rewards = sorted({key for row in lone for key in row if key.startswith("rewards/")})
+    assert len(rewards) >= 4  # failed, group_std, mean and std of each reward
+    for key in (*keys, "norm_ratio", *rewards):
         both = ([row[key] for row in found if key in row] for found in (rows, lone))
         assert next(both) == pytest.approx(next(both), abs=1e-5), key
 
