@@ -80,7 +80,8 @@ class FloatGrid:
     @property
     def exponent(self) -> int:
         """Exponent of the largest power of two in the grid."""
-        return math.frexp(self.largest)[1] - 1
+        _, exponent = math.frexp(self.largest)
+        return exponent - 1
 
     def round(self, x: Tensor) -> Tensor:
         """Round x to the grid."""
