@@ -70,7 +70,7 @@ class FloatGrid:
     @property
     def bias(self) -> int:
         """Exponent bias."""
-        return max(1, 2 ** (self.exponent_bits - 1) - 1)
+        return max(1, (1 << self.exponent_bits - 1) - 1)
 
     @property
     def least(self) -> float:
