@@ -20,6 +20,7 @@ from postgen.errors import UserError, did_you_mean, shown
 from postgen.quant.formats import Format
 from postgen.quant.hessian import Hessian
 from postgen.quant.rounding import Quantized
+from postgen.quant.solvers.bpdq import BpdqOptions, bpdq
 from postgen.quant.solvers.gptq import GptqOptions, gptq
 from postgen.quant.solvers.ls import LsOptions, ls
 from postgen.quant.solvers.rtn import RtnOptions, rtn
@@ -44,6 +45,7 @@ SOLVERS: Mapping[str, Solver] = {
     "rtn": Solver(run=rtn, options=RtnOptions),
     "ls": Solver(run=ls, options=LsOptions),
     "gptq": Solver(run=gptq, options=GptqOptions, needs_hessian=True),
+    "bpdq": Solver(run=bpdq, options=BpdqOptions, needs_hessian=True, planes_only=True),
 }
 """Name -> solver."""
 

@@ -31,7 +31,7 @@ def first_patterns(x: Tensor, planes: int) -> Tensor:
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
     step: Tensor = ((high - low) / 255).clamp_min(SMALLEST_SCALE)
     codes: Tensor = ((x / step).round() + (-low / step).round()).clamp(0, 255)
-    return (codes / 2 ** (8 - planes)).floor()
+    return (codes / (1 << (8 - planes))).floor()
 
 
 def first_coefficients(x: Tensor, planes: int) -> Tensor:
