@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from postgen.errors import UserError, did_you_mean, shown
@@ -35,10 +35,10 @@ class Stage:
     """Whether weights stay exact in this pass."""
     aug: float = 0.0
     """Weight of a second term of the loss: the distance to the exact block's output for the same (quantised) input."""
-    epochs: float = 1.0
-    """Passes over the records."""
+    steps: int = 1000
+    """Optimiser steps of each block."""
     batch: int = 1
-    """Records per optimiser step."""
+    """Records per step."""
     learning_rate: float = 1e-4
     """For weights, and for the clips of LWC."""
     learning_rate_new: float = 1e-4
@@ -92,7 +92,7 @@ RECIPES: Mapping[str, Recipe] = {
                 ranges="lwc",
                 lets="learned",
                 aug=1.0,
-                epochs=20,
+                steps=1280,
                 learning_rate=1e-2,
                 learning_rate_new=5e-3,
             ),
@@ -106,7 +106,8 @@ RECIPES: Mapping[str, Recipe] = {
                 trains=frozenset({"weight"}),
                 by_channel=True,
                 exact_weights=True,
-                epochs=16,
+                steps=1000,
+                batch=4,
                 learning_rate=4e-5,
                 schedule="cosine",
             ),
@@ -114,7 +115,8 @@ RECIPES: Mapping[str, Recipe] = {
                 trains=frozenset({"weight"}),
                 ranges="lsq",
                 lets="channel",
-                epochs=16,
+                steps=1000,
+                batch=4,
                 learning_rate=4e-5,
                 schedule="cosine",
             ),
@@ -126,7 +128,7 @@ RECIPES: Mapping[str, Recipe] = {
             Stage(
                 trains=frozenset({"weight", "scale", "zero"}),
                 ranges="lsq",
-                epochs=8,
+                steps=2048,
                 batch=2,
                 learning_rate=2e-5,
                 learning_rate_new=1e-4,
@@ -154,10 +156,7 @@ def recipe_of(name: str) -> Recipe:
     first, plus, second = name.partition("+")
     if first not in RECIPES or (plus and second != "fdda"):
         raise UserError(
-            f"the recipe {shown(name)} is unknown{did_you_mean(first, RECIPES)}. Recipes: {', '.join(RECIPES)}; NAME+fdda"
-            " adds the correction of statistics"
+            f"the recipe {shown(name)} is unknown{did_you_mean(first, RECIPES)}. Recipes: {', '.join(RECIPES)};"
+            " NAME+fdda adds the correction of statistics"
         )
-    found = RECIPES[first]
-    from dataclasses import replace
-
-    return replace(found, corrects=True) if plus else found
+    return replace(RECIPES[first], corrects=True) if plus else RECIPES[first]
