@@ -26,7 +26,7 @@ Key = tuple[bool, int]
 
 @dataclass(frozen=True, slots=True)
 class ChainedCall(RecordedCall):
-    """A recorded call of a block, whose inputs are those in the quantised model. The output is that of the exact one."""
+    """A recorded call of a block, with the inputs of the quantised model and the output of the exact one."""
 
     chain: Chain
     number: int
@@ -86,7 +86,9 @@ class Chain:
         if key not in self._inputs:
             return args, dict(kwargs)
         hidden, text = self._inputs[key]
-        return self.blocks[number].fed(args, kwargs, hidden.to(self.device), None if text is None else text.to(self.device))
+        return self.blocks[number].fed(
+            args, kwargs, hidden.to(self.device), None if text is None else text.to(self.device)
+        )
 
     def _passes(self, number: int) -> bool:
         """Whether the next block receives the outputs of this one."""
@@ -94,14 +96,12 @@ class Chain:
 
     def _outputs(self, number: int) -> dict[Key, tuple[Tensor, Tensor | None]]:
         block, student, found = self.blocks[number], self._finished(number), {}
+        dtype = block.outputs(self.calls(number, held_out=True)[0].output())[0].dtype
         for held_out in (False, True):
             for recorded in self.calls(number, held_out=held_out):
                 hidden, text = self.run(block, student, recorded)
-                exact, _ = block.outputs(recorded.output())
                 # A block that returns no text leaves the recorded text to the next one.
-                found[recorded.key] = (
-                    hidden.to("cpu", exact.dtype), None if text is None else text.to("cpu", exact.dtype)
-                )  # fmt: skip
+                found[recorded.key] = hidden.to("cpu", dtype), None if text is None else text.to("cpu", dtype)
         return found
 
     def run(self, block: Block, student: nn.Module, recorded: ChainedCall) -> tuple[Tensor, Tensor | None]:

@@ -103,7 +103,7 @@ class FakeQuantLinear(nn.Linear):
         if branch is not None:
             self.branch = nn.ParameterList(each.detach().float() for each in branch)
             with torch.no_grad():
-                self.weight -= self.branch[0] @ self.branch[1]
+                self.weight.sub_(self.branch[0] @ self.branch[1])
         if bins is not None and spec.act is not None:
             self.act_clip = nn.Parameter(torch.full((bins.count,), ACT_CLIP_START, device=self.weight.device))
         self.channel_scale: Tensor | None
@@ -138,8 +138,9 @@ class FakeQuantLinear(nn.Linear):
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias after the transformations and the rotation; the weight is without the branch."""
-        weight, bias = self.weight, self.bias
-        for let in self.lets:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        for let in self.lets_of():
             weight, bias = folded_linear(let.point, self.name, weight, bias, *let.values)
         return rotated(weight, self.spec.rotate), bias
 
@@ -197,7 +198,7 @@ class FakeQuantLinear(nn.Linear):
     def transformed(self, x: Tensor) -> Tensor:
         """Return the input after the transformations and the rotation, before it is quantised; float32."""
         x = x.float()
-        for let in self.lets:
+        for let in self.lets_of():
             x = folded_input(let.point, self.name, x, *let.values)
         return rotated(x, self.spec.rotate)
 
@@ -226,9 +227,15 @@ class FakeQuantLinear(nn.Linear):
             y = y + functional.linear(functional.linear(x, down), up)
         return y.to(x.dtype)
 
+    def lets_of(self) -> Iterator[Let]:
+        """Yield the transformations of tensors that the layer reads or writes."""
+        for let in self.lets:
+            assert isinstance(let, Let)
+            yield let
+
     def _undone(self, y: Tensor) -> Tensor:
         """Return the output without the transformations of tensors that the layer writes."""
-        for let in self.lets:
+        for let in self.lets_of():
             scale, shift = let.values
             for part in let.point.writers:
                 if part.name == self.name:
@@ -246,8 +253,9 @@ class FakeQuantLinear(nn.Linear):
         if self.branch is None:
             return None
         up, down = self.branch
-        factors, weight, bias = torch.ones_like(self.weight), self.weight + up @ down, self.bias
-        for let in self.lets:
+        factors, weight = torch.ones_like(self.weight), self.weight + up @ down
+        bias: Tensor | None = self.bias
+        for let in self.lets_of():
             factors, _ = folded_linear(let.point, self.name, factors, None, *let.values)
             weight, bias = folded_linear(let.point, self.name, weight, bias, *let.values)
         # The factors are an outer product: those of the rows times those of the columns.
