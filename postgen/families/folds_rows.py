@@ -204,11 +204,14 @@ ROWS: Mapping[str, tuple[Fold, ...]] = {
     **dict.fromkeys(
         (
             "FluxTransformerBlock",
-            "HunyuanVideo15TransformerBlock",
             "HunyuanVideoTransformerBlock",
             "HunyuanVideoTokenReplaceTransformerBlock",
         ),
         _double(),
+    ),
+    # Padding attends to nothing here, so its outputs would miss the shift.
+    "HunyuanVideo15TransformerBlock": tuple(
+        replace(fold, shift=fold.shift and fold.kind != "value") for fold in _double()
     ),
     **dict.fromkeys(
         (
