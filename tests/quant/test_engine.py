@@ -110,7 +110,9 @@ def test_killed_at_each_point(wan: Taught, tmp_path: Path) -> None:
 def test_solved_blocks_are_read_again(wan: Taught, tmp_path: Path) -> None:
     first = stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None)[-1].result  # type: ignore[attr-defined]
     (tmp_path / "0" / "solved" / "blocks.1.safetensors").unlink()  # as if it was killed before
-    again = stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None)[-1].result  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"earlier run of blocks.0: continue it with resume=True"):
+        stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None)
+    again = stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None, resume=True)[-1].result  # type: ignore[attr-defined]
     assert same(first.layers, again.layers)
 
 
@@ -128,7 +130,7 @@ def test_several_processes_are_refused(wan: Taught, tmp_path: Path, monkeypatch:
 
 
 def test_names_of_recipes() -> None:
-    assert recipe_of("omniquant+fdda").corrects
+    assert recipe_of("omniquant+fdda").statistics
     assert not recipe_of("rtn").calibrated
     with pytest.raises(UserError, match="Did you mean 'omniquant'"):
         recipe_of("omniqant")
