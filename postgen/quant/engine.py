@@ -23,6 +23,7 @@ from postgen.quant.chain import Chain, ChainedCall, ChainedRecords
 from postgen.quant.fake import fake_layers
 from postgen.quant.fdda import Penalty, StatPenalty
 from postgen.quant.packing import pack, unpack
+from postgen.quant.rotation import rotated_back
 from postgen.quant.rounding import Quantized
 from postgen.quant.solved import read_solved, solve_block, write_solved
 from postgen.quant.spec import LayerSpec
@@ -53,7 +54,7 @@ class LayerResult:
     packed: Mapping[str, Tensor] | None
     """The packed weight, see `postgen.quant.packing`; None if the weight stays exact."""
     weight: Tensor | None
-    """The exact weight (N, K) where it stays exact; None otherwise."""
+    """The weight (N, K) where it stays exact, not rotated; None otherwise."""
     bias: Tensor | None
     branch: tuple[Tensor, Tensor] | None = None
     """Low-rank branch (N, r), (r, K)."""
@@ -250,8 +251,8 @@ class BlockwiseRun:
         if path.is_file():
             if not self.config.resume:
                 raise UserError(
-                    f"{self.config.folder} holds an earlier run of {block.name}: continue it with resume=True, or choose"
-                    " another output_dir"
+                    f"{self.config.folder} holds an earlier run of {block.name}: continue it with resume=True, or"
+                    " choose another output_dir"
                 )
             read_solved(path, self._identity())
             return
@@ -309,7 +310,7 @@ class BlockwiseRun:
                 bias = branch[1]
             layers[f"{block}.{name}"] = LayerResult(
                 packed=None if quantized is None else {key: each.cpu() for key, each in pack(quantized).items()},
-                weight=weight.cpu() if quantized is None else None,
+                weight=rotated_back(weight, fake.spec.rotate).cpu() if quantized is None else None,
                 bias=None if bias is None else bias.cpu(),
                 branch=None if branch is None else (branch[0][0].cpu(), branch[0][1].cpu()),
                 clips=fake.act_clip.detach().cpu() if hasattr(fake, "act_clip") else None,
