@@ -20,7 +20,7 @@ from postgen.quant.transforms.let import (
     initial_shift,
     let_points,
 )
-from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, TinyModel, tiny_model
 from tests.families.tiny_parts import Size, build
 
 WAN = {"attn1.input", "attn1.value", "attn1.query_key", "attn2.query_input", "attn2.value", "attn2.query_key"}
@@ -61,6 +61,9 @@ POINTS = {
         "feed_forward.input",
         "feed_forward.hidden",
     },
+    "Flux 2": {"attn.value", "attn.query_key"} | GATED,
+    "JoyImage edit": {"attn.value", "attn.query_key"},
+    "JoyImage edit plus": {"attn.value", "attn.query_key"},
     "HunyuanDiT": {"attn1.value", "attn2.query_input", "attn2.value", "ff.input"},
 }
 SCALED_ONLY = {
@@ -129,6 +132,11 @@ def test_folds_are_exact_and_scale_what_the_readers_get(name):
         usual = {point.name for point in points if point.kind in ("query_key", "gated")}
         assert {point.name for point in points if not point.shiftable} == usual | SCALED_ONLY[name]
     check_exact(tiny, points)
+
+
+def test_every_model_but_unets_has_rows():
+    unets = {"Stable Diffusion", "AnimateDiff", "ModelScope", "I2VGen-XL", "Stable Video Diffusion"}
+    assert POINTS.keys() == {*BUILDERS, *BLOCK_BUILDERS} - unets
 
 
 def changed(name, **changes):
@@ -285,8 +293,8 @@ def test_errors_name_the_point_and_change_nothing():
 
 
 def test_a_model_without_rows_or_with_other_layers_is_refused():
-    with pytest.raises(UserError, match="no folds are known for blocks of the class Flux2TransformerBlock"):
-        points_of(tiny_model("Flux 2").transformer)
+    with pytest.raises(UserError, match="no folds are known for blocks of the class DownBlock2D"):
+        points_of(tiny_model("Stable Diffusion").transformer)
     model = tiny_model("Wan").transformer
     with pytest.raises(UserError, match=r"has no block 'blocks\.7'. Blocks: blocks\.0 \.\.\. blocks\.1"):
         let_points(model, "blocks.7")
@@ -300,6 +308,21 @@ def test_a_model_without_rows_or_with_other_layers_is_refused():
     quantized.blocks[0].ffn.net[2] = QLinear.of(layer, quantize(layer.weight, spec.weight), spec)
     with pytest.raises(UserError, match=r"blocks\.0\.ffn\.net\.2 is quantised already"):
         points_of(quantized)
+
+
+def test_numbers_that_overflow_and_shared_weights_are_refused():
+    model = tiny_model("Wan").transformer.to(torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    (point, *_) = let_points(model, "blocks.0")
+    with pytest.raises(UserError, match="too large for float16 after this fold"):
+        fold_(model, point, torch.full((point.width,), 1e7))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.blocks[1].scale_shift_table = model.blocks[0].scale_shift_table
+    with pytest.raises(UserError, match=r"blocks\.0\.scale_shift_table is also blocks\.1\.scale_shift_table"):
+        let_points(model, "blocks.0")
+    model.blocks[1].ffn.net[2].to("meta")
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.net\.2 are not loaded"):
+        let_points(model, "blocks.1")
 
 
 def test_an_adapter_is_refused():

@@ -32,7 +32,7 @@ def gain_(block: nn.Module, table: Table) -> Tensor:
     The first call registers the buffer, with ones, and the hook that multiplies the embedding.
     """
     name = table.embedding + ENDING
-    if name not in block._buffers:
+    if name not in _buffers(block):
         values = getattr(block, table.name)
         ones = torch.ones(values.shape[-2:], dtype=torch.float32, device=values.device)
         block.register_buffer(name, ones.view(torch.int32))
@@ -48,7 +48,7 @@ def gained_blocks(model: nn.Module) -> list[str]:
 
     A loader calls `prepare_gains_` with these names before it loads the weights of a checkpoint.
     """
-    return [block.name for block in blocks_of(model) if any(name.endswith(ENDING) for name in block.module._buffers)]
+    return [block.name for block in blocks_of(model) if any(map(_is_gain, _buffers(block.module)))]
 
 
 def prepare_gains_(model: nn.Module, blocks: Iterable[str]) -> None:
@@ -71,6 +71,14 @@ def prepare_gains_(model: nn.Module, blocks: Iterable[str]) -> None:
             )
         for table in tables:
             gain_(known[name], table)
+
+
+def _buffers(block: nn.Module) -> list[str]:
+    return [name for name, _ in block.named_buffers(recurse=False)]
+
+
+def _is_gain(name: str) -> bool:
+    return name.endswith(ENDING)
 
 
 def _tables(block: nn.Module) -> list[Table]:

@@ -162,7 +162,18 @@ class _Sheet:
         self._gains.append((block, table, scale, (table.shift, table.scale)))
 
     def write(self) -> None:
-        for parameter, value in self._work.values():
+        """Round the copies into the parameters.
+
+        Raises:
+            UserError: a number is too large for the dtype of its parameter (float16). Nothing changes.
+        """
+        rounded = [(parameter, value.to(parameter.dtype)) for parameter, value in self._work.values()]
+        if dtypes := {str(each.dtype)[6:] for _, each in rounded if not bool(each.isfinite().all())}:
+            raise UserError(
+                f"weights are too large for {' and '.join(dtypes)} after this fold: use a smaller scale, or convert"
+                " the model to bfloat16 first"
+            )
+        for parameter, value in rounded:
             parameter.data.copy_(value)
         for block, table, scale, slots in self._gains:
             gain = gain_(block, table)
