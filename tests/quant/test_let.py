@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import nn
 
+from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.quant import LayerSpec, QLinear, format_of, quantize
@@ -139,6 +141,25 @@ def test_every_model_but_unets_has_rows():
     assert POINTS.keys() == {*BUILDERS, *BLOCK_BUILDERS} - unets
 
 
+def test_the_embedded_model_is_the_same_after_folds_of_its_own_ranges():
+    model = WanTransformer3DModel.from_pretrained(embedded_model(), subfolder="transformer", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, model.config.in_channels, 3, 8, 8, generator=generator)
+    text = torch.randn(2, 12, model.config.text_dim, generator=generator)
+    inputs = Inputs(model)
+    with torch.no_grad():
+        expected = model(latents, torch.tensor([900.0, 300.0]), text, return_dict=False)[0]
+        folds = []
+        for point in points_of(model):
+            if point.readers:
+                x = inputs[f"{point.block}.{point.readers[0].name}"].flatten(0, -2)
+                shift = initial_shift(point, x.amin(0), x.amax(0))
+                folds.append((point, initial_scale(model, point, (x - shift).abs().amax(0)), shift))
+        fold_all_(model, folds)
+        assert len(folds) == 40
+        assert error(model(latents, torch.tensor([900.0, 300.0]), text, return_dict=False)[0], expected) < 1e-6
+
+
 def changed(name, **changes):
     """Return a tiny model with other config entries."""
     kind, config, arguments = BUILDERS[name](Size(batch=2, frames=4, layers=2))
@@ -231,8 +252,6 @@ def test_a_block_alone_is_folded_like_the_block_of_a_model():
 
 
 def test_gains_survive_saving_and_casts(tmp_path):
-    from diffusers import WanTransformer3DModel
-
     tiny = tiny_model("Wan")
     expected = tiny()
     tiny.transformer = folded(tiny.transformer, points_of(tiny.transformer))

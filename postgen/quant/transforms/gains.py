@@ -110,4 +110,5 @@ def _times(embedding: Tensor, bits: Tensor, table: Table, dtype: torch.dtype) ->
         gain = gain.flatten()
     elif table.shape == "slots_first":
         gain = gain.reshape(gain.shape[0], *(1,) * (embedding.dim() - 3), gain.shape[1])
-    return (embedding.float() * gain).to(torch.promote_types(embedding.dtype, dtype))
+    exact = torch.promote_types(embedding.dtype, torch.float32)
+    return (embedding.to(exact) * gain).to(torch.promote_types(embedding.dtype, dtype))
