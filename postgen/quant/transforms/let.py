@@ -22,6 +22,7 @@ from postgen.errors import UserError
 from postgen.families.folds import Modulation, Norm, Table
 from postgen.quant.transforms.gains import gain_
 from postgen.quant.transforms.points import FoldPoint, Part, block_of, found_in, let_points
+from postgen.quant.transforms.records import is_rotated, note_
 
 __all__ = [
     "FoldPoint",
@@ -65,6 +66,10 @@ def fold_all_(model: nn.Module, folds: Iterable[tuple[FoldPoint, Tensor, Tensor 
     sheet = _Sheet()
     for point, scale, shift in asked:
         block = block_of(model, point.block)
+        if is_rotated(block, point):
+            raise UserError(
+                f"{point.name} of {point.block or 'the block'} is rotated already: fold it before rotation"
+            )
         for parts, change in ((point.readers, _read), (point.writers, _written)):
             for part in parts:
                 layer: Any = block.get_submodule(part.name)
@@ -77,6 +82,8 @@ def fold_all_(model: nn.Module, folds: Iterable[tuple[FoldPoint, Tensor, Tensor 
         for writer in point.fold.writers:
             _write(block, writer, scale, shift, sheet)
     sheet.write()
+    for point, scale, shift in asked:
+        note_(block_of(model, point.block), point, scale, shift)
 
 
 def folded_linear(

@@ -73,10 +73,19 @@ def let_points(
     """
     name = block.name if isinstance(block, Block) else block
     module = block_of(model, name)
-    folds = [fold for fold in folds_of(module) if fold.kind in kinds]
+    found = [point for point in points_in(module, name) if point.kind in kinds]
     _check(module, name or type(module).__name__)
     _check_shared(model, module, name)
-    found = (_point(module, name, fold) for fold in folds)
+    return found
+
+
+def points_in(block: nn.Module, name: str = "") -> list[FoldPoint]:
+    """Return the points of a block without checks of its layers, which may be quantised.
+
+    Raises:
+        UserError: the class of the block has no rows.
+    """
+    found = (_point(block, name, fold) for fold in folds_of(block))
     return [point for point in found if point is not None]
 
 
