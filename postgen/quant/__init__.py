@@ -4,6 +4,7 @@ that diffusers can save and load.
 
 from .formats import FORMATS, Format, format_of
 from .hessian import Hessian, HessianSum
+from .linear import QLinear
 from .rounding import Quantized, Scales, quantize
 from .solvers import solve
 from .spec import LayerSpec, QuantSpec
@@ -14,6 +15,7 @@ __all__ = [
     "Hessian",
     "HessianSum",
     "LayerSpec",
+    "QLinear",
     "QuantSpec",
     "Quantized",
     "Scales",
