@@ -1,8 +1,8 @@
 """Which number format suits a tensor: integers or floating point, with or without rotation (arXiv:2510.25602).
 
 The crest factor of a group is k = max|x| / rms(x). Integers have even steps and suit small crest factors;
-floating-point numbers suit large ones. For normally distributed numbers, with r = used scale / (max|x| / largest number
-of the grid), the signal-to-noise ratio of b-bit integers in dB is
+floating-point numbers suit large ones. With r = used scale / (max|x| / largest number of the grid), the
+signal-to-noise ratio of b-bit integers for normally distributed numbers, in dB, is
 
     4.78 + 6.02 b - 20 log10(r k)               (+ 10 log10(g / (g - 1)) if the maximum of g numbers is exact)
 
@@ -40,6 +40,8 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("nvint4", "nvfp4"),
 )
 """Pairs of formats with as many bits each: integers, and floating point."""
+FORMATS_TRIED = tuple(name for pair in PAIRS for name in pair)
+"""The formats of `PAIRS`."""
 QUANTILES = (0.25, 0.5, 0.75, 0.99)
 """Quantiles of the crest factor in a report."""
 _RATIO = {"float32": 1.0, "e8m0": 1.5, "e4m3": 1.05}
@@ -84,7 +86,8 @@ def expected_noise(format: Format, crest: Tensor, group: int) -> Tensor:
         even = 4.78 + 6.02 * format.grid.bits
         if format.scale != "e8m0":
             even = 10 * math.log10(3) + 20 * math.log10(2) * format.grid.bits + 10 * math.log10(group / (group - 1))
-        return 10 ** (-even / 10) * (ratio * k).square()
+        found: Tensor = 10.0 ** (-even / 10) * (ratio * k).square()
+        return found
     grid = format.grid
     bias, mantissa, largest = grid.bias, grid.mantissa_bits, grid.largest
     zero, normal = (ratio * k / largest * 2.0**power for power in (-bias - mantissa, 1 - bias))
@@ -229,7 +232,7 @@ def advise(
     layers: Mapping[str, nn.Linear],
     inputs: Mapping[str, Mapping[Hashable, Tensor]] | None = None,
     *,
-    formats: Sequence[str] = tuple(name for pair in PAIRS for name in pair),
+    formats: Sequence[str] = FORMATS_TRIED,
     rotations: Sequence[int] = (0, 16),
 ) -> list[Advice]:
     """Return which formats suit each layer, from its weight and samples of its inputs.
@@ -296,4 +299,5 @@ def _density(x: Tensor) -> Tensor:
 
 
 def _below(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x)
+    found: Tensor = torch.special.ndtr(x)
+    return found

@@ -61,14 +61,16 @@ def test_advice_for_a_layer():
     layer = nn.Linear(512, 64)
     nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
     plain, hard = advise({"a": layer, "b": layer}, {"b": {"early": OUTLIERS, "late": GAUSSIAN}})
-    assert plain.best(("nvint4", "nvfp4"))[:2] == ("nvint4", 0) and not plain.inputs
+    assert plain.best(("nvint4", "nvfp4"))[:2] == ("nvint4", 0)
+    assert not plain.inputs
     text, rotate, noise = hard.best(("nvint4", "nvfp4"))
     assert (text, rotate) == ("nvint4", 16)
     # The noise of weight and input together is above that of each.
     at = next(place for place, fit in enumerate(hard.weight) if (fit.format, fit.rotate) == (text, rotate))
     assert noise < min(hard.weight[at].measured, hard.inputs["late"][at].measured)
     assert hard.best(("mxint6", "mxfp6"))[:2] != ("mxint6", 0)
-    assert "nvint4            16" in str(hard) and str(hard).startswith("b: median")
+    assert "nvint4           16" in str(hard)
+    assert str(hard).startswith("b: median")
 
 
 def test_formats_that_do_not_fit_are_left_out_and_refused_if_none_is_left():
