@@ -97,7 +97,7 @@ def expected_noise(format: Format, crest: Tensor, group: int) -> Tensor:
     subnormal = 2 * (_below(normal) - _below(zero))
     lost = 2 * _below(zero) - 1 - 2 * zero * _density(zero)
     step = 2.0 ** (2 * (1 - bias - mantissa)) / (12 * largest**2)
-    return in_normal / (24 * 4**mantissa) + step * (ratio * k).square() * subnormal + lost
+    return in_normal / (24 * 4.0**mantissa) + step * (ratio * k).square() * subnormal + lost
 
 
 def expected_qsnr(format: Format, crest: float, group: int | None = None) -> float:
