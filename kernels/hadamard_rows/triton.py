@@ -70,7 +70,7 @@ def _rotate(
             v = tl.dot(mix, low, tl.dot(mix, high))
         v = v * factor
         found = scale_of(v, None, LARGEST, SMALLEST)
-        w = rounded(v, found, LARGEST, INTEGER)
+        w = rounded(v, found, INTEGER)
         tl.store(codes + at * columns + column, w.to(codes.dtype.element_ty), mask=inside)
         tl.store(scale + at, found)
 

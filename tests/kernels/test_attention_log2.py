@@ -1,4 +1,4 @@
-"""Attention with probabilities that are powers of two: the paper's quantiser, exactness of codes, errors, masks."""
+"""Attention with probabilities that are powers of two: exactness of codes, errors, masks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from postgen.kernels.attention import naive as exact
-from postgen.kernels.attention_log2.naive import LEAST, attention, powers, sulq
+from postgen.kernels.attention_log2.naive import LEAST, attention, powers
 from tests.kernels.launches import relative_error
 
 
@@ -16,21 +16,6 @@ def drawn(keys: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     query = 2 * torch.randn(2, 24, 4, 32, generator=generator)
     key, value = (torch.randn(2, keys, 2, 32, generator=generator) for _ in range(2))
     return query, key, value
-
-
-def test_reference_numbers_of_sulq() -> None:
-    codes, values = sulq(torch.tensor([0, 1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.54]), 3, 0.01)
-    assert codes.tolist() == [0, 0, 0, 1, 3, 4, 6, 7]
-    expected = torch.tensor([-0.0021875] * 3 + [0.005625, 0.0525, 0.115, 0.24, 0.49])
-    torch.testing.assert_close(values, expected)
-
-
-def test_codes_stay_in_a_given_range() -> None:
-    codes, values = sulq(torch.tensor([0.0, 1.0]), 2, 0.25, low=-1.0, high=-0.5)
-    assert codes.tolist() == [0, 3]
-    assert values.tolist() == [0.25, 0.75]
-    codes, _ = sulq(torch.full((4,), 0.5), 3, 0.1)
-    assert codes.tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("dtype", LEAST)
