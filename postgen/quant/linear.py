@@ -1,10 +1,11 @@
 """A linear layer with a quantised weight, whose input is quantised in every call.
 
     x' = x / input_scale            channels that were scaled up in the weight (1 where nothing was scaled)
-    y = Q(x' R) W^T + bias + up (down x')
+    y = Q(clip, x' R) W^T + bias + up (down x')
 
 W is the weight of the rotated channels, stored in bits (`packing`); R rotates blocks of channels (`rotation`), Q
-rounds the input to its format with scales from the data, and up, down are an exact low-rank branch (arXiv:2411.05007).
+rounds the input to its format with scales from its range times clip (1, or a number for each bin of the noise level),
+and up, down are an exact low-rank branch (arXiv:2411.05007).
 Gradients ignore Q (straight-through), so LoRA on top of the layer trains.
 """
 
@@ -18,21 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen.errors import UserError, shown
+from postgen.kernels.fp8 import E4M3
 from postgen.quant.formats import Format
 from postgen.quant.packing import bits_dtype, layout, pack, unpack
 from postgen.quant.products import (
     Mode,
-    fp8_product,
-    fp8_rows,
-    int8_product,
-    int8_rows,
+    blocks_product,
+    eight_bits,
+    expanded,
+    input_rows,
     mode_for,
     modes,
     rounded,
+    rows_product,
 )
 from postgen.quant.rotation import check_rotation, rotated, rotated_back
 from postgen.quant.rounding import Quantized
 from postgen.quant.spec import LayerSpec
+from postgen.quant.step_bins import StepBins
 
 PACKED = ("weight", "weight_scale", "weight_zero", "weight_whole")
 """Names of the tensors of a packed weight in a layer."""
@@ -41,8 +45,8 @@ PACKED = ("weight", "weight_scale", "weight_zero", "weight_whole")
 class QLinear(nn.Linear):
     """A linear layer with a quantised weight. `QLinear.of` makes one from a linear layer.
 
-    The parameter `weight` and the buffers `weight_scale`, `weight_zero`, `weight_whole`, `input_scale` and `signs`
-    hold bits as integers, so no library casts them. A weight that stays exact is an ordinary parameter.
+    The parameter `weight` and the buffers `weight_scale`, `weight_zero`, `weight_whole`, `input_scale`, `signs` and
+    `act_clip` hold bits as integers, so no library casts them. A weight that stays exact is an ordinary parameter.
     """
 
     weight_scale: Tensor | None
@@ -50,6 +54,7 @@ class QLinear(nn.Linear):
     weight_whole: Tensor | None
     input_scale: Tensor | None
     signs: Tensor | None
+    act_clip: Tensor | None
     branch_up: nn.Parameter | None
     branch_down: nn.Parameter | None
 
@@ -62,6 +67,7 @@ class QLinear(nn.Linear):
         bias: bool = True,
         input_scale: bool = False,
         signs: bool = False,
+        clips: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,6 +80,7 @@ class QLinear(nn.Linear):
             bias: whether the layer has a bias.
             input_scale: whether the input is divided by a scale of each channel.
             signs: whether the rotation flips signs of channels.
+            clips: number of bins of the noise level that clip the range of the input; 0: none.
             device: device of the tensors.
             dtype: dtype of the bias, the low-rank branch, and a weight that stays exact.
 
@@ -83,6 +90,7 @@ class QLinear(nn.Linear):
         check_spec(spec, in_features)
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.spec = spec
+        self.bins: StepBins | None = None
         self._forced: Mode | None = None
 
         def empty(*shape: int, kind: torch.dtype | None = dtype) -> Tensor:
@@ -98,6 +106,7 @@ class QLinear(nn.Linear):
             self.register_buffer(name, stored.get(name))
         self.register_buffer("input_scale", empty(in_features, kind=torch.int32) if input_scale else None)
         self.register_buffer("signs", empty(in_features, kind=torch.int8) if signs else None)
+        self.register_buffer("act_clip", empty(clips, kind=torch.int32) if clips else None)
         self.bias = frozen(out_features) if bias else None  # type: ignore[assignment]
         self.branch_up = frozen(out_features, spec.rank) if spec.rank else None
         self.branch_down = frozen(spec.rank, in_features) if spec.rank else None
@@ -114,6 +123,7 @@ class QLinear(nn.Linear):
         branch: tuple[Tensor, Tensor] | None = None,
         input_scale: Tensor | None = None,
         signs: Tensor | None = None,
+        clip: tuple[StepBins, Tensor] | None = None,
     ) -> Self:
         """Make the quantised layer of a linear layer.
 
@@ -125,6 +135,8 @@ class QLinear(nn.Linear):
             branch: the low-rank branch (up (N, r), down (r, K)), which reads the scaled input before its rotation.
             input_scale: (K,), positive; the input is divided by it, and the weight was multiplied.
             signs: (K,) of +1 and -1, by which the rotation multiplies the channels first; None: all are +1.
+            clip: bins of the noise level, and for each bin the factor (bins,) of the range of the input's values from
+                which its scales are computed. The bins must be attached to the model that contains the layer.
 
         Raises:
             UserError: the formats, the rotation or the shapes do not fit the layer.
@@ -133,7 +145,7 @@ class QLinear(nn.Linear):
         weight, bias = linear.weight.detach(), linear.bias
         new = cls(
             linear.in_features, linear.out_features, spec, bias=bias is not None, input_scale=input_scale is not None,
-            signs=signs is not None, device="meta", dtype=weight.dtype,
+            signs=signs is not None, clips=0 if clip is None else clip[0].count, device="meta", dtype=weight.dtype,
         )  # fmt: skip
         if spec.weight is None:
             new.weight = _frozen(weight)
@@ -146,10 +158,12 @@ class QLinear(nn.Linear):
                 for each, like in zip(branch, (new.branch_up, new.branch_down), strict=True)
             )
         if input_scale is not None:
-            bits = _fitting(input_scale, new.input_scale, "input_scale").float().contiguous().view(torch.int32)
-            new.input_scale = bits.to(weight.device)
+            new.input_scale = _float_bits(_fitting(input_scale, new.input_scale, "input_scale"), weight.device)
         if signs is not None:
             new.signs = _fitting(signs, new.signs, "signs").to(weight.device, torch.int8)
+        if clip is not None:
+            new.bins = clip[0]
+            new.act_clip = _float_bits(_fitting(clip[1], new.act_clip, "clip"), weight.device)
         return new.train(linear.training)
 
     @property
@@ -161,17 +175,24 @@ class QLinear(nn.Linear):
         """
         if self._forced is not None:
             return self._forced
+        if self._modes() == ("sim",):
+            return "sim"
         return mode_for(self.spec, (self.out_features, self.in_features), self.weight.device)
 
     @mode.setter
     def mode(self, mode: Mode | None) -> None:
-        allowed = modes(self.spec)
+        allowed = self._modes()
         if mode is not None and mode not in allowed:
             raise UserError(
                 f"mode is {shown(mode)}, but this layer ({self.extra_repr()}) allows {', '.join(allowed)}, or None for"
                 " the fastest that the device has"
             )
         self._forced = mode
+
+    def _modes(self) -> tuple[Mode, ...]:
+        # The product with scales of blocks has no clip.
+        in_blocks = self.spec.act is not None and self.spec.act.share == "block"
+        return ("sim",) if in_blocks and self.act_clip is not None else modes(self.spec)
 
     def quantized(self) -> Quantized:
         """Return the quantised weight (N, K), of the scaled and rotated channels and without the branch.
@@ -211,7 +232,7 @@ class QLinear(nn.Linear):
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (N, K) that the layer multiplies with, of the rotated channels and without the branch."""
         if self.spec.weight is not None:
-            return self.quantized().numbers(dtype)
+            return expanded(self.packed(), self.spec.weight, self.in_features, dtype)
         weight, scale = self.weight, self._scale()
         if scale is not None:
             weight = weight.float() * scale
@@ -225,6 +246,38 @@ class QLinear(nn.Linear):
             weight = weight + self.branch_up.float() @ self.branch_down.float()
         scale = self._scale()
         return weight if scale is None else weight / scale
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """Return a linear layer with the weight that this layer represents, in a dtype; it shares the bias."""
+        with torch.device("meta"):
+            found = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        found.weight, found.bias = _frozen(self.effective_weight().to(dtype)), self.bias
+        return found.train(self.training)
+
+    @torch.no_grad()
+    def left_of(self, weight: Tensor) -> Tensor:
+        """Return what remains of a weight (N, K) to be quantised in this layer, float32.
+
+        Its channels are scaled by `input_scale`, the low-rank branch is subtracted, and the channels are rotated.
+        """
+        scale = self._scale()
+        left = weight.float() if scale is None else weight.float() * scale
+        if self.branch_up is not None and self.branch_down is not None:
+            left = left - self.branch_up.float() @ self.branch_down.float()
+        return rotated(left, self.spec.rotate, self.signs)
+
+    @torch.no_grad()
+    def widen_branch_(self, up: Tensor, down: Tensor) -> None:
+        """Add a low-rank change (N, r) (r, K) of the weight to the low-rank branch of the layer."""
+        scale = self._scale()
+        down = down.float() if scale is None else down.float() * scale
+        dtype = next((each.dtype for each in (self.branch_up, self.bias) if each is not None), up.dtype)
+        parts = [(self.branch_up, up.to(self.weight.device), 1), (self.branch_down, down.to(self.weight.device), 0)]
+        self.branch_up, self.branch_down = (
+            _frozen(new.to(dtype) if old is None else torch.cat([old, new.to(dtype)], axis))
+            for old, new, axis in parts
+        )
+        self.spec = replace(self.spec, rank=len(self.branch_down))
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer.
@@ -244,9 +297,7 @@ class QLinear(nn.Linear):
         x = input if scale is None else (input / scale).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            # Rounding begins with the rotated channels in float32.
-            turned = rotated(x, self.spec.rotate, self.signs) if self.spec.rotate else x
-            out = self._multiplied(turned, bias, dtype)
+            out = self._multiplied(x, bias, dtype)
             if self.branch_up is not None and self.branch_down is not None:
                 low = functional.linear(x, self.branch_down.to(dtype))
                 out = out + functional.linear(low, self.branch_up.to(dtype))
@@ -265,23 +316,40 @@ class QLinear(nn.Linear):
 
     def _multiplied(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if self.spec.weight is None:
-            return functional.linear(_straight(x, self._input(x)).to(dtype), self.dequantized(dtype), bias)
+            turned = self._rotated(x)
+            return functional.linear(_straight(turned, self._input(turned)).to(dtype), self.dequantized(dtype), bias)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             found: Tensor = _StraightThrough.apply(x, bias, self, dtype)  # type: ignore[no-untyped-call]
             return found
         return self._product(x, bias, dtype)
 
     def _product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Multiply the input, after scales and rotation, with the weight; no gradient."""
-        mode = self.mode
-        if mode == "fp8":
-            return fp8_product(x, fp8_rows(self.quantized()), bias, dtype)
-        if mode == "int8":
-            return int8_product(x, int8_rows(self.quantized()), bias, dtype)
-        return functional.linear(self._input(x).to(dtype), self.dequantized(dtype), bias)
+        """Multiply the scaled input with the weight; no gradient."""
+        mode, spec = self.mode, self.spec
+        if mode in ("dequant", "sim"):
+            return functional.linear(self._input(self._rotated(x)).to(dtype), self.dequantized(dtype), bias)
+        assert spec.weight is not None
+        assert spec.act is not None
+        if spec.act.share == "block":
+            return blocks_product(self._rotated(x), self.packed(), bias, dtype)
+        kind = E4M3 if mode == "fp8" else torch.int8
+        rows = input_rows(x, spec, self.signs, self._clip(x), kind)
+        return rows_product(rows, eight_bits(self.packed(), spec.weight, self.in_features, kind), bias, dtype)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        # Rounding begins with the rotated channels in float32.
+        return rotated(x, self.spec.rotate, self.signs) if self.spec.rotate else x
 
     def _input(self, x: Tensor) -> Tensor:
-        return x if self.spec.act is None else rounded(x.detach(), self.spec.act)
+        return x if self.spec.act is None else rounded(x.detach(), self.spec.act, self._clip(x))
+
+    def _clip(self, x: Tensor) -> Tensor | None:
+        """Return the factors of the range of x in the running forward pass, (B, 1, ..., 1)."""
+        if self.act_clip is None:
+            return None
+        if self.bins is None:
+            raise UserError("the layer clips its input by bins of the noise level: set its `bins`, which are missing")
+        return self.bins.pick(self.act_clip.view(torch.float32), x)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -297,7 +365,9 @@ class _StraightThrough(torch.autograd.Function):
         (gradient,) = gradients
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ ctx.layer.dequantized(gradient.dtype)).to(ctx.x_dtype)
+            layer: QLinear = ctx.layer
+            of_turned = gradient @ layer.dequantized(gradient.dtype)
+            of_x = rotated_back(of_turned, layer.spec.rotate, layer.signs).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_x, of_bias, None, None
@@ -331,6 +401,10 @@ def _straight(x: Tensor, value: Tensor) -> Tensor:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _float_bits(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float32).contiguous().view(torch.int32)
 
 
 def _fitting(tensor: Tensor, like: Tensor | None, name: str) -> Tensor:
