@@ -6,11 +6,14 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from torch import Tensor, nn
 
+from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.linear import find_linears
@@ -165,6 +168,20 @@ def test_defaults_of_the_model() -> None:
     pipe, size = pipeline("HunyuanVideo")
     assert CalibrationConfig(**size).records(pipe, 9).guidance_scale == 1.0
     assert CalibrationConfig(**size, guidance_scale=4.0).records(pipe, 2).guidance_scale == 4.0
+
+
+def test_the_embedded_model() -> None:
+    pipe: Any = WanPipeline.from_pretrained(embedded_model())
+    assert CalibrationConfig().records(pipe, 9).size == {"num_frames": 17, "height": 128, "width": 128}
+    size = {"num_frames": 5, "height": 32, "width": 32}
+    calibration = Calibration(pipe, PROMPTS[:2], CalibrationConfig(**size, num_inference_steps=2, points=2, bins=2))
+    assert calibration.settings.guidance_scale == 3.0
+    inputs, layer = Inputs(), "blocks.0.ffn.net.2"
+    calibration.stream(pipe.transformer, inputs, layers=[layer])
+    assert list(inputs.seen) == [layer]
+    assert {bin for bin, _ in inputs.seen[layer]} == {
+        Bin(level=level, branch=branch) for level in (0, 1) for branch in calibration.branches
+    }
 
 
 def test_what_cannot_be_calibrated() -> None:
