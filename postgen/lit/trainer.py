@@ -23,7 +23,6 @@ from postgen.lit.convert import layers_of
 from postgen.lit.distillation import Distillation, Terms, predicts_variance
 from postgen.lit.saving import save
 from postgen.lit.student import (
-    bytes_of,
     export_state,
     is_new,
     lora_scales,
@@ -40,6 +39,7 @@ from postgen.training.distillation import with_network
 from postgen.training.latent_files import wait_until
 from postgen.training.logging import say
 from postgen.training.lora import add_adapters
+from postgen.training.twins import bytes_of
 from postgen.training.updates import decay_groups
 
 
