@@ -60,7 +60,7 @@ class LitTrainer(DistillationTrainer[LitTrainingConfig]):
 
     config_class: ClassVar[type[TrainingConfig]] = LitTrainingConfig
 
-    def make_student(self, teacher: nn.Module) -> nn.Module:
+    def make_student(self, teacher: nn.Module, name: str) -> nn.Module:
         """Run the attention transfer, and return the student."""
         args = self.args
         the_network(self.denoiser)  # refuses a converted teacher

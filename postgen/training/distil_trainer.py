@@ -125,8 +125,13 @@ class DistillationTrainer(Trainer[C]):
         return cls(args)
 
     @abstractmethod
-    def make_student(self, teacher: nn.Module) -> nn.Module:
-        """Return the student of a teacher, a network of the same class; both may share untrained weights."""
+    def make_student(self, teacher: nn.Module, name: str) -> nn.Module:
+        """Return the student of a teacher, a network of the same class; both may share untrained weights.
+
+        Args:
+            teacher: the exact network, frozen, on its device.
+            name: name of the network in the denoiser.
+        """
 
     @abstractmethod
     def distillation(self, student: nn.Module, teacher: nn.Module, name: str) -> Distillation:
@@ -159,7 +164,7 @@ class DistillationTrainer(Trainer[C]):
             )
         shape = self.denoiser.latent_shape(**args.size)
         given = Given(args.latents, len(self.rows), shape) if args.latents else None
-        student = self.make_student(teacher)
+        student = self.make_student(teacher, name)
         made = self.distillation(student, teacher, name)
         if args.gradient_checkpointing:
             student.enable_gradient_checkpointing()  # type: ignore[operator]
