@@ -7,6 +7,8 @@ takes a few milliseconds and imports neither torch nor diffusers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from postgen.compat.quantizers import register_quantizer
+
 if TYPE_CHECKING:
     from postgen.assets import embedded_model as embedded_model
     from postgen.enhance import EnhanceAVideoConfig as EnhanceAVideoConfig
@@ -76,6 +78,9 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+# diffusers can load checkpoints that postgen has quantised, once this package is imported.
+register_quantizer("postgen", "postgen.quant.hf", "PostgenQuantizer", "PostgenQuantConfig")
 
 
 def __getattr__(name: str) -> Any:

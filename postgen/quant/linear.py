@@ -1,10 +1,11 @@
 """A linear layer with a quantised weight, whose input is quantised in every call.
 
     x' = x / input_scale            channels that were scaled up in the weight (1 where nothing was scaled)
-    y = Q(x' R) W^T + bias + up (down x')
+    y = Q(clip, x' R) W^T + bias + up (down x')
 
 W is the weight of the rotated channels, stored in bits (`packing`); R rotates blocks of channels (`rotation`), Q
-rounds the input to its format with scales from the data, and up, down are an exact low-rank branch (arXiv:2411.05007).
+rounds the input to its format with scales from its range times clip (1, or a number for each bin of the noise level),
+and up, down are an exact low-rank branch (arXiv:2411.05007).
 Gradients ignore Q (straight-through), so LoRA on top of the layer trains.
 """
 
@@ -22,6 +23,7 @@ from postgen.quant.formats import Format
 from postgen.quant.packing import bits_dtype, layout, pack, unpack
 from postgen.quant.products import (
     Mode,
+    clipped,
     fp8_product,
     fp8_rows,
     int8_product,
@@ -33,6 +35,7 @@ from postgen.quant.products import (
 from postgen.quant.rotation import check_rotation, rotated, rotated_back
 from postgen.quant.rounding import Quantized
 from postgen.quant.spec import LayerSpec
+from postgen.quant.step_bins import StepBins
 
 PACKED = ("weight", "weight_scale", "weight_zero", "weight_whole")
 """Names of the tensors of a packed weight in a layer."""
@@ -41,8 +44,8 @@ PACKED = ("weight", "weight_scale", "weight_zero", "weight_whole")
 class QLinear(nn.Linear):
     """A linear layer with a quantised weight. `QLinear.of` makes one from a linear layer.
 
-    The parameter `weight` and the buffers `weight_scale`, `weight_zero`, `weight_whole`, `input_scale` and `signs`
-    hold bits as integers, so no library casts them. A weight that stays exact is an ordinary parameter.
+    The parameter `weight` and the buffers `weight_scale`, `weight_zero`, `weight_whole`, `input_scale`, `signs` and
+    `act_clip` hold bits as integers, so no library casts them. A weight that stays exact is an ordinary parameter.
     """
 
     weight_scale: Tensor | None
@@ -50,6 +53,7 @@ class QLinear(nn.Linear):
     weight_whole: Tensor | None
     input_scale: Tensor | None
     signs: Tensor | None
+    act_clip: Tensor | None
     branch_up: nn.Parameter | None
     branch_down: nn.Parameter | None
 
@@ -62,6 +66,7 @@ class QLinear(nn.Linear):
         bias: bool = True,
         input_scale: bool = False,
         signs: bool = False,
+        clips: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,6 +79,7 @@ class QLinear(nn.Linear):
             bias: whether the layer has a bias.
             input_scale: whether the input is divided by a scale of each channel.
             signs: whether the rotation flips signs of channels.
+            clips: number of bins of the noise level that clip the range of the input; 0: none.
             device: device of the tensors.
             dtype: dtype of the bias, the low-rank branch, and a weight that stays exact.
 
@@ -83,6 +89,7 @@ class QLinear(nn.Linear):
         check_spec(spec, in_features)
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.spec = spec
+        self.bins: StepBins | None = None
         self._forced: Mode | None = None
 
         def empty(*shape: int, kind: torch.dtype | None = dtype) -> Tensor:
@@ -98,6 +105,7 @@ class QLinear(nn.Linear):
             self.register_buffer(name, stored.get(name))
         self.register_buffer("input_scale", empty(in_features, kind=torch.int32) if input_scale else None)
         self.register_buffer("signs", empty(in_features, kind=torch.int8) if signs else None)
+        self.register_buffer("act_clip", empty(clips, kind=torch.int32) if clips else None)
         self.bias = frozen(out_features) if bias else None  # type: ignore[assignment]
         self.branch_up = frozen(out_features, spec.rank) if spec.rank else None
         self.branch_down = frozen(spec.rank, in_features) if spec.rank else None
@@ -114,6 +122,7 @@ class QLinear(nn.Linear):
         branch: tuple[Tensor, Tensor] | None = None,
         input_scale: Tensor | None = None,
         signs: Tensor | None = None,
+        clip: tuple[StepBins, Tensor] | None = None,
     ) -> Self:
         """Make the quantised layer of a linear layer.
 
@@ -125,6 +134,8 @@ class QLinear(nn.Linear):
             branch: the low-rank branch (up (N, r), down (r, K)), which reads the scaled input before its rotation.
             input_scale: (K,), positive; the input is divided by it, and the weight was multiplied.
             signs: (K,) of +1 and -1, by which the rotation multiplies the channels first; None: all are +1.
+            clip: bins of the noise level, and for each bin the factor (bins,) of the range of the input's values from
+                which its scales are computed. The bins must be attached to the model that contains the layer.
 
         Raises:
             UserError: the formats, the rotation or the shapes do not fit the layer.
@@ -133,7 +144,7 @@ class QLinear(nn.Linear):
         weight, bias = linear.weight.detach(), linear.bias
         new = cls(
             linear.in_features, linear.out_features, spec, bias=bias is not None, input_scale=input_scale is not None,
-            signs=signs is not None, device="meta", dtype=weight.dtype,
+            signs=signs is not None, clips=0 if clip is None else clip[0].count, device="meta", dtype=weight.dtype,
         )  # fmt: skip
         if spec.weight is None:
             new.weight = _frozen(weight)
@@ -146,10 +157,12 @@ class QLinear(nn.Linear):
                 for each, like in zip(branch, (new.branch_up, new.branch_down), strict=True)
             )
         if input_scale is not None:
-            bits = _fitting(input_scale, new.input_scale, "input_scale").float().contiguous().view(torch.int32)
-            new.input_scale = bits.to(weight.device)
+            new.input_scale = _float_bits(_fitting(input_scale, new.input_scale, "input_scale"), weight.device)
         if signs is not None:
             new.signs = _fitting(signs, new.signs, "signs").to(weight.device, torch.int8)
+        if clip is not None:
+            new.bins = clip[0]
+            new.act_clip = _float_bits(_fitting(clip[1], new.act_clip, "clip"), weight.device)
         return new.train(linear.training)
 
     @property
@@ -274,6 +287,8 @@ class QLinear(nn.Linear):
     def _product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Multiply the input, after scales and rotation, with the weight; no gradient."""
         mode = self.mode
+        if mode in ("fp8", "int8"):
+            x = clipped(x, self._clip(x))
         if mode == "fp8":
             return fp8_product(x, fp8_rows(self.quantized()), bias, dtype)
         if mode == "int8":
@@ -281,7 +296,15 @@ class QLinear(nn.Linear):
         return functional.linear(self._input(x).to(dtype), self.dequantized(dtype), bias)
 
     def _input(self, x: Tensor) -> Tensor:
-        return x if self.spec.act is None else rounded(x.detach(), self.spec.act)
+        return x if self.spec.act is None else rounded(x.detach(), self.spec.act, self._clip(x))
+
+    def _clip(self, x: Tensor) -> Tensor | None:
+        """Return the factors of the range of x in the running forward pass, (B, 1, ..., 1)."""
+        if self.act_clip is None:
+            return None
+        if self.bins is None:
+            raise UserError("the layer clips its input by bins of the noise level: set its `bins`, which are missing")
+        return self.bins.pick(self.act_clip.view(torch.float32), x)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -331,6 +354,10 @@ def _straight(x: Tensor, value: Tensor) -> Tensor:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _float_bits(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float32).contiguous().view(torch.int32)
 
 
 def _fitting(tensor: Tensor, like: Tensor | None, name: str) -> Tensor:

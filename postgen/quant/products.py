@@ -50,12 +50,13 @@ def mode_for(spec: LayerSpec, shape: tuple[int, int], device: torch.device) -> M
     return first
 
 
-def rounded(x: Tensor, format: Format) -> Tensor:
+def rounded(x: Tensor, format: Format, clip: Tensor | None = None) -> Tensor:
     """Round an activation to a format, with scales from its values.
 
     Args:
         x: (..., K).
         format: the format; "block" shares scales over 128 channels of a token.
+        clip: factor of the range of each group, a tensor that broadcasts against x; None: 1.
 
     Returns:
         The numbers that the codes represent, in the shape and dtype of x.
@@ -63,9 +64,18 @@ def rounded(x: Tensor, format: Format) -> Tensor:
     if format.share == "block":
         format = replace(format, share=SQUARE)
     groups = grouped(x, format)
-    scales = scales_of(groups, format)
+    # The groups have an axis more than x.
+    scales = scales_of(groups, format, clip=1.0 if clip is None else clip[..., None])
     found = represented(codes_of(groups, scales, format), scales, format)
     return ungrouped(found, format, tuple(x.shape)).to(x.dtype)
+
+
+def clipped(x: Tensor, clip: Tensor | None) -> Tensor:
+    """Clamp rows of x to a factor of their largest absolute value, so that a scale from the data is clipped by it."""
+    if clip is None:
+        return x
+    most = x.abs().amax(-1, keepdim=True) * clip
+    return x.clamp(-most, most)
 
 
 def fp8_rows(quantized: Quantized) -> Rows:
