@@ -164,7 +164,7 @@ def load_part(source: str | Path, name: str, dtype: torch.dtype | None) -> Any:
     if (network := load_noted(Path(source) / name, dtype)) is not None:
         return network
     kind: Any = diffusers.AutoModel
-    return kind.from_pretrained(source, subfolder=name, dtype=dtype)
+    return kind.from_pretrained(str(source), subfolder=name, dtype=dtype)
 
 
 def noted_networks(
