@@ -32,7 +32,7 @@ def through(path: Tensor, value: Tensor) -> Tensor:
 
     The usual form path + (value - path).detach() has rounding errors.
     """
-    found: Tensor = _Through.apply(path, value.detach())
+    found: Tensor = _Through.apply(path, value.detach())  # type: ignore[no-untyped-call]
     return found
 
 

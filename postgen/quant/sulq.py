@@ -65,7 +65,7 @@ class Sulq:
     @property
     def step(self) -> float:
         """Difference of log2(x + eta) between neighbouring codes."""
-        return max((self.high - self.low) / (2**self.bits - 1), torch.finfo(torch.float32).tiny)
+        return max((self.high - self.low) / (2.0**self.bits - 1), float(torch.finfo(torch.float32).tiny))
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes of numbers x, 0 ... 2^bits - 1, float32."""

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from postgen.errors import UserError
+from postgen.families.folds import Fold
 from postgen.quant import FORMATS, LayerSpec, format_of, quantize
 from postgen.quant.fake import FakeQuantLinear, Let
 from postgen.quant.gradients import clamped, fake_quantize, through
 from postgen.quant.rounding import Scales, grouped, scales_of
 from postgen.quant.step_bins import StepBins
 from postgen.quant.sulq import Sulq
+from postgen.quant.transforms.points import FoldPoint, Part
 
 TEXTS = [
     *(name for name in FORMATS if not name.startswith("bp")),
@@ -59,7 +61,7 @@ def test_learned_clips_get_gradients_and_begin_near_the_range(text):
     for name in ("clip_high", "clip_low"):
         if getattr(fake, name) is not None:
             assert getattr(fake, name).grad.abs().sum() > 0, name
-    assert torch.equal(fake.numbers(), fake.quantized().numbers())
+    assert torch.equal(fake.numbers(fake.folded()[0]), fake.quantized().numbers())
 
 
 @pytest.mark.parametrize("text", ["int4:g16", "int2:g16:asym", "fp8", "int8:tensor"])
@@ -67,7 +69,7 @@ def test_learned_scales_begin_as_rounding_to_nearest(text):
     linear = layer()
     fake = FakeQuantLinear(linear, LayerSpec(weight=format_of(text)), ranges="lsq")
     expected = quantize(linear.weight, format_of(text))
-    assert torch.equal(fake.numbers(), expected.numbers())
+    assert torch.equal(fake.numbers(fake.folded()[0]), expected.numbers())
     assert torch.equal(fake.quantized().values, expected.values)
     with torch.no_grad():
         fake.scale.mul_(0.9)  # zero points matter where numbers are clipped
@@ -75,32 +77,55 @@ def test_learned_scales_begin_as_rounding_to_nearest(text):
     assert fake.scale.grad.abs().sum() > 0
     assert fake.weight.grad.abs().sum() > 0
     assert fake.zero is None or fake.zero.grad.abs().sum() > 0
-    assert torch.equal(fake.numbers(), fake.quantized().numbers())
+    assert torch.equal(fake.numbers(fake.folded()[0]), fake.quantized().numbers())
+
+
+def folds(linear, *, shift=True):
+    """Return transformations of the tensors that a layer "a" reads (its first 96 channels) and writes (32 rows)."""
+
+    def let(width, readers, writers):
+        fold = Fold(name="x", kind="norm", writers=())
+        point = FoldPoint(block="", fold=fold, width=width, readers=readers, writers=writers, shiftable=shift)
+        return Let(point, torch.rand(width) + 0.5, torch.randn(width) if shift else None)
+
+    return [let(96, (Part(name="a", start=0, stop=96),), ()), let(32, (), (Part(name="a", start=64, stop=96),))]
 
 
 def test_transformations_change_nothing_but_the_rounding():
     linear, x = layer(), torch.randn(3, 5, 128)
-    let_in, let_out = Let(torch.rand(128) + 0.5, torch.randn(128)), Let(torch.rand(128) + 0.5, torch.randn(128))
-    branch = (torch.randn(4, 128), torch.randn(128, 4))
-    order = torch.randperm(128)
-    exact = FakeQuantLinear(
-        linear, LayerSpec(weight=None), let_in=let_in, let_out=let_out, branch=branch, turn=lambda x: x[..., order]
-    )
-    assert torch.allclose(exact(x), linear(x), atol=2e-4)
-    rough = FakeQuantLinear(linear, LayerSpec(weight=format_of("int4")), let_in=let_in, let_out=let_out)
-    folded = (linear.weight * let_in.scale) / let_out.scale[:, None]
+    lets, branch = folds(linear), (torch.randn(128, 4) / 4, torch.randn(4, 128) / 4)
+    exact = FakeQuantLinear(linear, LayerSpec(weight=None, rotate=32), name="a", lets=lets, branch=branch)
+    assert torch.allclose(exact(x), linear(x), atol=2e-5)
+    rough = FakeQuantLinear(linear, LayerSpec(weight=format_of("int4")), name="a", lets=lets)
+    folded = linear.weight.clone()
+    folded[:, :96] *= lets[0].let_scale
+    folded[64:96] /= lets[1].let_scale[:, None]
     assert torch.equal(rough.quantized().numbers(), quantize(folded, format_of("int4")).numbers())
     rough(x).square().mean().backward()
-    assert let_in.let_scale.grad.abs().sum() > 0
-    assert let_in.let_shift.grad.abs().sum() > 0
-    assert let_out.let_scale.grad is not None
+    assert all(each.grad.abs().sum() > 0 for each in lets[0].parameters())
+    before = rough(x)
+    rough.fix_()
+    assert torch.equal(rough(x), before)
+
+
+def test_the_branch_after_the_transformations():
+    linear, x = layer(), torch.randn(3, 128)
+    lets, branch = folds(linear), (torch.randn(128, 4) / 4, torch.randn(4, 128) / 4)
+    fake = FakeQuantLinear(linear, LayerSpec(weight=None), name="a", lets=lets, branch=branch)
+    (up, down), bias = fake.folded_branch()
+    seen = fake.transformed(x)
+    out = seen @ fake.folded()[0].T + seen @ down.T @ up.T + bias
+    assert torch.allclose(fake._undone(out), linear(x), atol=2e-5)
 
 
 def test_a_small_scale_is_bounded_and_can_grow():
-    let = Let(torch.tensor([1e-9, -1e-9, 2.0]))
-    assert let.scale.tolist() == [pytest.approx(0.01), pytest.approx(-0.01), 2]
-    let.scale.sum().backward()
-    assert let.let_scale.grad.tolist() == [1, 1, 1]
+    let = folds(layer())[0]
+    with torch.no_grad():
+        let.let_scale[0] = -1
+    scale, _ = let.values
+    assert scale[0].item() == pytest.approx(0.01)
+    scale.sum().backward()
+    assert (let.let_scale.grad == 1).all()
 
 
 def test_inputs_are_clipped_by_the_bin_of_their_row():
@@ -125,12 +150,13 @@ def test_inputs_by_channel():
 
 def test_a_fixed_weight_is_kept():
     fake = FakeQuantLinear(layer(), LayerSpec(weight=format_of("bp2:g32")))
-    before = fake.quantized()
+    x, before = torch.randn(2, 128), fake.quantized()
     fake.fix_()
+    expected = fake(x)
     with torch.no_grad():
         fake.weight.add_(1)
-    assert torch.equal(fake.numbers(), before.numbers())
-    assert fake.quantized() is not None
+    assert torch.equal(fake(x), expected)
+    assert fake.quantized() is before or torch.equal(fake.quantized().numbers(), before.numbers())
 
 
 def test_ranges_that_cannot_be_trained_are_refused():
