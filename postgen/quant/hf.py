@@ -22,20 +22,18 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from postgen.compat.quantizer import Quantizer
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
-from postgen.families.linear import record_replaced
+from postgen.families.linear import forget_replaced, record_replaced
+from postgen.families.own_format import erase_note
+from postgen.families.quantizer import Quantizer
 from postgen.quant.layers import quantized_layers
-from postgen.quant.linear import PACKED, QLinear
+from postgen.quant.linear import QLinear
 from postgen.quant.model import OWNER, quantize_weights
 from postgen.quant.spec import QuantSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
 from postgen.quant.transforms.gains import gained_blocks, prepare_gains_
-
-OWN = (*PACKED, "input_scale", "signs", "act_clip")
-"""Names of the tensors of a quantised layer that hold bits."""
 
 
 class Method(enum.StrEnum):
@@ -77,7 +75,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             known = ("weight", "act", "rotate", "rank", "overrides")
             name = next(iter(others))
             raise UserError(
-                f"PostgenQuantConfig has no argument {shown(name)}{did_you_mean(name, known)}. Arguments:"
+                f"PostgenQuantConfig has no argument {shown(name)}.{did_you_mean(name, known)} Arguments:"
                 f" {', '.join(known)}"
             )
         if quant_method != Method.POSTGEN:
@@ -149,26 +147,23 @@ class PostgenQuantizer(Quantizer):
         record_replaced(model, layers, owner=OWNER)
 
     def owns(self, model: Any, name: str) -> bool:
-        """Return whether a tensor holds bits of a quantised layer."""
-        place, _, last = name.rpartition(".")
-        if last not in OWN:
-            return False
-        layer = model.get_submodule(place)
-        return isinstance(layer, QLinear) and not (last == "weight" and layer.spec.weight is None)
+        """Return whether a tensor belongs to a quantised layer."""
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), QLinear)
 
-    def put(self, model: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-        """Store a tensor of a quantised layer as it is in the file.
+    def put(self, model: Any, name: str, tensor: Tensor, stored: torch.dtype) -> None:
+        """Store a tensor of a quantised layer; bits stay as they are in the file.
 
         Raises:
             UserError: its dtype is not that of the layer.
         """
         place, _, last = name.rpartition(".")
         layer = model.get_submodule(place)
-        wanted = getattr(layer, last).dtype
+        own: Tensor = getattr(layer, last)
         # Zero points that are no bytes are views of float32.
-        if tensor.dtype not in {wanted, torch.int32 if last == "weight_zero" else wanted}:
-            raise UserError(f"{name} must be {wanted} in a quantised checkpoint, got {tensor.dtype}")
-        setattr(layer, last, nn.Parameter(tensor, requires_grad=False) if last == "weight" else tensor)
+        others = {torch.int32} if last == "weight_zero" else set()
+        if stored not in {own.dtype, *others} and not (own.is_floating_point() and stored.is_floating_point):
+            raise UserError(f"{name} must be {own.dtype} in a quantised checkpoint, got {stored}")
+        setattr(layer, last, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
 
     def check_shape(self, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
         """Raise an error for a tensor that has another shape than the layer.
@@ -180,6 +175,24 @@ class PostgenQuantizer(Quantizer):
             f"{name} must have the shape {wanted}, got {found}: the checkpoint is of a model of another size, or its"
             " config is of another checkpoint"
         )
+
+    def to_exact(self, model: Any) -> None:
+        """Replace the quantised layers by linear layers with the numbers that they represent (`model.dequantize()`).
+
+        Raises:
+            UserError: the timestep embedding has gains, which stock models do not have.
+        """
+        if blocks := gained_blocks(model):
+            raise UserError(
+                f"the timestep embedding of {blocks[0]} has a gain, which a stock {type(model).__name__} cannot have:"
+                " load the exact model instead"
+            )
+        dtype = model.dtype
+        for name, layer in [(name, each) for name, each in model.named_modules() if isinstance(each, QLinear)]:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.to_linear(dtype))
+        forget_replaced(model, owner=OWNER)
+        erase_note(model)
 
     def check_complete(self, model: Any, missing: Sequence[str]) -> None:
         """Refuse a checkpoint without all tensors of its quantised layers.
