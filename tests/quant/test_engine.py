@@ -1,4 +1,4 @@
-"""Blocks are quantised on the outputs of the quantised blocks before them; a killed run resumes to the same weights."""
+"""Blocks are quantised on the outputs of quantised blocks before them; a killed run resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ import torch
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.recording import replay
-from postgen.quant import QuantSpec
 from postgen.quant.chain import Chain
-from postgen.quant.engine import BlockwiseRun
-from postgen.quant.fake import fake_layers
-from postgen.quant.rounding import qsnr
-from postgen.quant.stages import RECIPES, Stage, recipe_of
+from postgen.quant.stages import Stage, recipe_of
 from postgen.quant.student import StudentPlan, make_student
 from postgen.reconstruct.loss import error
 from postgen.training import checkpoint
 from tests import children
 from tests.quant.blockwise import layers, same, stages
 from tests.reconstruct.killed import POINTS
-from tests.reconstruct.toy import pipeline, records_of, settings
+from tests.reconstruct.toy import pipeline, records_of
 
 W4A4 = ("int4:g8", "int4:token")
 
