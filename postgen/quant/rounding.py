@@ -5,6 +5,7 @@ The last axis holds the input channels; it is split into groups that share a sca
     symmetric    s = max|x| / largest,              q = round(x / s)          ~x = q s
     asymmetric   s = (max x - min x) / (2^b - 1),   z = round(-min x / s),
                  q = clip(round(x / s) + z)                                   ~x = (q - z) s
+                 where max x >= 0 and min x <= 0, so z is one of the codes
     E8M0         s = 2^ceil(log2(max|x| / largest)) (or the OCP rule)
     E4M3         s = s_b s_t,  s_t = max|X| / (448 largest) of the tensor,  s_b = E4M3(max|x| / largest / s_t)
     bit planes   ~x = c_0 + sum_i c_i B_i with B_i in {0, 1} (arXiv:2602.04163)
@@ -111,10 +112,9 @@ def scales_of(
     """
     if format.asymmetric:
         axes = (-1,) if format.share != "tensor" else tuple(range(x.dim()))
-        high, low = (
-            x.amax(axes, keepdim=True) * clip,
-            x.amin(axes, keepdim=True) * (clip if clip_low is None else clip_low),
-        )
+        # The range always holds 0, so that the zero point is one of the codes and fits into their bits.
+        high = x.amax(axes, keepdim=True).clamp_min(0) * clip
+        low = x.amin(axes, keepdim=True).clamp_max(0) * (clip if clip_low is None else clip_low)
         scale = ((high - low) / format.grid.largest).clamp_min(SMALLEST_SCALE)
         return Scales(scale=scale, zero=(-low / scale).round())
     largest = x.abs().amax(-1, keepdim=True) if format.share != "tensor" else x.abs().amax().reshape((1,) * x.dim())

@@ -89,6 +89,14 @@ def test_asymmetric_numbers_keep_zero_and_both_extremes():
     assert found.numbers().tolist() == [[-1, 0, 0, 2]]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_zero_point_is_a_code_for_numbers_of_one_sign(sign):
+    x = sign * torch.tensor([[5.0, 5.5, 6.0, 5.25]])
+    found = quantize(x, format_of("int4:asym"))
+    assert 0 <= found.scales.zero.item() <= 15
+    assert (found.numbers() - x).abs().max() <= 0.2
+
+
 @pytest.mark.parametrize("text", ["fp8:block", "int4:tensor", "int8", "int4:g16", "bp2:g16", "nvfp4"])
 def test_grouping_is_undone(text):
     x = torch.randn(130, 256, generator=torch.Generator().manual_seed(0))

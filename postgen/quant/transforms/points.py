@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -73,9 +73,19 @@ def let_points(
     """
     name = block.name if isinstance(block, Block) else block
     module = block_of(model, name)
-    folds = [fold for fold in folds_of(module) if fold.kind in kinds]
+    found = [point for point in points_in(module, name) if point.kind in kinds]
     _check(module, name or type(module).__name__)
-    found = (_point(module, name, fold) for fold in folds)
+    _check_shared(model, module, name)
+    return found
+
+
+def points_in(block: nn.Module, name: str = "") -> list[FoldPoint]:
+    """Return the points of a block without checks of its layers, which may be quantised.
+
+    Raises:
+        UserError: the class of the block has no rows.
+    """
+    found = (_point(block, name, fold) for fold in folds_of(block))
     return [point for point in found if point is not None]
 
 
@@ -94,20 +104,19 @@ def block_of(model: nn.Module, name: str) -> nn.Module:
     raise UserError(f"{type(model).__name__} has no block {name!r}. Blocks: {blocks[0].name} ... {blocks[-1].name}")
 
 
-def module_in(block: nn.Module, name: str) -> nn.Module | None:
-    """Return a module of a block by its name; None if there is none, or None in its place."""
-    found: nn.Module | None = block
+def found_in(block: nn.Module, name: str) -> Any:
+    """Return a module or an attribute of a block by its dotted name; None if there is none."""
+    found: Any = block
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
 
 
 def _point(block: nn.Module, name: str, fold: Fold) -> FoldPoint | None:
-    attribute, value = fold.when
-    if attribute and getattr(block, attribute, None) != value:
+    if not _meant(block, fold):
         return None
     writers = [writer for writer in fold.writers if _present(block, writer)]
-    modules = [(reader, module_in(block, reader.linear)) for reader in fold.readers]
+    modules = [(reader, found_in(block, reader.linear)) for reader in fold.readers]
     readers = [(reader, module) for reader, module in modules if module is not None]
     linears = [module for _, module in readers if isinstance(module, nn.Linear)]
     # A reader that is not a linear layer (a convolution) cannot absorb the scale.
@@ -119,15 +128,24 @@ def _point(block: nn.Module, name: str, fold: Fold) -> FoldPoint | None:
     if widths or not width:
         return None
     biased = all(layer.bias is not None for layer in linears) and all(_can_shift(block, each) for each in writers)
-    refused = bool(fold.unless) and module_in(block, fold.unless) is not None
     return FoldPoint(
         block=name,
         fold=fold,
         width=width,
         readers=tuple(Part(name=reader.linear, start=0, stop=width) for reader, _ in readers),
         writers=tuple(part for each in writers if (part := _rows(block, each, width)) is not None),
-        shiftable=fold.shift and biased and not refused,
+        shiftable=fold.shift and biased,
     )
+
+
+def _meant(block: nn.Module, fold: Fold) -> bool:
+    """Whether a row is for blocks with this config."""
+    attribute, value = fold.when
+    if attribute and found_in(block, attribute) != value:
+        return False
+    if fold.present and found_in(block, fold.present) is None:
+        return False
+    return not fold.absent or found_in(block, fold.absent) is None
 
 
 def _present(block: nn.Module, writer: Writer) -> bool:
@@ -135,8 +153,8 @@ def _present(block: nn.Module, writer: Writer) -> bool:
         case Table():
             return hasattr(block, writer.name)
         case Norm():
-            return any(module_in(block, name) is not None for name in (writer.name, writer.instead) if name)
-    return module_in(block, writer.linear) is not None
+            return any(found_in(block, name) is not None for name in (writer.name, writer.instead) if name)
+    return found_in(block, writer.linear) is not None
 
 
 def _channels(block: nn.Module, writer: Writer) -> int:
@@ -145,16 +163,16 @@ def _channels(block: nn.Module, writer: Writer) -> int:
         case Table():
             return int(getattr(block, writer.name).shape[-1])
         case Norm():
-            norm = module_in(block, writer.name)
+            norm = found_in(block, writer.name)
             if norm is None:
-                return _share(module_in(block, writer.instead), 1)
+                return _share(found_in(block, writer.instead), 1)
             weight = getattr(norm, "weight", None)
             return 0 if weight is None else int(weight.numel())
         case Modulation():
-            layer = module_in(block, writer.linear)
+            layer = found_in(block, writer.linear)
             # The scale is 1 + chunk, which only a bias can absorb.
             return 0 if getattr(layer, "bias", None) is None else _share(layer, writer.chunks)
-    return _share(module_in(block, writer.linear), writer.part[1])
+    return _share(found_in(block, writer.linear), writer.part[1])
 
 
 def _share(layer: nn.Module | None, parts: int) -> int:
@@ -168,8 +186,8 @@ def _can_shift(block: nn.Module, writer: Writer) -> bool:
         case Modulation():
             return writer.shift is not None
         case Norm():
-            return getattr(module_in(block, writer.name), "bias", None) is not None
-    return not writer.shifts or getattr(module_in(block, writer.linear), "bias", None) is not None
+            return getattr(found_in(block, writer.name), "bias", None) is not None
+    return not writer.shifts or getattr(found_in(block, writer.linear), "bias", None) is not None
 
 
 def _rows(block: nn.Module, writer: Writer, width: int) -> Part | None:
@@ -177,7 +195,7 @@ def _rows(block: nn.Module, writer: Writer, width: int) -> Part | None:
     if isinstance(writer, Projection):
         start = writer.part[0] * width
         return Part(name=writer.linear, start=start, stop=start + width, shifts=writer.shifts)
-    if isinstance(writer, Norm) and module_in(block, writer.name) is None:
+    if isinstance(writer, Norm) and found_in(block, writer.name) is None:
         return Part(name=writer.instead, start=0, stop=width, inverse=writer.inverse)
     return None
 
@@ -198,3 +216,15 @@ def _check(block: nn.Module, name: str) -> None:
             )
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             raise UserError(f"{place} is quantised already: fold before layers are quantised")
+        if isinstance(module, nn.Linear) and module.weight.is_meta:
+            raise UserError(f"the weights of {place} are not loaded (offloading): load the model without it to fold")
+
+
+def _check_shared(model: nn.Module, block: nn.Module, name: str) -> None:
+    """Refuse parameters that are also those of another part of the model, which a fold would change."""
+    if model is block:
+        return
+    own = {id(parameter): inner for inner, parameter in block.named_parameters()}
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and f"{name}.{own[id(parameter)]}" not in other:
+            raise UserError(f"{name}.{own[id(parameter)]} is also {other}, so folding one would change the other")
