@@ -95,7 +95,7 @@ def block_of(model: nn.Module, name: str) -> nn.Module:
     Raises:
         UserError: the model has no such block.
     """
-    if has_folds(model):
+    if not name or has_folds(model):
         return model
     blocks = blocks_of(model)
     for block in blocks:
