@@ -25,7 +25,7 @@ from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
 from postgen.families.own_format import erase_note
-from postgen.families.quantizer import Quantizer
+from postgen.families.quantizer import Quantizer, register_quantizer
 from postgen.quant.layers import quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
@@ -254,3 +254,6 @@ def _exact(layer: QLinear, dtype: torch.dtype) -> nn.Linear:
     found = bare_linear(layer.effective_weight().to(dtype))
     found.bias = layer.bias
     return found.train(layer.training)
+
+
+register_quantizer(Method.POSTGEN.value, __name__, PostgenQuantizer.__name__, PostgenQuantConfig.__name__)
