@@ -23,7 +23,7 @@ from postgen.quant.student import StudentPlan, make_student
 from postgen.reconstruct.loss import error
 from postgen.training import checkpoint
 from tests import children
-from tests.quant.blockwise import KILLED, layers, same, stages
+from tests.quant.blockwise import KILLED, SHORT, layers, same, stages
 from tests.reconstruct.killed import POINTS
 from tests.reconstruct.toy import pipeline, records_of, settings
 
@@ -132,7 +132,7 @@ def test_recipes_on_the_embedded_model(
 
 
 def test_killed_at_each_point(wan: Taught, tmp_path: Path) -> None:
-    straight = stages(wan.model, wan.records, tmp_path / "straight", "omniquant", *W4A4)[-1].result  # type: ignore[attr-defined]
+    straight = stages(wan.model, wan.records, tmp_path / "straight", "omniquant", *W4A4, **SHORT)[-1].result  # type: ignore[attr-defined]
     (tmp_path / "records").symlink_to(wan.folder / "records")
     code, said = children.run("tests.quant.blockwise", tmp_path)
     assert code == 0, said
@@ -141,7 +141,7 @@ def test_killed_at_each_point(wan: Taught, tmp_path: Path) -> None:
         left = [path.name for path in checkpoint.find(tmp_path / point / "0" / "blocks" / name)]
         saved = {3: [], 8: ["checkpoint-5"], 10: ["checkpoint-5"], 12: ["checkpoint-5", "checkpoint-10"]}
         assert left == saved[step], point
-        resumed = stages(wan.model, wan.records, tmp_path / point, "omniquant", *W4A4, resume=True)[-1].result  # type: ignore[attr-defined]
+        resumed = stages(wan.model, wan.records, tmp_path / point, "omniquant", *W4A4, **SHORT, resume=True)[-1].result  # type: ignore[attr-defined]
         assert same(resumed.layers, straight.layers), point
         for (one, *a), (two, *b) in zip(resumed.folds, straight.folds, strict=True):
             assert one == two
