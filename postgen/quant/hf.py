@@ -223,10 +223,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     """
     inner: Any = inner_model(model)
     layers = quantized_layers(inner)
-    before = inner.config.get("quantization_config")
-    if before is not None and not isinstance(before, PostgenQuantConfig):
-        way = dict(before).get("quant_method", "an unknown way")
-        raise UserError(f"this {type(inner).__name__} is saved by {way}, which cannot be combined with quantisation")
+    before = config_of(inner)
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
         words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
@@ -238,6 +235,23 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     inner.hf_quantizer = PostgenQuantizer(config)
     inner.is_quantized, inner.quantization_method = True, config.quant_method
     inner.register_to_config(quantization_config=config)
+
+
+def config_of(model: nn.Module) -> PostgenQuantConfig | None:
+    """Return the config of a model that is quantised; None for an exact model.
+
+    Raises:
+        UserError: the config of the model has the note of another method.
+    """
+    inner: Any = inner_model(model)
+    found = inner.config.get("quantization_config")
+    if found is None or isinstance(found, PostgenQuantConfig):
+        return found
+    way = dict(found).get("quant_method", "an unknown way")
+    raise UserError(
+        f"this {type(inner).__name__} has the format of {way} in its config, which cannot be combined with"
+        " quantisation"
+    )
 
 
 def _attached_bins(model: nn.Module, layers: Mapping[str, QLinear]) -> StepBins | None:

@@ -11,6 +11,7 @@ import postgen
 from postgen.errors import UserError
 from postgen.families.linear import find_linears, replaced_linears
 from postgen.fp8_linear import apply_fp8_linears
+from postgen.lit import convert
 from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize
 from postgen.quant.layers import layers_of, parts_of, quantized_layers
 from postgen.quant.model import quantize_weights, rtn
@@ -159,6 +160,18 @@ def test_quantised_layers_belong_to_nobody_else():
         apply_fp8_linears(model)
     with pytest.raises(RuntimeError, match="floating point"):
         model.blocks[0].attn1.fuse_projections()
+
+
+def test_other_methods_refuse_a_quantised_model_and_their_models_are_refused():
+    converted = wan()
+    convert(converted)
+    with pytest.raises(UserError, match=r"the format of postgen\.lit\.load\(folder\) in its config, which cannot be"):
+        quantize_weights(converted, QuantSpec(weight="int8"))
+    assert not quantized_layers(converted)
+    model = wan()
+    quantize_weights(model, QuantSpec(weight="int8"))
+    with pytest.raises(UserError, match=r"is quantised \(blocks.* is a QLinear\), so it cannot be converted"):
+        convert(model)
 
 
 def test_a_model_without_a_layout_is_refused():
