@@ -35,7 +35,10 @@ def made(weight, act=None, linear=None, **more):
     return QLinear.of(linear, None if weight is None else quantize(linear.weight, spec.weight), spec)
 
 
-@pytest.mark.parametrize("text", ["int4:g32", "int3:asym", "int8", "fp8", "fp8:block", "mxfp4", "nvfp4", "bp2:g32"])
+@pytest.mark.parametrize(
+    "text",
+    ["int4:g32", "int3:asym", "int5", "int8", "int8:asym", "fp8", "mxint8", "fp8:block", "mxfp4", "nvfp4", "bp2:g32"],
+)
 def test_a_layer_with_exact_input_multiplies_with_the_numbers_of_its_codes(text):
     linear = layer() if text != "fp8:block" else nn.Linear(128, N)
     x = torch.randn(3, linear.in_features)
