@@ -178,6 +178,13 @@ def test_copies_moves_and_state_dicts_keep_every_bit():
     }
 
 
+@pytest.mark.parametrize("text", ["bp2:g16", "fp8", "nvfp4", "mxfp8", "int4:g16:asym"])
+def test_no_tensor_of_bits_can_be_cast_and_every_library_can_send_it(text):
+    new = made(text, "int8")
+    assert {each.dtype for name, each in new.state_dict().items() if name != "bias"} <= {torch.uint8, torch.int32}
+    assert new.quantized().scales.scale.dtype == torch.float32
+
+
 def test_zero_points_that_are_no_bytes_survive_a_state_dict():
     new = made("int4:g32:asym")
     found = new.quantized()
