@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 class Quantizer(DiffusersQuantizer):
     """Loads and saves quantised models in `from_pretrained` and `save_pretrained` of diffusers."""
 
+    _loaded: tuple[str, ...] = ()
     use_keep_in_fp32_modules = True
     """Modules that diffusers keeps in float32 (norms, modulation tables, timestep embedding) stay in float32."""
 
@@ -60,8 +61,18 @@ class Quantizer(DiffusersQuantizer):
         """Raise an error for a tensor of a quantised layer whose shape is not that of the layer."""
 
     @abstractmethod
-    def check_complete(self, model: Any, missing: Sequence[str]) -> None:
-        """Raise an error if the checkpoint lacks tensors of quantised layers; `missing` is all that it lacks."""
+    def check_complete(self, model: Any, missing: Sequence[str], unknown: Sequence[str]) -> None:
+        """Raise an error if the checkpoint does not fit the quantised layers.
+
+        Args:
+            model: the empty model, after `before_weights`.
+            missing: tensors of the model that the checkpoint lacks.
+            unknown: tensors of the checkpoint that the model does not have. diffusers only warns about them.
+        """
+
+    @abstractmethod
+    def check_saved(self, names: Collection[str]) -> None:
+        """Raise an error if `save_pretrained` would write tensors, named here, that cannot be loaded again."""
 
     @abstractmethod
     def to_exact(self, model: Any) -> None:
@@ -74,8 +85,21 @@ class Quantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers' hook for `check_complete`."""
-        self.check_complete(model, missing_keys)
+        own = model.state_dict().keys()
+        self.check_complete(model, missing_keys, sorted(name for name in self._loaded if name not in own))
         return missing_keys
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """diffusers' hook with the names of the tensors of a checkpoint, for `check_complete`."""
+        self._loaded = tuple(loaded_keys)
+        return loaded_keys
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """diffusers' hook for `check_saved`."""
+        self.check_saved(state_dict.keys())
+        return state_dict, {}
 
     def check_if_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, state_dict: Any, **_: Any

@@ -130,7 +130,7 @@ def format_of(text: str) -> Format:
     found = FORMATS.get(name)
     if found is None:
         raise UserError(
-            f"the number format {shown(text)} is unknown{did_you_mean(str(name), FORMATS)}. Formats:"
+            f"the number format {shown(text)} is unknown.{did_you_mean(str(name), FORMATS)} Formats:"
             f" {', '.join(FORMATS)}, followed by parts such as :g64, :row, :token, :asym"
         )
     for part in parts:

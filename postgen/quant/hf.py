@@ -14,7 +14,7 @@ import, diffusers refuses the folder: "Unknown quantization type, got postgen".
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from postgen.families.linear import forget_replaced, record_replaced
 from postgen.families.own_format import erase_note
 from postgen.families.quantizer import Quantizer, register_quantizer
 from postgen.quant.layers import note_shared_inputs_, quantized_layers
-from postgen.quant.linear import QLinear
+from postgen.quant.linear import OWN_TENSORS, QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
 from postgen.quant.spec import QuantSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
-from postgen.quant.transforms.gains import gained_blocks, prepare_gains_
+from postgen.quant.transforms.gains import gained_blocks, is_fold_buffer, prepare_gains_
 
 
 class Method(enum.StrEnum):
@@ -79,6 +79,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             )
         if quant_method != Method.POSTGEN:
             raise UserError(f"quant_method of a PostgenQuantConfig must be postgen, got {shown(quant_method)}")
+        _check_types(overrides, layers, gains, step_bins)
         self.quant_method = Method.POSTGEN  # type: ignore[assignment]
         self.weight, self.act, self.rotate, self.rank = weight, act, rotate, rank
         self.overrides = dict(overrides or {})
@@ -119,10 +120,16 @@ class PostgenQuantizer(Quantizer):
         """Put quantised layers without values into the empty model of a saved quantised model.
 
         Raises:
-            UserError: the model has other layers than the saved one.
+            UserError: the model has other layers than the saved one, or the config of a saved model is given for an
+                exact one.
         """
         config = self.quantization_config
         if not self.pre_quantized:
+            if config.layers is not None or config.gains or config.step_bins is not None:
+                raise UserError(
+                    "layers, gains and step_bins of a PostgenQuantConfig describe a saved quantised model, but this"
+                    " checkpoint is exact: leave them out"
+                )
             return
         if config.layers is None:
             raise UserError("the config of this checkpoint does not name its quantised layers: save the model again")
@@ -194,17 +201,37 @@ class PostgenQuantizer(Quantizer):
         forget_replaced(model, owner=OWNER)
         erase_note(model)
 
-    def check_complete(self, model: Any, missing: Sequence[str]) -> None:
-        """Refuse a checkpoint without all tensors of its quantised layers.
+    def check_complete(self, model: Any, missing: Sequence[str], unknown: Sequence[str]) -> None:
+        """Refuse a checkpoint whose quantised layers and folded blocks have not exactly the tensors of its config.
 
         Raises:
-            UserError: tensors are missing.
+            UserError: tensors are missing, or the config does not tell about some.
         """
-        lost = sorted(name for name in missing if isinstance(model.get_submodule(name.rpartition(".")[0]), QLinear))
-        if self.pre_quantized and lost:
+        if not self.pre_quantized:
+            return
+        layers = {name for name, module in model.named_modules() if isinstance(module, QLinear)}
+
+        def ours(name: str) -> bool:
+            layer, _, last = name.rpartition(".")
+            return layer in layers or last in OWN_TENSORS or is_fold_buffer(name)
+
+        for found, said in (
+            (missing, "the checkpoint lacks {} tensors of quantised layers, the first is {}: it is incomplete, or"),
+            (unknown, "the checkpoint has {} tensors that its config does not tell about, the first is {}:"),
+        ):
+            if own := sorted(filter(ours, found)):
+                raise UserError(f"{said.format(len(own), own[0])} its config is of another checkpoint")
+
+    def check_saved(self, names: Collection[str]) -> None:
+        """Refuse to write adapters, whose names no loader of models knows.
+
+        Raises:
+            UserError: a LoRA is attached.
+        """
+        if any(".base_layer." in name for name in names):
             raise UserError(
-                f"the checkpoint lacks {len(lost)} tensors of quantised layers, the first is {lost[0]}: it is"
-                " incomplete, or its config is of another checkpoint"
+                "a LoRA is attached, and a saved quantised model cannot hold it: save the LoRA separately"
+                " (save_lora_adapter) and remove it (unload_lora), or merge it (postgen.quant.merge_lora_)"
             )
 
 
@@ -252,6 +279,17 @@ def config_of(model: nn.Module) -> PostgenQuantConfig | None:
         f"this {type(inner).__name__} has the format of {way} in its config, which cannot be combined with"
         " quantisation"
     )
+
+
+def _check_types(overrides: Any, layers: Any, gains: Any, step_bins: Any) -> None:
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise UserError(f"overrides must map patterns of layer names to settings, got {shown(overrides)}")
+    lists = {"layers": (layers, Mapping), "gains": (gains, str), "step_bins": (step_bins, int | float)}
+    for name, (value, kind) in lists.items():
+        if value is None and name != "gains":
+            continue
+        if not isinstance(value, list | tuple) or not all(isinstance(each, kind) for each in value):
+            raise UserError(f"{name} of a PostgenQuantConfig must be a list as postgen wrote it, got {shown(value)}")
 
 
 def _attached_bins(model: nn.Module, layers: Mapping[str, QLinear]) -> StepBins | None:

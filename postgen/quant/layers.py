@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from postgen.errors import UserError, cut_words
+from postgen.families.installed import inner_model
 from postgen.families.linear import find_linears
 from postgen.families.linear_parts import LinearPart, LinearParts, shares_input
 from postgen.quant.linear import QLinear, check_spec
@@ -31,7 +32,8 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
 
     Raises:
         UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
-            quantised, a format or a rotation does not fit a layer (the message names it), or no layer is left.
+            quantised, a format or a rotation does not fit a layer (the message names it), a weight is not finite, or
+            no layer is left.
     """
     parts = parts_of(model)
     found = {name: spec.layer(name) for name in parts}
@@ -48,6 +50,7 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
             check_spec(each, linear.in_features)
             if each.rank > min(linear.in_features, linear.out_features):
                 raise UserError(f"rank is {each.rank}, but the layer is {linear.out_features} x {linear.in_features}")
+            _check_finite(linear)
         except UserError as error:
             raise UserError(f"{name} cannot be quantised: {error}") from None
     return found
@@ -59,7 +62,7 @@ def parts_of(model: nn.Module) -> dict[str, LinearPart]:
     Raises:
         UserError: the class of the transformer has no layout, or it has no such layers.
     """
-    parts = LinearParts(model)
+    parts = LinearParts(inner_model(model))
     found = {name: part for name in find_linears(model) if (part := parts.of(name)) is not None}
     if not found:
         raise UserError(f"{type(model).__name__} has no linear layers that process its video tokens")
@@ -77,10 +80,19 @@ def quantized_layers(model: nn.Module) -> dict[str, QLinear]:
 
 def note_shared_inputs_(model: nn.Module) -> None:
     """Tell the quantised query, key and value projections of a model that they read the same tokens."""
-    parts = LinearParts(model)
-    for name, layer in quantized_layers(model).items():
+    inner = inner_model(model)
+    parts = LinearParts(inner)
+    for name, layer in quantized_layers(inner).items():
         part = parts.of(name)
         layer.shares_input = part is not None and shares_input(name, part)
+
+
+def _check_finite(linear: nn.Linear) -> None:
+    for name, values in linear.named_parameters():
+        if not values.is_meta and not bool(values.isfinite().all()):
+            raise UserError(
+                f"its {name} has NaN or infinite numbers; if float16 is too small for it, load the model in bfloat16"
+            )
 
 
 def _no_match(pattern: str, parts: Mapping[str, LinearPart], model: nn.Module) -> str:

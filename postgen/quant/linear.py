@@ -42,6 +42,8 @@ from postgen.quant.step_bins import StepBins
 
 PACKED = ("weight", "weight_scale", "weight_zero", "weight_whole")
 """Names of the tensors of a packed weight in a layer."""
+OWN_TENSORS = (*PACKED[1:], "input_scale", "signs", "act_clip", "branch_up", "branch_down")
+"""Names of the tensors of a quantised layer that a linear layer does not have."""
 
 
 class QLinear(nn.Linear):

@@ -62,10 +62,16 @@ class QuantSpec:
             for key in said:
                 if key not in KEYS:
                     raise UserError(
-                        f"{shown(key)} in overrides[{pattern!r}] is unknown{did_you_mean(str(key), KEYS)}. Keys:"
+                        f"{shown(key)} in overrides[{pattern!r}] is unknown.{did_you_mean(str(key), KEYS)} Keys:"
                         f" {', '.join(KEYS)}"
                     )
             self._check(said, f" in overrides[{pattern!r}]")
+            if said.get("rank") and said.get("weight", self.weight) is None:
+                raise UserError(
+                    f"rank in overrides[{pattern!r}] has no use, because the weight is exact: leave it out"
+                )
+        if self.rank and not any(each is not None for each in (self.weight, *self._other("weight"))):
+            raise UserError(f"rank is {self.rank}, but all weights are exact, so no branch has a use: leave rank out")
         if all(self.layer(name).exact for name in ("", *self.overrides)) and not self.overrides:
             raise UserError("weight and act are both None, so nothing is quantised: set one of them")
 
@@ -82,6 +88,9 @@ class QuantSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+    def _other(self, key: str) -> list[Any]:
+        return [said[key] for said in self.overrides.values() if key in said]
 
     @staticmethod
     def _check(said: Mapping[str, Any], where: str) -> None:

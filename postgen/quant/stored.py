@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from postgen.errors import UserError, shown
-from postgen.quant.formats import format_of
+from postgen.errors import UserError, is_whole, shown
 from postgen.quant.linear import QLinear
-from postgen.quant.spec import KEYS, LayerSpec
+from postgen.quant.spec import KEYS, LayerSpec, QuantSpec
 
 NAMES = "names"
 """Key of the names of the layers of a group."""
@@ -91,6 +90,10 @@ def _read(group: Any) -> tuple[dict[str, Any], LayerSpec]:
             f"a group of quantised layers in the config must have {', '.join(sorted(keys))}, got"
             f" {shown(group)}: the checkpoint was written by another version of postgen"
         )
-    formats = {key: None if group[key] is None else format_of(group[key]) for key in ("weight", "act")}
-    spec = LayerSpec(**formats, rotate=group["rotate"], rank=group["rank"])
+    for key in ("bias", "input_scale", "signs", FLOAT_ZERO):
+        if not isinstance(group[key], bool):
+            raise UserError(f"{key} of a group of quantised layers must be true or false, got {shown(group[key])}")
+    if not is_whole(group["clips"], 0):
+        raise UserError(f"clips of a group of quantised layers must be a whole number, got {shown(group['clips'])}")
+    spec = QuantSpec(**{key: group[key] for key in KEYS}).layer("")  # checks the values
     return {key: group[key] for key in words}, spec

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, WanPipeline
 from diffusers.quantizers import auto
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -233,6 +234,10 @@ def changed(saved, tmp_path, *, tensors=None, config=None):
 SCALE = "blocks.1.ffn.net.2.weight_scale"
 
 
+def group_with(**values):
+    return lambda said: said["quantization_config"]["layers"][0].update(values)
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
@@ -256,6 +261,22 @@ SCALE = "blocks.1.ffn.net.2.weight_scale"
             None, lambda said: said["quantization_config"]["layers"][0].update(weight="int9"),
             "the number format 'int9' is unknown",
         ),
+        (
+            lambda state: state.update({SCALE.replace("weight", "branch"): state[SCALE].clone()}), None,
+            r"has 1 tensors that its config does not tell about, the first is blocks\.1\.ffn\.net\.2\.branch_scale",
+        ),
+        (None, group_with(names=[]), "tensors that its config does not tell about, the first is blocks.0.attn1.to_k"),
+        (None, group_with(bias=False), r"does not tell about, the first is blocks\.0\.attn1\.to_k\.bias"),
+        (
+            lambda state: state.update({"blocks.0.temb_gain": torch.ones(6, 32, dtype=torch.int32)}), None,
+            r"does not tell about, the first is blocks\.0\.temb_gain",
+        ),
+        (None, lambda said: said["quantization_config"].update(gains=["blocks.0"]), r"lacks 8 tensors.*blocks\.0\."),
+        (None, lambda said: said["quantization_config"].update(gains=4), "gains of a Postgen.* must be a list"),
+        (None, group_with(rotate="8"), "rotate is '8'"),
+        (None, group_with(rank=-2), "rank is -2"),
+        (None, group_with(clips="3"), "clips of a group of quantised layers must be a whole number, got '3'"),
+        (None, group_with(signs="no"), "signs of a group of quantised layers must be true or false, got 'no'"),
     ],
 )  # fmt: skip
 def test_broken_checkpoints_are_refused_in_one_line(saved, tmp_path, tensors, config, message):
@@ -280,12 +301,36 @@ def test_a_truncated_file_is_refused(saved, tmp_path):
         ({"weigth": "int4"}, "PostgenQuantConfig has no argument 'weigth'. Did you mean 'weight'"),
         ({"weight": None}, "weight and act are both None"),
         ({"rotate": 3}, "rotate is 3"),
+        ({"rank": 4, "weight": None, "act": "int8"}, "rank is 4, but all weights are exact"),
+        ({"overrides": {".*": {"weight": None, "rank": 4}}}, r"rank in overrides\['\.\*'\] has no use"),
+        ({"overrides": [1]}, "overrides must map patterns of layer names to settings"),
+        ({"layers": 5}, "layers of a PostgenQuantConfig must be a list"),
+        ({"gains": "blocks.0"}, "gains of a PostgenQuantConfig must be a list"),
+        ({"step_bins": ["a"]}, "step_bins of a PostgenQuantConfig must be a list"),
         ({"quant_method": "torchao"}, "quant_method of a PostgenQuantConfig must be postgen"),
     ],
 )
 def test_wrong_configs_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         PostgenQuantConfig(**words)
+
+
+def test_a_config_of_a_saved_model_is_refused_for_an_exact_one(tmp_path):
+    kind = type(wan(folder=tmp_path))
+    for words in ({"layers": []}, {"gains": ["blocks.0"]}, {"step_bins": [3.0]}):
+        with pytest.raises(UserError, match="describe a saved quantised model, but this checkpoint is exact"):
+            kind.from_pretrained(tmp_path, quantization_config=PostgenQuantConfig(weight="int8", **words))
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path):
+    model = wan()
+    quantize_weights(model, QuantSpec(weight="int8"))
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(UserError, match="a LoRA is attached, and a saved quantised model cannot hold it"):
+        model.save_pretrained(tmp_path)
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    assert same_bits(type(model).from_pretrained(tmp_path), model)
 
 
 def test_layers_with_different_bins_are_refused():

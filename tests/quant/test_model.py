@@ -179,3 +179,22 @@ def test_a_model_without_a_layout_is_refused():
         quantize_weights(nn.Sequential(nn.Linear(32, 32)), QuantSpec(weight="int8"))
     assert "blocks.0.attn2.to_k" not in parts_of(wan())
     assert not isinstance(wan().blocks[0].attn2.to_k, QLinear)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weights_that_are_not_finite_are_refused(value, name):
+    model = wan()
+    getattr(model.blocks[1].ffn.net[2], name).data[0] = value
+    with pytest.raises(UserError, match=rf"net\.2 cannot be quantised: its {name} has NaN or infinite numbers"):
+        quantize_weights(model, QuantSpec(weight="int8"))
+    assert not quantized_layers(model)
+
+
+def test_a_compiled_model_is_quantised():
+    model = wan()
+    compiled = torch.compile(model, backend="eager")
+    predicted(compiled)
+    quantize_weights(compiled, QuantSpec(weight="int4:g8"))
+    assert len(quantized_layers(model)) == 16
+    torch.testing.assert_close(predicted(compiled), predicted(model))

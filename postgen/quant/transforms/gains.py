@@ -49,7 +49,7 @@ def gained_blocks(model: nn.Module) -> list[str]:
 
     A loader calls `prepare_gains_` with these names before it loads the weights of a checkpoint.
     """
-    return [block.name for block in blocks_of(model) if any(map(_is_ours, _buffers(block.module)))]
+    return [block.name for block in blocks_of(model) if any(map(is_fold_buffer, _buffers(block.module)))]
 
 
 def prepare_gains_(model: nn.Module, blocks: Iterable[str]) -> None:
@@ -82,8 +82,10 @@ def _name(table: Table) -> str:
     return f"{table.embedding}_{GAIN}"
 
 
-def _is_ours(name: str) -> bool:
-    return name.rpartition("_")[2] == GAIN or name.startswith(RECORD)
+def is_fold_buffer(name: str) -> bool:
+    """Return whether a name, of a buffer or of a tensor in a checkpoint, is that of a gain or a record of folds."""
+    last = name.rpartition(".")[2]
+    return last.endswith(f"_{GAIN}") or last.startswith(RECORD)
 
 
 def _tables(block: nn.Module) -> list[Table]:
