@@ -18,6 +18,7 @@ from postgen.errors import UserError, cut
 from .lora import networks_of
 from .lora_file import LoraFile, open_lora
 from .lora_found import Found, families_like, find_layers, network_shapes
+from .lora_guard import FIELD, check_mark, is_guarded
 from .lora_layers import adapter_settings, adapter_state, shortened
 from .lora_names import NAMES, names_of
 from .lora_trace import left_out
@@ -97,6 +98,11 @@ def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) 
             f"the LoRA {file.path} is DoRA, whose magnitudes cannot be scaled: its scale must be 1, got {scale:g}"
         )
     own = _parameters(module)
+    if found.offsets and is_guarded(module):
+        raise UserError(
+            f"the LoRA {file.path} contains differences of norms, tables or biases, which do not fit the folded"
+            f" weights of this {type(module).__name__}: {shortened(list(found.offsets))}"
+        )
     for name, offset in found.offsets.items():
         if own[name].shape != offset.shape:
             raise UserError(
@@ -111,10 +117,12 @@ def _settings(pipe: Any, part: str, file: LoraFile, found: Found, scale: float) 
         return None
     try:
         settings = adapter_settings(layers)
+        said = file.settings if part in networks_of(pipe) else file.settings.get(part, {})
+        check_mark(module, said)
     except UserError as error:
         raise UserError(f"the LoRA {file.path} cannot be applied: {error}") from None
-    said = file.settings if part in networks_of(pipe) else file.settings.get(part, {})
-    kept = {"lora_dropout": float | int, "target_modules": list}  # a text such as "all-linear" would match more layers
+    # A text such as "all-linear" as target_modules would match more layers.
+    kept = {"lora_dropout": float | int, "target_modules": list, FIELD: dict}
     return settings | {key: said[key] for key, kind in kept.items() if isinstance(said.get(key), kind)}
 
 

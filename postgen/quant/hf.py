@@ -33,6 +33,7 @@ from postgen.quant.spec import QuantSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
 from postgen.quant.transforms.gains import gained_blocks, is_fold_buffer, prepare_gains_
+from postgen.quant.transforms.lora import guard_folds_
 
 
 class Method(enum.StrEnum):
@@ -136,6 +137,7 @@ class PostgenQuantizer(Quantizer):
         put_layers_(model, config.layers)
         if config.gains:
             prepare_gains_(model, config.gains)
+            guard_folds_(model)
 
     def after_weights(self, model: Any) -> None:
         """Quantise a model that is not quantised, or finish the layers of a saved one."""

@@ -48,6 +48,10 @@ def merge_lora_(model: nn.Module, *, requantize: bool = True, solve: Solve = rtn
     found: dict[str, float] = {}
     for name, wrapper in wrappers.items():
         layer, adapters = wrapper.base_layer, _active(wrapper)
+        for bias in _biases(wrapper):
+            layer.bias.add_(bias.to(layer.bias))
+        for each in adapters:  # peft would refuse a bias of 0 on a layer without a bias
+            wrapper.lora_bias[each] = False
         if not isinstance(layer, QLinear):
             wrapper.merge(adapter_names=adapters)
         elif adapters:
@@ -81,14 +85,21 @@ def _check(model: nn.Module, wrappers: dict[str, Any]) -> None:
         raise UserError(f"this {type(model).__name__} has no LoRA adapters: load one first")
     for name, wrapper in wrappers.items():
         problem = lora_problem(wrapper)
-        if problem is None and any(wrapper.lora_bias.get(each) for each in _active(wrapper)):
-            problem = "it has a bias of its own"
+        if problem is None and wrapper.base_layer.bias is None and _biases(wrapper):
+            problem = "it has a bias, and the layer has none"
         if problem is not None:
             raise UserError(f"the adapter of {name} cannot be merged: {problem}")
 
 
 def _active(wrapper: Any) -> list[str]:
     return [] if wrapper.disable_adapters else [each for each in wrapper.active_adapters if each in wrapper.lora_A]
+
+
+def _biases(wrapper: Any) -> list[Tensor]:
+    """Return what active adapters with a bias that is not 0 add to the bias of the layer."""
+    having = [each for each in _active(wrapper) if wrapper.lora_bias.get(each)]
+    found = [wrapper.lora_B[each].bias.detach().float() * wrapper.scaling[each] for each in having]
+    return [each for each in found if bool(each.any())]
 
 
 def _requantized(name: str, layer: QLinear, wanted: Tensor, solve: Solve) -> Quantized:

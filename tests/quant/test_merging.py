@@ -95,6 +95,21 @@ def test_a_small_lora_keeps_the_codes_of_a_calibrated_model():
     assert torch.equal(after.scales.scale, learned.scales.scale * 0.9)
 
 
+def with_biases():
+    model = adapted(use_dora=False, lora_bias=True)
+    for name, value in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.3)
+    return model
+
+
+def test_biases_of_adapters_merge():
+    model = with_biases()
+    expected = predicted(model)
+    merge_lora_(model, requantize=False)
+    torch.testing.assert_close(predicted(model), expected)
+
+
 def test_only_active_adapters_merge():
     model = adapted()
     model.disable_adapters()
@@ -110,9 +125,11 @@ def test_what_cannot_merge_changes_nothing():
     quantize_weights(model, QuantSpec(weight="int8"))
     with pytest.raises(UserError, match="has no LoRA adapters: load one first"):
         merge_lora_(model)
-    model = adapted(use_dora=False, lora_bias=True)
+    model = with_biases()
+    wrapper = next(module for module in model.modules() if hasattr(module, "lora_B"))
+    wrapper.base_layer.bias = None
     expected = predicted(model)
-    with pytest.raises(UserError, match=r"the adapter of .* cannot be merged: it has a bias of its own"):
+    with pytest.raises(UserError, match=r"the adapter of .* cannot be merged: it has a bias, and the layer has none"):
         merge_lora_(model)
     assert torch.equal(predicted(model), expected)
     with pytest.raises(RuntimeError):

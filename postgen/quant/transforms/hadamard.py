@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.quant.rotation import rotated
+from postgen.quant.transforms.lora import guard_folds_
 from postgen.quant.transforms.points import FoldPoint, block_of
 from postgen.quant.transforms.records import is_rotated, note_rotation_
 
@@ -63,6 +64,7 @@ def rotate_values_(model: nn.Module, point: FoldPoint, size: int = 0, signs: Ten
                 moved = layer.bias.data[part.start : part.stop]
                 moved.copy_(rotated(moved, size, own))
     note_rotation_(block, point, size, signs)
+    guard_folds_(model)
 
 
 def _heads(attention: Any) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families.folds import Modulation, Norm, Table
 from postgen.quant.transforms.gains import gain_
+from postgen.quant.transforms.lora import guard_folds_
 from postgen.quant.transforms.points import FoldPoint, Part, block_of, found_in, let_points
 from postgen.quant.transforms.records import is_rotated, note_
 
@@ -77,6 +78,7 @@ def fold_all_(model: nn.Module, folds: Iterable[tuple[FoldPoint, Tensor, Tensor 
         _filled(places[name], asked).write()
         for point, scale, shift in asked:
             note_(places[name], point, scale, shift)
+    guard_folds_(model)
 
 
 def folded_linear(

@@ -5,17 +5,17 @@ writes is divided by t: the same change is
 
     (B / t) (A s) x' + (B / t) A d
 
-with a bias of the LoRA for the shift. Without this step, a LoRA that was trained before the folds changes the model
-wrongly. A LoRA that is trained on the folded model needs nothing.
-
-    state, alphas = pipe.lora_state_dict("style.safetensors", return_alphas=True)
-    pipe.load_lora_weights(fold_lora(pipe.transformer, state))
+with a bias of the LoRA for the shift. `pipe.load_lora_weights` and `transformer.load_lora_adapter` do this for every
+LoRA on a model with folds. A LoRA that is trained on the folded model needs nothing: its `peft.LoraConfig` contains a
+mark of the folds (`postgen.families.lora_guard`), with which `save_lora_adapter`, `postgen train` and scripts that
+write the metadata of the adapter save it. Without this metadata, a LoRA counts as one for the model before the folds.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,42 +23,70 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.folds import Modulation
+from postgen.families.installed import inner_model
+from postgen.families.lora_guard import guard_loras
 from postgen.quant.rotation import rotated
 from postgen.quant.transforms.points import FoldPoint
 from postgen.quant.transforms.records import recorded
 
-_PART = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])\.(?P<what>weight|bias)")
 
-
-def fold_lora(model: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "transformer.") -> dict[str, Tensor]:
-    """Return a LoRA that changes a folded model as the given one changes the model before its folds.
+def fold_adapter_(model: nn.Module, name: str) -> None:
+    """Change a loaded adapter, made for the model before its folds, so that it fits the folded model.
 
     Args:
-        model: the folded model, quantised or not.
-        state: the LoRA in the keys of peft, PREFIX + LAYER + ".lora_A.weight". Other components' keys are kept.
-        prefix: what stands before the names of the model's layers.
+        model: the folded model.
+        name: name of the adapter of peft.
 
     Raises:
-        UserError: a folded layer has other tensors than those of a LoRA (magnitudes, differences of weights).
+        UserError: the adapter changes a folded layer otherwise than by a plain LoRA. Nothing changes.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    kept: dict[str, Tensor] = {}
-    folded = _folded(model)
-    for key, tensor in state.items():
-        match = _PART.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        place = key.removeprefix(prefix)
-        if match and match["layer"] in folded:
-            layers.setdefault(match["layer"], {})[f"{match['half']}.{match['what']}"] = tensor
-        elif key.startswith(prefix) and any(place.startswith(f"{each}.") and "alpha" not in place for each in folded):
-            raise UserError(f"{key} of this LoRA changes a layer with folds, and only lora_A and lora_B can be folded")
-        else:
-            kept[key] = tensor
-    for layer, parts in layers.items():
-        if "A.weight" not in parts or "B.weight" not in parts:
-            raise UserError(f"the LoRA lacks a half of {layer}: it needs lora_A.weight and lora_B.weight")
-        changed = _changed(parts, folded[layer])
-        kept |= {f"{prefix}{layer}.lora_{name}": tensor for name, tensor in changed.items()}
-    return _with_biases(kept, prefix)
+    modules = dict(model.named_modules())
+    found: list[tuple[Any, dict[str, Tensor]]] = []
+    for layer, changes in _folded(model).items():
+        wrapper: Any = modules.get(layer)
+        if name not in getattr(wrapper, "lora_A", ()):
+            continue
+        if wrapper.use_dora.get(name):
+            raise UserError(f"{layer} is folded, and the magnitudes of this LoRA (DoRA) cannot be folded")
+        parts = {"A.weight": wrapper.lora_A[name].weight, "B.weight": wrapper.lora_B[name].weight}
+        if wrapper.lora_B[name].bias is not None:
+            parts["B.bias"] = wrapper.lora_B[name].bias
+        found.append((wrapper, _changed({key: value.detach() for key, value in parts.items()}, changes)))
+    if any("B.bias" in changed for _, changed in found):
+        _give_biases(model, name)
+    for wrapper, changed in found:
+        up = wrapper.lora_B[name]
+        wrapper.lora_A[name].weight.data.copy_(changed["A.weight"])
+        up.weight.data.copy_(changed["B.weight"])
+        if "B.bias" in changed:
+            up.bias.data.copy_(changed["B.bias"])
+
+
+def _give_biases(model: Any, name: str) -> None:
+    """Give an adapter biases of 0 on all layers: files of peft have biases on all layers or on none."""
+    for module in model.modules():
+        wrapper: Any = module
+        if name not in getattr(module, "lora_B", ()) or wrapper.lora_B[name].bias is not None:
+            continue
+        up = wrapper.lora_B[name]
+        up.bias = nn.Parameter(up.weight.new_zeros(len(up.weight)), requires_grad=up.weight.requires_grad)
+        wrapper.lora_bias[name] = True
+    model.peft_config[name].lora_bias = True
+
+
+def guard_folds_(model: nn.Module) -> None:
+    """Make LoRA loaders of a model know its folds, see the module docstring."""
+    guard_loras(inner_model(model), fold_adapter_, _mark)
+
+
+def _mark(model: nn.Module) -> str:
+    """Return a text that identifies the folds of a model; empty without folds."""
+    digest = hashlib.sha256()
+    found = [(block.name, *each) for block in blocks_of(model) for each in recorded(block.module)]
+    for name, point, record in found:
+        digest.update(f"{name} {point.name}".encode())
+        digest.update(record.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16] if found else ""
 
 
 _Change = tuple[FoldPoint, Tensor, str]
@@ -120,13 +148,3 @@ def _turned(values: Tensor, turn: Tensor) -> Tensor:
     """Return numbers (..., C) after the rotation of a record."""
     size = int(turn.abs().amax())
     return rotated(values, size, turn.sign()) if size else values
-
-
-def _with_biases(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Give every lora_B of the model a bias if one has one: an adapter of peft has biases on all layers or on none."""
-    ups = [key for key in state if key.startswith(prefix) and key.endswith(".lora_B.weight")]
-    if any(f"{key.removesuffix('weight')}bias" in state for key in ups):
-        for key in ups:
-            name = f"{key.removesuffix('weight')}bias"
-            state.setdefault(name, torch.zeros_like(state[key][:, 0]))
-    return state

@@ -107,11 +107,14 @@ def block_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def found_in(block: nn.Module, name: str) -> Any:
-    """Return a module or an attribute of a block by its dotted name; None if there is none."""
+    """Return a module or an attribute of a block by its dotted name; None if there is none.
+
+    For a layer that peft has wrapped, the layer inside is returned.
+    """
     found: Any = block
     for part in name.split("."):
         found = getattr(found, part, None)
-    return found
+    return getattr(found, "base_layer", found)
 
 
 def _point(block: nn.Module, name: str, fold: Fold) -> FoldPoint | None:
