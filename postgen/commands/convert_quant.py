@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from postgen.errors import UserError, check_number, first_line, shown
-from postgen.files import replacing
+from postgen.files import check_apart, check_place, replacing
 
 if TYPE_CHECKING:
     from postgen.families.loading import ModelFacts
@@ -184,6 +184,9 @@ def convert_quant(
     job = _job(spec, recipe, prompts, prompt or (), {key: value for key, value in given.items() if value is not None})
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"{output} already exists: give a new folder with -o")
+    if run is not None:
+        check_place(run, folder=True)
+        check_apart([output], [run])  # the complete output replaces its folder
     facts = inspect_model(model, images=True)
     place = check_device(device)
     if job.rows:
@@ -207,12 +210,14 @@ def _spec(weight: str, act: str, rotate: int, rank: int, overrides: Sequence[str
 
     exceptions: dict[str, dict[str, Any]] = {}
     for text in overrides:
-        pattern, *words = text.split()
+        pattern, *words = text.split() or [""]
         said = dict(word.partition("=")[::2] for word in words)
         if not words or not all("=" in word for word in words):
             raise UserError(
                 f"--override {shown(text)} must be a pattern and then keys with values, such as '.*attn2.* act=none'"
             )
+        if pattern in exceptions or len(said) < len(words):
+            raise UserError(f"--override {shown(text)}: a pattern or a key is given twice, give each of them once")
         exceptions[pattern] = {key: _value(key, value) for key, value in said.items()}
     return QuantSpec(
         weight=_value("weight", weight), act=_value("act", act), rotate=rotate, rank=rank, overrides=exceptions
@@ -325,6 +330,8 @@ def _check_layers(facts: ModelFacts, job: _Job, place: str, *, simulate: bool) -
 
 
 def _write(output: Path, pipe: Any) -> None:
+    from safetensors import SafetensorError
+
     from postgen.families.exports import write_note
     from postgen.families.installed import transformers_of
 
@@ -333,5 +340,5 @@ def _write(output: Path, pipe: Any) -> None:
             for name, transformer in transformers_of(pipe).items():
                 transformer.save_pretrained(part / name)  # type: ignore[operator]
             write_note(part, pipe, [*transformers_of(pipe)])
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {output}: {first_line(error)}") from error

@@ -15,6 +15,7 @@ from postgen.quant.layers import quantized_layers
 from tests.tiny_wan import wan_components
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 3, "--points", 3)
+OUT = "THE_OUTPUT"
 TEXTS = ("--prompt", "a red ball", "--prompt", "a blue cube", "--prompt", "a cone")
 
 
@@ -79,6 +80,12 @@ def test_the_work_of_a_run_is_kept(cli: Any, tiny_wan: Path, tmp_path: Path) -> 
         (("--weight", "int4:g8", "--override", "nothing act=none"), "matches no layer"),
         (("--weight", "int4:g8", "--override", ".*"), "must be a pattern and then keys with values"),
         (("--weight", "int4:g8", "--override", ".*ffn.* rank=a"), "rank is 'a'"),
+        (("--weight", "int4:g8", "--override", ""), "must be a pattern and then keys with values"),
+        (("--weight", "int4:g8", "--override", ".* act=int8 act=none"), "a pattern or a key is given twice"),
+        (("--weight", "int4:g8", *(("--override", ".* act=int8") * 2)), "a pattern or a key is given twice"),
+        (("--weight", "int4:g8", "--recipe", "gptq", *TEXTS, "--run", __file__), "test_command.py"),
+        (("--weight", "int4:g8", "--recipe", "gptq", *TEXTS, "--run", OUT), "would overwrite"),
+        (("--weight", "int4:g8", "--recipe", "gptq", *TEXTS, "--run", f"{OUT}/run"), "would replace"),
         (("--weight", "int4:g8", "--override", ".*ffn.* ract=none"), "'ract' in overrides"),
         (("--weight", "int4:g8", "--prompts", "none.jsonl", "--recipe", "gptq"), "--prompts none.jsonl"),
     ],
@@ -87,6 +94,7 @@ def test_refused_before_weights_are_loaded(
     cli: Any, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.setattr("postgen.families.loading.load_pipeline", lambda *args, **kwargs: pytest.fail("loaded"))
+    words = tuple(str(word).replace(OUT, str(tmp_path / "out")) for word in words)
     done = cli("convert", "quant", tiny_wan, *words, "-o", tmp_path / "out")
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert said in done.err
