@@ -67,6 +67,8 @@ class Calibration:
         self, pipe: Any, prompts: Iterable[str | Mapping[str, Any]], config: CalibrationConfig | None = None
     ) -> None:
         self.config = config or CalibrationConfig()
+        if not isinstance(prompts, Iterable):
+            raise UserError(f"prompts must be texts or rows with a key 'prompt', got {shown(prompts)}")
         self.rows = [prompts] if isinstance(prompts, str) else list(prompts)
         least = self.config.held_out_prompts + 1
         if len(self.rows) < least:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from postgen.errors import UserError, cut_words
+from postgen.errors import UserError, cut_words, shown
 from postgen.families.installed import inner_model
 from postgen.families.linear import find_linears
 from postgen.families.linear_parts import LinearPart, LinearParts, shares_input
@@ -31,10 +31,14 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         spec: what to quantise.
 
     Raises:
-        UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
-            quantised, a format or a rotation does not fit a layer (the message names it), a weight is not finite, or
-            no layer is left.
+        UserError: `spec` is no QuantSpec, the model is quantised already, its class has no layout, a pattern of
+            `overrides` matches no layer that could be quantised, a format or a rotation does not fit a layer (the
+            message names it), a weight is not finite, or no layer is left.
     """
+    if not isinstance(spec, QuantSpec):
+        raise UserError(f"spec must be a QuantSpec, such as QuantSpec(weight='int4:g64'), got {shown(spec)}")
+    if quantized_layers(model):
+        raise UserError(f"this {type(inner_model(model)).__name__} is quantised already: load the exact model")
     parts = parts_of(model)
     found = {name: spec.layer(name) for name in parts}
     for pattern in spec.overrides:

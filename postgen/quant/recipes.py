@@ -20,7 +20,7 @@ from torch import nn
 
 from postgen.errors import UserError, check_number, shown
 from postgen.families import Block, blocks_of
-from postgen.families.installed import transformers_of
+from postgen.families.installed import inner_model, transformers_of
 from postgen.quant.calibration import Calibration
 from postgen.quant.engine import Bins, BlocksResult, BlockwiseRun
 from postgen.quant.fdda import StatPenalty, correct_
@@ -86,6 +86,8 @@ def quantize(
     model, chosen = the_transformer(target), recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
     layers = layers_of(model, spec)
     check_recipe(chosen, layers, named=recipe if isinstance(recipe, str) else "")
+    if calibration is not None:
+        _check_calibration(calibration, model)
     if steps is not None:
         check_number("steps", steps, 1, whole=True)
     check_number("rates", rates, 1e-6)
@@ -117,6 +119,18 @@ def _check_use(named: str | Recipe, recipe: Recipe, given: Sequence[str]) -> Non
         )
     if "resume" in given and "output_dir" not in given:
         raise UserError("resume needs the output_dir of the run")
+
+
+def _check_calibration(calibration: Any, model: nn.Module) -> None:
+    """Check that the recorded blocks are those that are quantised."""
+    if not isinstance(calibration, Calibration):
+        raise UserError(f"calibration must be a Calibration(pipe, prompts), got {shown(calibration)}")
+    known = calibration.denoiser.transformers.values()
+    if not any(inner_model(each) is inner_model(model) for each in known):
+        raise UserError(
+            f"the calibration is of a pipeline without this {type(inner_model(model)).__name__}: make"
+            " Calibration(pipe, prompts) with the pipeline that contains it"
+        )
 
 
 def the_transformer(target: Any) -> nn.Module:

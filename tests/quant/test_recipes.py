@@ -199,3 +199,22 @@ def test_what_cannot_work_is_refused_at_once(exact: Exact, spec: QuantSpec, valu
     assert not quantized_layers(exact.model)
     assert all(torch.equal(value, before[name]) for name, value in exact.model.state_dict().items())
     assert len(blocks_of(exact.model)) == 2
+
+
+def test_wrong_arguments_are_refused_before_anything_is_computed() -> None:
+    exact = Exact()
+    other, _ = pipeline("Wan")
+    model = exact.model
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"target": other.transformer, "calibration": exact.calibration}, "is of a pipeline without this Wan"),
+        ({"calibration": ["a ball", "a cube"]}, r"calibration must be a Calibration\(pipe, prompts\), got"),
+        ({"spec": {"weight": "int4:g8"}}, "spec must be a QuantSpec"),
+    ]
+    for words, said in wrong:
+        with pytest.raises(UserError, match=said):
+            quantize(**{"target": model, "spec": W4A4, "recipe": "gptq", "calibration": exact.calibration, **words})
+    with pytest.raises(UserError, match="prompts must be texts or rows"):
+        Calibration(exact.pipe, None)  # type: ignore[arg-type]
+    quantize(model, W4A4)
+    with pytest.raises(UserError, match="is quantised already: load the exact model"):
+        quantize(model, W4A4, recipe="gptq", calibration=exact.calibration)
