@@ -16,11 +16,12 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**32
 """The scale of a tensor of zeros. Its inverse and its product with 448 are finite in float32."""
 
 
-def fp8_scale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Compute the scale that maps the largest absolute value along `dim` to 448.
+def scale_to(x: Tensor, most: float, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Compute the scale that maps the largest absolute value along `dim` to `most`.
 
     Args:
         x: any shape. If x holds NaN or infinity, the scale is not finite.
+        most: the largest number of the codes: 448 for E4M3, 127 for int8.
         dim: the axes that share one scale; None computes one scale for the whole tensor.
 
     Returns:
@@ -29,7 +30,12 @@ def fp8_scale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     axes = tuple(range(x.dim())) if dim is None else dim
     largest = x.abs().amax(axes, keepdim=True).float()
     # Divide by a tensor: for a Python number torch's CUDA kernels multiply by its inverse, which rounds differently.
-    return (largest / torch.full_like(largest, E4M3_MAX)).clamp_min(SMALLEST_SCALE)
+    return (largest / torch.full_like(largest, most)).clamp_min(SMALLEST_SCALE)
+
+
+def fp8_scale(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Compute the scale that maps the largest absolute value along `dim` to 448, as `scale_to` does."""
+    return scale_to(x, E4M3_MAX, dim)
 
 
 def to_fp8(x: Tensor, scale: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """postgen makes a trained diffusers video model better, faster and longer, without forking it.
 
 This module imports nothing heavy. A public name is imported from its module when it is first used, so `import postgen`
-takes a few milliseconds and imports neither torch nor diffusers.
+takes a few milliseconds and imports neither torch nor diffusers. It registers postgen's quantisation with diffusers,
+which needs it to load a quantised checkpoint.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from postgen.compat.quantizers import register_quantizer
 
 if TYPE_CHECKING:
     from postgen.assets import embedded_model as embedded_model
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from postgen.grpo.nft import DiffusionNFTTrainer as DiffusionNFTTrainer
     from postgen.grpo.trainer import DanceGRPOConfig as DanceGRPOConfig
     from postgen.grpo.trainer import DanceGRPOTrainer as DanceGRPOTrainer
+    from postgen.quant.hf import PostgenQuantConfig as PostgenQuantConfig
     from postgen.video import VideoError as VideoError
     from postgen.video import VideoInfo as VideoInfo
     from postgen.video import contact_sheet as contact_sheet
@@ -52,6 +56,7 @@ _HOMES = {
     "FP8LinearConfig": "postgen.fp8_linear",
     "FusedOpsConfig": "postgen.fused",
     "FusedOpsHandle": "postgen.fused",
+    "PostgenQuantConfig": "postgen.quant.hf",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
@@ -76,6 +81,9 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+# diffusers can load checkpoints that postgen has quantised, once this package is imported.
+register_quantizer("postgen", "postgen.quant.hf", "PostgenQuantizer", "PostgenQuantConfig")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,13 @@ head h * Hk // H. `key_lengths` is (B,): sample b attends to its first `key_leng
 compute in float32 (float64 for float64 inputs) and round once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(scaled queries (B, Hk, G, n, D), keys and values (B, Hk, 1, M, D), mask of the keys to ignore) -> output, LSE."""
 _BUDGET = 2**26
 """The largest number of logits of one chunk of queries."""
 
@@ -20,6 +24,19 @@ def attention(
     The LSE is the logarithm of the softmax divisor. The function processes the queries in chunks, so that memory grows
     with N and not with N * M. A sample with key length 0 has output 0 and LSE -inf.
     """
+    return in_chunks(_attend, query, key, value, scale=scale, key_lengths=key_lengths)
+
+
+def in_chunks(
+    attend: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `attend` computes for all queries, chunk by chunk: the output (B, N, H, D) and the LSE (B, H, N)."""
     batch, _, heads, channels = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = channels**-0.5 if scale is None else scale
@@ -28,7 +45,7 @@ def attention(
     q = query.to(dtype).mul(scale).transpose(1, 2).unflatten(1, (key.shape[2], -1))
     hidden = None if key_lengths is None else _beyond(key_lengths.to(query.device), key.shape[1])
     chunk = max(1, _BUDGET // (batch * heads * key.shape[1]))
-    parts = [_attend(part, k, v, hidden) for part in q.split(chunk, dim=3)]
+    parts = [attend(part, k, v, hidden) for part in q.split(chunk, dim=3)]
     out, lse = (torch.cat(each, dim=3).flatten(1, 2) for each in zip(*parts, strict=True))
     return out.transpose(1, 2).to(query.dtype), lse.squeeze(-1)
 

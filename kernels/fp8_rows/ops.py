@@ -8,13 +8,13 @@ multiplies with float32 sums. Elsewhere plain torch computes with the same round
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from postgen.kernels.dispatch import check_devices, uses_triton
+from postgen.kernels.dispatch import uses_triton
+from postgen.kernels.eight_bit import by_rows, check_product, check_rows, straight_through
 from postgen.kernels.fp8 import E4M3
 from postgen.kernels.fp8_rows import naive
 
@@ -54,7 +54,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: x is a scalar, its rows are empty, or its dtype is not floating-point.
     """
-    _check_rows(x)
+    check_rows(x)
     if x.numel() and why_not_fp8(x.device) is None and uses_triton("fp8_rows", x, obstacle=_obstacle(x)):
         from postgen.kernels.fp8_rows import triton
 
@@ -124,7 +124,7 @@ def rows_linear(
 
 @quantize_rows.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_rows(x)
+    check_rows(x)
     codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
     return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
@@ -151,26 +151,7 @@ def _(
     return torch.empty((*codes.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, _, weight, weight_scale, bias, original = inputs
-    ctx.save_for_backward(weight, weight_scale, *(() if original is None else (x,)))
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.original_dtype = None if original is None else original.dtype
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    weight, weight_scale, *kept = ctx.saved_tensors
-    of_x = of_bias = of_weight = None
-    if ctx.needs_input_grad[0]:
-        of_x = gradient @ naive.weight_of(weight, weight_scale, gradient.dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
-        of_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    if kept and ctx.needs_input_grad[6]:
-        of_weight = (gradient.flatten(0, -2).mT @ kept[0].flatten(0, -2)).to(ctx.original_dtype)
-    return of_x, None, None, None, None, of_bias, of_weight
-
-
-rows_linear.register_autograd(_backward, setup_context=_keep)
+straight_through(rows_linear, naive.weight_of)
 
 
 def _scaled(
@@ -193,23 +174,5 @@ def _obstacle(x: Tensor) -> str | None:
     return f"rows have {x.shape[-1]} numbers, at most {MAX_CHANNELS} fit" if x.shape[-1] > MAX_CHANNELS else None
 
 
-def _check_rows(x: Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be (..., K) with K > 0, in a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
-
-
 def _check_matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    check_devices("fp8_rows_matmul", codes, scale, weight, weight_scale, bias)
-    if codes.dtype != E4M3 or weight.dtype != E4M3:
-        raise ValueError(f"codes and weight must be {E4M3}, got {codes.dtype} and {weight.dtype}")
-    if weight.dim() != 2 or codes.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"codes must be (..., K) and weight (N, K) with the same K, got {tuple(codes.shape)} and"
-            f" {tuple(weight.shape)}"
-        )
-    scales = (scale, (*codes.shape[:-1], 1)), (weight_scale, (weight.shape[0], 1))
-    for each, shape in scales:
-        if each.dtype != torch.float32 or each.shape != shape:
-            raise ValueError(f"this scale must be float32 of shape {shape}, got {each.dtype} {tuple(each.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_product("fp8_rows_matmul", E4M3, codes, scale, weight, weight_scale, bias, by_rows)

@@ -52,6 +52,11 @@ def installed(transformer: nn.Module) -> Installed:
     return found
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the diffusers model inside any wrappers of DDP, FSDP, DeepSpeed, `torch.compile` and peft."""
+    return unwrap(model)
+
+
 def moved_by(module: nn.Module) -> str | None:
     """Return the name of the accelerate hook that moves a module to another device for each call (offloading).
 

@@ -229,6 +229,25 @@ def replace_linears(
     return LinearsHandle(inner, record)
 
 
+def record_replaced(model: nn.Module, replacements: Mapping[str, nn.Module], *, owner: str) -> LinearsHandle:
+    """Record layers that a loader has put into a model, as `replace_linears` does for layers that it drops.
+
+    Args:
+        model: a transformer.
+        replacements: layer name -> the module of that name in the model.
+        owner: name of the method that the layers belong to.
+    """
+    inner = _module(model)
+    record = _Replaced(owner, {}, dict(replacements), "dropped")
+    installed(inner).plug_ins[_key(owner)] = record
+    return LinearsHandle(inner, record)
+
+
+def forget_replaced(model: nn.Module, *, owner: str) -> None:
+    """Remove the record of an owner whose layers are no longer in the model; without a record, nothing happens."""
+    installed(_module(model)).plug_ins.pop(_key(owner), None)
+
+
 def replaced_linears(model: nn.Module) -> dict[str, LinearsHandle]:
     """Return a handle for every owner that replaced layers of a model. A deep copy of a model has its own records."""
     inner = _module(model)

@@ -51,6 +51,32 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             raise UserError(f"{name} cannot be replaced: {problem}")
 
 
+def check_not_quantized(model: nn.Module, cannot: str) -> None:
+    """Refuse a model with linear layers whose weights are codes.
+
+    Args:
+        model: the model.
+        cannot: what cannot be done with it, for the message, such as "be converted".
+
+    Raises:
+        UserError: the model has such a layer; the message names it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            raise UserError(
+                f"this {type(model).__name__} is quantised ({name} is a {type(module).__name__}), so it cannot"
+                f" {cannot}"
+            )
+
+
+def lora_problem(wrapper: nn.Module) -> str | None:
+    """Return why the adapters of a peft wrapper cannot be merged into another weight; None if they can.
+
+    Also None for a module that is no wrapper.
+    """
+    return lora_base_problem(wrapper)
+
+
 def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, list[str]]) -> Iterator[str]:
     if type(linear) is not nn.Linear:
         yield f"it is a {type(linear).__name__}, not an nn.Linear: it may compute differently, or others may read it"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from postgen.errors import UserError
 from postgen.families import tokens_named
-from postgen.families.calls import block_names, self_attention_names
-from postgen.families.linear import find_linears, replaced_linears, role_of
+from postgen.families.calls import block_names
+from postgen.families.linear import find_linears, replaced_linears
+from postgen.families.linear_parts import LinearParts
 from postgen.fp8_linear.config import FP8LinearConfig
 from postgen.kernels.fp8_rows.ops import MULTIPLE
 
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 OWNER = "fp8_linears"
 """The name of this owner in the registry of replaced linear layers; also the name of the plug-in."""
-
-_FEW_TOKENS = re.compile(r"context|txt|text|audio|\bav_|\badd_|to_add_out")
-_ADDED = re.compile(r"\bpostgen_")
-"""Names of layers that a postgen method added to the model, such as the gates of linear attention."""
-_KEY_OR_VALUE = re.compile(r"(to_)?(k|v|kv|key|value)(_proj)?")
-_QUERY_KEY_VALUE = re.compile(r"(to_)?(q|k|v|query|key|value)(_proj)?")
-_AFTER_ACTIVATION = re.compile(r".*\.(net\.2|proj_out|out_layer|linear_2|fc2|w2|down_proj)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +64,7 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
     Raises:
         UserError: the transformer is unknown, another owner has replaced a selected layer, or no layer is left.
     """
-    parts = _Parts(model)
+    parts = LinearParts(model)
     exact = None if config.exact is None else re.compile(config.exact)
     spared = _spared(block_names(model), config)
     layers: dict[str, str] = {}
@@ -104,30 +98,6 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
             )
         raise UserError(f"there is no layer for FP8 in this {type(model).__name__}: {why}")
     return Plan(layers=layers, left=left, least=least)
-
-
-def shares_input(name: str, part: str) -> bool:
-    """Return whether a layer is one of the query, key and value projections, which read the same tokens in turn."""
-    return part == "attention" and _QUERY_KEY_VALUE.fullmatch(name.rpartition(".")[2]) is not None
-
-
-class _Parts:
-    """Assigns the layers of a transformer to the parts of `PARTS`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # Last components of the names: where a model has spatial and temporal self-attention, both have the same one.
-        self._own = {name.rpartition(".")[2] for name in self_attention_names(model)}
-
-    def of(self, name: str) -> str | None:
-        """Return the part of a layer, or None for a layer of text tokens or outside attention and feed-forward."""
-        role = role_of(name)
-        if role not in ("attention", "feed_forward") or _FEW_TOKENS.search(name) or _ADDED.search(name):
-            return None
-        if role == "feed_forward":
-            return "feed_forward_out" if _AFTER_ACTIVATION.fullmatch(name) else "feed_forward"
-        if self._own.intersection(name.split(".")[:-1]):
-            return "attention"
-        return None if _KEY_OR_VALUE.fullmatch(name.rpartition(".")[2]) else "cross_attention"
 
 
 def _spared(blocks: tuple[str, ...], config: FP8LinearConfig) -> tuple[str, ...]:

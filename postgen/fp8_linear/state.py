@@ -12,9 +12,10 @@ from postgen.errors import UserError
 from postgen.families.attached import CHANGING, AttachedPlugIn, Setting
 from postgen.families.installed import computes_on
 from postgen.families.linear import replace_linears, replaced_linears
+from postgen.families.linear_parts import shares_input
 from postgen.fp8_linear.config import FP8LinearConfig
 from postgen.fp8_linear.layer import FP8Linear, may_be_inline
-from postgen.fp8_linear.policy import OWNER, Plan, plan_for, shares_input
+from postgen.fp8_linear.policy import OWNER, Plan, plan_for
 from postgen.fp8_linear.samples import samples_of
 from postgen.kernels.dispatch import warn_once
 from postgen.kernels.fp8_rows.ops import why_not_fp8

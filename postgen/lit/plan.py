@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from postgen.errors import SettingError, UserError, check_number
+from postgen.families.budget import knapsack
 from postgen.lit.config import LitConfig
 from postgen.lit.costs import UNITS, CostTable, model_number
 from postgen.lit.options import TYPES
@@ -213,30 +214,3 @@ def _most(costs: CostTable, budget: float) -> int:
     The budget is read by its decimal digits, because the float product 100 * 0.57 is less than 57.
     """
     return math.floor(costs.base * Fraction(str(budget)))
-
-
-def knapsack(choices: list[list[tuple[float, int]]], allowed: int) -> list[int]:
-    """Return the index to take from each list of (error, cost): the least total error with a total cost up to
-    `allowed`.
-
-    The search is exact. Block by block it keeps the partial sums that no other partial sum beats in both error and
-    cost. Costs are whole numbers, so there are at most as many partial sums as different costs.
-    """
-    # The most that the remaining blocks can save decides which partial sums can still end within the budget.
-    later = [0]
-    for choice in reversed(choices):
-        later.append(later[-1] + min(cost for _, cost in choice))
-    front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
-    for choice, rest in zip(choices, later[-2::-1], strict=True):
-        found = [
-            (cost + more, error + added, (*taken, place))
-            for cost, error, taken in front
-            for place, (added, more) in enumerate(choice)
-            if cost + more + rest <= allowed
-        ]
-        front, best = [], float("inf")
-        for candidate in sorted(found, key=lambda each: each[:2]):
-            if candidate[1] < best:
-                front.append(candidate)
-                best = candidate[1]
-    return list(front[-1][2])

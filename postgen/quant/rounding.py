@@ -93,7 +93,12 @@ def ungrouped(x: Tensor, format: Format, shape: tuple[int, ...]) -> Tensor:
 
 
 def scales_of(
-    x: Tensor, format: Format, *, clip: Tensor | float = 1.0, clip_low: Tensor | float | None = None
+    x: Tensor,
+    format: Format,
+    *,
+    clip: Tensor | float = 1.0,
+    clip_low: Tensor | float | None = None,
+    whole: Tensor | None = None,
 ) -> Scales:
     """Compute scales from the range of the data.
 
@@ -103,6 +108,7 @@ def scales_of(
         clip: factor of the largest value of each group before the scale is computed (LWC's gamma); a number, or a
             tensor that broadcasts against (..., groups, 1).
         clip_low: factor of the smallest value (LWC's beta), asymmetric formats only; None is `clip`.
+        whole: the scale s_t of the tensor, formats with E4M3 scales only; None computes it from x.
     """
     if format.asymmetric:
         axes = (-1,) if format.share != "tensor" else tuple(range(x.dim()))
@@ -116,7 +122,8 @@ def scales_of(
     if format.scale == "e8m0":
         return Scales(scale=power_of_two(largest, format, format.rule))
     if format.scale == "e4m3":
-        whole = (largest.amax() / (E4M3_MAX * format.grid.largest)).clamp_min(SMALLEST_SCALE)
+        if whole is None:
+            whole = (largest.amax() / (E4M3_MAX * format.grid.largest)).clamp_min(SMALLEST_SCALE)
         # A block of zeros keeps the scale 0: its codes are 0 as well.
         small = (largest / format.grid.largest / whole).clamp(0, E4M3_MAX).to(E4M3).float()
         return Scales(scale=small, whole=whole)

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from postgen.errors import UserError, shown
 from postgen.families import Block, Condition, Denoiser
 from postgen.families.recording import recorded_bytes
+from postgen.families.timesteps import timestep_of, timestep_per_row
 from postgen.prompt_rows import prompt_row
 from postgen.sampling.conditions import Conditions, Embeddings, Row, load_image
 from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
+from postgen.training.digests import digest, weights_digest
+from postgen.training.drawn import check_teacher
 
 from .config import RecordsConfig
-from .loss import check_teacher
-from .records import FORMAT, digest, weights_digest
+from .records import FORMAT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,37 +129,62 @@ class Teacher:
         told = self.conditions(prompts)
         return recorded_bytes(self.network, self.modules, lambda: self.forward(x, steps, told))
 
+    def timesteps(self) -> dict[int, float]:
+        """Return the steps in which this transformer runs, with the timestep that it receives in each.
+
+        Raises:
+            UserError: its class has no argument `timestep`.
+        """
+        return {step: reached.timestep() for step, reached in enumerate(self._reached()) if reached.name == self.name}
+
     def _levels(self) -> list[int]:
-        """Return the steps in which this transformer runs, without running it; Wan 2.2 has two that alternate."""
+        """Return the noise levels to record: the steps in which this transformer runs.
+
+        If there are more of them than records of training prompts, these are evenly spaced ones with the first and the
+        last.
+        """
+        found = [step for step, reached in enumerate(self._reached()) if reached.name == self.name]
+        if not found:
+            raise UserError(
+                f"{self.name} runs in none of the {self.sampler.schedule.steps} steps: increase num_inference_steps"
+            )
+        prompts = sum(len(chunk.prompts) for chunk in self.chunks if not chunk.held_out)
+        count = prompts * min(self.config.levels_per_prompt or len(found), len(found))
+        if count >= len(found):
+            return found
+        return [found[round(place)] for place in torch.linspace(0, len(found) - 1, count).tolist()]
+
+    def _reached(self) -> list[_Reached]:
+        """Return the transformer that each step reaches, without running it; Wan 2.2 has two that alternate."""
         x, told = self.sampler.noise([0]), self.conditions([0])
         found = []
         for step in range(self.sampler.schedule.steps):
             with ExitStack() as stack:
                 for name, network in self.denoiser.transformers.items():
-                    hook = network.register_forward_pre_hook(_raises(name))
+                    hook = network.register_forward_pre_hook(_raises(name), with_kwargs=True)
                     stack.callback(hook.remove)
                 try:
                     self.forward(x, [step], told)
                 except _Reached as reached:
-                    found += [step] * (reached.name == self.name)
-        if not found:
-            raise UserError(
-                f"{self.name} runs in none of the {self.sampler.schedule.steps} steps: increase num_inference_steps"
-            )
+                    found.append(reached)
         return found
 
 
 class _Reached(Exception):
     """Raised by a hook when a transformer is about to run."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__(name)
-        self.name = name
+        self.name, self.call = name, (module, args, kwargs)
+
+    def timestep(self) -> float:
+        """Return the timestep of the first row of the call."""
+        return float(timestep_per_row(timestep_of(*self.call))[0])
 
 
 def _raises(name: str) -> Any:
-    def hook(module: nn.Module, args: Any) -> None:
-        raise _Reached(name)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(name, module, args, kwargs)
 
     return hook
 

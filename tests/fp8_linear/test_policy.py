@@ -11,8 +11,9 @@ from torch import nn
 import postgen
 from postgen.errors import UserError
 from postgen.families.linear import find_linears, replace_linears
+from postgen.families.linear_parts import shares_input
 from postgen.fp8_linear.config import PARTS, FP8LinearConfig, fp8_linears_setting
-from postgen.fp8_linear.policy import plan_for, shares_input
+from postgen.fp8_linear.policy import plan_for
 from tests.families.tiny_models import tiny_model
 from tests.families.toy_linears import double
 

@@ -6,6 +6,8 @@ import os
 from typing import Any
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
+    import torch
     import triton.language as tl
     from triton.language.core import block_type
     from triton.runtime import interpreter
@@ -56,6 +58,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             found = _numpy_types[element.name] = _type_in_numpy(element)
         return found
 
+    _convert = interpreter._convert_float
+
+    def _convert_float(numbers: Any, source: Any, target: Any, mode: Any) -> Any:
+        """Cast to E4M3 by torch: the interpreter rounds ties up and loses the carry into the exponent."""
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return _convert(numbers, source, target, mode)
+        given = torch.from_numpy(np.ascontiguousarray(numbers))
+        return given.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+        """Round once, as a fused multiply-add does: products of float32 numbers are exact in float64."""
+        with np.errstate(all="ignore"):
+            total = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_fma = _fma
     interpreter._patch_lang_tensor = _patch_with_index
     interpreter._patch_lang = _patch_once
     interpreter._get_np_dtype = _numpy_type

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,6 @@ from postgen.lit import (
     revert,
     score,
 )
-from postgen.lit.plan import knapsack
 from tests.families.tiny_models import TinyModel, tiny_model
 
 NARROW = LitConfig(window=WindowOptions(radius=0))
@@ -139,27 +135,6 @@ def test_the_formula_counts_what_runs(wan: TinyModel) -> None:
             layer(call.tokens())
         softmax = 4 * pairs * SHAPE.heads * SHAPE.channels  # on a CPU torch's counter does not count softmax attention
         assert layer.flops(call.grid, 0) == counter.get_total_flops() + softmax
-
-
-def test_the_knapsack_is_exact() -> None:
-    draw = random.Random(0)
-    for _ in range(60):
-        choices = [
-            [(0.0, 0), *((draw.choice((draw.random(), 0.5)), -draw.randrange(9)) for _ in range(2))] for _ in range(5)
-        ]
-        least = sum(min(cost for _, cost in choice) for choice in choices)
-        allowed = draw.randrange(least, 1)
-        every = itertools.product(*(range(3) for _ in choices))
-        best = min(error for error, cost in (added(choices, each) for each in every) if cost <= allowed)
-        error, cost = added(choices, knapsack(choices, allowed))
-        assert cost <= allowed
-        assert error == pytest.approx(best, abs=1e-12)
-
-
-def added(choices: list[list[tuple[float, int]]], taken: Sequence[int]) -> tuple[float, int]:
-    """Return the sum of errors and the sum of costs of some choices."""
-    pairs = [choice[place] for choice, place in zip(choices, taken, strict=True)]
-    return sum(error for error, _ in pairs), sum(cost for _, cost in pairs)
 
 
 COSTS = CostTable(

@@ -1,0 +1,94 @@
+"""Which layers of a transformer are quantised, and how.
+
+Quantised are the linear layers of the repeated blocks that process the many video or image tokens: projections of
+self-attention, queries and output of cross-attention, and feed-forward networks. Embeddings, norms, modulation, the
+output layer, and layers that process only the few text tokens stay exact, because they cost little and rounding hurts
+there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from postgen.errors import UserError, cut_words
+from postgen.families.linear import find_linears
+from postgen.families.linear_parts import LinearPart, LinearParts, shares_input
+from postgen.quant.linear import QLinear, check_spec
+from postgen.quant.spec import LayerSpec, QuantSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
+    """Return how each quantised layer of a transformer is quantised, by its name, in the order of the model.
+
+    Args:
+        model: a transformer whose layers are not yet quantised; it may be wrapped (peft, compiled).
+        spec: what to quantise.
+
+    Raises:
+        UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
+            quantised, a format or a rotation does not fit a layer (the message names it), or no layer is left.
+    """
+    parts = parts_of(model)
+    found = {name: spec.layer(name) for name in parts}
+    for pattern in spec.overrides:
+        if not any(re.fullmatch(pattern, name) for name in parts):
+            raise UserError(_no_match(pattern, parts, model))
+    found = {name: each for name, each in found.items() if not each.exact}
+    if not found:
+        raise UserError("the overrides keep every layer exact, so nothing is quantised: remove one of them")
+    linears = find_linears(model)
+    for name, each in found.items():
+        linear = linears[name]
+        try:
+            check_spec(each, linear.in_features)
+            if each.rank > min(linear.in_features, linear.out_features):
+                raise UserError(f"rank is {each.rank}, but the layer is {linear.out_features} x {linear.in_features}")
+        except UserError as error:
+            raise UserError(f"{name} cannot be quantised: {error}") from None
+    return found
+
+
+def parts_of(model: nn.Module) -> dict[str, LinearPart]:
+    """Return the layers of a transformer that can be quantised: name -> part of its block.
+
+    Raises:
+        UserError: the class of the transformer has no layout, or it has no such layers.
+    """
+    parts = LinearParts(model)
+    found = {name: part for name in find_linears(model) if (part := parts.of(name)) is not None}
+    if not found:
+        raise UserError(f"{type(model).__name__} has no linear layers that process its video tokens")
+    return found
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QLinear]:
+    """Return the quantised layers of a model by name. Inside a peft wrapper, the name is that of the wrapper."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, QLinear)
+    }
+
+
+def note_shared_inputs_(model: nn.Module) -> None:
+    """Tell the quantised query, key and value projections of a model that they read the same tokens."""
+    parts = LinearParts(model)
+    for name, layer in quantized_layers(model).items():
+        part = parts.of(name)
+        layer.shares_input = part is not None and shares_input(name, part)
+
+
+def _no_match(pattern: str, parts: Mapping[str, LinearPart], model: nn.Module) -> str:
+    exact = [name for name, _ in model.named_modules() if name not in parts and re.fullmatch(pattern, name)]
+    if exact:
+        return (
+            f"the pattern {pattern!r} of overrides matches {exact[0]}, which always stays exact, and no layer that is"
+            f" quantised, such as {next(iter(parts))}"
+        )
+    known = cut_words(", ".join(parts), 200)
+    return f"the pattern {pattern!r} of overrides matches no layer that is quantised. Layers: {known}"

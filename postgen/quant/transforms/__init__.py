@@ -1,0 +1,1 @@
+"""Transformations of a model before it is quantised, which do not change its output."""
