@@ -111,10 +111,12 @@ class Fold:
     """Whether a shift is possible at all."""
     paired: bool = False
     """Whether rotary embeddings turn the channels 2i and 2i + 1 together, so that both need one scale."""
-    when: tuple[str, str] = ("", "")
-    """(attribute, value) that the block must have; ("", ""): any block."""
-    unless: str = ""
-    """A module of the block whose presence makes a shift impossible."""
+    when: tuple[str, object] = ("", None)
+    """(attribute, value) that the block must have; the attribute may be that of a module, "attn1.rope_type"."""
+    present: str = ""
+    """A module that the block must have."""
+    absent: str = ""
+    """A module that the block must not have."""
 
 
 def has_folds(module: nn.Module) -> bool:

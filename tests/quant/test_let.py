@@ -20,7 +20,8 @@ from postgen.quant.transforms.let import (
     initial_shift,
     let_points,
 )
-from tests.families.tiny_models import tiny_model
+from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_parts import Size, build
 
 WAN = {"attn1.input", "attn1.value", "attn1.query_key", "attn2.query_input", "attn2.value", "attn2.query_key"}
 WAN |= {"ffn.input"}
@@ -28,17 +29,49 @@ FLAT = {"attn1.input", "attn1.value", "attn1.query_key", "attn2.value", "attn2.q
 DOUBLE = {"attn.input", "attn.text_input", "attn.value", "attn.query_key", "ff.input", "ff_context.input"}
 COGVIDEOX = {"attn1.input", "attn1.value", "attn1.query_key", "ff.input"}
 SANA = {"attn1.input", "attn1.value", "attn2.value", "attn2.query_key"}
+KANDINSKY = {"self_attention.input", "self_attention.value", "cross_attention.query_input", "cross_attention.value"}
+KANDINSKY |= {"feed_forward.input"}
+LTX2 = FLAT | {f"audio_{name}" for name in FLAT}
+GATED = {"ff.hidden", "ff_context.hidden"}
 POINTS = {
     **dict.fromkeys(("Wan", "Wan image-to-video", "Wan 2.2 text-and-image-to-video", "WanVACE", "WanAnimate"), WAN),
     **dict.fromkeys(("SkyReels-V2", "SkyReels-V2 block-causal", "ChronoEdit", "AnyFlow", "Helios"), WAN),
     **dict.fromkeys(("LTX", "Latte", "PixArt"), FLAT),
+    "LTX-2": LTX2,
     "Allegro": FLAT - {"attn1.query_key"},
-    **dict.fromkeys(("HunyuanVideo", "HunyuanVideo Framepack", "HunyuanVideo 1.5", "Flux"), DOUBLE),
+    **dict.fromkeys(("HunyuanVideo", "HunyuanVideo Framepack", "HunyuanVideo 1.5", "HunyuanImage", "Motif"), DOUBLE),
+    **dict.fromkeys(("Flux", "LongCat-Image"), DOUBLE),
+    "Ovis-Image": DOUBLE | GATED,
     "Qwen-Image": DOUBLE - {"ff.input", "ff_context.input"} | {"img_mlp.input", "txt_mlp.input"},
     "Stable Diffusion 3": DOUBLE | {"attn2.input", "attn2.value", "attn2.query_key"},
-    **dict.fromkeys(("CogVideoX 1.0", "CogVideoX 1.5", "DiT"), COGVIDEOX),
+    "Chroma": {"attn.value", "attn.query_key"},
+    "AuraFlow": {"attn.value"} | GATED,
+    **dict.fromkeys(("CogVideoX 1.0", "CogVideoX 1.5", "ConsisID", "DiT"), COGVIDEOX),
+    **dict.fromkeys(("CogView 4", "CogView 3 Plus"), COGVIDEOX - {"attn1.query_key"}),
+    "EasyAnimate": COGVIDEOX | {"attn1.text_input", "txt_ff.input"},
+    "Mochi": COGVIDEOX | {"attn1.text_input", "ff_context.input"} | GATED,
+    "Cosmos": {"attn1.value", "attn2.value", "attn2.query_key"},
+    "Kandinsky 5": KANDINSKY,
+    "Kandinsky 6": {f"{stream}_dec_block.{name}" for stream in ("video", "audio") for name in KANDINSKY},
     **dict.fromkeys(("Sana", "SANA-Video"), SANA),
+    "PRX": {"attention.input", "attention.value", "attention.query_key", "mlp.input", "mlp.hidden"},
+    "Lumina 2": {"attn.input", "attn.query_key", "feed_forward.input", "feed_forward.hidden"},
+    "Z-Image": {
+        *("attention.input", "attention.value", "attention.query_key"),
+        "feed_forward.input",
+        "feed_forward.hidden",
+    },
+    "HunyuanDiT": {"attn1.value", "attn2.query_input", "attn2.value", "ff.input"},
 }
+SCALED_ONLY = {
+    "Mochi": set(POINTS["Mochi"]),
+    "Cosmos": set(POINTS["Cosmos"]),
+    "Sana": {"attn1.input", "attn1.value"},
+    "HunyuanVideo 1.5": {"attn.value"},
+    "Kandinsky 5": {"feed_forward.input"},
+    "Z-Image": set(POINTS["Z-Image"]),
+}
+"""Points without a shift besides queries, keys and gated halves, of some models."""
 
 
 def points_of(model):
@@ -72,11 +105,7 @@ class Inputs(dict):
                 module.register_forward_pre_hook(lambda _, args, name=name: self.update({name: args[0].clone()}))
 
 
-@pytest.mark.parametrize("name", POINTS)
-def test_folds_are_exact_and_scale_what_the_readers_get(name):
-    tiny = tiny_model(name, batch=2)
-    points = points_of(tiny.transformer)
-    assert {point.name for point in points} == POINTS[name]
+def check_exact(tiny, points):
     new = folded(tiny.transformer, points)
     before = Inputs(tiny.transformer)
     expected = tiny()
@@ -89,6 +118,48 @@ def test_folds_are_exact_and_scale_what_the_readers_get(name):
             layer = f"{point.block}.{part.name}"
             wanted = folded_input(point, part.name, before[layer], scale, shift)
             assert error(after[layer], wanted) < 1e-5, layer
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_folds_are_exact_and_scale_what_the_readers_get(name):
+    tiny = tiny_model(name, batch=2)
+    points = points_of(tiny.transformer)
+    assert {point.name for point in points} == POINTS[name]
+    if name in SCALED_ONLY:
+        usual = {point.name for point in points if point.kind in ("query_key", "gated")}
+        assert {point.name for point in points if not point.shiftable} == usual | SCALED_ONLY[name]
+    check_exact(tiny, points)
+
+
+def changed(name, **changes):
+    """Return a tiny model with other config entries."""
+    kind, config, arguments = BUILDERS[name](Size(batch=2, frames=4, layers=2))
+    transformer = build(kind, {**config, **changes})
+    return TinyModel(name=name, transformer=transformer, arguments=arguments, frames=4, attention_layers=0)
+
+
+def test_gates_and_further_modulation_of_ltx_2():
+    both = {f"{stream}{flag}": True for stream in ("", "audio_") for flag in ("gated_attn", "cross_attn_mod")}
+    tiny = changed("LTX-2", **both)
+    tiny.arguments["sigma"] = tiny.arguments["timestep"] / 1000
+    points = points_of(tiny.transformer)
+    assert {point.name for point in points} == LTX2 | {"attn2.query_input", "audio_attn2.query_input"}
+    assert not any(point.shiftable for point in points if point.kind == "value")
+    check_exact(tiny, points)
+
+
+def test_blocks_of_easyanimate_without_weights_for_the_text_keep_their_values():
+    tiny = changed("EasyAnimate", num_layers=3, mmdit_layers=1)
+    points = points_of(tiny.transformer)
+    assert {point.block for point in points if point.kind == "value"} == {"transformer_blocks.0"}
+    check_exact(tiny, points)
+
+
+def test_the_attention_to_the_text_of_motif_reads_folded_tensors():
+    tiny = changed("Motif", enable_text_cross_attention_dual=True, enable_text_cross_attention_single=True)
+    points = points_of(tiny.transformer)
+    assert {point.name for point in points} == DOUBLE | {"cross_attn.value"}
+    check_exact(tiny, points)
 
 
 def test_only_modulation_by_a_shared_embedding_needs_a_gain():
@@ -214,8 +285,8 @@ def test_errors_name_the_point_and_change_nothing():
 
 
 def test_a_model_without_rows_or_with_other_layers_is_refused():
-    with pytest.raises(UserError, match="no folds are known for blocks of the class PRXBlock"):
-        points_of(tiny_model("PRX").transformer)
+    with pytest.raises(UserError, match="no folds are known for blocks of the class Flux2TransformerBlock"):
+        points_of(tiny_model("Flux 2").transformer)
     model = tiny_model("Wan").transformer
     with pytest.raises(UserError, match=r"has no block 'blocks\.7'. Blocks: blocks\.0 \.\.\. blocks\.1"):
         let_points(model, "blocks.7")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families.folds import Modulation, Norm, Table
 from postgen.quant.transforms.gains import gain_
-from postgen.quant.transforms.points import FoldPoint, Part, block_of, let_points, module_in
+from postgen.quant.transforms.points import FoldPoint, Part, block_of, found_in, let_points
 
 __all__ = [
     "FoldPoint",
@@ -205,11 +205,11 @@ def _write(block: nn.Module, writer: object, scale: Tensor, shift: Tensor, sheet
             slots[writer.shift] = (slots[writer.shift] - d) / s
             sheet.gain(block, writer, s)
         case Modulation():
-            layer: Any = module_in(block, writer.linear)
+            layer: Any = found_in(block, writer.linear)
             if layer is not None:
                 _modulate(layer, writer, scale, shift, sheet)
         case Norm():
-            norm: Any = module_in(block, writer.name)
+            norm: Any = found_in(block, writer.name)
             if norm is not None:
                 _affine(norm, 1 / scale if writer.inverse else scale, shift, sheet)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -94,20 +94,19 @@ def block_of(model: nn.Module, name: str) -> nn.Module:
     raise UserError(f"{type(model).__name__} has no block {name!r}. Blocks: {blocks[0].name} ... {blocks[-1].name}")
 
 
-def module_in(block: nn.Module, name: str) -> nn.Module | None:
-    """Return a module of a block by its name; None if there is none, or None in its place."""
-    found: nn.Module | None = block
+def found_in(block: nn.Module, name: str) -> Any:
+    """Return a module or an attribute of a block by its dotted name; None if there is none."""
+    found: Any = block
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
 
 
 def _point(block: nn.Module, name: str, fold: Fold) -> FoldPoint | None:
-    attribute, value = fold.when
-    if attribute and getattr(block, attribute, None) != value:
+    if not _meant(block, fold):
         return None
     writers = [writer for writer in fold.writers if _present(block, writer)]
-    modules = [(reader, module_in(block, reader.linear)) for reader in fold.readers]
+    modules = [(reader, found_in(block, reader.linear)) for reader in fold.readers]
     readers = [(reader, module) for reader, module in modules if module is not None]
     linears = [module for _, module in readers if isinstance(module, nn.Linear)]
     # A reader that is not a linear layer (a convolution) cannot absorb the scale.
@@ -119,15 +118,24 @@ def _point(block: nn.Module, name: str, fold: Fold) -> FoldPoint | None:
     if widths or not width:
         return None
     biased = all(layer.bias is not None for layer in linears) and all(_can_shift(block, each) for each in writers)
-    refused = bool(fold.unless) and module_in(block, fold.unless) is not None
     return FoldPoint(
         block=name,
         fold=fold,
         width=width,
         readers=tuple(Part(name=reader.linear, start=0, stop=width) for reader, _ in readers),
         writers=tuple(part for each in writers if (part := _rows(block, each, width)) is not None),
-        shiftable=fold.shift and biased and not refused,
+        shiftable=fold.shift and biased,
     )
+
+
+def _meant(block: nn.Module, fold: Fold) -> bool:
+    """Whether a row is for blocks with this config."""
+    attribute, value = fold.when
+    if attribute and found_in(block, attribute) != value:
+        return False
+    if fold.present and found_in(block, fold.present) is None:
+        return False
+    return not fold.absent or found_in(block, fold.absent) is None
 
 
 def _present(block: nn.Module, writer: Writer) -> bool:
@@ -135,8 +143,8 @@ def _present(block: nn.Module, writer: Writer) -> bool:
         case Table():
             return hasattr(block, writer.name)
         case Norm():
-            return any(module_in(block, name) is not None for name in (writer.name, writer.instead) if name)
-    return module_in(block, writer.linear) is not None
+            return any(found_in(block, name) is not None for name in (writer.name, writer.instead) if name)
+    return found_in(block, writer.linear) is not None
 
 
 def _channels(block: nn.Module, writer: Writer) -> int:
@@ -145,16 +153,16 @@ def _channels(block: nn.Module, writer: Writer) -> int:
         case Table():
             return int(getattr(block, writer.name).shape[-1])
         case Norm():
-            norm = module_in(block, writer.name)
+            norm = found_in(block, writer.name)
             if norm is None:
-                return _share(module_in(block, writer.instead), 1)
+                return _share(found_in(block, writer.instead), 1)
             weight = getattr(norm, "weight", None)
             return 0 if weight is None else int(weight.numel())
         case Modulation():
-            layer = module_in(block, writer.linear)
+            layer = found_in(block, writer.linear)
             # The scale is 1 + chunk, which only a bias can absorb.
             return 0 if getattr(layer, "bias", None) is None else _share(layer, writer.chunks)
-    return _share(module_in(block, writer.linear), writer.part[1])
+    return _share(found_in(block, writer.linear), writer.part[1])
 
 
 def _share(layer: nn.Module | None, parts: int) -> int:
@@ -168,8 +176,8 @@ def _can_shift(block: nn.Module, writer: Writer) -> bool:
         case Modulation():
             return writer.shift is not None
         case Norm():
-            return getattr(module_in(block, writer.name), "bias", None) is not None
-    return not writer.shifts or getattr(module_in(block, writer.linear), "bias", None) is not None
+            return getattr(found_in(block, writer.name), "bias", None) is not None
+    return not writer.shifts or getattr(found_in(block, writer.linear), "bias", None) is not None
 
 
 def _rows(block: nn.Module, writer: Writer, width: int) -> Part | None:
@@ -177,7 +185,7 @@ def _rows(block: nn.Module, writer: Writer, width: int) -> Part | None:
     if isinstance(writer, Projection):
         start = writer.part[0] * width
         return Part(name=writer.linear, start=start, stop=start + width, shifts=writer.shifts)
-    if isinstance(writer, Norm) and module_in(block, writer.name) is None:
+    if isinstance(writer, Norm) and found_in(block, writer.name) is None:
         return Part(name=writer.instead, start=0, stop=width, inverse=writer.inverse)
     return None
 
