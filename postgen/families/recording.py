@@ -217,7 +217,7 @@ def _recorded(
         store.flush()
 
     with ExitStack() as stack:
-        stack.enter_context(_eagerly())
+        stack.enter_context(eagerly())
         for name, module in modules.items():
             # Torch hooks run outermost: the hooks of diffusers and accelerate replace `forward` and run inside.
             hooks = (
@@ -234,7 +234,8 @@ def _recorded(
 
 
 @contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
+    """Run compiled code eagerly in this block, so that hooks on inner modules are called."""
     # If nothing was compiled, `torch._dynamo` is not imported yet: its import is slow and not needed here.
     if "torch._dynamo" not in sys.modules:
         yield

@@ -12,7 +12,7 @@ drawn once and kept.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from postgen.families.installed import transformers_of
 from postgen.families.linear import find_linears
 from postgen.quant.calibration_config import CalibrationConfig
 from postgen.quant.step_bins import StepBins
-from postgen.quant.visits import Bin, Branch, Observer, Visit, watching
+from postgen.quant.visits import Bin, Branch, EndPass, Observer, Visit, watching
 from postgen.reconstruct import Records, Share, collect
 from postgen.reconstruct.teacher import Teacher
 from postgen.training.logging import Progress
@@ -231,7 +231,8 @@ class Calibration:
         with evaluating([model]), watching(linears, inner_model(model), watched, lambda: running[-1]):
             for visit, points in batches:
                 running.append(visit)
-                self.predict(points, model)
+                with suppress(EndPass):
+                    self.predict(points, model)
                 bar.step()
         bar.close()
 
@@ -285,6 +286,7 @@ class Calibration:
             transformer=expert,
             share=share,
             progress=progress,
+            drawn={(point.prompt, point.step): point.latents for point in self._of(expert)},
         )
 
     def bins_of(self, records: Records, expert: str = "transformer", *, held_out: bool) -> list[tuple[Bin, ...]]:

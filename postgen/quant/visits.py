@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from postgen.families.recording import eagerly
+
 Branch = Literal["prompt", "negative"]
 """Text of a forward pass; "negative" occurs only with classifier-free guidance."""
 
@@ -52,6 +54,10 @@ class Tap:
     """Whether the tensor is read after the call, because it is an output."""
 
 
+class EndPass(Exception):
+    """Raised by an observer that needs no more of a forward pass; `Calibration.stream` goes on with the next one."""
+
+
 class Observer(ABC):
     """Collects statistics while a model runs over calibration points."""
 
@@ -66,12 +72,11 @@ class Observer(ABC):
 
     @abstractmethod
     def see(self, name: str, x: Tensor, visit: Visit) -> None:
-        """Take one tensor.
+        """Take one tensor. Gradients are off.
 
         Args:
             name: name of the tap.
-            x: the tensor (B, ..., C), or with a first axis that joins the batch with tokens. It has no gradient and
-                must not be changed.
+            x: the tensor (B, ..., C), or with a first axis that joins the batch with tokens. It must not be changed.
             visit: the points of the running forward pass.
         """
 
@@ -88,6 +93,27 @@ def input_taps(modules: Mapping[str, nn.Module]) -> list[Tap]:
 
 
 @contextmanager
+def tapped(taps: Sequence[Tap], take: Callable[[Tap, Tensor], None]) -> Iterator[None]:
+    """Call a function with the tensors at taps while modules run in this block."""
+
+    def before(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(tap, tap.read(args, kwargs, None))
+
+    def after(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        take(tap, tap.read(args, kwargs, output))
+
+    with ExitStack() as stack:
+        stack.enter_context(eagerly())
+        for tap in taps:
+            if tap.after:
+                hook = tap.module.register_forward_hook(partial(after, tap), with_kwargs=True)
+            else:
+                hook = tap.module.register_forward_pre_hook(partial(before, tap), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
 def watching(
     linears: Mapping[str, nn.Module], model: nn.Module, observers: Sequence[Observer], visit: Callable[[], Visit]
 ) -> Iterator[None]:
@@ -100,22 +126,11 @@ def watching(
         visit: returns the points of the running forward pass.
     """
 
-    def before(observer: Observer, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take(observer: Observer, tap: Tap, x: Tensor) -> None:
         with torch.no_grad():
-            observer.see(tap.name, tap.read(args, kwargs, None).detach(), visit())
-
-    def after(
-        observer: Observer, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        with torch.no_grad():
-            observer.see(tap.name, tap.read(args, kwargs, output).detach(), visit())
+            observer.see(tap.name, x, visit())
 
     with ExitStack() as stack:
         for observer in observers:
-            for tap in observer.taps(linears, model):
-                if tap.after:
-                    hook = tap.module.register_forward_hook(partial(after, observer, tap), with_kwargs=True)
-                else:
-                    hook = tap.module.register_forward_pre_hook(partial(before, observer, tap), with_kwargs=True)
-                stack.callback(hook.remove)
+            stack.enter_context(tapped(observer.taps(linears, model), partial(take, observer)))
         yield

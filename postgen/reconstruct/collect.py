@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families import Block, Denoiser
@@ -28,8 +29,10 @@ from postgen.training.run_folder import RunLock
 from .config import RecordsConfig
 from .records import PLAN, Records, is_complete, read_plan
 from .share import Share
-from .teacher import Teacher
+from .teacher import Chunk, Teacher
 
+Latents = Mapping[tuple[int, int], Tensor]
+"""(number of the prompt, step) -> latents of one sample before the step, float32 on the CPU."""
 LOCK = ".collect-{rank}.lock"
 """Lock file in a folder of records, held by the process of this rank while it records."""
 
@@ -44,6 +47,7 @@ def collect(
     transformer: str = "transformer",
     share: Share | None = None,
     progress: bool = True,
+    drawn: Latents | None = None,
 ) -> Records:
     """Record calls of a teacher's modules. The size is measured and printed first, and refused if it is too large.
 
@@ -62,6 +66,7 @@ def collect(
         share: the part of this process; None for the division of the launcher. With "cpu" each process records
             everything.
         progress: whether the first process shows a progress bar.
+        drawn: latents before the recorded steps, if the trajectories were sampled before with the same settings.
 
     Raises:
         UserError: too few prompts, an unknown module or transformer, records larger than `max_gb` or the free disk
@@ -76,7 +81,7 @@ def collect(
         if str(where) == "cpu":
             _announce(teacher, plan, None, set())
             kept: dict[str, Recording] = {}
-            _record(teacher, plan, Share(), kept, None, progress)
+            _record(teacher, plan, Share(), kept, None, progress, drawn)
             return Records(plan, kept)
         folder = Path(where).absolute()
         _check_folder(folder, plan)
@@ -87,7 +92,7 @@ def collect(
             with RunLock(folder, LOCK.format(rank=share.rank), "where"):
                 _check_folder(folder, plan)  # another run may have written to the folder before the lock
                 there = set(plan["records"]) - _missing(folder, plan)
-                _record(teacher, plan, share, dict.fromkeys(there), folder, progress)
+                _record(teacher, plan, share, dict.fromkeys(there), folder, progress, drawn)
     _wait(folder, plan)
     return Records.read(folder)
 
@@ -99,6 +104,7 @@ def _record(
     done: dict[str, Any],
     folder: Path | None,
     progress: bool,
+    drawn: Latents | None,
 ) -> None:
     """Record the missing records of this process and add them to `done`, which holds the records by name."""
     bar = Progress(step=0, max_steps=len(teacher.chunks), shown=progress and share.rank == 0, name="record")
@@ -106,9 +112,9 @@ def _record(
         steps = teacher.steps(plan, chunk)
         missing = [place for place in range(len(steps)) if chunk.record(place) not in done]
         if missing:
-            latents, told = teacher.trajectory(chunk), teacher.conditions(chunk.prompts)
+            latents, told = drawn or _drawn(teacher, chunk), teacher.conditions(chunk.prompts)
         for place in missing:
-            x = torch.stack([latents[step, row] for row, step in enumerate(steps[place])])
+            x = torch.stack([latents[each] for each in zip(chunk.prompts, steps[place], strict=True)])
             name = chunk.record(place)
             done[name] = capture(
                 teacher.network,
@@ -118,6 +124,14 @@ def _record(
             )
         bar.step()
     bar.close()
+
+
+def _drawn(teacher: Teacher, chunk: Chunk) -> Latents:
+    """Sample the trajectories of a chunk."""
+    latents = teacher.trajectory(chunk)
+    return {
+        (prompt, step): latents[step, row] for row, prompt in enumerate(chunk.prompts) for step in range(len(latents))
+    }
 
 
 def _announce(teacher: Teacher, plan: Mapping[str, Any], folder: Path | None, there: set[str]) -> None:
