@@ -205,7 +205,7 @@ class BlockRun:
         for micro_batch in range(count):
             calls = self._training[self._order.at(self.step * count + micro_batch)]
             outputs, targets = self._outputs(calls)
-            loss = distance(self.config.loss, outputs, targets)
+            loss = distance(self.config.loss, outputs, targets) + self._penalty(calls, outputs)
             if not loss.requires_grad:
                 raise UserError(
                     f"{self.task.name}: the output of the student does not depend on any trained parameter: either no"
@@ -233,6 +233,14 @@ class BlockRun:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             outputs = self.task.run(self.student, calls)
         return outputs, self.task.target(calls)
+
+    def _penalty(self, recorded: Sequence[RecordedCall], outputs: Sequence[Tensor]) -> Tensor | float:
+        """Return the second term of the loss, which a task may have."""
+        if self.task.penalty is None:
+            return 0.0
+        device, half = self.bench.device, self.config.bf16
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return self.task.penalty(self.student, [Call(each, device, widen=not half) for each in recorded], outputs)
 
     @torch.no_grad()
     def _errors(self) -> dict[str, float]:

@@ -64,6 +64,10 @@ class ReconstructTask:
     """Names of the teacher's modules whose calls the task needs; empty for the module `name`. The n-th calls of all
     modules belong together."""
 
+    penalty: Callable[[nn.Module, Sequence[Call], Sequence[Tensor]], Tensor] | None = None
+    """(student, calls, outputs of the student) -> scalar that is added to the loss of training; errors do not include
+    it."""
+
     is_new: Callable[[str], bool] = _nothing
     """Name of a parameter of the student -> True if the parameter is new (learning rate `learning_rate_new`), False if
     it is inherited from the teacher (`learning_rate`)."""
