@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from postgen.commands.convert_lit import convert_lit
+from postgen.commands.convert_quant import convert_quant
 from postgen.commands.export_lora import export_lora
 from postgen.errors import UserError
 from postgen.files import check_apart, check_place, files_of
@@ -22,6 +23,7 @@ Converter = Callable[..., None]
 CONVERTERS: dict[str, Converter] = {
     "lit": convert_lit,
     "lora": export_lora,
+    "quant": convert_quant,
 }
 """Commands by method. A new method needs a function and a row in this table."""
 

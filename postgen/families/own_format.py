@@ -10,6 +10,7 @@ A pipeline's `save_pretrained` writes only its components. The note therefore al
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
@@ -76,6 +77,24 @@ def read_note(config: Mapping[str, Any], loader: str) -> dict[str, Any] | None:
 def without_note(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without the note."""
     return {name: value for name, value in config.items() if name != _ENTRY}
+
+
+def other_settings(model: Any, other: Any) -> str:
+    """Compare the settings of two networks of the same class, which may have the same weights and yet differ in them.
+
+    Returns:
+        The settings with other values, as a text for a message; empty if there are none.
+    """
+    own, theirs = _settings(model), _settings(other)
+    return ", ".join(
+        f"{name} {own.get(name)} and not {theirs[name]}" for name in theirs if own.get(name) != theirs[name]
+    )
+
+
+def _settings(model: Any) -> dict[str, str]:
+    """Return the config of a network as JSON texts, which have no tuples, without the note."""
+    config = without_note(unwrap(model).config)
+    return {name: json.dumps(value, default=str) for name, value in config.items() if not name.startswith("_")}
 
 
 def noted_words(folder: Path) -> Any:

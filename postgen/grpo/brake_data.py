@@ -17,12 +17,12 @@ from torch import Tensor
 
 from postgen.errors import UserError, shown
 from postgen.families import Denoiser
-from postgen.reconstruct.records import digest, weights_digest
 from postgen.rewards.world import scenes
 from postgen.sampling.conditions import Conditions, Row
 from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.sampler import Sample, Sampler
 from postgen.sampling.seeds import normal, seed_of
+from postgen.training.digests import digest, weights_digest
 from postgen.training.latent_files import LatentFiles, wait_until
 from postgen.training.prompts import Prompts
 from postgen.training.transfer import to_device

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.reconstruct.records import digest
 from postgen.sampling.conditions import Embeddings, Row
 from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.seeds import seed_of
+from postgen.training.digests import digest
 from postgen.training.logging import say
 from postgen.training.modes import evaluating
 from postgen.training.policy import Policy

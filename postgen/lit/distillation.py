@@ -13,28 +13,24 @@ teacher's output minus its mean over the tokens, so that blocks with small and l
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families import Block, Condition, Denoiser, blocks_of
 from postgen.reconstruct.loss import distance
+from postgen.training import distillation
+from postgen.training.distillation import square
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
-    """Weights of the loss terms; at least one is above 0."""
+class Terms(distillation.Terms):
+    """Weights of the loss terms; at least one is above 0. `output` is l1."""
 
-    task: float
-    """w_task, the weight of the task loss (the model's own training loss)."""
-    output: float
-    """l1, the weight of the difference of the predictions."""
     variance: float
     """l2, the weight of the difference of the variance channels; 0 for a model without variance channels."""
     hidden: float
@@ -47,22 +43,17 @@ class Terms:
 
 
 @dataclass(slots=True)
-class Said:
+class Said(distillation.Said):
     """The outputs of one forward pass of a network."""
 
-    prediction: Tensor | None = None
-    """The prediction, in the shape of the latents."""
     raw: Tensor | None = None
     """All output channels of the network, including variance channels."""
     hidden: list[Tensor] = field(default_factory=list)
     """The output of each block for the video tokens."""
 
 
-class Distillation(nn.Module):
-    """A student and its teacher; `forward` returns the loss and its terms.
-
-    Both networks are always in evaluation mode, because dropout (of captions too) would drop different values in the
-    two networks.
+class Distillation(distillation.Distillation):
+    """A converted student and its stock teacher; `forward` returns the loss and its terms.
 
     Args:
         student: the converted transformer.
@@ -72,57 +63,25 @@ class Distillation(nn.Module):
         terms: weights of the loss terms.
     """
 
+    terms: Terms
+
     def __init__(self, student: nn.Module, teacher: nn.Module, denoiser: Denoiser, name: str, terms: Terms) -> None:
-        super().__init__()
-        self.student, self.teacher = student, teacher.requires_grad_(False)
-        self.terms = terms
-        self._denoisers = {"student": with_network(denoiser, name, student), "teacher": denoiser}
+        super().__init__(student, teacher, denoiser, name, terms)
         self._blocks = {"student": blocks_of(student), "teacher": blocks_of(teacher)}
-        self.train()
-
-    def train(self, mode: bool = True) -> Self:
-        """Keep evaluation mode, whatever `mode` is."""
-        return super().train(False)
-
-    def forward(
-        self, x: Tensor, sigma: Tensor, condition: Condition, wanted: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss, and the unweighted loss terms by name.
-
-        Args:
-            x: noisy latents, (B, ...).
-            sigma: noise levels of the latents, (B,).
-            condition: the condition of each row, for both networks.
-            wanted: the target of the task, (B, ...); None leaves the task loss out.
-        """
-        terms = self.terms
-        student = self._said("student", x, sigma, condition)
-        found: dict[str, Tensor] = {}
-        if terms.teacher:
-            with torch.no_grad():
-                teacher = self._said("teacher", x, sigma, condition)
-            found["output"] = _square(student.prediction, teacher.prediction)
-        if terms.variance:
-            found["variance"] = _square(variance_of(student.raw, x), variance_of(teacher.raw, x))
-        if terms.hidden:
-            found["hidden"] = distance("centred_l2", student.hidden, teacher.hidden)
-        if wanted is not None:
-            found["task"] = _square(student.prediction, wanted)
-        loss = torch.stack([getattr(terms, name) * value for name, value in found.items()]).sum()
-        return loss, {name: value.detach() for name, value in found.items()}
 
     def _said(self, who: str, x: Tensor, sigma: Tensor, condition: Condition) -> Said:
         said = Said()
         with _listening(getattr(self, who), self._blocks[who] if self.terms.hidden else (), said):
-            said.prediction = self._denoisers[who].predict(x, sigma, condition)
+            said.prediction = super()._said(who, x, sigma, condition).prediction
         return said
 
-
-def with_network(denoiser: Denoiser, name: str, network: nn.Module) -> Denoiser:
-    """Return a copy of a denoiser that uses another network in place of the one with this name."""
-    other = copy.copy(denoiser)
-    other.transformers = {**denoiser.transformers, name: network}
-    return other
+    def _compared(self, student: Any, teacher: Any, x: Tensor) -> dict[str, Tensor]:
+        found = super()._compared(student, teacher, x)
+        if self.terms.variance:
+            found["variance"] = square(variance_of(student.raw, x), variance_of(teacher.raw, x))
+        if self.terms.hidden:
+            found["hidden"] = distance("centred_l2", student.hidden, teacher.hidden)
+        return found
 
 
 def variance_of(raw: Tensor | None, x: Tensor) -> Tensor:
@@ -168,12 +127,6 @@ def _listening(network: nn.Module, blocks: tuple[Block, ...] | Any, said: Said) 
             )
             stack.callback(hook.remove)
         yield
-
-
-def _square(a: Tensor | None, b: Tensor | None) -> Tensor:
-    assert a is not None
-    assert b is not None
-    return (a.float() - b.float()).square().mean()
 
 
 def check_terms(terms: Mapping[str, float]) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 from safetensors import SafetensorError
 from torch import nn
 
 from postgen.errors import UserError, first_line, shown
+from postgen.families.empty import network_from
 from postgen.families.installed import transformers_of
 from postgen.families.model_folder import is_hub_id
 from postgen.families.own_format import read_note
@@ -131,18 +131,8 @@ def empty(config: Mapping[str, Any]) -> Any:
             "this is not a transformer that postgen.lit converted: its config has no entry of a conversion"
         )
     settings = LitConfig.from_json(note)
-    name = config.get("_class_name")
-    kind = getattr(diffusers, str(name), None)
-    if kind is None or not hasattr(kind, "from_config"):
-        raise UserError(f"diffusers {diffusers.__version__} has no transformer {shown(name)}")
     with no_memory() if settings.inherit == "all" else nullcontext():
-        try:
-            model = kind.from_config(dict(config))
-        except Exception as error:  # wrong values in a config can raise anything
-            raise UserError(
-                f"cannot create a {name} from its {_CONFIG} ({type(error).__name__}: {first_line(error)}): the file is"
-                " damaged, or another version of diffusers wrote it"
-            ) from error
+        model = network_from(config)
         convert(model, settings)
     return model
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.families.own_format import without_note
+from postgen.families.own_format import other_settings
 from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD
 from postgen.lit.convert import conversion_of, convert, layers_of
 from postgen.lit.saving import load
+from postgen.training.twins import empty_copy, set_tensor, twin
 
 TRAINED = ("new", "attention", "all")
 """Values of the setting `train`: the new layers; the converted attention modules with the new layers; all weights."""
@@ -48,12 +45,12 @@ def make_student(
         UserError: see `convert`; or `tensors` belong to other layers.
     """
     teacher.requires_grad_(False)
-    student = _twin(teacher, shared=shared)
+    student = twin(teacher, shared=shared)
     convert(student, config)
     student.requires_grad_(False).eval()
     own = {name: parameter.detach().clone().float() for name, parameter in named_parameters(student, trained).items()}
     for name, value in own.items():
-        _set(student, name, nn.Parameter(value))
+        set_tensor(student, name, nn.Parameter(value))
     give(student, tensors or {})
     return student
 
@@ -75,20 +72,12 @@ def read_student(folder: str | Path, teacher: nn.Module) -> tuple[LitConfig, dic
             " model from which it was converted"
         )
     # Equal shapes are not enough: the number of heads does not change a shape, and positions may be no weights.
-    own, other = _settings(made), _settings(teacher)
-    if changed := [name for name in other if own.get(name) != other[name]]:
-        told = ", ".join(f"{name} {own.get(name)} and not {other[name]}" for name in changed)
+    if told := other_settings(made, teacher):
         raise UserError(
             f"{folder} was converted from a model with other settings than the teacher: {told}. Set model to the model"
             " from which it was converted"
         )
     return conversion_of(made).config, tensors
-
-
-def _settings(model: Any) -> dict[str, str]:
-    """Return the config of a network as JSON texts, which have no tuples, without the entry of the conversion."""
-    config = without_note(model.config)
-    return {name: json.dumps(value, default=str) for name, value in config.items() if not name.startswith("_")}
 
 
 @torch.no_grad()
@@ -116,7 +105,7 @@ def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         value = value.to(before.device, before.dtype)
         if not torch.equal(before, value):
             same = isinstance(before, nn.Parameter)
-            _set(model, name, nn.Parameter(value, requires_grad=before.requires_grad) if same else value)
+            set_tensor(model, name, nn.Parameter(value, requires_grad=before.requires_grad) if same else value)
 
 
 def shell_of(teacher: nn.Module, config: LitConfig) -> nn.Module:
@@ -125,12 +114,7 @@ def shell_of(teacher: nn.Module, config: LitConfig) -> nn.Module:
     Its weights are on the meta device and take no memory. With `inherit="output"` they are on the CPU, because the new
     projections replace layers that must be in memory.
     """
-    device = "meta" if config.inherit == "all" else "cpu"
-    memo: dict[int, Any] = {
-        id(each): nn.Parameter(torch.empty_like(each, device=device), requires_grad=False)
-        for each in teacher.parameters()
-    }
-    shell = copy.deepcopy(teacher, memo)
+    shell = empty_copy(teacher, "meta" if config.inherit == "all" else "cpu")
     convert(shell, config)
     return shell
 
@@ -158,15 +142,6 @@ def is_new(name: str) -> bool:
     return f".{CHILD}." in f".{name}" or ".fresh." in name
 
 
-def bytes_of(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
-    """Return the bytes of weights that student and teacher share, and the bytes of weights of the student alone."""
-    theirs = {id(tensor) for tensor in teacher.parameters()}
-    sizes: dict[bool, int] = {True: 0, False: 0}
-    for tensor in chain(student.parameters(), student.buffers()):
-        sizes[id(tensor) in theirs] += tensor.nbytes
-    return sizes[True], sizes[False]
-
-
 def export_state(weights: Mapping[str, Tensor], scales: Mapping[str, float]) -> dict[str, Tensor]:
     """Return the state dict of a converted transformer with LoRA merged into the weights that it adapts.
 
@@ -192,16 +167,3 @@ def lora_scales(student: nn.Module) -> dict[str, float]:
         for name, module in student.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "scaling")
     }
-
-
-def _twin(teacher: nn.Module, *, shared: bool) -> nn.Module:
-    """Copy a network; if `shared`, the copy has the same parameter objects.
-
-    Buffers are always copied. They are small, and checkpoints contain the buffers of both networks.
-    """
-    return copy.deepcopy(teacher, {id(each): each for each in teacher.parameters()} if shared else {})
-
-
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, key = name.rpartition(".")
-    setattr(model.get_submodule(owner), key, value)

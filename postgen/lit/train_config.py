@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from postgen.errors import UserError, shown
 from postgen.lit.config import LitConfig
 from postgen.reconstruct import ReconstructConfig, RecordsConfig
 from postgen.reconstruct.loss import Loss
-from postgen.training import TrainingConfig
+from postgen.training.distil_trainer import DistillationConfig
 from postgen.training.lora import AdapterConfig
-from postgen.training.policy import ModelConfig
-from postgen.training.prompts import PromptsConfig
 
 VARIANCE_WEIGHT = 0.05
 """Default of `variance_weight` for models that predict a variance, as published."""
 
 
 @dataclass(kw_only=True)
-class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfig, RecordsConfig):
+class LitTrainingConfig(DistillationConfig, AdapterConfig, RecordsConfig):
     """Settings of `LitTrainer`.
 
     The settings from `num_frames` to `negative_prompt` determine how the teacher samples the latents, and `batch_size`
@@ -31,8 +29,6 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     Raises:
         UserError: a value is outside its range, or two settings exclude each other.
     """
-
-    files: ClassVar[tuple[str, ...]] = ("latents",)
 
     conversion: dict[str, Any] = field(default_factory=dict)
     """Settings of the conversion (`postgen.lit.LitConfig`), such as `{layers: "1-6:window_delta", window: {radius:
@@ -49,19 +45,8 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
     use_peft: bool = False
     """Train LoRA adapters on the attention of all blocks, in addition to the new layers; needs `train: new`."""
 
-    latents: str | None = None
-    """Safetensors file with your own final latents as the tensor `latents`, (N, ...): one row for each prompt of
-    `train_dataset`, in the same order, in the format of the denoiser (`encode_video`). They are kept in memory. None:
-    the teacher samples the latents."""
-
     learning_rate_new: float | None = None
     """Peak learning rate of new weights, which the teacher does not have; None uses `learning_rate`."""
-
-    task_weight: float = 1.0
-    """Weight of the task loss, the model's own training loss on noised latents."""
-
-    output_weight: float = 0.5
-    """Weight of the difference between the predictions of student and teacher, lambda 1 of LiT."""
 
     variance_weight: float | None = None
     """Weight of the difference between the predicted variances, lambda 2 of LiT. None: .05 for models that predict a
@@ -69,13 +54,6 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
 
     hidden_weight: float = 0.0
     """Weight of the difference between the block outputs, relative to the teacher's."""
-
-    states: Literal["noised", "trajectory"] = "noised"
-    """Inputs of both networks. noised: final latents with fresh noise; trajectory: latents from the teacher's sampling
-    trajectories, which needs `task_weight: 0`."""
-
-    caption_dropout: float = 0.1
-    """Share of rows with an empty prompt, the same rows for student and teacher; 0 to 1."""
 
     transfer_steps: int = 0
     """Steps of attention transfer for each converted block before the end-to-end training; a tenth of them is warm-up.
@@ -103,17 +81,14 @@ class LitTrainingConfig(TrainingConfig, PromptsConfig, AdapterConfig, ModelConfi
             raise UserError(f"conversion must be a mapping of LitConfig settings, got {shown(self.conversion)}")
         LitConfig.from_json(self.conversion)
         self.require(not (self.student and self.conversion), "conversion", "left out with student, which has its own")
-        weights = ("task_weight", "output_weight", "hidden_weight")
-        for name in (*weights, "transfer_steps"):
+        for name in ("hidden_weight", "transfer_steps"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("learning_rate_new", "transfer_learning_rate"):
             self.require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         self.require(self.variance_weight is None or self.variance_weight >= 0, "variance_weight", "at least 0")
-        asked = any(getattr(self, name) for name in weights) or self.variance_weight != 0
+        weights = (self.task_weight, self.output_weight, self.hidden_weight)
+        asked = any(weights) or self.variance_weight != 0
         self.require(asked, "task_weight", "above 0, or another weight")
-        self.require(0 <= self.caption_dropout <= 1, "caption_dropout", "from 0 to 1")
-        self.require(self.states == "noised" or not self.task_weight, "task_weight", "0 with states: trajectory")
-        self.require(self.states == "noised" or not self.latents, "states", "noised with latents, which are finished")
         self.require(not self.use_peft or self.train == "new", "train", "new with use_peft, which adapts the rest")
         self.require(self.lora_path is None, "lora_path", "left out: merge it into the model before it is converted")
         self.require(not self.init_from, "init_from", "left out: name a converted transformer as student")

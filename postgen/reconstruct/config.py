@@ -6,47 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from postgen.families.video_calls import RANGES
-from postgen.settings import Part
+from postgen.training.drawn import DrawnConfig
 from postgen.training.updates import UpdatesConfig
 
 from .loss import Loss
 
 
 @dataclass(kw_only=True)
-class RecordsConfig(Part):
+class RecordsConfig(DrawnConfig):
     """Settings of `collect`: which calls of the teacher are recorded.
+
+    A record has one row for each of `batch_size` prompts, at different noise levels, and serves as one micro-batch of
+    training. With `guidance_scale` above 1 the calls with the negative prompt are recorded as well.
 
     Raises:
         UserError: a value has the wrong type or lies outside its range.
     """
 
-    num_frames: int
-    """Frames of the teacher's clips; 1 for image models."""
-
-    height: int
-    """Height in pixels."""
-
-    width: int
-    """Width in pixels."""
-
-    num_inference_steps: int = 16
-    """Steps of a trajectory. Each step has one noise level."""
-
     levels_per_prompt: int | None = None
     """Number of noise levels to record from each trajectory; None records all. Over all prompts each level occurs
     equally often, give or take one."""
-
-    guidance_scale: float = 1.0
-    """Guidance scale of the trajectories; values up to 1 switch guidance off. Above 1 the calls with the negative
-    prompt are recorded as well."""
-
-    negative_prompt: str = ""
-    """Negative prompt of rows that have none of their own."""
-
-    batch_size: int = 1
-    """Prompts that go through the teacher together. A record has one row for each, at different noise levels, and
-    serves as one micro-batch of training."""
 
     held_out_prompts: int = 1
     """Number of prompts at the end of the list whose records only measure errors. At least 1, and fewer than all."""
@@ -59,21 +38,12 @@ class RecordsConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_frames", "height", "width", "num_inference_steps", "guidance_scale"):
-            self.require_in(RANGES[name], name)
-        for name in ("batch_size", "held_out_prompts"):
-            self.require(getattr(self, name) >= 1, name, "at least 1")
+        self.require(self.held_out_prompts >= 1, "held_out_prompts", "at least 1")
         levels = self.levels_per_prompt
-        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
         fits = levels is None or 1 <= levels <= self.num_inference_steps
         self.require(fits, "levels_per_prompt", f"from 1 to num_inference_steps, {self.num_inference_steps}")
         self.require(self.seed >= 0, "seed", "at least 0")
         self.require(self.max_gb > 0, "max_gb", "above 0")
-
-    @property
-    def size(self) -> dict[str, int]:
-        """The values of `num_frames`, `height` and `width`."""
-        return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
 
 
 @dataclass(kw_only=True)

@@ -25,26 +25,6 @@ from postgen.errors import UserError
 Loss = Literal["centred_l1", "centred_l2", "relative_l1", "relative_l2", "mse"]
 
 
-def check_teacher(latents: Tensor, prompts: Sequence[int]) -> None:
-    """Check that the latents sampled by a teacher are finite.
-
-    Args:
-        latents: floating-point latents, (prompts, ...).
-        prompts: numbers of the prompts, for the error message.
-
-    Raises:
-        UserError: some latents are not finite.
-    """
-    bad = [prompt for prompt, row in zip(prompts, latents, strict=True) if not row.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"the teacher's own latents are not finite for prompt {bad[0]} (counted from 0)"
-            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: the teacher overflows in its dtype, or its"
-            " weights are damaged. Run `postgen generate` with this prompt to see the result, and load the model in"
-            " bfloat16 or float32"
-        )
-
-
 def distance(kind: Loss, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Return a loss, averaged over rows and over outputs (such as the video and text outputs of a block).
 

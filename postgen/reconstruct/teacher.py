@@ -20,10 +20,11 @@ from postgen.sampling.conditions import Conditions, Embeddings, Row, load_image
 from postgen.sampling.sampler import Sample, Sampler, Sampling
 from postgen.sampling.schedule import schedule_of
 from postgen.sampling.seeds import seed_of
+from postgen.training.digests import digest, weights_digest
+from postgen.training.drawn import check_teacher
 
 from .config import RecordsConfig
-from .loss import check_teacher
-from .records import FORMAT, digest, weights_digest
+from .records import FORMAT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,7 @@ METHODS = {
     "dancegrpo": "postgen.grpo.trainer:DanceGRPOTrainer",
     "diffusion_nft": "postgen.grpo.nft:DiffusionNFTTrainer",
     "lit": "postgen.lit.trainer:LitTrainer",
+    "quant": "postgen.quant.trainer:QuantTrainer",
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
     "world_clip": "postgen.judges.world_clip:WorldClipTrainer",
     "world_depth": "postgen.worldweaver.depth_training:WorldDepthTrainer",

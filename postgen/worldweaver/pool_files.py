@@ -10,8 +10,8 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.files import replacing
-from postgen.reconstruct.records import weights_digest
 from postgen.tensor_files import read_tensors
+from postgen.training.digests import weights_digest
 from postgen.training.run_folder import RunLock
 
 from .model import WorldWeaverModel

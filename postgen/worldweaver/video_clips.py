@@ -15,9 +15,9 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from postgen.errors import UserError, shown
-from postgen.reconstruct.records import digest
 from postgen.sampling.conditions import Row
 from postgen.tensor_files import read_tensors
+from postgen.training.digests import digest
 from postgen.training.logging import say
 from postgen.training.prompts import Prompts
 from postgen.training.video_rows import first_frames, read_clip, video_path

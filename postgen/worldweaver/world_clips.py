@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from postgen import world
 from postgen.errors import UserError
-from postgen.reconstruct.records import digest
+from postgen.training.digests import digest
 from postgen.training.logging import say
 from postgen.world.camera import camera_path
 from postgen.world.physics import Motion, Simulation

@@ -15,14 +15,15 @@ from torch import Tensor
 from postgen.errors import UserError
 from postgen.families import PredictionType
 from postgen.lit import LitConfig, convert, load
-from postgen.lit.distillation import Distillation, Terms, predicts_variance, with_network
+from postgen.lit.distillation import Distillation, Terms, predicts_variance
 from postgen.lit.student import is_new
 from postgen.lit.train_config import LitTrainingConfig
-from postgen.lit.trainer import chance
 from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.schedule import Levels
 from postgen.sampling.transition import split
 from postgen.training import load_recipe
+from postgen.training.distil_trainer import chance
+from postgen.training.distillation import with_network
 from tests.families.tiny_models import tiny_model
 from tests.lit.distil import JOBS, PICTURES, ROWS, STAGES, VIDEO, conversion, distilled, teacher
 from tests.training.pair import run_pair

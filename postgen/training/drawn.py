@@ -1,9 +1,10 @@
-"""Latents to train a student on: sampled once by the teacher for a list of prompts and kept in a folder, or given by
+"""Latents to train a student on: sampled once by its teacher for a list of prompts and kept in a folder, or given by
 the user."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,77 @@ import torch
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.reconstruct import Share
-from postgen.reconstruct.loss import check_teacher
+from postgen.families.video_calls import RANGES
 from postgen.sampling.conditions import Conditions
 from postgen.sampling.sampler import Sample, Sampler
 from postgen.sampling.seeds import seed_of
+from postgen.settings import Part
 from postgen.tensor_files import read_tensors
 from postgen.training.latent_files import LatentFiles
 from postgen.training.logging import Progress
 from postgen.training.transfer import to_device
+
+
+@dataclass(kw_only=True)
+class DrawnConfig(Part):
+    """Settings of the trajectories that a teacher samples.
+
+    Raises:
+        UserError: a value has the wrong type or lies outside its range.
+    """
+
+    num_frames: int
+    """Frames of the teacher's clips; 1 for image models."""
+
+    height: int
+    """Height in pixels."""
+
+    width: int
+    """Width in pixels."""
+
+    num_inference_steps: int = 16
+    """Steps of a trajectory. Each step has one noise level."""
+
+    guidance_scale: float = 1.0
+    """Guidance scale of the trajectories; values up to 1 switch guidance off."""
+
+    negative_prompt: str = ""
+    """Negative prompt of rows that have none of their own."""
+
+    batch_size: int = 1
+    """Prompts that go through the teacher together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_frames", "height", "width", "num_inference_steps", "guidance_scale"):
+            self.require_in(RANGES[name], name)
+        self.require(self.batch_size >= 1, "batch_size", "at least 1")
+        self.require(self.num_inference_steps >= 2, "num_inference_steps", "at least 2")
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The values of `num_frames`, `height` and `width`."""
+        return {"num_frames": self.num_frames, "height": self.height, "width": self.width}
+
+
+def check_teacher(latents: Tensor, prompts: Sequence[int]) -> None:
+    """Check that the latents sampled by a teacher are finite.
+
+    Args:
+        latents: floating-point latents, (prompts, ...).
+        prompts: numbers of the prompts, for the error message.
+
+    Raises:
+        UserError: some latents are not finite.
+    """
+    bad = [prompt for prompt, row in zip(prompts, latents, strict=True) if not row.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"the teacher's own latents are not finite for prompt {bad[0]} (counted from 0)"
+            f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}: the teacher overflows in its dtype, or its"
+            " weights are damaged. Run `postgen generate` with this prompt to see the result, and load the model in"
+            " bfloat16 or float32"
+        )
 
 
 class Drawn:
@@ -48,19 +111,19 @@ class Drawn:
         said = {"prompts": prompts, "batch": batch, "seed": seed, "kept": len(self.keep), **said}
         self.files = LatentFiles(folder, prompts, batch, {**said, "sigmas": sampler.schedule.sigmas.tolist()})
 
-    def make(self, conditions: Conditions, share: Share, *, progress: bool) -> None:
-        """Sample the missing latents of this process's part. The network must be in evaluation mode.
+    def make(self, conditions: Conditions, own: Sequence[int], *, progress: bool) -> None:
+        """Sample the missing latents of some files. The network must be in evaluation mode.
 
         Args:
             conditions: the conditions of the prompts, by prompt number.
-            share: the part of this process.
+            own: numbers of the files (`files.chunks`) that this process makes.
             progress: whether to show a progress bar.
 
         Raises:
             UserError: the folder holds latents of another run, or the sampled latents are not finite.
         """
         self.files.check()
-        own, missing = share.of(self.files.chunks), set(self.files.missing())
+        missing = set(self.files.missing())
         bar = Progress(step=0, max_steps=len(own), shown=progress, name="draw")
         for chunk in own:
             if chunk in missing:
