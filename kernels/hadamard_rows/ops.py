@@ -10,14 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from postgen.kernels.dispatch import check_devices, uses_triton
+from postgen.kernels.dispatch import check_devices, uses_triton, why_not_triton
 from postgen.kernels.eight_bit import check_rows
 from postgen.kernels.fp8 import E4M3
 from postgen.kernels.fp8_rows.ops import why_not_fp8
 from postgen.kernels.hadamard_rows import naive
 
-MAX_CHANNELS = 32768
-"""The longest row that one program of the Triton kernel can hold in registers."""
 LARGEST_BLOCK = 4096
 """The most channels of a Hadamard block."""
 
@@ -59,7 +57,7 @@ def rotate_quantize(x: Tensor, block: int, signs: Tensor | None, dtype: torch.dt
     _check(x, block, signs, dtype)
     # Triton refuses to compile E4M3 for GPUs that do not have it.
     possible = x.numel() > 0 and (dtype == torch.int8 or why_not_fp8(x.device) is None)
-    if possible and uses_triton("hadamard_rows", x, obstacle=_obstacle(x.shape[-1])):
+    if possible and uses_triton("hadamard_rows", x, obstacle=_obstacle(x, block)):
         from postgen.kernels.hadamard_rows import triton
 
         return triton.rotate_quantize(x, block, signs, dtype)
@@ -73,8 +71,12 @@ def _(x: Tensor, block: int, signs: Tensor | None, dtype: torch.dtype) -> tuple[
     return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
-def _obstacle(channels: int) -> str | None:
-    return f"rows have {channels} numbers, at most {MAX_CHANNELS} fit" if channels > MAX_CHANNELS else None
+def _obstacle(x: Tensor, block: int) -> str | None:
+    if not x.is_cuda or why_not_triton(x) is not None:
+        return None
+    from postgen.kernels.hadamard_rows import triton
+
+    return triton.why_not(x, block)
 
 
 def _check(x: Tensor, block: int, signs: Tensor | None, dtype: torch.dtype = E4M3) -> None:

@@ -82,7 +82,7 @@ def rows_matmul(
     (m, k), n = rows.shape, weight.shape[0]
     written = dtype if dtype in DTYPES else torch.float32
     out = torch.empty((*codes.shape[:-1], n), dtype=written, device=codes.device)
-    tiles = tiles_for(m, codes.device)
+    tiles = tiles_for(m, k, codes.device)
     if bias is not None and bias.dtype not in DTYPES:
         bias = bias.float()
     with launching_on(codes):
@@ -95,9 +95,10 @@ def rows_matmul(
     return out.to(dtype)
 
 
-def tiles_for(rows: int, device: torch.device) -> Tiles:
-    """Return the tiles for a number of rows on a device."""
+def tiles_for(rows: int, terms: int, device: torch.device) -> Tiles:
+    """Return the tiles for a number of rows and of terms of a sum on a device."""
     if rows <= FEW.rows:
         return FEW
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return LARGE if hopper else USUAL
+    # With masks for the last terms, the registers of a thread do not suffice for the large tiles.
+    return LARGE if hopper and terms % LARGE.terms == 0 else USUAL
