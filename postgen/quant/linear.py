@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen.errors import UserError, shown
+from postgen.kernels.fp8 import E4M3
 from postgen.quant.formats import Format
 from postgen.quant.packing import bits_dtype, layout, pack, unpack
 from postgen.quant.products import (
     Mode,
-    clipped,
-    fp8_product,
-    fp8_rows,
-    int8_product,
-    int8_rows,
+    blocks_product,
+    eight_bits,
+    expanded,
+    input_rows,
     mode_for,
     modes,
     rounded,
+    rows_product,
 )
 from postgen.quant.rotation import check_rotation, rotated, rotated_back
 from postgen.quant.rounding import Quantized
@@ -174,17 +175,24 @@ class QLinear(nn.Linear):
         """
         if self._forced is not None:
             return self._forced
+        if self._modes() == ("sim",):
+            return "sim"
         return mode_for(self.spec, (self.out_features, self.in_features), self.weight.device)
 
     @mode.setter
     def mode(self, mode: Mode | None) -> None:
-        allowed = modes(self.spec)
+        allowed = self._modes()
         if mode is not None and mode not in allowed:
             raise UserError(
                 f"mode is {shown(mode)}, but this layer ({self.extra_repr()}) allows {', '.join(allowed)}, or None for"
                 " the fastest that the device has"
             )
         self._forced = mode
+
+    def _modes(self) -> tuple[Mode, ...]:
+        # The product with scales of blocks has no clip.
+        in_blocks = self.spec.act is not None and self.spec.act.share == "block"
+        return ("sim",) if in_blocks and self.act_clip is not None else modes(self.spec)
 
     def quantized(self) -> Quantized:
         """Return the quantised weight (N, K), of the scaled and rotated channels and without the branch.
@@ -224,7 +232,7 @@ class QLinear(nn.Linear):
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (N, K) that the layer multiplies with, of the rotated channels and without the branch."""
         if self.spec.weight is not None:
-            return self.quantized().numbers(dtype)
+            return expanded(self.packed(), self.spec.weight, self.in_features, dtype)
         weight, scale = self.weight, self._scale()
         if scale is not None:
             weight = weight.float() * scale
@@ -257,9 +265,7 @@ class QLinear(nn.Linear):
         x = input if scale is None else (input / scale).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            # Rounding begins with the rotated channels in float32.
-            turned = rotated(x, self.spec.rotate, self.signs) if self.spec.rotate else x
-            out = self._multiplied(turned, bias, dtype)
+            out = self._multiplied(x, bias, dtype)
             if self.branch_up is not None and self.branch_down is not None:
                 low = functional.linear(x, self.branch_down.to(dtype))
                 out = out + functional.linear(low, self.branch_up.to(dtype))
@@ -278,22 +284,29 @@ class QLinear(nn.Linear):
 
     def _multiplied(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if self.spec.weight is None:
-            return functional.linear(_straight(x, self._input(x)).to(dtype), self.dequantized(dtype), bias)
+            turned = self._rotated(x)
+            return functional.linear(_straight(turned, self._input(turned)).to(dtype), self.dequantized(dtype), bias)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             found: Tensor = _StraightThrough.apply(x, bias, self, dtype)  # type: ignore[no-untyped-call]
             return found
         return self._product(x, bias, dtype)
 
     def _product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Multiply the input, after scales and rotation, with the weight; no gradient."""
-        mode = self.mode
-        if mode in ("fp8", "int8"):
-            x = clipped(x, self._clip(x))
-        if mode == "fp8":
-            return fp8_product(x, fp8_rows(self.quantized()), bias, dtype)
-        if mode == "int8":
-            return int8_product(x, int8_rows(self.quantized()), bias, dtype)
-        return functional.linear(self._input(x).to(dtype), self.dequantized(dtype), bias)
+        """Multiply the scaled input with the weight; no gradient."""
+        mode, spec = self.mode, self.spec
+        if mode in ("dequant", "sim"):
+            return functional.linear(self._input(self._rotated(x)).to(dtype), self.dequantized(dtype), bias)
+        assert spec.weight is not None
+        assert spec.act is not None
+        if spec.act.share == "block":
+            return blocks_product(self._rotated(x), self.packed(), bias, dtype)
+        kind = E4M3 if mode == "fp8" else torch.int8
+        rows = input_rows(x, spec, self.signs, self._clip(x), kind)
+        return rows_product(rows, eight_bits(self.packed(), spec.weight, self.in_features, kind), bias, dtype)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        # Rounding begins with the rotated channels in float32.
+        return rotated(x, self.spec.rotate, self.signs) if self.spec.rotate else x
 
     def _input(self, x: Tensor) -> Tensor:
         return x if self.spec.act is None else rounded(x.detach(), self.spec.act, self._clip(x))
@@ -320,7 +333,9 @@ class _StraightThrough(torch.autograd.Function):
         (gradient,) = gradients
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ ctx.layer.dequantized(gradient.dtype)).to(ctx.x_dtype)
+            layer: QLinear = ctx.layer
+            of_turned = gradient @ layer.dequantized(gradient.dtype)
+            of_x = rotated_back(of_turned, layer.spec.rotate, layer.signs).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_x, of_bias, None, None

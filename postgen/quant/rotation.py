@@ -6,13 +6,11 @@ orthonormal, so (x R) (W R)^T = x W^T.
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 from torch import Tensor
 
 from postgen.errors import UserError
+from postgen.kernels.hadamard_rows import ops
 
 
 def rotated(x: Tensor, size: int, signs: Tensor | None = None) -> Tensor:
@@ -30,10 +28,7 @@ def rotated(x: Tensor, size: int, signs: Tensor | None = None) -> Tensor:
     if not size:
         return x
     check_rotation(size, x.shape[-1])
-    if signs is not None:
-        x = x * signs.to(x.dtype)
-    blocks = x.reshape(*x.shape[:-1], -1, size)
-    return (blocks @ _sylvester(size, x.device, x.dtype)).flatten(-2) / math.sqrt(size)
+    return ops.rotate(x, size, signs)
 
 
 def rotated_back(x: Tensor, size: int, signs: Tensor | None = None) -> Tensor:
@@ -54,11 +49,3 @@ def check_rotation(size: int, channels: int) -> None:
         raise UserError(
             f"rotate is {size}, but the layer has {channels} channels: the blocks must divide them, so use {advice}"
         )
-
-
-@functools.lru_cache(16)
-def _sylvester(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    found = torch.ones(1, 1, device=device, dtype=dtype)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found

@@ -8,8 +8,9 @@ from torch import nn
 
 from postgen.errors import UserError
 from postgen.quant import LayerSpec, QLinear, format_of, quantize
-from postgen.quant.products import rounded
+from postgen.quant.products import eight_bits, rounded
 from postgen.quant.rotation import rotated, rotated_back
+from postgen.quant.step_bins import StepBins
 
 K, N = 64, 48
 
@@ -37,9 +38,10 @@ def test_a_layer_with_exact_input_multiplies_with_the_numbers_of_its_codes(text)
     linear = layer() if text != "fp8:block" else nn.Linear(128, N)
     x = torch.randn(3, linear.in_features)
     new = made(text, linear=linear)
-    expected = nn.functional.linear(x, new.quantized().numbers(), linear.bias)
+    numbers = new.quantized().numbers()
     assert new.mode == "dequant"
-    assert torch.equal(new(x), expected)
+    torch.testing.assert_close(new.dequantized(), numbers, rtol=0, atol=1e-7 if "bp" in text else 0)
+    assert torch.equal(new(x), nn.functional.linear(x, new.dequantized(), linear.bias))
     if "bp" not in text:  # coefficients of planes are stored as bfloat16
         assert torch.equal(new.quantized().numbers(), quantize(linear.weight, format_of(text)).numbers())
 
@@ -197,3 +199,42 @@ def test_wrong_parts_are_refused():
         QLinear.of(linear, quantize(linear.weight, format_of("int4")), spec_of("int4"), input_scale=torch.ones(48))
     with pytest.raises(UserError, match="keeps its weight exact"):
         made(None, "int8").quantized()
+
+
+def test_blocks_that_share_a_scale_equal_the_simulation():
+    linear = nn.Linear(256, N)
+    new, x = made("fp8:block", "fp8:block", linear), torch.randn(3, 256)
+    assert new.mode == "sim"
+    simulated = new(x)
+    new.mode = "fp8"
+    torch.testing.assert_close(new(x), simulated, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("text", ["int4:g32", "int3:asym", "int4:tensor:asym", "mxfp6", "nvfp4", "bp3:g16"])
+def test_expanded_rows_fit_8_bits(text, kind):
+    new = made(text)
+    codes, scale = eight_bits(new.packed(), new.spec.weight, K, kind)
+    numbers = new.dequantized()
+    assert codes.dtype == kind
+    assert (codes.float() * scale - numbers).norm() / numbers.norm() < 0.04
+    used = codes.float().abs().amax() / (448 if kind == torch.float8_e4m3fn else 127)
+    assert 0.4 < used <= 1
+
+
+@pytest.mark.parametrize("mode", ["sim", "int8"])
+def test_the_range_of_the_input_is_clipped_by_the_bin_of_the_noise_level(mode):
+    linear, spec = layer(), spec_of("int8", "int8", rotate=16)
+    bins, clip = StepBins([500.0]), torch.tensor([0.5, 0.9])
+    new = QLinear.of(linear, quantize(rotated(linear.weight, 16), spec.weight), spec, clip=(bins, clip))
+    new.mode = mode
+    x = inputs()
+    bins.current = torch.tensor([1, 0])
+    turned = rotated(x, 16)
+    most = turned.abs().amax(-1, keepdim=True) * torch.tensor([0.9, 0.5])[:, None, None]
+    clipped = rounded(turned.clamp(-most, most), spec.act)
+    expected = nn.functional.linear(clipped, new.dequantized(), linear.bias)
+    torch.testing.assert_close(new(x), expected, rtol=1e-5, atol=1e-5)
+    new.bins = None
+    with pytest.raises(UserError, match="set its `bins`"):
+        new(x)
