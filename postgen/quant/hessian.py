@@ -66,9 +66,11 @@ class HessianSum:
             first = next(iter(self._sums.values()), rows)
             self._sums[bin] = torch.zeros(self.channels, self.channels, dtype=exact, device=first.device)
         total = self._sums[bin]
-        for part in rows.split(_ROWS):
-            part = part.float()
-            total.add_((part.T @ part).to(total), alpha=weight)
+        # Observers run inside the model's forward pass, where autocast would round the products to 16 bits.
+        with torch.autocast(rows.device.type, enabled=False):
+            for part in rows.split(_ROWS):
+                part = part.float()
+                total.add_((part.T @ part).to(total), alpha=weight)
         self._tokens += len(rows)
 
     def finish(self, damping: float = 0.01) -> Hessian:

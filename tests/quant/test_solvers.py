@@ -122,6 +122,15 @@ def test_a_weight_counts_as_so_many_inputs():
     torch.testing.assert_close(weighted.finish().matrix, repeated.finish().matrix)
 
 
+def test_autocast_changes_nothing():
+    plain, sums = HessianSum(256), HessianSum(256)
+    plain.add(inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums.add(inputs())
+        found = solve(WEIGHT, format_of("int3:g64"), "gptq", sums.finish())
+    assert torch.equal(found.values, solve(WEIGHT, format_of("int3:g64"), "gptq", plain.finish()).values)
+
+
 def test_channels_without_inputs_are_damped_and_keep_their_nearest_numbers():
     x = inputs(64)
     x[:, 5] = 0

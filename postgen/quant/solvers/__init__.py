@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from postgen.errors import UserError, did_you_mean, shown
@@ -84,7 +85,8 @@ def solve(weight: Tensor, format: Format, solver: str, hessian: Hessian | None =
             raise UserError(f"the Hessian has {hessian.channels} channels, but the layer has {weight.shape[1]}")
         hessian = hessian.to(weight.device)
     format.group(weight.shape[1])
-    found: Quantized = SOLVERS[solver].run(weight.detach(), format, hessian, said)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        found: Quantized = SOLVERS[solver].run(weight.detach(), format, hessian, said)
     return found
 
 

@@ -20,9 +20,6 @@ from postgen.quant.solvers.planes import design, first_coefficients, fitted, sto
 from postgen.quant.solvers.ranges import Clip, importance_of, range_scales, squared_error, summed
 from postgen.settings import Part
 
-_LARGEST_ZERO = 255.0
-"""Largest zero point that fits in one byte."""
-
 
 @dataclass(kw_only=True)
 class LsOptions(Part):
@@ -78,7 +75,7 @@ def _fit(x: Tensor, values: Tensor, scales: Scales, format: Format, importance: 
     if scales.zero is None:
         return replace(scales, scale=step)
     zero = (summed((values - x / step) * weights, format) / summed(weights, format)).round()
-    return Scales(scale=step, zero=zero.clamp(0, _LARGEST_ZERO))
+    return Scales(scale=step, zero=zero.clamp(format.grid.least, format.grid.largest))  # one of the codes
 
 
 def _chosen(better: Tensor, new: Scales, old: Scales) -> Scales:
