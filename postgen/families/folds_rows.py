@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from postgen.families.folds import EmbeddingShape, Fold, Modulation, Projection, Reader, Table
+from postgen.families.folds import EmbeddingShape, Fold, Modulation, Norm, Projection, Reader, Table
 from postgen.families.folds_parts import (
     ADDED,
     QKV,
@@ -235,6 +235,35 @@ _AURAFLOW = tuple(
     + [gated(ff, Projection(linear=f"{ff}.linear_2"), "out_projection") for ff in ("ff", "ff_context")]
 )
 
+_FLUX2 = (
+    # A modulation outside the blocks serves all of them.
+    joint_value("attn"),
+    query_key("attn", joint=True),
+    *(gated(ff, Projection(linear=f"{ff}.linear_in", part=(1, 2)), "linear_out") for ff in ("ff", "ff_context")),
+)
+
+_JOYIMAGE = (
+    # The modulations of both streams add the same embedding, so one gain of a block cannot serve both.
+    Fold(
+        name="attn.value",
+        kind="value",
+        writers=tuple(Projection(linear=f"attn.{stream}_attn_qkv", part=(2, 3)) for stream in ("img", "txt")),
+        readers=readers("attn", ("img_attn_proj", "txt_attn_proj")),
+        shift=False,
+    ),
+    Fold(
+        name="attn.query_key",
+        kind="query_key",
+        writers=tuple(
+            Norm(name=f"attn.{stream}_attn_{what}_norm", inverse=what == "k")
+            for stream in ("img", "txt")
+            for what in ("q", "k")
+        ),
+        shift=False,
+        paired=True,
+    ),
+)
+
 _CHROMA = (joint_value("attn"), query_key("attn", joint=True))
 """A network outside the blocks computes the modulation of all of them."""
 
@@ -341,8 +370,12 @@ ROWS: Mapping[str, tuple[Fold, ...]] = {
     "AuraFlowSingleTransformerBlock": (value("attn"), _AURAFLOW[1]),
     "ChromaTransformerBlock": _CHROMA,
     "ChromaSingleTransformerBlock": SINGLE[1:],
+    "Flux2TransformerBlock": _FLUX2,
+    # One layer is the queries, keys, values and the feed-forward network.
+    "Flux2SingleTransformerBlock": (query_key("attn"),),
     "HunyuanDiTBlock": _HUNYUAN_DIT,
     "JointTransformerBlock": _SD3,
+    **dict.fromkeys(("JoyImageEditPlusTransformerBlock", "JoyImageTransformerBlock"), _JOYIMAGE),
     # Rotary embeddings of Kandinsky 5 are rounded to bfloat16, so queries and keys cannot be scaled exactly.
     "Kandinsky5TransformerDecoderBlock": tuple(_kandinsky("")),
     "Kandinsky6FusedTransformerDecoderBlock": _KANDINSKY6,

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import nn
 
+from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.quant import LayerSpec, QLinear, format_of, quantize
@@ -20,7 +22,7 @@ from postgen.quant.transforms.let import (
     initial_shift,
     let_points,
 )
-from tests.families.tiny_models import BUILDERS, TinyModel, tiny_model
+from tests.families.tiny_models import BLOCK_BUILDERS, BUILDERS, TinyModel, tiny_model
 from tests.families.tiny_parts import Size, build
 
 WAN = {"attn1.input", "attn1.value", "attn1.query_key", "attn2.query_input", "attn2.value", "attn2.query_key"}
@@ -61,6 +63,9 @@ POINTS = {
         "feed_forward.input",
         "feed_forward.hidden",
     },
+    "Flux 2": {"attn.value", "attn.query_key"} | GATED,
+    "JoyImage edit": {"attn.value", "attn.query_key"},
+    "JoyImage edit plus": {"attn.value", "attn.query_key"},
     "HunyuanDiT": {"attn1.value", "attn2.query_input", "attn2.value", "ff.input"},
 }
 SCALED_ONLY = {
@@ -131,6 +136,30 @@ def test_folds_are_exact_and_scale_what_the_readers_get(name):
     check_exact(tiny, points)
 
 
+def test_every_model_but_unets_has_rows():
+    unets = {"Stable Diffusion", "AnimateDiff", "ModelScope", "I2VGen-XL", "Stable Video Diffusion"}
+    assert POINTS.keys() == {*BUILDERS, *BLOCK_BUILDERS} - unets
+
+
+def test_the_embedded_model_is_the_same_after_folds_of_its_own_ranges():
+    model = WanTransformer3DModel.from_pretrained(embedded_model(), subfolder="transformer", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, model.config.in_channels, 3, 8, 8, generator=generator)
+    text = torch.randn(2, 12, model.config.text_dim, generator=generator)
+    inputs = Inputs(model)
+    with torch.no_grad():
+        expected = model(latents, torch.tensor([900.0, 300.0]), text, return_dict=False)[0]
+        folds = []
+        for point in points_of(model):
+            if point.readers:
+                x = inputs[f"{point.block}.{point.readers[0].name}"].flatten(0, -2)
+                shift = initial_shift(point, x.amin(0), x.amax(0))
+                folds.append((point, initial_scale(model, point, (x - shift).abs().amax(0)), shift))
+        fold_all_(model, folds)
+        assert len(folds) == 40
+        assert error(model(latents, torch.tensor([900.0, 300.0]), text, return_dict=False)[0], expected) < 1e-6
+
+
 def changed(name, **changes):
     """Return a tiny model with other config entries."""
     kind, config, arguments = BUILDERS[name](Size(batch=2, frames=4, layers=2))
@@ -168,7 +197,8 @@ def test_only_modulation_by_a_shared_embedding_needs_a_gain():
         kinds = folded(model, points_of(model))
         buffers = {each for each, _ in kinds.named_buffers() if each.endswith("_gain")}
         assert {each.rpartition(".")[2] for each in buffers} == ({gained} if gained else set())
-        assert gained_blocks(kinds) == ([block.name for block in blocks_of(model)] if gained else [])
+        assert gained_blocks(kinds) == [block.name for block in blocks_of(model)]
+        assert gained_blocks(model) == []
 
 
 def test_a_gated_feed_forward_network_scales_the_half_without_activation():
@@ -223,8 +253,6 @@ def test_a_block_alone_is_folded_like_the_block_of_a_model():
 
 
 def test_gains_survive_saving_and_casts(tmp_path):
-    from diffusers import WanTransformer3DModel
-
     tiny = tiny_model("Wan")
     expected = tiny()
     tiny.transformer = folded(tiny.transformer, points_of(tiny.transformer))
@@ -237,10 +265,8 @@ def test_gains_survive_saving_and_casts(tmp_path):
     assert error(tiny(), expected) < 1e-6
     gain = loaded.blocks[0].temb_gain.clone()
     assert torch.equal(loaded.to(torch.bfloat16).blocks[0].temb_gain, gain)
-    with pytest.raises(UserError, match=r"has a gain .* for blocks\.9, but .* has no such block"):
+    with pytest.raises(UserError, match=r"has folds in blocks\.9, but Wan.* has no such block"):
         prepare_gains_(loaded, ["blocks.9"])
-    with pytest.raises(UserError, match="no such block with a modulation table"):
-        prepare_gains_(tiny_model("Flux").transformer, ["transformer_blocks.0"])
 
 
 def test_a_block_with_a_gain_trains_and_compiles_like_any_other():
@@ -285,8 +311,8 @@ def test_errors_name_the_point_and_change_nothing():
 
 
 def test_a_model_without_rows_or_with_other_layers_is_refused():
-    with pytest.raises(UserError, match="no folds are known for blocks of the class Flux2TransformerBlock"):
-        points_of(tiny_model("Flux 2").transformer)
+    with pytest.raises(UserError, match="no folds are known for blocks of the class DownBlock2D"):
+        points_of(tiny_model("Stable Diffusion").transformer)
     model = tiny_model("Wan").transformer
     with pytest.raises(UserError, match=r"has no block 'blocks\.7'. Blocks: blocks\.0 \.\.\. blocks\.1"):
         let_points(model, "blocks.7")
@@ -300,6 +326,21 @@ def test_a_model_without_rows_or_with_other_layers_is_refused():
     quantized.blocks[0].ffn.net[2] = QLinear.of(layer, quantize(layer.weight, spec.weight), spec)
     with pytest.raises(UserError, match=r"blocks\.0\.ffn\.net\.2 is quantised already"):
         points_of(quantized)
+
+
+def test_numbers_that_overflow_and_shared_weights_are_refused():
+    model = tiny_model("Wan").transformer.to(torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    (point, *_) = let_points(model, "blocks.0")
+    with pytest.raises(UserError, match="too large for float16 after this fold"):
+        fold_(model, point, torch.full((point.width,), 1e7))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.blocks[1].scale_shift_table = model.blocks[0].scale_shift_table
+    with pytest.raises(UserError, match=r"blocks\.0\.scale_shift_table is also blocks\.1\.scale_shift_table"):
+        let_points(model, "blocks.0")
+    model.blocks[1].ffn.net[2].to("meta")
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.net\.2 are not loaded"):
+        let_points(model, "blocks.1")
 
 
 def test_an_adapter_is_refused():

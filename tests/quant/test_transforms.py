@@ -11,8 +11,9 @@ from postgen.quant import LayerSpec, QLinear, format_of, quantize
 from postgen.quant.rotation import rotated
 from postgen.quant.transforms.channel_fold import channel_fold, fold_channels_
 from postgen.quant.transforms.hadamard import random_signs, rotate_values_
-from postgen.quant.transforms.let import let_points
+from postgen.quant.transforms.let import initial_scale, let_points
 from postgen.quant.transforms.low_rank import low_rank_branch, refined_branch, residual_of
+from postgen.quant.transforms.smooth import searched_scale
 from tests.families.tiny_models import tiny_model
 
 
@@ -116,6 +117,50 @@ def test_errors_of_the_branch():
         low_rank_branch(weight_of(8, 16), 9)
     with pytest.raises(UserError, match=r"second moment has shape \(8,\): it must be \(16,\) or \(16, 16\)"):
         low_rank_branch(weight_of(8, 16), 2, moment=torch.ones(8))
+
+
+def outliers(width):
+    x = torch.randn(64, width, generator=torch.Generator().manual_seed(3))
+    x[:, 5] *= 30
+    return x
+
+
+@pytest.mark.parametrize("more", [{}, {"rank": 4}, {"rotate": 8}])
+def test_the_search_of_a_scale_reduces_the_error_of_the_readers(more):
+    model = tiny_model("Wan").transformer
+    point = next(each for each in let_points(model, "blocks.0") if each.name == "ffn.input")
+    x, layer = outliers(point.width), model.blocks[0].ffn.net[0].proj
+    spec = LayerSpec(weight=format_of("int4"), act=format_of("int4:token"), **more)
+
+    def lost(scale):
+        weight, branch = layer.weight * scale, None
+        if spec.rank:
+            branch = low_rank_branch(weight, spec.rank)
+            weight = residual_of(weight, branch)
+        linear = copy.deepcopy(layer)
+        quantized = quantize(rotated(weight, spec.rotate), spec.weight)
+        new = QLinear.of(linear, quantized, spec, branch=branch, input_scale=scale)
+        return float((new(x) - layer(x)).square().sum())
+
+    scale, strength = searched_scale(model, point, x, {"ffn.net.0.proj": spec})
+    assert lost(scale) < lost(torch.ones_like(scale))
+    assert lost(scale) <= lost(initial_scale(model, point, x.abs().amax(0))) * 1.001
+    assert 0 < strength <= 1
+    assert torch.equal(scale, initial_scale(model, point, x.abs().amax(0), strength))
+
+
+def test_inputs_without_outliers_need_no_scale_where_they_stay_exact():
+    model = tiny_model("Wan").transformer
+    point = next(each for each in let_points(model, "blocks.0") if each.name == "attn1.input")
+    x = torch.ones(3, point.width)
+    spec = LayerSpec(weight=format_of("int8"))
+    scale, strength = searched_scale(model, point, x, {"attn1.to_q": spec}, grid=())
+    assert torch.equal(scale, torch.ones(point.width))
+    assert strength == 0
+    with pytest.raises(UserError, match=r"no layer that reads attn1\.input of blocks\.0 is quantised"):
+        searched_scale(model, point, x, {"attn1.to_out.0": spec})
+    with pytest.raises(UserError, match=r"shape \(3, 4\): they must be \(tokens, 32\)"):
+        searched_scale(model, point, x[:, :4], {"attn1.to_q": spec})
 
 
 def test_a_channel_wise_quantiser_becomes_one_with_a_single_scale():

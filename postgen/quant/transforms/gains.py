@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.folds import Table, folds_of, has_folds
+from postgen.quant.transforms.records import RECORD, prepare_records_
 
 ENDING = "_gain"
 """Ending of the buffer's name, after the name of the argument that it multiplies: "temb_gain"."""
@@ -32,7 +33,7 @@ def gain_(block: nn.Module, table: Table) -> Tensor:
     The first call registers the buffer, with ones, and the hook that multiplies the embedding.
     """
     name = table.embedding + ENDING
-    if name not in block._buffers:
+    if name not in _buffers(block):
         values = getattr(block, table.name)
         ones = torch.ones(values.shape[-2:], dtype=torch.float32, device=values.device)
         block.register_buffer(name, ones.view(torch.int32))
@@ -44,38 +45,44 @@ def gain_(block: nn.Module, table: Table) -> Tensor:
 
 
 def gained_blocks(model: nn.Module) -> list[str]:
-    """Return the names of the blocks that have a gain, in the order in which they run.
+    """Return the names of the blocks with buffers of folds (a gain, a record), in the order in which they run.
 
     A loader calls `prepare_gains_` with these names before it loads the weights of a checkpoint.
     """
-    return [block.name for block in blocks_of(model) if any(name.endswith(ENDING) for name in block.module._buffers)]
+    return [block.name for block in blocks_of(model) if any(map(_is_ours, _buffers(block.module)))]
 
 
 def prepare_gains_(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Give blocks a gain of ones (or without data, on the meta device), so that a checkpoint with gains can be loaded.
+    """Give blocks the buffers of folds, without any fold, so that a checkpoint of a folded model can be loaded.
 
     Args:
         model: a transformer.
         blocks: names from `gained_blocks` of the model that was saved.
 
     Raises:
-        UserError: the model has no such block, or blocks of its class have no shared embedding.
+        UserError: the model has no such block, or no folds are known for blocks of its class.
     """
     known = {block.name: block.module for block in blocks_of(model)}
     for name in blocks:
-        tables = _tables(known[name]) if name in known else []
-        if not tables:
+        if name not in known or not has_folds(known[name]):
             raise UserError(
-                f"the checkpoint has a gain of the timestep embedding for {name}, but {type(model).__name__} has no"
-                " such block with a modulation table: load it into the class that it was made from"
+                f"the checkpoint has folds in {name}, but {type(model).__name__} has no such block that can be folded:"
+                " load it into the class that it was made from"
             )
-        for table in tables:
+        for table in _tables(known[name]):
             gain_(known[name], table)
+        prepare_records_(known[name])
+
+
+def _buffers(block: nn.Module) -> list[str]:
+    return [name for name, _ in block.named_buffers(recurse=False)]
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(ENDING) or name.startswith(RECORD)
 
 
 def _tables(block: nn.Module) -> list[Table]:
-    if not has_folds(block):
-        return []
     writers = (writer for fold in folds_of(block) for writer in fold.writers)
     found = [each for each in writers if isinstance(each, Table) and hasattr(block, each.name)]
     return list({each.embedding: each for each in found}.values())
@@ -102,4 +109,5 @@ def _times(embedding: Tensor, bits: Tensor, table: Table, dtype: torch.dtype) ->
         gain = gain.flatten()
     elif table.shape == "slots_first":
         gain = gain.reshape(gain.shape[0], *(1,) * (embedding.dim() - 3), gain.shape[1])
-    return (embedding.float() * gain).to(torch.promote_types(embedding.dtype, dtype))
+    exact = torch.promote_types(embedding.dtype, torch.float32)
+    return (embedding.to(exact) * gain).to(torch.promote_types(embedding.dtype, dtype))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.quant.rotation import rotated
 from postgen.quant.transforms.points import FoldPoint, block_of
+from postgen.quant.transforms.records import is_rotated, note_rotation_
 
 
 def random_signs(channels: int, seed: int = 0) -> Tensor:
@@ -35,12 +36,15 @@ def rotate_values_(model: nn.Module, point: FoldPoint, size: int = 0, signs: Ten
         signs: (C,) of +1 and -1, by which the channels are multiplied first; None: all are +1.
 
     Raises:
-        UserError: the point has other tensors, or the size does not divide a head. Nothing changes.
+        UserError: the point has other tensors, the size does not divide a head, or the values are rotated already.
+            Nothing changes.
     """
     where = f"{point.name} of {point.block or 'the block'}"
     if point.kind != "value":
         raise UserError(f"{where} cannot be rotated in the weights: only the values of attention can")
     block = block_of(model, point.block)
+    if is_rotated(block, point):
+        raise UserError(f"{where} is rotated already")
     attention: Any = block.get_submodule(point.writers[0].name.rpartition(".")[0])
     head = point.width // _heads(attention)
     size = size or head & -head
@@ -58,6 +62,7 @@ def rotate_values_(model: nn.Module, point: FoldPoint, size: int = 0, signs: Ten
             if axis == 0 and layer.bias is not None:
                 moved = layer.bias.data[part.start : part.stop]
                 moved.copy_(rotated(moved, size, own))
+    note_rotation_(block, point, size, signs)
 
 
 def _heads(attention: Any) -> int:

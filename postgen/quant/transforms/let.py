@@ -22,6 +22,7 @@ from postgen.errors import UserError
 from postgen.families.folds import Modulation, Norm, Table
 from postgen.quant.transforms.gains import gain_
 from postgen.quant.transforms.points import FoldPoint, Part, block_of, found_in, let_points
+from postgen.quant.transforms.records import is_rotated, note_
 
 __all__ = [
     "FoldPoint",
@@ -65,17 +66,24 @@ def fold_all_(model: nn.Module, folds: Iterable[tuple[FoldPoint, Tensor, Tensor 
     sheet = _Sheet()
     for point, scale, shift in asked:
         block = block_of(model, point.block)
+        if is_rotated(block, point):
+            raise UserError(
+                f"{point.name} of {point.block or 'the block'} is rotated already: fold it before rotation"
+            )
         for parts, change in ((point.readers, _read), (point.writers, _written)):
             for part in parts:
                 layer: Any = block.get_submodule(part.name)
-                s, d = scale.to(layer.weight.device), shift.to(layer.weight.device)
-                weight, bias = change(part, sheet[layer.weight], sheet.get(layer.bias), s, d)
+                work = sheet[layer.weight]
+                s, d = scale.to(work), shift.to(work)
+                weight, bias = change(part, work, sheet.get(layer.bias), s, d)
                 sheet[layer.weight] = weight
                 if bias is not None:
                     sheet[layer.bias] = bias
         for writer in point.fold.writers:
             _write(block, writer, scale, shift, sheet)
     sheet.write()
+    for point, scale, shift in asked:
+        note_(block_of(model, point.block), point, scale, shift)
 
 
 def folded_linear(
@@ -140,7 +148,7 @@ def initial_shift(point: FoldPoint, low: Tensor, high: Tensor) -> Tensor | None:
 
 
 class _Sheet:
-    """Float32 copies of the parameters that folds change, so that each is rounded once."""
+    """Copies of the parameters that folds change, in float32 at least, so that each is rounded once."""
 
     def __init__(self) -> None:
         self._work: dict[int, tuple[Tensor, Tensor]] = {}
@@ -148,7 +156,7 @@ class _Sheet:
 
     def __getitem__(self, parameter: Tensor) -> Tensor:
         if id(parameter) not in self._work:
-            self._work[id(parameter)] = parameter, parameter.detach().float().clone()
+            self._work[id(parameter)] = parameter, _exact(parameter).clone()
         return self._work[id(parameter)][1]
 
     def get(self, parameter: Tensor | None) -> Tensor | None:
@@ -162,7 +170,18 @@ class _Sheet:
         self._gains.append((block, table, scale, (table.shift, table.scale)))
 
     def write(self) -> None:
-        for parameter, value in self._work.values():
+        """Round the copies into the parameters.
+
+        Raises:
+            UserError: a number is too large for the dtype of its parameter (float16). Nothing changes.
+        """
+        rounded = [(parameter, value.to(parameter.dtype)) for parameter, value in self._work.values()]
+        if dtypes := {str(each.dtype)[6:] for _, each in rounded if not bool(each.isfinite().all())}:
+            raise UserError(
+                f"weights are too large for {' and '.join(dtypes)} after this fold: use a smaller scale, or convert"
+                " the model to bfloat16 first"
+            )
+        for parameter, value in rounded:
             parameter.data.copy_(value)
         for block, table, scale, slots in self._gains:
             gain = gain_(block, table)
@@ -200,7 +219,7 @@ def _write(block: nn.Module, writer: object, scale: Tensor, shift: Tensor, sheet
         case Table() if hasattr(block, writer.name):
             table = sheet[getattr(block, writer.name)]
             slots = table.view(-1, table.shape[-1])
-            s, d = scale.to(table.device), shift.to(table.device)
+            s, d = scale.to(table), shift.to(table)
             slots[writer.scale] = (1 + slots[writer.scale]) / s - 1
             slots[writer.shift] = (slots[writer.shift] - d) / s
             sheet.gain(block, writer, s)
@@ -216,7 +235,7 @@ def _write(block: nn.Module, writer: object, scale: Tensor, shift: Tensor, sheet
 
 def _modulate(layer: Any, writer: Modulation, scale: Tensor, shift: Tensor, sheet: _Sheet) -> None:
     weight, bias = sheet[layer.weight], sheet[layer.bias]
-    s, d = scale.to(weight.device), shift.to(weight.device)
+    s, d = scale.to(weight), shift.to(weight)
     for chunk, is_scale in ((writer.scale, True), (writer.shift, False)):
         if chunk is not None:
             rows = slice(chunk * len(s), (chunk + 1) * len(s))
@@ -226,17 +245,21 @@ def _modulate(layer: Any, writer: Modulation, scale: Tensor, shift: Tensor, shee
 
 def _affine(norm: Any, scale: Tensor, shift: Tensor, sheet: _Sheet) -> None:
     weight = sheet[norm.weight]
-    s, d = scale.to(weight.device), shift.to(weight.device)
+    s, d = scale.to(weight), shift.to(weight)
     weight /= s.view_as(weight)
     if getattr(norm, "bias", None) is not None:
         bias = sheet[norm.bias]
         bias.copy_((bias - d.view_as(bias)) / s.view_as(bias))
 
 
+def _exact(values: Tensor) -> Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _checked(point: FoldPoint, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     where = f"{point.name} of {point.block or 'the block'}"
-    scale = scale.detach().float()
-    shift = torch.zeros_like(scale) if shift is None else shift.detach().float()
+    scale = _exact(scale)
+    shift = torch.zeros_like(scale) if shift is None else _exact(shift)
     for name, values in (("scale", scale), ("shift", shift)):
         if values.shape != (point.width,):
             raise UserError(f"the {name} of {where} has shape {tuple(values.shape)}: it needs ({point.width},)")

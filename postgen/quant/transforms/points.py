@@ -73,9 +73,19 @@ def let_points(
     """
     name = block.name if isinstance(block, Block) else block
     module = block_of(model, name)
-    folds = [fold for fold in folds_of(module) if fold.kind in kinds]
+    found = [point for point in points_in(module, name) if point.kind in kinds]
     _check(module, name or type(module).__name__)
-    found = (_point(module, name, fold) for fold in folds)
+    _check_shared(model, module, name)
+    return found
+
+
+def points_in(block: nn.Module, name: str = "") -> list[FoldPoint]:
+    """Return the points of a block without checks of its layers, which may be quantised.
+
+    Raises:
+        UserError: the class of the block has no rows.
+    """
+    found = (_point(block, name, fold) for fold in folds_of(block))
     return [point for point in found if point is not None]
 
 
@@ -206,3 +216,15 @@ def _check(block: nn.Module, name: str) -> None:
             )
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
             raise UserError(f"{place} is quantised already: fold before layers are quantised")
+        if isinstance(module, nn.Linear) and module.weight.is_meta:
+            raise UserError(f"the weights of {place} are not loaded (offloading): load the model without it to fold")
+
+
+def _check_shared(model: nn.Module, block: nn.Module, name: str) -> None:
+    """Refuse parameters that are also those of another part of the model, which a fold would change."""
+    if model is block:
+        return
+    own = {id(parameter): inner for inner, parameter in block.named_parameters()}
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and f"{name}.{own[id(parameter)]}" not in other:
+            raise UserError(f"{name}.{own[id(parameter)]} is also {other}, so folding one would change the other")
