@@ -21,12 +21,16 @@ from postgen.errors import UserError
 from postgen.families import Block
 from postgen.quant.chain import Chain, ChainedCall, ChainedRecords
 from postgen.quant.fake import fake_layers
+from postgen.quant.fdda import Penalty, StatPenalty
 from postgen.quant.packing import pack, unpack
+from postgen.quant.rotation import rotated_back
 from postgen.quant.rounding import Quantized
 from postgen.quant.solved import read_solved, solve_block, write_solved
+from postgen.quant.spec import LayerSpec
 from postgen.quant.stages import COMPUTED
 from postgen.quant.student import Ranges, StudentPlan, make_student, observed
 from postgen.quant.transforms.let import FoldPoint
+from postgen.quant.visits import Bin
 from postgen.reconstruct import (
     Call,
     ReconstructConfig,
@@ -39,8 +43,8 @@ from postgen.reconstruct import (
 )
 from postgen.reconstruct.loss import distance
 
-Levels = Mapping[bool, Sequence[Sequence[int]]]
-"""Held out or not -> for each call in `Records.calls` the bin of the noise level of each row."""
+Bins = Mapping[bool, Sequence[Sequence[Bin]]]
+"""Held out or not -> for each call in `Records.calls` the bin of each row, see `Calibration.bins_of`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,17 +54,16 @@ class LayerResult:
     packed: Mapping[str, Tensor] | None
     """The packed weight, see `postgen.quant.packing`; None if the weight stays exact."""
     weight: Tensor | None
-    """The exact weight (N, K) where it stays exact; None otherwise."""
+    """The weight (N, K) where it stays exact, not rotated; None otherwise."""
     bias: Tensor | None
     branch: tuple[Tensor, Tensor] | None = None
     """Low-rank branch (N, r), (r, K)."""
     clips: Tensor | None = None
     """Clips of the input's range for each bin of noise levels."""
 
-    def quantized(self, plan: StudentPlan, name: str, shape: tuple[int, ...]) -> Quantized | None:
-        """Return the quantised weight of the layer with this full name; None if it stays exact."""
-        format = plan.layers[name].weight
-        return None if self.packed is None or format is None else unpack(self.packed, format, shape)
+    def quantized(self, spec: LayerSpec, shape: tuple[int, ...]) -> Quantized | None:
+        """Return the quantised weight of the layer; None if it stays exact."""
+        return None if self.packed is None or spec.weight is None else unpack(self.packed, spec.weight, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,8 @@ class BlockwiseRun:
         plan: what the students have in common.
         records: records of all blocks, see `postgen.reconstruct.collect`.
         config: settings of the training; `output_dir` is the folder of this stage.
-        levels: bins of the rows of all calls, where the plan has bins.
+        bins: bins of the rows of all calls, where the plan has bins or there is a penalty.
+        penalty: second term of the loss, on statistics of activations.
         former: the former stage of the recipe, which is finished.
         settings: JSON values that identify the run.
         options: options of the stage's solver.
@@ -99,7 +103,8 @@ class BlockwiseRun:
         records: Records,
         config: ReconstructConfig,
         *,
-        levels: Levels | None = None,
+        bins: Bins | None = None,
+        penalty: StatPenalty | None = None,
         former: BlockwiseRun | None = None,
         settings: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -110,12 +115,13 @@ class BlockwiseRun:
             )
         self.blocks = [block for block in blocks if plan.of(block.name)]
         self.plan, self.records, self.config = plan, records, config
-        self.levels, self.former, self.options = levels, former, dict(options or {})
+        self.bins, self.penalty, self.former, self.options = bins, penalty, former, dict(options or {})
         self.settings = {"stage": _plain(asdict(plan.stage)), **(settings or {})}
         self.device = Share().device(config.device)
         self.chain = Chain(blocks, records, self._for_chain, self.device, half=config.bf16)
         self._all, self._results = list(blocks), dict[str, tuple[dict[str, LayerResult], list[Any]]]()
         self._report: Report | None = None
+        self._found = Penalty()
         self._teacher = nn.Module()  # the exact block, where its outputs for the chain's inputs are a target
 
     def run(self) -> BlocksResult:
@@ -174,31 +180,42 @@ class BlockwiseRun:
             return self._student(number, ranges=True)
 
         def run(student: nn.Module, calls: Sequence[Call]) -> tuple[Tensor, ...]:
-            return self._run(block, student, calls[0])
+            if self.penalty is None:
+                return self._run(block, student, calls[0])
+            with self.penalty.watching(block.name, student, self._bins_of(calls[0])) as self._found:
+                return self._run(block, student, calls[0])
 
-        def penalty(student: nn.Module, calls: Sequence[Call], outputs: Sequence[Tensor]) -> Tensor:
-            with torch.no_grad():
-                exact = self._run(block, self._teacher, calls[0])
-            return self.plan.stage.aug * distance(self.config.loss, outputs, exact)
+        def second(student: nn.Module, calls: Sequence[Call], outputs: Sequence[Tensor]) -> Tensor:
+            term = torch.zeros((), device=self.device) if self.penalty is None else self._found.total
+            if self.plan.stage.aug:
+                with torch.no_grad():
+                    exact = self._run(block, self._teacher, calls[0])
+                term = term + self.plan.stage.aug * distance(self.config.loss, outputs, exact)
+            return term
 
         return ReconstructTask(
             name=block.name,
             build=build,
             run=run,
             target=lambda calls: _streams(block, calls[0].output()),
-            penalty=penalty if self.plan.stage.aug else None,
+            penalty=second if self.plan.stage.aug or self.penalty is not None else None,
             is_new=lambda name: name.rpartition(".")[2] in COMPUTED or ".branch." in f".{name}",
             settings={**self.settings, "layers": {name: str(spec) for name, spec in self.plan.of(block.name).items()}},
         )
 
     def _run(self, block: Block, student: nn.Module, call: Call) -> tuple[Tensor, ...]:
         args, kwargs = call.inputs()
-        if self.plan.bins is not None and self.levels is not None:
-            recorded = call.recorded
-            assert isinstance(recorded, ChainedCall)
-            held_out, place = recorded.key
-            self.plan.bins.current = torch.tensor(self.levels[held_out][place], device=self.device)
+        if self.plan.bins is not None:
+            levels = [bin.level for bin in self._bins_of(call)]
+            self.plan.bins.current = torch.tensor(levels, device=self.device)
         return _streams(block, student(*args, **kwargs))
+
+    def _bins_of(self, call: Call) -> Sequence[Bin]:
+        recorded = call.recorded
+        assert isinstance(recorded, ChainedCall)
+        assert self.bins is not None, "a penalty and clips need the bins of the calls"
+        held_out, place = recorded.key
+        return self.bins[held_out][place]
 
     def _student(self, number: int, *, ranges: bool) -> nn.Module:
         block = self._all[number]
@@ -232,13 +249,21 @@ class BlockwiseRun:
         block = self._all[number]
         path = self.config.folder / "solved" / f"{block.name}.safetensors"
         if path.is_file():
-            read_solved(path, self.settings)
+            if not self.config.resume:
+                raise UserError(
+                    f"{self.config.folder} holds an earlier run of {block.name}: continue it with resume=True, or"
+                    " choose another output_dir"
+                )
+            read_solved(path, self._identity())
             return
         self.chain.reach(number)
         student = self._student(number, ranges=True).eval()
         calls = self.chain.calls(number, held_out=False)
         run = [partial(self.chain.run, block, student, call) for call in calls]
-        write_solved(path, solve_block(student, run, self.plan.stage.solver, self.options), self.settings)
+        write_solved(path, solve_block(student, run, self.plan.stage.solver, self.options), self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.settings, "options": self.options, "records": self.records.identity}
 
     # Finished blocks.
 
@@ -250,7 +275,7 @@ class BlockwiseRun:
             fixed: Mapping[str, Mapping[str, Tensor]] = {}
         else:
             path = self.config.folder / "solved" / f"{name}.safetensors"
-            fixed = read_solved(path, self.settings)
+            fixed = read_solved(path, self._identity())
         for inside, fake in fake_layers(student):
             format, shape = fake.spec.weight, tuple(fake.weight.shape)
             packed = {key: value.to(self.device) for key, value in fixed.get(inside, {}).items()}
@@ -285,7 +310,7 @@ class BlockwiseRun:
                 bias = branch[1]
             layers[f"{block}.{name}"] = LayerResult(
                 packed=None if quantized is None else {key: each.cpu() for key, each in pack(quantized).items()},
-                weight=weight.cpu() if quantized is None else None,
+                weight=rotated_back(weight, fake.spec.rotate).cpu() if quantized is None else None,
                 bias=None if bias is None else bias.cpu(),
                 branch=None if branch is None else (branch[0][0].cpu(), branch[0][1].cpu()),
                 clips=fake.act_clip.detach().cpu() if hasattr(fake, "act_clip") else None,

@@ -60,13 +60,14 @@ class Recipe:
     """Passes over the blocks, which need calibration."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the solver, also of that of a stage."""
-    corrects: bool = False
-    """Whether the statistics of the norms' inputs are corrected afterwards (FDDA)."""
+    statistics: bool = False
+    """Whether training also fits means and variances of activations, and layers are corrected to them at the end
+    (FDDA)."""
 
     @property
     def calibrated(self) -> bool:
         """Whether the recipe needs calibration."""
-        return bool(self.stages) or self.corrects
+        return bool(self.stages) or self.statistics
 
 
 _LWC, _LET = frozenset({"clip_high", "clip_low"}), frozenset({"let_scale", "let_shift"})
@@ -137,12 +138,12 @@ RECIPES: Mapping[str, Recipe] = {
         ),
     ),
     "fdda": Recipe(
-        summary="Rounding to nearest, then means and variances of the norms' inputs are corrected (after"
+        summary="Rounding to nearest, then means and variances of the layers' outputs are corrected (after"
         " arXiv:2109.04186).",
-        corrects=True,
+        statistics=True,
     ),
 }
-"""Name -> recipe. A name such as "omniquant+fdda" corrects statistics after another recipe."""
+"""Name -> recipe. A name such as "omniquant+fdda" adds the statistics to another recipe."""
 
 
 def recipe_of(name: str) -> Recipe:
@@ -159,4 +160,4 @@ def recipe_of(name: str) -> Recipe:
             f"the recipe {shown(name)} is unknown{did_you_mean(first, RECIPES)}. Recipes: {', '.join(RECIPES)};"
             " NAME+fdda adds the correction of statistics"
         )
-    return replace(RECIPES[first], corrects=True) if plus else RECIPES[first]
+    return replace(RECIPES[first], statistics=True) if plus else RECIPES[first]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from postgen.errors import UserError, shown
@@ -17,6 +18,8 @@ from postgen.quant.spec import KEYS, LayerSpec
 
 NAMES = "names"
 """Key of the names of the layers of a group."""
+FLOAT_ZERO = "float_zero"
+"""Key that says whether zero points are stored as float32 (int32 views), because some are no bytes."""
 
 
 def groups_of(layers: Mapping[str, QLinear]) -> list[dict[str, Any]]:
@@ -56,6 +59,8 @@ def put_layers_(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> dict[s
                 linear.in_features, linear.out_features, spec, device=linear.weight.device, dtype=linear.weight.dtype,
                 **words,
             )  # fmt: skip
+            if group[FLOAT_ZERO] and new.weight_zero is not None:
+                new.weight_zero = torch.empty_like(new.weight_zero, dtype=torch.int32)
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, new)
             found[name] = new
@@ -73,12 +78,14 @@ def _described(layer: QLinear) -> dict[str, Any]:
         "input_scale": layer.input_scale is not None,
         "signs": layer.signs is not None,
         "clips": 0 if layer.act_clip is None else len(layer.act_clip),
+        # Without a dtype, diffusers casts a tensor to the dtype that the empty layer has.
+        FLOAT_ZERO: layer.weight_zero is not None and layer.weight_zero.dtype == torch.int32,
     }
 
 
 def _read(group: Any) -> tuple[dict[str, Any], LayerSpec]:
     words = ("bias", "input_scale", "signs", "clips")
-    keys = {*KEYS, *words, NAMES}
+    keys = {*KEYS, *words, NAMES, FLOAT_ZERO}
     if not isinstance(group, Mapping) or group.keys() != keys or not isinstance(group[NAMES], list):
         raise UserError(
             f"a group of quantised layers in the config must have {', '.join(sorted(keys))}, got"

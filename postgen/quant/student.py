@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from postgen.families.folds import Kind, has_folds
+from postgen.families.folds import Kind
 from postgen.kernels.fp8 import SMALLEST_SCALE
 from postgen.quant.fake import FakeQuantLinear, Let, fake_layers
 from postgen.quant.rounding import Scales
 from postgen.quant.spec import LayerSpec
 from postgen.quant.stages import Stage
 from postgen.quant.step_bins import StepBins
+from postgen.quant.transforms.channel_fold import channel_fold
 from postgen.quant.transforms.let import FoldPoint, initial_scale, initial_shift, let_points
+from postgen.quant.transforms.low_rank import low_rank_branch
 
 KINDS: tuple[Kind, ...] = ("norm", "value", "gated")
 """Tensors that recipes transform. Queries and keys matter only for quantised attention."""
@@ -55,8 +57,8 @@ class StudentPlan:
     stage: Stage
     bins: StepBins | None = None
     """Bins of noise levels for learned clips of inputs; None for no clips."""
-    branches: Callable[[str, nn.Linear, LayerSpec], tuple[Tensor, Tensor] | None] = field(default=lambda *_: None)
-    """(full name, layer, spec) -> the low-rank branch of a layer, or None."""
+    dtype: torch.dtype = torch.float32
+    """Dtype of the model, in which low-rank branches are stored."""
 
     def of(self, block: str) -> dict[str, LayerSpec]:
         """Return the layers of a block by their names inside it."""
@@ -91,14 +93,15 @@ def make_student(
     for inside, spec in layers.items():
         linear: Any = student.get_submodule(inside)
         spec = LayerSpec(weight=None, act=spec.act, rotate=spec.rotate) if stage.exact_weights else spec
+        own = [let for let in lets if inside in _touched(let.point)]
         fake = FakeQuantLinear(
             linear,
             spec,
             name=inside,
             ranges=stage.ranges if spec.weight is not None else "minmax",
-            lets=[let for let in lets if inside in _touched(let.point)],
+            lets=own,
             bins=plan.bins if "act_clip" in stage.trains else None,
-            branch=plan.branches(f"{name}.{inside}", linear, spec) if spec.rank else None,
+            branch=_branch(linear, spec, inside, own, plan.dtype),
         )
         parent, _, child = inside.rpartition(".")
         setattr(student.get_submodule(parent), child, fake.train(linear.training))
@@ -116,11 +119,6 @@ def points_of(block: nn.Module, layers: Mapping[str, LayerSpec], stage: Stage) -
         return []
     kinds: tuple[Kind, ...] = ("norm",) if stage.by_channel or stage.lets == "channel" else KINDS
     return [point for point in let_points(block, kinds=kinds) if _quantises(point, layers)]
-
-
-def transforms(layers: Iterable[LayerSpec], block: nn.Module) -> bool:
-    """Whether transformations of a block have any use: it has a layer with a quantised input, and rows of folds."""
-    return has_folds(block) and any(spec.act is not None for spec in layers)
 
 
 def observed(block: nn.Module, names: Collection[str], run: Callable[[nn.Module], None]) -> dict[str, InputRange]:
@@ -181,6 +179,20 @@ def _let(
     return Let(point, initial_scale(block, point, largest), shift)
 
 
+def _branch(
+    linear: nn.Linear, spec: LayerSpec, name: str, lets: Iterable[Let], dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Return the low-rank branch of a layer, which takes most where the transformations scale the weight up."""
+    if not spec.rank or spec.weight is None:
+        return None
+    moment = torch.ones(linear.in_features, device=linear.weight.device)
+    for let in lets:
+        for part in let.point.readers:
+            if part.name == name:
+                moment[part.start : part.stop] *= let.values[0].detach().square()
+    return low_rank_branch(linear.weight.detach(), spec.rank, moment=moment, dtype=dtype)
+
+
 def _zeros(point: FoldPoint, place: torch.device) -> Tensor | None:
     return torch.zeros(point.width, device=place) if point.shiftable else None
 
@@ -188,8 +200,8 @@ def _zeros(point: FoldPoint, place: torch.device) -> Tensor | None:
 def _channel_let(point: FoldPoint, before: Mapping[str, Tensor]) -> Let:
     """Return the transformation after which all channels have the mean scale and zero point of the first stage."""
     name = point.readers[0].name
-    scale, zero = before[f"{name}.channel_scale"], before[f"{name}.channel_zero"]
-    return Let(point, scale / scale.mean(), (zero.mean() - zero) * scale if point.shiftable else None)
+    fold = channel_fold(before[f"{name}.channel_scale"], before[f"{name}.channel_zero"])
+    return Let(point, fold.scale, fold.shift if point.shiftable else None)
 
 
 def _by_channel(student: nn.Module, points: Iterable[FoldPoint], ranges: Ranges | None) -> None:

@@ -1,4 +1,4 @@
-"""Blocks are quantised on the outputs of the quantised blocks before them; a killed run resumes to the same weights."""
+"""Blocks are quantised on the outputs of quantised blocks before them; a killed run resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ import torch
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.recording import replay
-from postgen.quant import QuantSpec
 from postgen.quant.chain import Chain
-from postgen.quant.engine import BlockwiseRun
-from postgen.quant.fake import fake_layers
-from postgen.quant.rounding import qsnr
-from postgen.quant.stages import RECIPES, Stage, recipe_of
+from postgen.quant.stages import Stage, recipe_of
 from postgen.quant.student import StudentPlan, make_student
 from postgen.reconstruct.loss import error
 from postgen.training import checkpoint
 from tests import children
 from tests.quant.blockwise import layers, same, stages
 from tests.reconstruct.killed import POINTS
-from tests.reconstruct.toy import pipeline, records_of, settings
+from tests.reconstruct.toy import pipeline, records_of
 
 W4A4 = ("int4:g8", "int4:token")
 
@@ -110,7 +106,9 @@ def test_killed_at_each_point(wan: Taught, tmp_path: Path) -> None:
 def test_solved_blocks_are_read_again(wan: Taught, tmp_path: Path) -> None:
     first = stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None)[-1].result  # type: ignore[attr-defined]
     (tmp_path / "0" / "solved" / "blocks.1.safetensors").unlink()  # as if it was killed before
-    again = stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None)[-1].result  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"earlier run of blocks.0: continue it with resume=True"):
+        stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None)
+    again = stages(wan.model, wan.records, tmp_path, "gptq", "int3:g8", None, resume=True)[-1].result  # type: ignore[attr-defined]
     assert same(first.layers, again.layers)
 
 
@@ -128,7 +126,7 @@ def test_several_processes_are_refused(wan: Taught, tmp_path: Path, monkeypatch:
 
 
 def test_names_of_recipes() -> None:
-    assert recipe_of("omniquant+fdda").corrects
+    assert recipe_of("omniquant+fdda").statistics
     assert not recipe_of("rtn").calibrated
     with pytest.raises(UserError, match="Did you mean 'omniquant'"):
         recipe_of("omniqant")
