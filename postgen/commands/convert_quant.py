@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from postgen.errors import UserError, first_line, shown
+from postgen.errors import UserError, check_number, first_line, shown
 from postgen.files import replacing
 
 if TYPE_CHECKING:
     from postgen.families.loading import ModelFacts
     from postgen.quant import QuantSpec
+    from postgen.quant.calibration_config import CalibrationConfig
 
 Source = Annotated[
     str, typer.Argument(help="Folder or Hub id of a video pipeline, or embedded; its transformer is quantised.")
@@ -79,6 +81,18 @@ Height = Annotated[
     int | None, typer.Option("--height", help="Height of the clips in pixels. \\[default: the model's]")
 ]
 Width = Annotated[int | None, typer.Option("--width", help="Width of the clips in pixels. \\[default: the model's]")]
+TrainSteps = Annotated[
+    int | None,
+    typer.Option("--train-steps", help="Training steps of each block. \\[default: those of the recipe]"),
+]
+Run = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        help="Folder for the state of the work, with which the same command continues after an interruption. It may"
+        " become large.",
+    ),
+]
 Simulate = Annotated[
     bool,
     typer.Option(
@@ -88,6 +102,51 @@ Simulate = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+
+
+_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance-scale",
+    "num_frames": "--frames",
+    "train_steps": "--train-steps",
+}
+"""Settings whose option has another name."""
+_FAST = ("fp8:token", "int8:token")
+"""Formats of inputs that some GPU multiplies in 8 bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """What to do with the transformers of a pipeline."""
+
+    spec: QuantSpec
+    recipe: str
+    rows: Sequence[dict[str, Any]]
+    """Calibration prompts; empty for recipes without data."""
+    points: CalibrationConfig
+    steps: int | None
+    """Training steps of each block; None: those of the recipe."""
+    run: Path | None
+    """Folder for the state of the work; None keeps nothing."""
+
+    def quantized(self, pipe: Any) -> Iterator[str]:
+        """Quantise the transformers one after the other, and yield the reports."""
+        from postgen.families.installed import transformers_of
+        from postgen.quant.calibration import Calibration
+        from postgen.quant.recipes import quantize
+
+        calibration = Calibration(pipe, self.rows, self.points) if self.rows else None
+        transformers = transformers_of(pipe)
+        if calibration is not None and len(transformers) > 1:
+            calibration.draw(progress=True)  # before the first of two experts changes
+        for name, transformer in transformers.items():
+            work: dict[str, Any] = {}
+            if self.run is not None:
+                work = {"output_dir": self.run / name, "resume": True, "where": self.run / name / "records"}
+            report = quantize(
+                transformer, self.spec, recipe=self.recipe, calibration=calibration, steps=self.steps, **work
+            )
+            yield f"{name}: {report}"
 
 
 def convert_quant(
@@ -107,6 +166,8 @@ def convert_quant(
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
+    train_steps: TrainSteps = None,
+    run: Run = None,
     simulate: Simulate = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -114,26 +175,26 @@ def convert_quant(
     """Quantise the linear layers of a model. The result loads with from_pretrained after `import postgen`."""
     from postgen.compat import quiet_libraries
     from postgen.families.loading import check_device, inspect_model, load_pipeline
-    from postgen.quant.stages import recipe_of
 
     spec = _spec(weight, act, rotate, rank, override or ())
-    of_data = {"--points": points, "--steps": steps, "--guidance-scale": guidance_scale, "--frames": frames,
-               "--height": height, "--width": width}  # fmt: skip
-    given = [name for name, value in of_data.items() if value is not None]
-    rows = _rows(recipe, prompts, prompt or (), given, calibrated=recipe_of(recipe).calibrated)
+    given = {
+        **{"points": points, "num_inference_steps": steps, "guidance_scale": guidance_scale},
+        **{"num_frames": frames, "height": height, "width": width, "train_steps": train_steps, "run": run},
+    }
+    job = _job(spec, recipe, prompts, prompt or (), {key: value for key, value in given.items() if value is not None})
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"{output} already exists: give a new folder with -o")
-    config = _calibration_config(points, steps, guidance_scale, frames, height, width) if rows else None
     facts = inspect_model(model, images=True)
     place = check_device(device)
-    _check_layers(facts, spec, place, simulate=simulate)
-    if rows:
+    if job.rows:
         facts.check_size(frames, height, width)
+    _check_layers(facts, job, place, simulate=simulate)
     with quiet_libraries():
         pipe = load_pipeline(facts, dtype=dtype, device=place)
-    _quantized(pipe, spec, recipe, rows, config)
+    for line in job.quantized(pipe):
+        typer.echo(line)
     _write(output, pipe)
-    typer.echo(f"{output}: a quantised model for generate, compare and train (student of the method quant)")
+    typer.echo(f"{output}: a quantised model for generate and compare, and as student for the training method quant")
 
 
 def _spec(weight: str, act: str, rotate: int, rank: int, overrides: Sequence[str]) -> QuantSpec:
@@ -164,8 +225,36 @@ def _value(key: str, text: str) -> Any:
     return None if text == "none" else text
 
 
+def _job(spec: QuantSpec, recipe: str, prompts: Path | None, texts: Sequence[str], given: Mapping[str, Any]) -> _Job:
+    """Return the job that the options describe.
+
+    Args:
+        spec: what to quantise.
+        recipe: name of the recipe.
+        prompts: file of calibration prompts.
+        texts: calibration prompts.
+        given: the given settings of calibration and training.
+
+    Raises:
+        UserError: the recipe is unknown, has no prompts, or does not use a setting.
+    """
+    from postgen.quant.calibration_config import CalibrationConfig
+    from postgen.quant.stages import recipe_of
+
+    chosen = recipe_of(recipe)
+    unused = [_OPTIONS.get(name, f"--{name}") for name in given]
+    rows = _rows(recipe, prompts, texts, unused, calibrated=chosen.calibrated)
+    points = dict(given)
+    steps, run = points.pop("train_steps", None), points.pop("run", None)
+    if steps is not None:
+        check_number("train-steps", steps, 1, whole=True)
+        if not any(stage.trains for stage in chosen.stages):
+            raise UserError(f"--train-steps can only be used with a recipe that trains, but {recipe} does not train")
+    return _Job(spec=spec, recipe=recipe, rows=rows, points=CalibrationConfig(**points), steps=steps, run=run)
+
+
 def _rows(
-    recipe: str, prompts: Path | None, texts: Sequence[str], of_data: Sequence[str], *, calibrated: bool
+    recipe: str, prompts: Path | None, texts: Sequence[str], unused: Sequence[str], *, calibrated: bool
 ) -> list[dict[str, Any]]:
     """Return the calibration prompts: at least two for a recipe that needs data, none for the others.
 
@@ -176,9 +265,9 @@ def _rows(
 
     named = [name for name, value in (("--prompts", prompts), ("--prompt", texts)) if value]
     if not calibrated:
-        if named or of_data:
+        if named or unused:
             raise UserError(
-                f"{', '.join((*named, *of_data))} can only be used with a recipe that needs data, but {recipe} needs"
+                f"{', '.join((*named, *unused))} can only be used with a recipe that needs data, but {recipe} needs"
                 " none: name another --recipe"
             )
         return []
@@ -194,32 +283,22 @@ def _rows(
     return rows
 
 
-def _calibration_config(
-    points: int | None, steps: int | None, guidance: float | None, frames: int | None, height: int | None,
-    width: int | None,
-) -> Any:  # fmt: skip
-    from postgen.quant.calibration_config import CalibrationConfig
-
-    given = {
-        **{"points": points, "num_inference_steps": steps, "guidance_scale": guidance},
-        **{"num_frames": frames, "height": height, "width": width},
-    }
-    return CalibrationConfig(**{name: value for name, value in given.items() if value is not None})
-
-
-def _check_layers(facts: ModelFacts, spec: QuantSpec, place: str, *, simulate: bool) -> None:
-    """Check that the spec fits the layers of the model, and that the GPU computes in its formats.
+def _check_layers(facts: ModelFacts, job: _Job, place: str, *, simulate: bool) -> None:
+    """Check that spec and recipe fit the layers of the model, and that the GPU computes in the formats.
 
     Raises:
-        UserError: a group does not divide the channels of a layer, the model is quantised already, or a GPU can only
-            simulate the inputs.
+        UserError: a group does not divide the channels of a layer, the recipe cannot use a format, the model is
+            quantised already, or a GPU can only simulate the inputs.
     """
     import torch
 
     from postgen.families.empty import empty_transformer, transformer_configs
     from postgen.families.linear import find_linears
+    from postgen.quant.formats import format_of
     from postgen.quant.layers import layers_of
     from postgen.quant.products import mode_for
+    from postgen.quant.recipes import check_recipe
+    from postgen.quant.stages import recipe_of
 
     configs = transformer_configs(facts)
     if not configs:
@@ -230,30 +309,19 @@ def _check_layers(facts: ModelFacts, spec: QuantSpec, place: str, *, simulate: b
             raise UserError(f"the {name} of this model is quantised or converted already: give the exact model")
         empty = empty_transformer(config)
         linears = find_linears(empty)
-        for layer, each in layers_of(empty, spec).items():
-            shape = linears[layer].weight.shape
-            if device.type != "cuda" or simulate or mode_for(each, (shape[0], shape[1]), device) != "sim":
+        layers = layers_of(empty, job.spec)
+        check_recipe(recipe_of(job.recipe), layers, named=job.recipe)
+        for layer, each in layers.items():
+            shape = linears[layer].out_features, linears[layer].in_features
+            if device.type != "cuda" or simulate or mode_for(each, shape, device) != "sim":
                 continue
             assert each.act is not None
+            others = [text for text in _FAST if mode_for(replace(each, act=format_of(text)), shape, device) != "sim"]
             raise UserError(
                 f"{torch.cuda.get_device_name(device)} cannot multiply inputs in {each.act.text} (layer {layer},"
                 f" {shape[1]} x {shape[0]}), so it would round them and then multiply in the model's dtype, slower"
-                " than exact: use --act fp8:token or int8:token (none keeps inputs exact), or add --simulate"
+                f" than exact: use --act {' or '.join([*others, 'none'])}, or add --simulate"
             )
-
-
-def _quantized(pipe: Any, spec: QuantSpec, recipe: str, rows: Sequence[dict[str, Any]], config: Any) -> None:
-    """Quantise the transformers of a pipeline, and print the reports."""
-    from postgen.families.installed import transformers_of
-    from postgen.quant.calibration import Calibration
-    from postgen.quant.recipes import quantize
-
-    calibration = Calibration(pipe, rows, config) if rows else None
-    if calibration is not None:
-        calibration.draw(progress=True)  # before one of two experts changes
-    for name, transformer in transformers_of(pipe).items():
-        report = quantize(transformer, spec, recipe=recipe, calibration=calibration)
-        typer.echo(f"{name}: {report}")
 
 
 def _write(output: Path, pipe: Any) -> None:

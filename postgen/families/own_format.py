@@ -93,7 +93,8 @@ def other_settings(model: Any, other: Any) -> str:
 
 def _settings(model: Any) -> dict[str, str]:
     """Return the config of a network as JSON texts, which have no tuples, without the note."""
-    config = without_note(unwrap(model).config)
+    inner: Any = unwrap(model)
+    config = without_note(inner.config)
     return {name: json.dumps(value, default=str) for name, value in config.items() if not name.startswith("_")}
 
 
@@ -164,7 +165,7 @@ def load_part(source: str | Path, name: str, dtype: torch.dtype | None) -> Any:
     if (network := load_noted(Path(source) / name, dtype)) is not None:
         return network
     kind: Any = diffusers.AutoModel
-    return kind.from_pretrained(source, subfolder=name, dtype=dtype)
+    return kind.from_pretrained(str(source), subfolder=name, dtype=dtype)
 
 
 def noted_networks(

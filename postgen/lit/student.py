@@ -14,7 +14,7 @@ from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD
 from postgen.lit.convert import conversion_of, convert, layers_of
 from postgen.lit.saving import load
-from postgen.training.twins import empty_copy, set_tensor, twin
+from postgen.training.twins import empty_copy, set_in, twin
 
 TRAINED = ("new", "attention", "all")
 """Values of the setting `train`: the new layers; the converted attention modules with the new layers; all weights."""
@@ -50,7 +50,7 @@ def make_student(
     student.requires_grad_(False).eval()
     own = {name: parameter.detach().clone().float() for name, parameter in named_parameters(student, trained).items()}
     for name, value in own.items():
-        set_tensor(student, name, nn.Parameter(value))
+        set_in(student, name, nn.Parameter(value))
     give(student, tensors or {})
     return student
 
@@ -105,7 +105,7 @@ def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         value = value.to(before.device, before.dtype)
         if not torch.equal(before, value):
             same = isinstance(before, nn.Parameter)
-            set_tensor(model, name, nn.Parameter(value, requires_grad=before.requires_grad) if same else value)
+            set_in(model, name, nn.Parameter(value, requires_grad=before.requires_grad) if same else value)
 
 
 def shell_of(teacher: nn.Module, config: LitConfig) -> nn.Module:

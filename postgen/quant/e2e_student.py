@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from postgen.errors import UserError, first_line
 from postgen.families.own_format import load_part, other_settings
 from postgen.quant.linear import QLinear
-from postgen.quant.trained_scales import DOWN, GAIN, SCALE, UP, ScaleLinear, scale_layers, trained_weight
-from postgen.training.twins import set_tensor
+from postgen.quant.trained_scales import DOWN, GAIN, SCALE, UP, ScaleLinear, parts_of, scale_layers, trained_weight
+from postgen.training.twins import set_in
 
 _LORA_INIT = 1 / 16
 """Standard deviation of the first values of a branch's matrix `down` if `up` begins as 0, times the square root of the
@@ -111,6 +111,8 @@ def fill_(shell: nn.Module, student: nn.Module, weights: Mapping[str, Tensor]) -
         student: the student.
         weights: the state dict of the student with whole tensors.
     """
+    from postgen.quant.hf import mark_quantized  # it imports diffusers
+
     trained = scale_layers(student)
     state = {name: value for name, value in weights.items() if name.rpartition(".")[0] not in trained}
     for name, layer in trained.items():
@@ -120,7 +122,7 @@ def fill_(shell: nn.Module, student: nn.Module, weights: Mapping[str, Tensor]) -
         kept |= trained_weight(layer, own)
         if GAIN in own and bool((on := own[GAIN] > 0).any()):
             kept["branch_up"], kept["branch_down"] = (own[UP] * own[GAIN])[:, on], own[DOWN][on]
-            set_tensor(shell, name, _with_rank(layer, int(on.sum())))  # type: ignore[arg-type]
+            set_in(shell, name, _with_rank(layer, int(on.sum())))
         state |= {prefix + key: value for key, value in kept.items()}
     wanted = shell.state_dict()
     # Zero points may be bytes or views of float32, whatever the empty layer has.
@@ -128,13 +130,14 @@ def fill_(shell: nn.Module, student: nn.Module, weights: Mapping[str, Tensor]) -
         name: value.to(wanted[name].dtype) if value.is_floating_point() else value for name, value in state.items()
     }
     shell.load_state_dict(fits, assign=True)
+    mark_quantized(shell)
     return shell
 
 
 def _with_rank(layer: ScaleLinear, rank: int) -> QLinear:
     """Return an empty quantised layer like a trained one, with an exact low-rank branch."""
     dtype = next((each.dtype for each in (layer.bias, layer.aux_up) if each is not None), None)
-    return QLinear(
-        layer.in_features, layer.out_features, replace(layer.spec, rank=rank), bias=layer.bias is not None,
-        input_scale=layer.input_scale is not None, signs=layer.signs is not None, device="meta", dtype=dtype,
-    ).eval()  # fmt: skip
+    spec = replace(layer.spec, rank=rank)
+    new = QLinear(layer.in_features, layer.out_features, spec, device="meta", dtype=dtype, **parts_of(layer))
+    new.bins = layer.bins
+    return new.eval()

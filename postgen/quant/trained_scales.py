@@ -28,8 +28,8 @@ from postgen.quant.formats import Format
 from postgen.quant.gradients import through
 from postgen.quant.linear import PACKED, QLinear
 from postgen.quant.packing import bits_dtype, pack, unpack
-from postgen.quant.products import rounded
 from postgen.quant.rounding import Quantized
+from postgen.training.twins import set_in
 
 SCALE, UP, DOWN, GAIN = "trained_scale", "aux_up", "aux_down", "aux_gain"
 """Names of the trained tensors of a layer: its scales, the two matrices of its auxiliary branch, and their gains."""
@@ -86,9 +86,9 @@ class ScaleLinear(QLinear):
         check_trainable(layer.spec.weight, name)
         dtype = None if layer.bias is None else layer.bias.dtype
         super().__init__(
-            layer.in_features, layer.out_features, layer.spec, bias=layer.bias is not None,
-            input_scale=layer.input_scale is not None, signs=layer.signs is not None, device="meta", dtype=dtype,
-        )  # fmt: skip
+            layer.in_features, layer.out_features, layer.spec, device="meta", dtype=dtype, **parts_of(layer)
+        )
+        self.bins = layer.bins
         for key, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
             setattr(self, key, tensor)
         scale = None if self.spec.weight is None else layer.quantized().scales.scale
@@ -120,7 +120,7 @@ class ScaleLinear(QLinear):
         if self.trained_scale is None:
             return super()._multiplied(x, bias, dtype)
         if self.spec.act is not None:
-            x = through(x, rounded(x.detach(), self.spec.act))
+            x = through(x, self._input(x))
         found: Tensor = _Product.apply(x.to(dtype), self.trained_scale, bias, self)  # type: ignore[no-untyped-call]
         return found
 
@@ -135,6 +135,16 @@ class ScaleLinear(QLinear):
         with torch.autocast(x.device.type, enabled=False):
             low = functional.linear(x, self.aux_down.to(x.dtype)) * self.aux_gain.to(x.dtype)
             return out + functional.linear(low, self.aux_up.to(x.dtype))
+
+
+def parts_of(layer: QLinear) -> dict[str, Any]:
+    """Return the arguments of `QLinear` that say which tensors a layer has."""
+    return {
+        "bias": layer.bias is not None,
+        "input_scale": layer.input_scale is not None,
+        "signs": layer.signs is not None,
+        "clips": 0 if layer.act_clip is None else len(layer.act_clip),
+    }
 
 
 class _Product(torch.autograd.Function):
@@ -183,8 +193,7 @@ def train_scales_(model: nn.Module) -> dict[str, ScaleLinear]:
             "no layer has a quantised weight, so there are no scales to train: give a format for the weights"
         )
     for name, layer in found.items():
-        owner, _, key = name.rpartition(".")
-        setattr(model.get_submodule(owner), key, ScaleLinear(layer, name))
+        set_in(model, name, ScaleLinear(layer, name))
     return scale_layers(model)
 
 

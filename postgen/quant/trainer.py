@@ -21,8 +21,10 @@ from postgen.errors import UserError
 from postgen.families.exports import write_note
 from postgen.quant.branch_decay import decay_
 from postgen.quant.e2e_student import add_branches_, fill_, freeze_, read_quantized
-from postgen.quant.hf import save_quantized
 from postgen.quant.model import quantize_weights
+from postgen.quant.rounding import Quantized
+from postgen.quant.solvers import solve
+from postgen.quant.spec import LayerSpec
 from postgen.quant.train_config import QuantTrainingConfig
 from postgen.quant.trained_scales import SCALE, scale_layers, train_scales_
 from postgen.training import TrainingConfig, Weights
@@ -59,7 +61,7 @@ class QuantTrainer(DistillationTrainer[QuantTrainingConfig]):
                 share_equal_(student, teacher)
         else:
             student = twin(teacher, shared=not self.sharded)
-            quantize_weights(student, args.spec, self._solve())
+            quantize_weights(student, args.spec, self._solve)
         # The codes are part of no checkpoint, so a resumed run must find the same.
         self._codes = weights_digest(student)
         self._shell = empty_copy(student)
@@ -72,6 +74,10 @@ class QuantTrainer(DistillationTrainer[QuantTrainingConfig]):
             both, alone = (size / 1e9 for size in bytes_of(student, teacher))
             say(f"student and teacher share {both:.3g} GB of weights, the student has {alone:.3g} GB of its own")
         return student
+
+    def _solve(self, name: str, linear: nn.Linear, spec: LayerSpec) -> Quantized:
+        assert spec.weight is not None
+        return solve(linear.weight, spec.weight, self.args.solver)
 
     def distillation(self, student: nn.Module, teacher: nn.Module, name: str) -> Distillation:
         """Return the module that compares the networks."""
@@ -121,5 +127,6 @@ class QuantTrainer(DistillationTrainer[QuantTrainingConfig]):
         student = self.unwrap(MODEL).student
         assert isinstance(student, nn.Module)
         own = {name.removeprefix("student."): value for name, value in weights[MODEL].items() if name[0] == "s"}
-        save_quantized(fill_(empty_copy(self._shell), student, own), folder / self._name)
+        whole: Any = fill_(empty_copy(self._shell), student, own)
+        whole.save_pretrained(folder / self._name)
         write_note(folder, self.pipe, [self._name])

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from postgen.errors import UserError
+from postgen.errors import UserError, cut
 from postgen.families.recording import RecordedCall
 from postgen.files import replacing
 from postgen.sampling.seeds import Shuffled
@@ -43,6 +43,8 @@ from .task import Call, ReconstructTask
 
 _STUDENT = "student"
 """Name of the student in checkpoints."""
+_TOLD = 4
+"""Largest number of differences that the message about another run names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +75,23 @@ class Bench:
         """
         changed = changed_settings(before["config"], self.config)
         told = [f"{name}: {said}" for name, said in changed.items() if name not in self.config.named_in("may_change")]
-        told += [f"{name}: {before[name]} -> {now[name]}" for name in ("records", "task", _STUDENT)
-                 if name in before and name in now and before[name] != now[name]]  # fmt: skip
+        told += [text for name in ("records", "task", _STUDENT) if name in before and name in now
+                 for text in _differences(name, before[name], now[name])]  # fmt: skip
         if told:
+            more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
             raise UserError(
-                f"{place} is from a run with other settings, records or weights: {', '.join(told)}. Resume with the"
-                " earlier ones, or set another output_dir"
+                f"{place} is from a run with other settings, records or weights: {', '.join(told[:_TOLD])}{more}."
+                " Resume with the earlier ones, or set another output_dir"
             )
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield the values that differ, each with its place in nested mappings; `name` is the place of the outer ones."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*before, *now)):
+            yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield f"{name}: {cut(str(before))} -> {cut(str(now))}"
 
 
 class BlockRun:

@@ -36,11 +36,11 @@ def share_equal_(network: nn.Module, other: nn.Module) -> None:
         if same is None or same is value or (same.shape, same.dtype) != (value.shape, value.dtype):
             continue
         if torch.equal(same.to(value.device), value):
-            set_tensor(network, name, same)
+            set_in(network, name, same)
 
 
-def set_tensor(network: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer of a network by its dotted name."""
+def set_in(network: nn.Module, name: str, value: Tensor | nn.Module) -> None:
+    """Replace a parameter, buffer or module of a network by its dotted name."""
     owner, _, key = name.rpartition(".")
     setattr(network.get_submodule(owner), key, value)
 

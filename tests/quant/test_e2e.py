@@ -33,7 +33,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def loaded(folder: Path) -> Any:
-    found = diffusers.AutoModel.from_pretrained(folder / "export" / "transformer", torch_dtype=torch.float32)
+    found: Any = diffusers.AutoModel.from_pretrained(str(folder / "export" / "transformer"), torch_dtype=torch.float32)
     return found.eval()
 
 
@@ -94,7 +94,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert rows[-len(after) :] == after
     with pytest.raises(UserError, match="is not the one of the run that wrote this checkpoint"):
         trained(
-            tmp_path / "c", **values, weight="int3:g8", allow_changed=["weight"],
+            tmp_path / "c", **values, solver="ls", allow_changed=["solver"],
             resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"),
         )  # fmt: skip
 
