@@ -28,31 +28,69 @@ def scale_of(v, AXIS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexp
 
 
 @triton.jit
-def rounded(v, scale, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
-    """Return v / scale within +-LARGEST, as float32; rounded to whole numbers, with 0 for NaN, if INTEGER."""
-    # A correctly rounded division as in the reference: multiplying by the inverse would change the codes of numbers
-    # halfway between two codes.
-    w = tl.div_rn(v, scale)
-    w = tl.where(w > LARGEST, LARGEST, tl.where(w < -LARGEST, -LARGEST, w))
+def divided(v, scale):
+    """Return v / scale for positive scales, rounded correctly, from one division for each scale.
+
+    q = v * (1 / scale) is off by a unit of its last place at most. The remainder v - q scale is exact in a fused
+    multiply-add, and corrects q. Without the correction, numbers halfway between two codes would get the other code.
+    """
+    # 0 * infinity is NaN, but a finite number divided by an infinite scale is 0.
+    endless = scale == float("inf")
+    inverse = tl.where(endless, 0.0, tl.div_rn(1.0, scale))
+    divisor = tl.where(endless, 1.0, scale)
+    q = v * inverse
+    return tl.fma(tl.fma(-q, divisor, v), inverse, q)
+
+
+@triton.jit
+def whole(v):
+    """Round float32 numbers below 2^22 to whole numbers, ties to even; NaN becomes 0."""
+    # float32 numbers near 1.5 * 2^23 are whole, so the sum rounds.
+    return tl.where(v == v, (v + 12582912.0) - 12582912.0, 0.0)
+
+
+@triton.jit
+def rounded(v, scale, INTEGER: tl.constexpr):
+    """Return v / scale as float32; rounded to whole numbers, with 0 for NaN, if INTEGER.
+
+    The scale must be that of `scale_of` for these numbers: then no quotient lies beyond the largest code.
+    """
+    w = divided(v, scale)
     if INTEGER:
-        # float32 numbers near 1.5 * 2^23 are whole, so the sum rounds to the nearest whole number, ties to even.
-        w = tl.where(w == w, (w + 12582912.0) - 12582912.0, 0.0)
+        w = whole(w)
     return w
 
 
 @triton.jit
 def _quantize(
     x, codes, scale, columns, stride,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, INTEGER: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Quantise one row: it is read once, its scale is found, and its codes are written."""
+    """Quantise one row: its chunks are read once and kept in registers, its scale is found, and its codes are written.
+
+    Only the last chunk needs a mask, and none does if WHOLE.
+    """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < columns
-    v = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    found = scale_of(v, 0, LARGEST, SMALLEST)
-    w = rounded(v, found, LARGEST, INTEGER)
-    tl.store(codes + row * columns + column, w.to(codes.dtype.element_ty), mask=inside)
+    column = tl.arange(0, CHUNK)
+    held = ()
+    most = tl.zeros((CHUNK,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        at = x + row * stride + chunk * CHUNK + column
+        if WHOLE or chunk + 1 < CHUNKS:
+            v = tl.load(at)
+        else:
+            v = tl.load(at, mask=chunk * CHUNK + column < columns, other=0.0)
+        held = held + (v,)  # noqa: RUF005  (Triton has no star)
+        most = tl.maximum(most, tl.abs(v.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+    found = scale_of(most, 0, LARGEST, SMALLEST)
+    for chunk in tl.static_range(CHUNKS):
+        w = rounded(held[chunk].to(tl.float32), found, INTEGER).to(codes.dtype.element_ty)
+        at = codes + row * columns + chunk * CHUNK + column
+        if WHOLE or chunk + 1 < CHUNKS:
+            tl.store(at, w)
+        else:
+            tl.store(at, w, mask=chunk * CHUNK + column < columns)
     tl.store(scale + row, found)
 
 
@@ -70,14 +108,28 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = as_rows(x)
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    chunk, chunks = chunks_of(columns)
     with launching_on(x):
         _quantize[(rows.shape[0],)](
             rows, codes, scale, columns, rows.stride(0),
-            LARGEST=MOST[dtype], SMALLEST=SMALLEST_SCALE, INTEGER=dtype == torch.int8, BLOCK=block,
-            num_warps=warps(block),
+            LARGEST=MOST[dtype], SMALLEST=SMALLEST_SCALE, INTEGER=dtype == torch.int8,
+            CHUNK=chunk, CHUNKS=chunks, WHOLE=columns % chunk == 0, num_warps=warps(chunk),
         )  # fmt: skip
     return codes, scale
+
+
+def chunks_of(columns: int) -> tuple[int, int]:
+    """Return the length of the chunks of a row, a power of two, and how many a row has.
+
+    Chunks are long, but at most a sixteenth of the work is for numbers beyond the end of the row, if the row is long
+    enough for that.
+    """
+    for chunk in (2048, 1024, 512):
+        beyond = -columns % chunk
+        if chunk <= columns and 16 * beyond <= columns:
+            return chunk, (columns + beyond) // chunk
+    chunk = min(256, int(triton.next_power_of_2(columns)))
+    return chunk, -(-columns // chunk)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -86,9 +138,6 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def warps(block: int) -> int:
-    """Return the number of warps of a program for a block of `block` numbers.
-
-    A thread holds at most 32 numbers up to a block of 16,384, and 64 at the largest block of 32,768.
-    """
-    return min(16, max(1, block // 1024))
+def warps(chunk: int) -> int:
+    """Return the number of warps of a program: a thread loads 16 bytes of a chunk of 16-bit numbers."""
+    return max(1, chunk // 256)

@@ -1,19 +1,15 @@
 """Attention whose probabilities are powers of two (SULQ, arXiv:2311.10126): plain torch, a model of a kernel.
 
-SULQ quantises a probability p evenly on the scale y = log2(p + eta), with b bits between the smallest and largest y,
-and reads it back with a whole exponent, so that a shift can multiply by it:
+SULQ quantises a probability p evenly on the scale log2(p + eta) and reads it back with a whole exponent, so that a
+shift can multiply by it. A fused kernel has no normalised probabilities: it has u = (logit - maximum) / ln 2 <= 0, and
+2^u is a probability up to a factor of its row. So rounding u to a whole number before the exponential gives SULQ with
+eta = 0 and steps of 1; the divisor is the sum of the rounded numbers. Powers of two are exact in E4M3 down to 2^-9 and
+in E5M2 down to 2^-16, so a product with the values in FP8 has no further error. With eta > 0 the output is
 
-    ~p = 2^round(low + k step) - eta,   k = round((y - low) / step) in 0 ... 2^b - 1,   step = (high - low) / (2^b - 1)
+    (sum_j 2^round(log2(2^u_j + eta)) v_j - eta sum_j v_j) / (sum_j 2^round(log2(2^u_j + eta)) - eta M)
 
-A fused kernel has no normalised probabilities. It has u = (logit - maximum) / ln 2 <= 0, and 2^u is a probability up
-to a factor of its row. So rounding u to a whole number before the exponential gives ~p with eta = 0 and a step of 1;
-the divisor is the sum of the rounded numbers. Powers of two are exact in E4M3 down to 2^-9 and in E5M2 down to 2^-16,
-so a product with the values in FP8 has no further error. With eta > 0 the output is
-
-    (sum_j 2^round(log2(2^u_j + eta)) v_j - eta sum_j v_j) / (sum_j 2^round(log2(2^u_j + eta)) - eta M).
-
-For many keys eta must be a power of two, or 0: otherwise every key far below the maximum keeps the probability
-2^round(log2 eta) - eta, and all of them together outweigh the others.
+for M keys. With many keys eta must be a power of two, or 0: otherwise every key far below the maximum keeps the
+probability 2^round(log2 eta) - eta, and all of them together outweigh the others.
 """
 
 from __future__ import annotations
@@ -27,30 +23,6 @@ from postgen.kernels.attention.naive import in_chunks
 
 LEAST = {torch.float8_e4m3fn: -9, torch.float8_e5m2: -16}
 """Dtype of the probabilities in a product -> exponent of its smallest power of two."""
-
-
-def sulq(
-    p: Tensor, bits: int, eta: float, *, low: Tensor | float | None = None, high: Tensor | float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Quantise probabilities by SULQ.
-
-    Args:
-        p: probabilities, 0 to 1, any shape.
-        bits: bits of a code; there are 2^bits codes.
-        eta: the shift, greater than 0.
-        low: the smallest log2(p + eta) of the grid; None takes it from p.
-        high: the largest; None takes it from p.
-
-    Returns:
-        The codes 0 ... 2^bits - 1, and the numbers that they represent, in the dtype and shape of p.
-    """
-    y = torch.log2(p + eta)
-    low = y.amin() if low is None else torch.as_tensor(low, dtype=y.dtype, device=y.device)
-    high = y.amax() if high is None else torch.as_tensor(high, dtype=y.dtype, device=y.device)
-    most = 2**bits - 1
-    step = ((high - low) / most).clamp_min(torch.finfo(y.dtype).tiny)
-    codes = ((y - low) / step).round().clamp(0, most)
-    return codes, torch.exp2((low + codes * step).round()) - eta
 
 
 def attention(

@@ -29,7 +29,7 @@ def _quantize(
     row = token.to(tl.int64)[:, None]
     v = tl.load(x + row * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     found = scale_of(v, 1, LARGEST, SMALLEST)
-    w = rounded(v, found[:, None], LARGEST, False)
+    w = rounded(v, found[:, None], False)
     tl.store(codes + row * columns + column[None, :], w.to(codes.dtype.element_ty), mask=inside)
     tl.store(scale + part.to(tl.int64) * tokens + token, found, mask=token < tokens)
 

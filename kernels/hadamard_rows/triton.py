@@ -8,6 +8,8 @@ numbers, up to 2^-17 of their size, and each of them is multiplied.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -68,7 +70,7 @@ def _rotate(
             v = tl.dot(mix, low, tl.dot(mix, high))
         v = v * factor
         found = scale_of(v, None, LARGEST, SMALLEST)
-        w = rounded(v, found, LARGEST, INTEGER)
+        w = rounded(v, found, INTEGER)
         tl.store(codes + at * columns + column, w.to(codes.dtype.element_ty), mask=inside)
         tl.store(scale + at, found)
 
@@ -100,7 +102,10 @@ def why_not(x: Tensor, block: int) -> str | None:
     if columns > most:
         return f"rows have {columns} numbers, at most {most} fit with blocks of {block}"
     needed = shared_bytes(columns, block, x.element_size())
-    there = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else needed
+    if not x.is_cuda:
+        return None
+    properties: Any = torch.cuda.get_device_properties(x.device)
+    there = properties.shared_memory_per_block_optin
     return f"it needs {needed} bytes of shared memory, the GPU has {there}" if needed > there else None
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from postgen.kernels.dispatch import DTYPES, launching_on
-from postgen.kernels.triton_rows import MOST, rounded
+from postgen.kernels.triton_rows import MOST, divided, whole
 from postgen.kernels.weight_expand.naive import BLOCK_ROWS
 
 _LONGEST = 256
@@ -64,7 +64,10 @@ def _expand(
             values -= tl.load(zero + place, mask=there, other=0.0).to(tl.float32)[:, None]
         values = values * tl.load(scale + place, mask=there, other=0.0)[:, None]
     if row_scale is not None:
-        values = rounded(values, tl.load(row_scale + row, mask=there, other=1.0)[:, None], LARGEST, INTEGER)
+        values = divided(values, tl.load(row_scale + row, mask=there, other=1.0)[:, None])
+        values = tl.clamp(values, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        if INTEGER:
+            values = whole(values)
     tl.store(out + row[:, None] * channels + channel, values.to(out.dtype.element_ty), mask=inside)
 
 

@@ -67,7 +67,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         given = torch.from_numpy(np.ascontiguousarray(numbers))
         return given.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
+    def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+        """Round once, as a fused multiply-add does: products of float32 numbers are exact in float64."""
+        with np.errstate(all="ignore"):
+            total = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
     interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_fma = _fma
     interpreter._patch_lang_tensor = _patch_with_index
     interpreter._patch_lang = _patch_once
     interpreter._get_np_dtype = _numpy_type

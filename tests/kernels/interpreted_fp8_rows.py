@@ -13,7 +13,7 @@ from tests.kernels.poison import poisoned_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 16), (2, 5, 48), (2, 1000), (1, 1, 2050)])
+@pytest.mark.parametrize("shape", [(3, 16), (2, 5, 48), (2, 1000), (1, 1, 2050), (2, 7680)])
 def test_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[..., 0, :] *= 100

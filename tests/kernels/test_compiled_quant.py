@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,14 +92,19 @@ def test_fp8_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp8e4nv", "i8"])
-def test_rows(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [1536, 5120, 13824])
+def test_rows(columns: int, dtype: str, tmp_path: Path) -> None:
     from postgen.kernels import triton_rows
+
+    chunk, chunks = triton_rows.chunks_of(columns)
 
     compiled = compile_for(
         triton_rows._quantize,
         {"x": "bf16", "codes": dtype, "scale": "fp32"},
-        {**ROUNDING, "INTEGER": dtype == "i8", "BLOCK": 8192},
-        num_warps=triton_rows.warps(8192),
+        {**ROUNDING, "INTEGER": dtype == "i8", "CHUNK": chunk, "CHUNKS": chunks, "WHOLE": columns % chunk == 0},
+        num_warps=triton_rows.warps(chunk),
     )
-    assert WIDE in compiled.asm["ptx"]
+    # Each number is loaded once, 16 bytes at a time, and no number needs a division.
+    assert len(re.findall(r"ld\.global[.\w]*v4\.b32", compiled.asm["ptx"])) == chunks
+    assert compiled.asm["ptx"].count("div.") + compiled.asm["ptx"].count("rcp.") < chunks
     assert spilled_bytes(compiled.asm["ptx"], tmp_path) == 0
