@@ -9,10 +9,10 @@ of the blocks' linear layers in 4-bit integers, and an exact twin for each size 
 with the same weights for their size and see the same clips, noise and noise levels in the same order. The loss is
 measured on a fixed list of validation clips, noise and noise levels; its difference to the twin's loss is delta.
 
-Rules, written before any run: the law of `postgen.quant.law` is fitted to 19 of the 27 runs. The 8 others are held out:
-those whose indices of size, budget and group sum to a multiple of 3, except the first; so each size, budget and group
-is held out two or three times. The gate `law_heldout_error` is the mean of |predicted / measured - 1| over them; it is
-missed if one of them has no delta above 0. Finished runs are skipped, so a repeated command continues.
+Rules, written before any run: the law of `postgen.quant.law` is fitted to 19 of the 27 runs. The 8 others are held
+out: those whose indices of size, budget and group sum to a multiple of 3, except the first; so each size, budget and
+group is held out two or three times. The gate `law_heldout_error` is the mean of |predicted / measured - 1| over them;
+it is missed if one of them has no delta above 0. Finished runs are skipped, so a repeated command continues.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runs of `python -m benchmarks.quant_law`: a job trains one size for one budget, exact and with each group size."""
+"""The runs of `python -m benchmarks.quant_law`: a job trains one size for one budget, exact and with each group."""
 
 from __future__ import annotations
 
