@@ -10,12 +10,15 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.dancegrpo_pictures import COLOURS
 from benchmarks.quant_advice import FOUR_BITS
-from benchmarks.quant_arms import FORMATS, RECIPES
+from benchmarks.quant_arms import CONTROLS, PLANES, RECIPES, WEIGHTS
 from postgen.files import replacing
 
 SIZE, PANEL = (1200, 460), (560, 340)
+COLOURS = (
+    *((30, 110, 60), (200, 80, 60), (70, 110, 200), (170, 130, 30), (130, 80, 170), (90, 90, 90), (20, 150, 160)),
+    *((220, 120, 180), (120, 170, 60), (150, 90, 50)),
+)
 _GREY = (110, 110, 110)
 _TOP = 80
 
@@ -46,13 +49,15 @@ def draw(result: Mapping[str, Any], target: Path) -> bool:
 
 
 def curves(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Return for each recipe the points (bits, PSNR) of its arms with exact inputs, sorted by bits."""
+    """Return for each recipe the points (bits, PSNR) of its arms with exact inputs and one kind of groups."""
     found = {}
-    for recipe in RECIPES:
-        mine = [each for each in arms.values() if each["recipe"] == recipe and "act" not in FORMATS[each["format"]]]
+    series = {recipe: (recipe, PLANES if recipe == "bpdq" else WEIGHTS) for recipe in RECIPES}
+    series["gptq, groups of 16"] = ("gptq", tuple(CONTROLS.values()))
+    for name, (recipe, formats) in series.items():
+        mine = [each for each in arms.values() if each["recipe"] == recipe and each["format"] in formats]
         points = sorted((each["bits"], each["psnr"]["value"]) for each in mine)
         if points:
-            found[recipe] = points
+            found[name] = points
     return found
 
 
@@ -76,9 +81,9 @@ def _axes(
 def _curves(pen: Any, box: tuple[int, int, int, int], lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     left, top, right, bottom = box
     every = [point for line in lines.values() for point in line]
-    x = math.floor(min(each[0] for each in every)), math.ceil(max(each[0] for each in every)) + 0.001
+    x = math.floor(min(each[0] for each in every)), math.floor(max(each[0] for each in every)) + 1
     low, high = min(each[1] for each in every) - 1, max(each[1] for each in every) + 1
-    ticks = range(x[0], int(x[1]) + 1)
+    ticks = range(x[0], x[1] + 1)
     _axes(pen, box, x, ticks, "PSNR to the exact clips, dB, inputs exact", "stored bits per weight, with scales")
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
@@ -89,7 +94,7 @@ def _curves(pen: Any, box: tuple[int, int, int, int], lines: Mapping[str, Sequen
         pen.text((left - 26, at((x[0], value))[1] - 7), str(value), _GREY, _font(12))
     for number, (recipe, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        pen.text((left + number % 4 * 120, 32 + number // 4 * 18), recipe, colour, _font(13))
+        pen.text((left + number % 5 * 105, 30 + number // 5 * 18), recipe, colour, _font(13))
         places = [at(point) for point in line]
         if len(places) > 1:
             pen.line(places, fill=colour, width=2)
@@ -101,7 +106,7 @@ def _advice(pen: Any, box: tuple[int, int, int, int], layers: Sequence[Mapping[s
     left, top, right, bottom = box
     kinds = list(dict.fromkeys(kind_of(each["layer"]) for each in layers))
     every = [each["crest"]["inputs"] for each in layers]
-    x = math.floor(2 * min(every)) / 2, math.ceil(2 * max(every)) / 2 + 0.001
+    x = math.floor(2 * min(every)) / 2, math.floor(2 * max(every) + 1) / 2
     ticks = [x[0] + 0.5 * step for step in range(int(2 * (x[1] - x[0])) + 1)]
     _axes(pen, box, x, ticks, "Inputs of the layers, and the format the advisor chooses", "median crest factor of 32")
     for number, name in enumerate(FOUR_BITS):
