@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,15 @@ class Quantizer(DiffusersQuantizer):
         """Return whether a tensor belongs to a quantised layer, so that `put` stores it instead of diffusers."""
 
     @abstractmethod
-    def put(self, model: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-        """Store a tensor of a quantised layer, which is on its device and has the dtype of the file."""
+    def put(self, model: Any, name: str, tensor: Tensor, stored: torch.dtype) -> None:
+        """Store a tensor of a quantised layer, which is on its device.
+
+        Args:
+            model: the model.
+            name: full name of the tensor.
+            tensor: the tensor, in the dtype of the loaded model if it is of a floating-point dtype.
+            stored: dtype of the tensor in the checkpoint.
+        """
 
     @abstractmethod
     def check_shape(self, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
@@ -56,9 +63,13 @@ class Quantizer(DiffusersQuantizer):
     def check_complete(self, model: Any, missing: Sequence[str]) -> None:
         """Raise an error if the checkpoint lacks tensors of quantised layers; `missing` is all that it lacks."""
 
-    def check_quantized_param_shape(self, name: str, wanted: Any, tensor: Tensor) -> bool:
+    @abstractmethod
+    def to_exact(self, model: Any) -> None:
+        """Replace the quantised layers by exact ones."""
+
+    def check_quantized_param_shape(self, name: str, wanted: Tensor, tensor: Tensor) -> bool:
         """diffusers' hook for `check_shape`."""
-        self.check_shape(name, tuple(wanted), tuple(tensor.shape))
+        self.check_shape(name, tuple(wanted.shape), tuple(tensor.shape))
         return True
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
@@ -73,14 +84,27 @@ class Quantizer(DiffusersQuantizer):
         return self.owns(model, param_name)
 
     def create_quantized_param(  # type: ignore[override]
-        self, model: Any, value: Tensor, name: str, device: torch.device | str, *_: Any, **words: Any
+        self,
+        model: Any,
+        value: Tensor,
+        name: str,
+        device: torch.device | str,
+        state: Mapping[str, Tensor],
+        *_: Any,
+        **__: Any,
     ) -> None:
         """diffusers' hook for `put`."""
-        self.put(model, name, value.to(device), words.get("dtype"))
+        # Without a dtype for the model, diffusers has cast all tensors to the dtypes of the empty model.
+        stored = state[name]
+        self.put(model, name, (value if stored.is_floating_point() else stored).to(device), stored.dtype)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         self.before_weights(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self.after_weights(model)
+        return model
+
+    def _dequantize(self, model: Any) -> Any:
+        self.to_exact(model)
         return model

@@ -243,6 +243,11 @@ def record_replaced(model: nn.Module, replacements: Mapping[str, nn.Module], *, 
     return LinearsHandle(inner, record)
 
 
+def forget_replaced(model: nn.Module, *, owner: str) -> None:
+    """Remove the record of an owner whose layers are no longer in the model; without a record, nothing happens."""
+    installed(_module(model)).plug_ins.pop(_key(owner), None)
+
+
 def replaced_linears(model: nn.Module) -> dict[str, LinearsHandle]:
     """Return a handle for every owner that replaced layers of a model. A deep copy of a model has its own records."""
     inner = _module(model)

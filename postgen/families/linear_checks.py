@@ -51,6 +51,14 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             raise UserError(f"{name} cannot be replaced: {problem}")
 
 
+def lora_problem(wrapper: nn.Module) -> str | None:
+    """Return why the adapters of a peft wrapper cannot be merged into another weight; None if they can.
+
+    Also None for a module that is no wrapper.
+    """
+    return lora_base_problem(wrapper)
+
+
 def _problems(linear: nn.Linear, users: dict[int, list[str]], names: dict[int, list[str]]) -> Iterator[str]:
     if type(linear) is not nn.Linear:
         yield f"it is a {type(linear).__name__}, not an nn.Linear: it may compute differently, or others may read it"

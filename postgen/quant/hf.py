@@ -1,7 +1,6 @@
 """Quantised models in `from_pretrained` and `save_pretrained` of diffusers.
 
-    import postgen
-    from postgen.quant.hf import PostgenQuantConfig
+    from postgen import PostgenQuantConfig
 
     config = PostgenQuantConfig(weight="int4:g64", act="fp8:token")   # rounds to nearest, without data
     model = WanTransformer3DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.bfloat16)
@@ -22,20 +21,18 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from postgen.compat.quantizer import Quantizer
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
-from postgen.families.linear import record_replaced
+from postgen.families.linear import forget_replaced, record_replaced
+from postgen.families.own_format import erase_note
+from postgen.families.quantizer import Quantizer
 from postgen.quant.layers import quantized_layers
-from postgen.quant.linear import PACKED, QLinear
-from postgen.quant.model import OWNER, quantize_weights
+from postgen.quant.linear import QLinear
+from postgen.quant.model import OWNER, bare_linear, quantize_weights
 from postgen.quant.spec import QuantSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
 from postgen.quant.transforms.gains import gained_blocks, prepare_gains_
-
-OWN = (*PACKED, "input_scale", "signs", "act_clip")
-"""Names of the tensors of a quantised layer that hold bits."""
 
 
 class Method(enum.StrEnum):
@@ -66,7 +63,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             weight, act, rotate, rank, overrides: as in `QuantSpec`. A model that is not quantised is rounded to
                 nearest, without data.
             layers: the quantised layers of a saved model, see `stored.groups_of`.
-            gains: blocks of a saved model whose timestep embedding has a gain.
+            gains: blocks of a saved model that were folded (`transforms`).
             step_bins: edges of the bins of the noise level by which layers of a saved model clip their inputs.
             quant_method: "postgen".
 
@@ -77,7 +74,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             known = ("weight", "act", "rotate", "rank", "overrides")
             name = next(iter(others))
             raise UserError(
-                f"PostgenQuantConfig has no argument {shown(name)}{did_you_mean(name, known)}. Arguments:"
+                f"PostgenQuantConfig has no argument {shown(name)}.{did_you_mean(name, known)} Arguments:"
                 f" {', '.join(known)}"
             )
         if quant_method != Method.POSTGEN:
@@ -149,26 +146,23 @@ class PostgenQuantizer(Quantizer):
         record_replaced(model, layers, owner=OWNER)
 
     def owns(self, model: Any, name: str) -> bool:
-        """Return whether a tensor holds bits of a quantised layer."""
-        place, _, last = name.rpartition(".")
-        if last not in OWN:
-            return False
-        layer = model.get_submodule(place)
-        return isinstance(layer, QLinear) and not (last == "weight" and layer.spec.weight is None)
+        """Return whether a tensor belongs to a quantised layer."""
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), QLinear)
 
-    def put(self, model: Any, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-        """Store a tensor of a quantised layer as it is in the file.
+    def put(self, model: Any, name: str, tensor: Tensor, stored: torch.dtype) -> None:
+        """Store a tensor of a quantised layer; bits stay as they are in the file.
 
         Raises:
             UserError: its dtype is not that of the layer.
         """
         place, _, last = name.rpartition(".")
         layer = model.get_submodule(place)
-        wanted = getattr(layer, last).dtype
+        own: Tensor = getattr(layer, last)
         # Zero points that are no bytes are views of float32.
-        if tensor.dtype not in {wanted, torch.int32 if last == "weight_zero" else wanted}:
-            raise UserError(f"{name} must be {wanted} in a quantised checkpoint, got {tensor.dtype}")
-        setattr(layer, last, nn.Parameter(tensor, requires_grad=False) if last == "weight" else tensor)
+        others = {torch.int32} if last == "weight_zero" else set()
+        if stored not in {own.dtype, *others} and not (own.is_floating_point() and stored.is_floating_point):
+            raise UserError(f"{name} must be {own.dtype} in a quantised checkpoint, got {stored}")
+        setattr(layer, last, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
 
     def check_shape(self, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
         """Raise an error for a tensor that has another shape than the layer.
@@ -180,6 +174,24 @@ class PostgenQuantizer(Quantizer):
             f"{name} must have the shape {wanted}, got {found}: the checkpoint is of a model of another size, or its"
             " config is of another checkpoint"
         )
+
+    def to_exact(self, model: Any) -> None:
+        """Replace the quantised layers by linear layers with the numbers that they represent (`model.dequantize()`).
+
+        Raises:
+            UserError: blocks were folded, for which they have tensors that stock blocks do not have.
+        """
+        if blocks := gained_blocks(model):
+            raise UserError(
+                f"{blocks[0]} was folded, which a stock {type(model).__name__} has no place for: load the exact model"
+                " instead"
+            )
+        dtype = model.dtype
+        for name, layer in [(name, each) for name, each in model.named_modules() if isinstance(each, QLinear)]:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, _exact(layer, dtype))
+        forget_replaced(model, owner=OWNER)
+        erase_note(model)
 
     def check_complete(self, model: Any, missing: Sequence[str]) -> None:
         """Refuse a checkpoint without all tensors of its quantised layers.
@@ -235,3 +247,10 @@ def _attached_bins(model: nn.Module, layers: Mapping[str, QLinear]) -> StepBins 
     if bins is not None and not any(getattr(hook, "__self__", None) is bins for hook in hooks):
         bins.attach(model)
     return bins
+
+
+def _exact(layer: QLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear layer with the weight that a quantised layer represents; it shares the bias."""
+    found = bare_linear(layer.effective_weight().to(dtype))
+    found.bias = layer.bias
+    return found.train(layer.training)

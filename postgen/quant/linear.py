@@ -164,7 +164,7 @@ class QLinear(nn.Linear):
         if clip is not None:
             new.bins = clip[0]
             new.act_clip = _float_bits(_fitting(clip[1], new.act_clip, "clip"), weight.device)
-        return new.train(linear.training)
+        return new.to(weight.device).train(linear.training)
 
     @property
     def mode(self) -> Mode:
@@ -225,8 +225,9 @@ class QLinear(nn.Linear):
             raise UserError(f"the layer needs {_named(wanted)}, got {_named(said)}")
         if quantized is None:
             return
+        device = None if self.weight.is_meta else self.weight.device
         for name, tensor in pack(quantized).items():
-            bits = tensor.view(bits_dtype(tensor.dtype))
+            bits = tensor.view(bits_dtype(tensor.dtype)).to(device)
             setattr(self, name, _frozen(bits) if name == "weight" else bits)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quantise the linear layers of a transformer, and merge LoRA adapters into quantised layers.
+"""Quantise the linear layers of a transformer.
 
 report = quantize_weights(pipe.transformer, QuantSpec(weight="int4:g64", act="fp8:token"))
 pipe.transformer.save_pretrained("out")   # later: import postgen; WanTransformer3DModel.from_pretrained("out")
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families.installed import inner_model
@@ -79,11 +79,16 @@ def quantized_layer(name: str, linear: nn.Linear, spec: LayerSpec, solve: Solve 
         return QLinear.of(linear, None, spec)
     weight = linear.weight.detach()
     branch = low_rank_branch(weight, spec.rank, dtype=weight.dtype) if spec.rank else None
-    left = weight if branch is None else residual_of(weight, branch)
+    left = rotated(weight if branch is None else residual_of(weight, branch), spec.rotate)
+    return QLinear.of(linear, solve(name, bare_linear(left), spec), spec, branch=branch)
+
+
+def bare_linear(weight: Tensor) -> nn.Linear:
+    """Return a linear layer of a weight (N, K), without a bias, as a `Solve` gets it."""
     with torch.device("meta"):
-        rest = nn.Linear(linear.in_features, linear.out_features, bias=False)
-    rest.weight = nn.Parameter(rotated(left, spec.rotate), requires_grad=False)
-    return QLinear.of(linear, solve(name, rest, spec), spec, branch=branch)
+        found = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    found.weight = nn.Parameter(weight, requires_grad=False)
+    return found
 
 
 def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:

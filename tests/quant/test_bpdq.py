@@ -71,6 +71,16 @@ def test_uncorrelated_channels_give_least_squares_of_each_group():
     assert float(ratio) == pytest.approx(1, abs=0.02)
 
 
+def test_the_scale_of_the_inputs_does_not_change_the_result():
+    group, upper = WEIGHT[:, :64], HESSIAN.upper[:64, :64]
+    plain = solve_group(group, upper, 2, 3)
+    assert torch.equal(solve_group(group, 2**10 * upper, 2, 3).patterns, plain.patterns)
+    # Channels without inputs keep numbers that are near their weights.
+    silent = Hessian.of(torch.diag((torch.arange(256) >= 64).float()), 0.0)
+    found = solve(WEIGHT, format_of("bp4"), "bpdq", silent).numbers()
+    assert (WEIGHT - found)[:, :64].square().mean() < 0.02
+
+
 def test_wrong_choices_are_refused():
     with pytest.raises(UserError, match=r"bit planes such as bp2:g64, not for int4"):
         solve(WEIGHT, format_of("int4"), "bpdq", HESSIAN)

@@ -21,7 +21,7 @@ from postgen.quant.formats import Format
 from postgen.quant.hessian import Hessian
 from postgen.quant.rounding import Quantized, Scales, levels_of
 from postgen.quant.solvers.compensation import inverse, ordering, sweep
-from postgen.quant.solvers.planes import design, first_patterns, fitted, stored
+from postgen.quant.solvers.planes import RIDGE, design, first_patterns, fitted, stored
 from postgen.settings import Part
 
 
@@ -87,8 +87,9 @@ def solve_group(exact: Tensor, upper: Tensor, planes: int, steps: int) -> GroupS
         planes: number k of planes.
         steps: number of rounds.
     """
-    best = _refitted(first_patterns(exact, planes), exact, upper, planes)
-    now = best
+    eye = torch.eye(len(upper), dtype=torch.float64, device=upper.device)
+    whitener = torch.linalg.solve_triangular(upper.double(), eye, upper=True).float()
+    best = now = _refitted(first_patterns(exact, planes), exact, whitener, planes)
     for _ in range(steps):
         levels = levels_of(now.coefficients)
         patterns = torch.empty_like(exact)
@@ -100,26 +101,23 @@ def solve_group(exact: Tensor, upper: Tensor, planes: int, steps: int) -> GroupS
 
         _, errors = sweep(exact, upper, nearest)
         swept = GroupSolution(patterns=patterns, coefficients=now.coefficients, errors=errors)
-        now = _better(_refitted(patterns, exact, upper, planes), swept)
+        now = _better(_refitted(patterns, exact, whitener, planes), swept)
         best = _better(now, best)
     return best
 
 
-def _refitted(patterns: Tensor, exact: Tensor, upper: Tensor, planes: int) -> GroupSolution:
-    """Return the best coefficients of given patterns, and the errors that they leave.
+def _refitted(patterns: Tensor, exact: Tensor, whitener: Tensor, planes: int) -> GroupSolution:
+    """Return the best coefficients of given patterns, and the errors that they leave; `whitener` is U^-1.
 
     (The published code changes the errors by those of the difference of the old and the new numbers. The result is the
     same, because the errors are a linear function of the numbers.)
     """
-    columns = design(patterns, planes)
-    count, group, width = columns.shape
-    # Columns beside each other, so that one triangular solution serves all rows: U^-T [X_1 ... X_N, W^T].
-    wide = torch.cat([columns.transpose(0, 1).reshape(group, count * width), exact.T], 1)
-    white = torch.linalg.solve_triangular(upper.T, wide, upper=False)
-    white_columns = white[:, : count * width].reshape(group, count, width).transpose(0, 1)
-    white_target = white[:, count * width :].T
-    coefficients = stored(fitted(white_columns, white_target))
-    errors = white_target - (white_columns @ coefficients[..., None])[..., 0]
+    columns = torch.einsum("ngc,gh->nhc", design(patterns, planes), whitener)
+    target = exact @ whitener
+    # The ridge is relative to the size of the inputs of the group, so that it does not shrink the weights of channels
+    # that are almost always 0.
+    coefficients = stored(fitted(columns, target, RIDGE * whitener.square().sum() / len(whitener)))
+    errors = target - torch.einsum("nhc,nc->nh", columns, coefficients)
     return GroupSolution(patterns=patterns, coefficients=coefficients, errors=errors)
 
 

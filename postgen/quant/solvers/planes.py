@@ -17,7 +17,7 @@ def design(values: Tensor, planes: int) -> Tensor:
     return torch.cat([torch.ones_like(values, dtype=torch.float32)[..., None], bits.float()], -1)
 
 
-def fitted(columns: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
+def fitted(columns: Tensor, target: Tensor, ridge: float | Tensor = RIDGE) -> Tensor:
     """Return the coefficients of least squares, (..., G, k + 1) and (..., G) -> (..., k + 1), float32."""
     exact, right = columns.double(), target.double()[..., None]
     normal = exact.mT @ exact

@@ -1,0 +1,5 @@
+"""The base class of a quantiser of diffusers models, for methods."""
+
+from postgen.compat.quantizer import Quantizer
+
+__all__ = ["Quantizer"]
