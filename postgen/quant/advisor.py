@@ -138,6 +138,67 @@ def crossover(integers: Format, floating: Format, group: int | None = None) -> f
     return low
 
 
+def gap_by_crest(x: Tensor, integers: Format, floating: Format, parts: int = 32) -> tuple[Tensor, Tensor]:
+    """Measure by how much integers have less error than floating-point numbers, for groups of similar crest factors.
+
+    Args:
+        x: a weight (N, K) or activations (..., K), as large as possible.
+        integers: an integer format.
+        floating: a floating-point format with the same groups.
+        parts: number of parts into which the groups are sorted by their crest factors.
+
+    Returns:
+        Crest factors (geometric means) and gaps in dB (positive: integers have less error), both (parts), ascending
+        in the crest factor.
+
+    Raises:
+        UserError: the groups differ or do not divide K, or there are fewer groups than parts.
+    """
+    if integers.group(x.shape[-1]) != floating.group(x.shape[-1]):
+        raise UserError(f"{integers.text} and {floating.text} have groups of different sizes: give two with the same")
+    groups = grouped(x, integers).flatten(0, -2)
+    energy = groups.square().sum(-1)
+    used, crest = energy > 0, crest_factor(x, integers)
+    if len(crest) < parts:
+        raise UserError(f"x has {len(crest)} groups that are not 0, too few for {parts} parts: give more numbers")
+    noises = []
+    for format in (integers, floating):
+        wrong = (groups - grouped(quantize(x, format).numbers(), format).flatten(0, -2)).square().sum(-1)
+        noises.append((wrong / energy)[used])
+    sorted_parts = crest.argsort().tensor_split(parts)
+    of_parts = [[each[part].double().mean() for part in sorted_parts] for each in (crest.log(), *noises)]
+    logs, ours, theirs = (torch.stack(each) for each in of_parts)
+    return logs.exp(), 10 * (theirs / ours).log10()
+
+
+def measured_crossover(x: Tensor, integers: Format, floating: Format, parts: int = 32) -> float:
+    """Return the crest factor of a tensor's groups above which floating-point numbers have less error.
+
+    For 4 bits it is below `crossover`, because the formula counts 8 positive integers and there are 7.
+
+    Args:
+        x: as in `gap_by_crest`, and so are the others.
+        integers: an integer format.
+        floating: a floating-point format with the same groups.
+        parts: number of parts.
+
+    Returns:
+        The crest factor; inf if integers win in all parts, 0 if floating-point numbers do.
+
+    Raises:
+        UserError: as in `gap_by_crest`.
+    """
+    crest, gap = gap_by_crest(x, integers, floating, parts)
+    wins = (gap > 0).nonzero()
+    if not len(wins):
+        return 0.0
+    last = int(wins[-1])
+    if last == parts - 1:
+        return math.inf
+    share = gap[last] / (gap[last] - gap[last + 1])
+    return float(crest[last] + share * (crest[last + 1] - crest[last]))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
     """How one number format, with or without rotation, suits one tensor."""

@@ -8,7 +8,16 @@ from torch import nn
 
 from postgen.errors import UserError
 from postgen.quant import format_of
-from postgen.quant.advisor import PAIRS, advise, crest_factor, crossover, expected_qsnr, fits_of
+from postgen.quant.advisor import (
+    PAIRS,
+    advise,
+    crest_factor,
+    crossover,
+    expected_qsnr,
+    fits_of,
+    gap_by_crest,
+    measured_crossover,
+)
 
 GAUSSIAN = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
 OUTLIERS = GAUSSIAN * torch.where(torch.arange(512) % 32 == 0, 12.0, 1.0)
@@ -47,6 +56,24 @@ def test_measured_noise_of_a_channel_of_outliers():
     expected |= {("mxint8", 0): 35.31, ("mxint8", 32): 44.85, ("mxfp4", 0): 14.28, ("mxfp4", 32): 19.45}
     for case, noise in expected.items():
         assert found[case] == pytest.approx(noise, abs=0.1), case
+
+
+def test_crossovers_of_a_tensor():
+    x = torch.randn(2048, 512, generator=torch.Generator().manual_seed(2))
+    pairs = {("mxint6", "mxfp6"): 1.95, ("nvint4", "nvfp4"): 2.27}
+    for (integers, floating), crest in pairs.items():
+        found = measured_crossover(x, format_of(integers), format_of(floating))
+        assert found == pytest.approx(crest, abs=0.06)
+        assert found < crossover(format_of(integers), format_of(floating)) + 0.02
+    assert measured_crossover(x, format_of("mxint8"), format_of("mxfp8")) == math.inf
+    assert measured_crossover(x, format_of("mxint4"), format_of("mxfp4")) == 0
+    crests, gaps = gap_by_crest(x, format_of("nvint4"), format_of("nvfp4"), 8)
+    assert torch.equal(crests, crests.sort().values)
+    assert gaps[0] > 3 > 0 > gaps[-1]
+    with pytest.raises(UserError, match="different sizes"):
+        measured_crossover(x, format_of("mxint4"), format_of("nvfp4"))
+    with pytest.raises(UserError, match="too few"):
+        measured_crossover(x[:1, :64], format_of("mxint4"), format_of("mxfp4"))
 
 
 def test_crest_factors():
