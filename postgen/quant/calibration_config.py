@@ -10,7 +10,6 @@ from postgen.errors import UserError
 from postgen.families.loaded import defaults_of, sizes_of_pipeline
 from postgen.families.video_calls import RANGES
 from postgen.reconstruct import RecordsConfig
-from postgen.sampling.config import SamplingConfig
 from postgen.settings import Part
 
 _FRAMES = 17
@@ -99,8 +98,9 @@ class CalibrationConfig(Part):
         )
 
     def _size(self, pipe: Any) -> dict[str, int]:
-        sampling = SamplingConfig(height=self.height, width=self.width, num_frames=self.num_frames)
-        size = sampling.clip_size(pipe, defaults_of(pipe))
+        makes_clips = "num_frames" in inspect.signature(type(pipe).__call__).parameters
+        names = ("num_frames", "height", "width") if makes_clips else ("height", "width")
+        size = {"num_frames": 1, **{name: int(_usual(pipe, name, getattr(self, name))) for name in names}}
         if self.num_frames is None and size["num_frames"] > _FRAMES:
             step = (sizes_of_pipeline(pipe) or (1, 1, 1))[2]
             size["num_frames"] = _FRAMES - (_FRAMES - 1) % max(step, 1)

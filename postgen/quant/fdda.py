@@ -186,7 +186,8 @@ def correct_(
     Args:
         model: the quantised transformer.
         calibration: the points.
-        exact: statistics of the exact model at the same points.
+        exact: statistics of the exact model at the same points, measured after transformations were folded into it: a
+            fold into value projections changes their outputs.
         gain: whether to correct the variances as well as the means.
         expert: see `Calibration.stream`.
 

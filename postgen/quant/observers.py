@@ -22,8 +22,8 @@ from postgen.quant.hessian import Hessian, HessianSum
 from postgen.quant.visits import Bin, Observer, Tap, Visit, input_taps
 from postgen.sampling.seeds import seed_of
 
-_PER_BIN = 2048
-"""Largest number of channels for which a Hessian has one sum per bin."""
+_HEAVIEST = 1e9
+"""Largest weight that `HessianSum` accepts."""
 
 
 T = TypeVar("T")
@@ -146,9 +146,11 @@ class SharedInputs:
 class HessianObserver(_InputObserver):
     """Hessians of the inputs of linear layers, in which all bins count equally.
 
-    Layers that receive the same tensor, such as the projections to q, k and v, share one sum. A layer with more than
-    2048 channels has one sum for all bins, in which each pass has its inverse mean square as weight; other layers have
-    one sum for each bin. See `HessianSum`.
+    Each pass is divided by its mean square, and all passes of a bin together have the weight 1. So neither the noise
+    levels with large activations nor those with many points dominate. A layer with K channels takes 4 K^2 bytes (8 K^2
+    up to 2048 channels) on the device of the model; layers that receive the same tensor, such as the projections to q,
+    k and v, share one sum. Where all layers together need too much memory, stream over the layers of some blocks at a
+    time.
     """
 
     def __init__(self) -> None:
@@ -159,12 +161,9 @@ class HessianObserver(_InputObserver):
         """Take the input of a layer."""
         if self._shared.owner(name, x) != name:
             return
-        sums = self._sums.setdefault(name, HessianSum(x.shape[-1]))
-        if x.shape[-1] <= _PER_BIN:
-            sums.add(x, visit.weight, bin=visit.bin)
-        else:
-            size = float(x.float().square().mean())
-            sums.add(x, visit.weight / size if size > 0 else 0.0)
+        size = float(x.float().square().mean())
+        weight = visit.weight * len(visit.prompts) / size if size > 0 else 0.0
+        self._sums.setdefault(name, HessianSum(x.shape[-1])).add(x, min(weight, _HEAVIEST))
 
     def finish(self, name: str, damping: float = 0.01) -> Hessian:
         """Return the Hessian of a layer.
