@@ -324,16 +324,20 @@ def test_a_model_without_rows_or_with_other_layers_is_refused():
     quantized = copy.deepcopy(model)
     spec = LayerSpec(weight=format_of("int4:g16"))
     quantized.blocks[0].ffn.net[2] = QLinear.of(layer, quantize(layer.weight, spec.weight), spec)
-    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.net\.2 is quantised already"):
-        points_of(quantized)
+    eight = copy.deepcopy(model)
+    eight.blocks[0].ffn.net[2].weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    for other in (quantized, eight):
+        with pytest.raises(UserError, match=r"blocks\.0\.ffn\.net\.2 is quantised already"):
+            points_of(other)
 
 
 def test_numbers_that_overflow_and_shared_weights_are_refused():
     model = tiny_model("Wan").transformer.to(torch.float16)
     before = copy.deepcopy(model.state_dict())
     (point, *_) = let_points(model, "blocks.0")
+    (other, *_) = let_points(model, "blocks.1")
     with pytest.raises(UserError, match="too large for float16 after this fold"):
-        fold_(model, point, torch.full((point.width,), 1e7))
+        fold_all_(model, [(point, 2 * torch.ones(32), None), (other, torch.full((32,), 1e7), None)])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model.blocks[1].scale_shift_table = model.blocks[0].scale_shift_table
     with pytest.raises(UserError, match=r"blocks\.0\.scale_shift_table is also blocks\.1\.scale_shift_table"):

@@ -57,33 +57,26 @@ def fold_(model: nn.Module, point: FoldPoint, scale: Tensor, shift: Tensor | Non
 
 @torch.no_grad()
 def fold_all_(model: nn.Module, folds: Iterable[tuple[FoldPoint, Tensor, Tensor | None]]) -> None:
-    """Fold several scales and shifts, as `fold_` does. Weights are computed in float32 and rounded once, at the end.
+    """Fold several scales and shifts, as `fold_` does. Weights are computed in float32 and rounded once.
 
     Raises:
         UserError: a value is invalid for its point. Nothing changes.
     """
-    asked = [(point, *_checked(point, scale, shift)) for point, scale, shift in folds]
-    sheet = _Sheet()
-    for point, scale, shift in asked:
-        block = block_of(model, point.block)
-        if is_rotated(block, point):
-            raise UserError(
-                f"{point.name} of {point.block or 'the block'} is rotated already: fold it before rotation"
-            )
-        for parts, change in ((point.readers, _read), (point.writers, _written)):
-            for part in parts:
-                layer: Any = block.get_submodule(part.name)
-                work = sheet[layer.weight]
-                s, d = scale.to(work), shift.to(work)
-                weight, bias = change(part, work, sheet.get(layer.bias), s, d)
-                sheet[layer.weight] = weight
-                if bias is not None:
-                    sheet[layer.bias] = bias
-        for writer in point.fold.writers:
-            _write(block, writer, scale, shift, sheet)
-    sheet.write()
-    for point, scale, shift in asked:
-        note_(block_of(model, point.block), point, scale, shift)
+    blocks: dict[str, list[_Asked]] = {}
+    for point, scale, shift in folds:
+        blocks.setdefault(point.block, []).append((point, *_checked(point, scale, shift)))
+    places = {name: block_of(model, name) for name in blocks}
+    for name, asked in blocks.items():
+        if rotated := next((point for point, *_ in asked if is_rotated(places[name], point)), None):
+            raise UserError(f"{rotated.name} of {name or 'the block'} is rotated already: fold it before rotation")
+    # Copies of one block at a time are in memory. Only float16 can overflow, so its numbers are computed twice.
+    for name, asked in blocks.items():
+        if any(each.dtype == torch.float16 for each in places[name].parameters()):
+            _filled(places[name], asked).rounded()
+    for name, asked in blocks.items():
+        _filled(places[name], asked).write()
+        for point, scale, shift in asked:
+            note_(places[name], point, scale, shift)
 
 
 def folded_linear(
@@ -169,24 +162,49 @@ class _Sheet:
         """Note that the embedding's slots of a table are divided by a scale in one block."""
         self._gains.append((block, table, scale, (table.shift, table.scale)))
 
-    def write(self) -> None:
-        """Round the copies into the parameters.
+    def rounded(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the parameters and their new values.
 
         Raises:
-            UserError: a number is too large for the dtype of its parameter (float16). Nothing changes.
+            UserError: a number is too large for the dtype of its parameter (float16).
         """
-        rounded = [(parameter, value.to(parameter.dtype)) for parameter, value in self._work.values()]
-        if dtypes := {str(each.dtype)[6:] for _, each in rounded if not bool(each.isfinite().all())}:
+        found = [(parameter, value.to(parameter.dtype)) for parameter, value in self._work.values()]
+        if dtypes := {str(each.dtype)[6:] for _, each in found if not bool(each.isfinite().all())}:
             raise UserError(
                 f"weights are too large for {' and '.join(dtypes)} after this fold: use a smaller scale, or convert"
                 " the model to bfloat16 first"
             )
-        for parameter, value in rounded:
+        return found
+
+    def write(self) -> None:
+        """Change the parameters and the gains."""
+        for parameter, value in self.rounded():
             parameter.data.copy_(value)
         for block, table, scale, slots in self._gains:
             gain = gain_(block, table)
             for slot in slots:
                 gain[slot] /= scale.to(gain.device)
+
+
+_Asked = tuple[FoldPoint, Tensor, Tensor]
+"""A point, its scale and its shift."""
+
+
+def _filled(block: nn.Module, asked: Iterable[_Asked]) -> _Sheet:
+    """Return the folded parameters of a block."""
+    sheet = _Sheet()
+    for point, scale, shift in asked:
+        for parts, change in ((point.readers, _read), (point.writers, _written)):
+            for part in parts:
+                layer: Any = block.get_submodule(part.name)
+                work = sheet[layer.weight]
+                weight, bias = change(part, work, sheet.get(layer.bias), scale.to(work), shift.to(work))
+                sheet[layer.weight] = weight
+                if bias is not None:
+                    sheet[layer.bias] = bias
+        for writer in point.fold.writers:
+            _write(block, writer, scale, shift, sheet)
+    return sheet
 
 
 def _read(
