@@ -57,8 +57,8 @@ def test_convert_alone_tells_its_methods(cli: Any) -> None:
     done = cli("convert")
     assert (done.code, done.err) == (0, "")
     assert all(method in done.out for method in CONVERTERS)
-    unknown = cli("convert", "paint", "x")
+    unknown = cli("convert", "sketch", "x")
     assert (unknown.code, unknown.err) == (
         2,
-        "postgen: error: No such command 'paint'. (see postgen convert --help)\n",
+        "postgen: error: No such command 'sketch'. (see postgen convert --help)\n",
     )

@@ -214,7 +214,7 @@ def _by_channel(student: nn.Module, points: Iterable[FoldPoint], ranges: Ranges 
                 continue
             if ranges is None:
                 like = torch.ones(fake.in_features, device=fake.weight.device)
-                fake.by_channel_(Scales(scale=like, zero=like))
+                fake.by_channel_(Scales(scale=like, zero=like.clone()))
                 continue
             seen = ranges[point.readers[0].name]
             codes = 2.0**fake.spec.act.grid.bits - 1

@@ -37,14 +37,19 @@ RIGHT = {
     "count": "2",
     "long": "2.5",
     "budget": "0.5",
+    **{"rotate": "8", "rank": "2", "points": "4", "guidance_scale": "4.5", "train_steps": "3"},
 }
-"""A text that must be accepted, for each numeric option of the commands that generate videos."""
+"""A text that must be accepted, for each numeric option of the commands that generate or convert."""
 
 _TRUE = ("--model", "{hunyuan}")  # the model that has this option
 BASES: dict[str, tuple[str, ...]] = {
     "generate": ("generate", "a"),
     "compare": ("compare", "a", "--b", "steps=2"),
     "convert lit": ("convert", "lit", "{wan}", "-o", "out"),
+    "convert quant": (
+        *("convert", "quant", "{wan}", "-o", "out", "--weight", "int4:g8"),
+        *("--recipe", "omniquant", "--prompt", "a", "--prompt", "b"),
+    ),
     "score": ("score", "frames", "--prompt", "a"),
     "serve-reward": ("serve-reward", "world"),
     "demo": ("demo",),

@@ -35,6 +35,7 @@ RIGHT: Mapping[str, Any] = {
     **{"num_inference_steps": 3, "guidance_scale": 4.0, "true_cfg_scale": 4.0, "seed": 7},
     **{"relative_weight": 0.5, "max_gain": 2.0, "max_locations": 5, "chunk_size": 5, "weight": 2.0},
     **{"levels_per_prompt": 2, "learning_rate_new": 1e-3, "variance_weight": 0.1, "transfer_blocks": 2},
+    "branch_learning_rate": 1e-3,
 }
 """A value that must be accepted, for fields whose default is None or empty."""
 
@@ -46,8 +47,11 @@ _NEEDED: Mapping[str, Any] = {
 }
 """Values of fields without a default."""
 
-_BATCH = {"WorldJudgeConfig": 4}
-"""Settings for configurations whose default batch is too small for their other defaults."""
+_MORE: Mapping[str, Mapping[str, Any]] = {
+    "WorldJudgeConfig": {"per_device_train_batch_size": 4},
+    "QuantTrainingConfig": {"weight": "int4:g32", "branch_rank": 2},
+}
+"""Settings that a configuration needs for its other defaults or for the fields under test."""
 
 
 def classes() -> Iterator[tuple[type[Any], Callable[..., Any], dict[str, Any]]]:
@@ -56,8 +60,7 @@ def classes() -> Iterator[tuple[type[Any], Callable[..., Any], dict[str, Any]]]:
         config = find_method(method).config_class
         needed = [field.name for field in dataclasses.fields(config) if field.default is field.default_factory]
         base = {name: _NEEDED[name] for name in needed} | {"method": method}
-        if config.__name__ in _BATCH:
-            base["per_device_train_batch_size"] = _BATCH[config.__name__]
+        base |= _MORE.get(config.__name__, {})
         yield config, lambda config=config, **words: config.from_dict(words), base
     yield GenerateConfig, GenerateConfig, {"prompt": "a"}
     yield RecordsConfig, RecordsConfig, {"num_frames": 5, "height": 32, "width": 32}
