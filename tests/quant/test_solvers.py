@@ -163,7 +163,8 @@ def test_wrong_sums_are_refused():
     [(("int4", "gptk", HESSIAN), {}, "Did you mean 'gptq'"), (("int4", "gptq", None), {}, "needs calibration"),
      (("int4", "rtn", None), {"clop": "search"}, "Did you mean 'clip'"), (("int4", "ls", None), {"steps": 0}, "steps"),
      (("int4", "rtn", None), {"clip": "mse"}, "clip is 'mse'. Allowed: minmax, search"),
-     (("bp2", "gptq", HESSIAN), {"clip": "search"}, "no range"), (("int4:g96", "ls", None), {}, "groups 96"),
+     (("bp2", "gptq", HESSIAN), {"clip": "search"}, "no range"), (("bp2", "ls", None), {"clip": "search"}, "no range"),
+     (("int4:g96", "ls", None), {}, "groups 96"),
      (("int4", "gptq", Hessian.of(torch.eye(8))), {}, "8 channels"), (("int4", 4, None), {}, "4 is unknown")],
 )  # fmt: skip
 def test_wrong_choices_are_refused(arguments, options, said):

@@ -118,6 +118,6 @@ def check_solver(solver: str, format: Format, options: Mapping[str, Any], *, hes
     if row.needs_hessian and not hessian:
         raise UserError(f"the solver {solver} needs calibration; without it use the solver ls or rtn")
     said = row.options(**options)
-    if format.planes and getattr(said, "clip", "minmax") == "search" and solver != "ls":
-        raise UserError(f"{format.text} has no range to search: use clip minmax, or the solver ls or bpdq")
+    if format.planes and "clip" in options and (solver == "ls" or options["clip"] != "minmax"):
+        raise UserError(f"{format.text} has no range to clip: leave the option clip out, or use bpdq")
     return said
