@@ -73,7 +73,7 @@ def _quantize(
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, CHUNK)
-    held = ()
+    held = ()  # type: tuple[tl.tensor, ...]
     most = tl.zeros((CHUNK,), tl.float32)
     for chunk in tl.static_range(CHUNKS):
         at = x + row * stride + chunk * CHUNK + column

@@ -1,7 +1,8 @@
 """postgen makes a trained diffusers video model better, faster and longer, without forking it.
 
 This module imports nothing heavy. A public name is imported from its module when it is first used, so `import postgen`
-takes a few milliseconds and imports neither torch nor diffusers.
+takes a few milliseconds and imports neither torch nor diffusers. It registers postgen's quantisation with diffusers,
+which needs it to load a quantised checkpoint.
 """
 
 from importlib import import_module
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from postgen.grpo.nft import DiffusionNFTTrainer as DiffusionNFTTrainer
     from postgen.grpo.trainer import DanceGRPOConfig as DanceGRPOConfig
     from postgen.grpo.trainer import DanceGRPOTrainer as DanceGRPOTrainer
+    from postgen.quant.hf import PostgenQuantConfig as PostgenQuantConfig
     from postgen.video import VideoError as VideoError
     from postgen.video import VideoInfo as VideoInfo
     from postgen.video import contact_sheet as contact_sheet
@@ -54,6 +56,7 @@ _HOMES = {
     "FP8LinearConfig": "postgen.fp8_linear",
     "FusedOpsConfig": "postgen.fused",
     "FusedOpsHandle": "postgen.fused",
+    "PostgenQuantConfig": "postgen.quant.hf",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",

@@ -5,6 +5,9 @@ that diffusers can save and load.
 from .formats import FORMATS, Format, format_of
 from .hessian import Hessian, HessianSum
 from .linear import QLinear
+from .merging import merge_lora_
+from .model import quantize_weights
+from .report import QuantReport
 from .rounding import Quantized, Scales, quantize
 from .solvers import solve
 from .spec import LayerSpec, QuantSpec
@@ -16,10 +19,13 @@ __all__ = [
     "HessianSum",
     "LayerSpec",
     "QLinear",
+    "QuantReport",
     "QuantSpec",
     "Quantized",
     "Scales",
     "format_of",
+    "merge_lora_",
     "quantize",
+    "quantize_weights",
     "solve",
 ]

@@ -1,7 +1,6 @@
 """Quantised models in `from_pretrained` and `save_pretrained` of diffusers.
 
-    import postgen
-    from postgen.quant.hf import PostgenQuantConfig
+    from postgen import PostgenQuantConfig
 
     config = PostgenQuantConfig(weight="int4:g64", act="fp8:token")   # rounds to nearest, without data
     model = WanTransformer3DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.bfloat16)
@@ -29,7 +28,7 @@ from postgen.families.own_format import erase_note
 from postgen.families.quantizer import Quantizer
 from postgen.quant.layers import quantized_layers
 from postgen.quant.linear import QLinear
-from postgen.quant.model import OWNER, quantize_weights
+from postgen.quant.model import OWNER, bare_linear, quantize_weights
 from postgen.quant.spec import QuantSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
@@ -64,7 +63,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             weight, act, rotate, rank, overrides: as in `QuantSpec`. A model that is not quantised is rounded to
                 nearest, without data.
             layers: the quantised layers of a saved model, see `stored.groups_of`.
-            gains: blocks of a saved model whose timestep embedding has a gain.
+            gains: blocks of a saved model that were folded (`transforms`).
             step_bins: edges of the bins of the noise level by which layers of a saved model clip their inputs.
             quant_method: "postgen".
 
@@ -180,17 +179,17 @@ class PostgenQuantizer(Quantizer):
         """Replace the quantised layers by linear layers with the numbers that they represent (`model.dequantize()`).
 
         Raises:
-            UserError: the timestep embedding has gains, which stock models do not have.
+            UserError: blocks were folded, for which they have tensors that stock blocks do not have.
         """
         if blocks := gained_blocks(model):
             raise UserError(
-                f"the timestep embedding of {blocks[0]} has a gain, which a stock {type(model).__name__} cannot have:"
-                " load the exact model instead"
+                f"{blocks[0]} was folded, which a stock {type(model).__name__} has no place for: load the exact model"
+                " instead"
             )
         dtype = model.dtype
         for name, layer in [(name, each) for name, each in model.named_modules() if isinstance(each, QLinear)]:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, layer.to_linear(dtype))
+            setattr(model.get_submodule(parent), last, _exact(layer, dtype))
         forget_replaced(model, owner=OWNER)
         erase_note(model)
 
@@ -248,3 +247,10 @@ def _attached_bins(model: nn.Module, layers: Mapping[str, QLinear]) -> StepBins 
     if bins is not None and not any(getattr(hook, "__self__", None) is bins for hook in hooks):
         bins.attach(model)
     return bins
+
+
+def _exact(layer: QLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear layer with the weight that a quantised layer represents; it shares the bias."""
+    found = bare_linear(layer.effective_weight().to(dtype))
+    found.bias = layer.bias
+    return found.train(layer.training)

@@ -164,7 +164,7 @@ class QLinear(nn.Linear):
         if clip is not None:
             new.bins = clip[0]
             new.act_clip = _float_bits(_fitting(clip[1], new.act_clip, "clip"), weight.device)
-        return new.train(linear.training)
+        return new.to(weight.device).train(linear.training)
 
     @property
     def mode(self) -> Mode:
@@ -225,8 +225,9 @@ class QLinear(nn.Linear):
             raise UserError(f"the layer needs {_named(wanted)}, got {_named(said)}")
         if quantized is None:
             return
+        device = None if self.weight.is_meta else self.weight.device
         for name, tensor in pack(quantized).items():
-            bits = tensor.view(bits_dtype(tensor.dtype))
+            bits = tensor.view(bits_dtype(tensor.dtype)).to(device)
             setattr(self, name, _frozen(bits) if name == "weight" else bits)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -246,38 +247,6 @@ class QLinear(nn.Linear):
             weight = weight + self.branch_up.float() @ self.branch_down.float()
         scale = self._scale()
         return weight if scale is None else weight / scale
-
-    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """Return a linear layer with the weight that this layer represents, in a dtype; it shares the bias."""
-        with torch.device("meta"):
-            found = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        found.weight, found.bias = _frozen(self.effective_weight().to(dtype)), self.bias
-        return found.train(self.training)
-
-    @torch.no_grad()
-    def left_of(self, weight: Tensor) -> Tensor:
-        """Return what remains of a weight (N, K) to be quantised in this layer, float32.
-
-        Its channels are scaled by `input_scale`, the low-rank branch is subtracted, and the channels are rotated.
-        """
-        scale = self._scale()
-        left = weight.float() if scale is None else weight.float() * scale
-        if self.branch_up is not None and self.branch_down is not None:
-            left = left - self.branch_up.float() @ self.branch_down.float()
-        return rotated(left, self.spec.rotate, self.signs)
-
-    @torch.no_grad()
-    def widen_branch_(self, up: Tensor, down: Tensor) -> None:
-        """Add a low-rank change (N, r) (r, K) of the weight to the low-rank branch of the layer."""
-        scale = self._scale()
-        down = down.float() if scale is None else down.float() * scale
-        dtype = next((each.dtype for each in (self.branch_up, self.bias) if each is not None), up.dtype)
-        parts = [(self.branch_up, up.to(self.weight.device), 1), (self.branch_down, down.to(self.weight.device), 0)]
-        self.branch_up, self.branch_down = (
-            _frozen(new.to(dtype) if old is None else torch.cat([old, new.to(dtype)], axis))
-            for old, new, axis in parts
-        )
-        self.spec = replace(self.spec, rank=len(self.branch_down))
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer.

@@ -7,6 +7,7 @@ merge_lora_(pipe.transformer, requantize=False)    # keeps the adapter exact, as
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from postgen.families.linear_checks import lora_problem
 from postgen.quant.layers import quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.model import Solve, bare_linear, rtn
+from postgen.quant.rotation import rotated
 from postgen.quant.rounding import Quantized, qsnr, quantize
 
 
@@ -57,7 +59,7 @@ def merge_lora_(model: nn.Module, *, requantize: bool = True, solve: Solve = rtn
             else:
                 for each in adapters:
                     up = wrapper.lora_B[each].weight * wrapper.scaling[each]
-                    layer.widen_branch_(up, wrapper.lora_A[each].weight)
+                    _widen_branch_(layer, up, wrapper.lora_A[each].weight)
             found[name] = qsnr(wanted, layer.effective_weight())
     inner.unload_lora()
     if not requantize:
@@ -91,6 +93,28 @@ def _active(wrapper: Any) -> list[str]:
 
 def _requantized(name: str, layer: QLinear, wanted: Tensor, solve: Solve) -> Quantized:
     """Return the codes that lose less: those of the solver, or the nearest ones under the present scales."""
-    left, present = layer.left_of(wanted), layer.quantized()
+    left, present = _left_of(wanted, layer), layer.quantized()
     both = solve(name, bare_linear(left), layer.spec), quantize(left, present.format, present.scales)
     return max(both, key=lambda each: qsnr(left, each.numbers()))
+
+
+def _left_of(weight: Tensor, layer: QLinear) -> Tensor:
+    """Return what a layer has to quantise of a weight (N, K): scaled, without the branch, and rotated; float32."""
+    scale = None if layer.input_scale is None else layer.input_scale.view(torch.float32)
+    left = weight.float() if scale is None else weight.float() * scale
+    if layer.branch_up is not None and layer.branch_down is not None:
+        left = left - layer.branch_up.float() @ layer.branch_down.float()
+    return rotated(left, layer.spec.rotate, layer.signs)
+
+
+def _widen_branch_(layer: QLinear, up: Tensor, down: Tensor) -> None:
+    """Add a low-rank change (N, r) (r, K) of the weight to the branch of a layer, which reads the scaled input."""
+    scale = None if layer.input_scale is None else layer.input_scale.view(torch.float32)
+    down = down.float() if scale is None else down.float() * scale
+    dtype = next((each.dtype for each in (layer.branch_up, layer.bias) if each is not None), up.dtype)
+    parts = (layer.branch_up, up, 1), (layer.branch_down, down, 0)
+    layer.branch_up, layer.branch_down = (
+        nn.Parameter(new if old is None else torch.cat([old, new], axis), requires_grad=False)
+        for old, new, axis in ((old, new.to(layer.weight.device, dtype), axis) for old, new, axis in parts)
+    )
+    layer.spec = replace(layer.spec, rank=len(layer.branch_down))

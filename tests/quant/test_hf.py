@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -15,14 +16,14 @@ from torch import nn
 import postgen
 from postgen.compat import quantizers
 from postgen.errors import UserError
-from postgen.families import blocks_of
-from postgen.families.folds import folds_of
 from postgen.quant import QLinear, QuantSpec, quantize
 from postgen.quant.hf import PostgenQuantConfig, PostgenQuantizer, mark_quantized
 from postgen.quant.layers import quantized_layers
 from postgen.quant.model import quantize_weights, replace_with
+from postgen.quant.rounding import as_format
 from postgen.quant.step_bins import StepBins
-from postgen.quant.transforms.gains import gain_, gained_blocks
+from postgen.quant.transforms.gains import gained_blocks
+from postgen.quant.transforms.let import fold_, let_points
 from tests.quant.models import arguments, predicted, same_bits, wan
 from tests.tiny_wan import wan_components
 
@@ -125,17 +126,29 @@ def test_scales_signs_and_clips_of_a_recipe_are_kept(tmp_path):
     assert other.blocks[0].ffn.net[2].bins.current.tolist() == [1]
 
 
-def test_gains_of_folds_are_kept(tmp_path):
+def test_zero_points_that_are_no_bytes_are_kept(tmp_path):
     model = wan()
-    block = blocks_of(model)[0].module
-    table = next(writer for fold in folds_of(block) for writer in fold.writers if hasattr(writer, "embedding"))
-    gain_(block, table).mul_(torch.rand(6, 32) + 0.5)
+    quantize_weights(model, QuantSpec(weight="int4:g16:asym"))
+    layer = model.blocks[0].ffn.net[2]
+    found = layer.quantized()
+    layer.store_(as_format(found, replace(found.scales, zero=found.scales.zero + 0.5)))
+    model.save_pretrained(tmp_path)
+    for words in ({}, {"torch_dtype": torch.float32}):
+        assert same_bits(type(model).from_pretrained(tmp_path, **words), model)
+
+
+def test_folds_are_kept(tmp_path):
+    model = wan()
+    point = next(each for each in let_points(model, "blocks.0") if each.kind == "norm")
+    fold_(model, point, torch.rand(point.width) + 0.5)
     quantize_weights(model, QuantSpec(weight="int8"))
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.float32)
     assert gained_blocks(loaded) == ["blocks.0"]
     assert same_bits(loaded, model)
     assert torch.equal(predicted(loaded), predicted(model))
+    with pytest.raises(UserError, match=r"blocks\.0 was folded, .* load the exact model instead"):
+        loaded.dequantize()
 
 
 def test_dtypes_and_devices_of_a_loaded_model(tmp_path):

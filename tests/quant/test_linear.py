@@ -1,6 +1,7 @@
 """A quantised linear layer computes what its formats say, in every mode, and LoRA on top of it trains."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from postgen.errors import UserError
 from postgen.quant import LayerSpec, QLinear, format_of, quantize
 from postgen.quant.products import eight_bits, rounded
 from postgen.quant.rotation import rotated, rotated_back
+from postgen.quant.rounding import as_format
 from postgen.quant.step_bins import StepBins
 
 K, N = 64, 48
@@ -174,13 +176,14 @@ def test_copies_moves_and_state_dicts_keep_every_bit():
 
 
 def test_zero_points_that_are_no_bytes_survive_a_state_dict():
-    linear = layer()
-    linear.weight.data += 9
-    new = made("int4:g32:asym", linear=linear)
+    new = made("int4:g32:asym")
+    found = new.quantized()
+    new.store_(as_format(found, replace(found.scales, zero=found.scales.zero + 0.5)))
     other = QLinear(K, N, new.spec)
     assert other.weight_zero.dtype == torch.uint8
     other.load_state_dict(new.state_dict())
     assert torch.equal(other(inputs()), new(inputs()))
+    assert not torch.equal(new(inputs()), made("int4:g32:asym")(inputs()))
 
 
 def test_wrong_parts_are_refused():

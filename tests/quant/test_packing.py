@@ -8,6 +8,7 @@ import torch
 from postgen.errors import UserError
 from postgen.quant import FORMATS, format_of, quantize
 from postgen.quant.packing import from_bits, layout, pack, to_bits, unpack
+from postgen.quant.rounding import as_format
 
 TEXTS = [*FORMATS, "int4:g32", "int3:g16:asym", "int2:tensor:asym", "int8:asym", "fp8:block", "fp8:g64", "mxfp4:floor"]
 
@@ -62,8 +63,10 @@ def test_planes_belong_to_their_coefficients():
     assert packed["weight"].tolist() == [[[0b01011010]], [[0b00111100]]]
 
 
-def test_zero_points_that_are_no_bytes_are_kept():
-    found = quantize(weight() + 9, format_of("int4:g32:asym"))  # all positive: zero points below 0
+@pytest.mark.parametrize("moved", [0.25, -40.0, 300.0])
+def test_zero_points_that_are_no_bytes_are_kept(moved):
+    found = quantize(weight(), format_of("int4:g32:asym"))
+    found = as_format(found, replace(found.scales, zero=found.scales.zero + moved))
     packed = pack(found)
     assert packed["weight_zero"].dtype == torch.int32
     assert torch.equal(unpack(packed, found.format, found.shape).numbers(), found.numbers())
