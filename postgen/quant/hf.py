@@ -25,8 +25,8 @@ from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
 from postgen.families.own_format import erase_note
-from postgen.families.quantizer import Quantizer
-from postgen.quant.layers import quantized_layers
+from postgen.families.quantizer import Quantizer, register_quantizer
+from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
 from postgen.quant.spec import QuantSpec
@@ -143,6 +143,7 @@ class PostgenQuantizer(Quantizer):
             for layer in layers.values():
                 layer.bins = None if layer.act_clip is None else bins
             bins.attach(model)
+        note_shared_inputs_(model)
         record_replaced(model, layers, owner=OWNER)
 
     def owns(self, model: Any, name: str) -> bool:
@@ -229,6 +230,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
         words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
+    note_shared_inputs_(inner)
     bins = _attached_bins(inner, layers)
     config = PostgenQuantConfig(
         **words, layers=groups_of(layers), gains=gained_blocks(inner), step_bins=None if bins is None else bins.edges
@@ -254,3 +256,6 @@ def _exact(layer: QLinear, dtype: torch.dtype) -> nn.Linear:
     found = bare_linear(layer.effective_weight().to(dtype))
     found.bias = layer.bias
     return found.train(layer.training)
+
+
+register_quantizer(Method.POSTGEN.value, __name__, PostgenQuantizer.__name__, PostgenQuantConfig.__name__)

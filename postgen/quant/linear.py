@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen.errors import UserError, shown
+from postgen.families.shared_rows import shared_rows
 from postgen.kernels.fp8 import E4M3
 from postgen.quant.formats import Format
 from postgen.quant.packing import bits_dtype, layout, pack, unpack
 from postgen.quant.products import (
     Mode,
+    Rows,
     blocks_product,
     eight_bits,
     expanded,
@@ -91,6 +93,7 @@ class QLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.spec = spec
         self.bins: StepBins | None = None
+        self.shares_input = False  # whether the layers that run next read the same tensor
         self._forced: Mode | None = None
 
         def empty(*shape: int, kind: torch.dtype | None = dtype) -> Tensor:
@@ -302,7 +305,13 @@ class QLinear(nn.Linear):
         if spec.act.share == "block":
             return blocks_product(self._rotated(x), self.packed(), bias, dtype)
         kind = E4M3 if mode == "fp8" else torch.int8
-        rows = input_rows(x, spec, self.signs, self._clip(x), kind)
+        clip = self._clip(x)
+
+        def rounded_rows() -> Rows:
+            return input_rows(x.detach(), spec, self.signs, clip, kind)
+
+        shares = self.shares_input and self.signs is None and clip is None
+        rows = shared_rows(x, (kind, spec.rotate), rounded_rows) if shares else rounded_rows()
         return rows_product(rows, eight_bits(self.packed(), spec.weight, self.in_features, kind), bias, dtype)
 
     def _rotated(self, x: Tensor) -> Tensor:

@@ -324,8 +324,11 @@ def test_a_model_without_rows_or_with_other_layers_is_refused():
     quantized = copy.deepcopy(model)
     spec = LayerSpec(weight=format_of("int4:g16"))
     quantized.blocks[0].ffn.net[2] = QLinear.of(layer, quantize(layer.weight, spec.weight), spec)
-    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.net\.2 is quantised already"):
-        points_of(quantized)
+    eight = copy.deepcopy(model)
+    eight.blocks[0].ffn.net[2].weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    for other in (quantized, eight):
+        with pytest.raises(UserError, match=r"blocks\.0\.ffn\.net\.2 is quantised already"):
+            points_of(other)
 
 
 def test_numbers_that_overflow_and_shared_weights_are_refused():

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.families import Block, blocks_of
@@ -93,8 +93,10 @@ def block_of(model: nn.Module, name: str) -> nn.Module:
     """Return a block of a model by its name; a block alone is its own block.
 
     Raises:
-        UserError: the model has no such block.
+        UserError: the model has no such block, or no name is given and the model is no block with rows.
     """
+    if not name:
+        folds_of(model)  # raises if the model is no block
     if not name or has_folds(model):
         return model
     blocks = blocks_of(model)
@@ -214,10 +216,19 @@ def _check(block: nn.Module, name: str) -> None:
                 f"the attention processor of {place}, a {type(processor).__name__}, has weights of its own, which a"
                 " fold would miss: unload it (for instance an IP adapter) first"
             )
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-            raise UserError(f"{place} is quantised already: fold before layers are quantised")
-        if isinstance(module, nn.Linear) and module.weight.is_meta:
-            raise UserError(f"the weights of {place} are not loaded (offloading): load the model without it to fold")
+        if isinstance(module, nn.Linear):
+            _check_weight(module.weight, place)
+
+
+def _check_weight(weight: Tensor, place: str) -> None:
+    if weight.is_meta:
+        raise UserError(f"the weights of {place} are not loaded (offloading): load the model without it to fold")
+    # Libraries store quantised weights as integers, in 8-bit floats, or in tensor classes of their own.
+    if not weight.is_floating_point() or weight.element_size() < 2 or type(weight) is not nn.Parameter:
+        kind = "" if type(weight) is nn.Parameter else f", a {type(weight).__name__}"
+        raise UserError(
+            f"{place} is quantised already{kind}: fold before layers are quantised, in float32 or bfloat16"
+        )
 
 
 def _check_shared(model: nn.Module, block: nn.Module, name: str) -> None:
