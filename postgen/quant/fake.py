@@ -32,10 +32,8 @@ numbers that begin as the range."""
 
 LWC_START = 4.0
 """First value of the parameters of LWC: the factors begin at sigmoid(4) = .98201."""
-SCALES, ZEROS = (1e-6, 1e4), (-1e4, 1e4)
-"""Ranges of learned scales and zero points. EfficientQAT has 1e-4 as the smallest scale, which is more than 8-bit
-weights need, and 0 as the smallest zero point, with which a group without a negative number would begin with a larger
-error than rounding to nearest."""
+SCALES = (1e-6, 1e4)
+"""Range of learned scales. EfficientQAT has 1e-4 as the smallest, which is more than 8-bit weights need."""
 ACT_CLIP_START = 0.95
 """First value of learned clips of inputs (QVGen's)."""
 
@@ -151,7 +149,9 @@ class FakeQuantLinear(nn.Linear):
         if format.planes:
             return None
         if self.ranges == "lsq":
-            zero = None if self.zero is None else through(self.zero, self.zero.clamp(*ZEROS).round())
+            zero: Tensor | None = self.zero
+            if zero is not None:
+                zero = through(zero, zero.clamp(format.grid.least, format.grid.largest).round())
             return Scales(scale=clamped(self.scale, *SCALES), zero=zero)
         if self.ranges == "lwc":
             low = None if self.clip_low is None else self.clip_low.sigmoid()

@@ -50,6 +50,7 @@ def quantize(
     output_dir: Path | str | None = None,
     resume: bool = False,
     steps: int | None = None,
+    rates: float = 1.0,
     seed: int = 42,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     where: Path | str = "cpu",
@@ -68,6 +69,8 @@ def quantize(
         output_dir: folder of the run, for `resume`; None keeps nothing. Only for recipes that need data.
         resume: continue the run in `output_dir`. On the CPU it ends with the weights of an uninterrupted run.
         steps: training steps of each block instead of those of the recipe.
+        rates: factor of the learning rates of the recipe, which are those of the papers, for large models. Models with
+            a few million weights and few steps need 10 to 50.
         seed: seed of the order of the points.
         device: device of the training; "auto" is that of the model. Only one block at a time is there.
         where: "cpu" to keep the recorded inputs and outputs of the blocks in memory, or a folder.
@@ -85,25 +88,35 @@ def quantize(
     check_recipe(chosen, layers, named=recipe if isinstance(recipe, str) else "")
     if steps is not None:
         check_number("steps", steps, 1, whole=True)
-    unused = {"calibration": calibration, "output_dir": output_dir, "steps": steps, "resume": resume or None}
-    if not chosen.calibrated:
-        if given := [name for name, value in unused.items() if value is not None]:
-            raise UserError(f"{', '.join(given)} can only be given for a recipe that needs data, not for {recipe}")
-        return _without_data(model, spec, chosen)
+    check_number("rates", rates, 1e-6)
+    pace = {"steps": steps, "rates": None if rates == 1 else rates}
+    given = {"calibration": calibration, "output_dir": output_dir, "resume": resume or None, **pace}
+    _check_use(recipe, chosen, [name for name, value in given.items() if value is not None])
     if calibration is None:
-        raise UserError(
-            f"the recipe {shown(recipe)} needs calibration, but there is none: give calibration=Calibration(pipe,"
-            " prompts), or use rtn or ls"
-        )
-    if steps is not None and not any(stage.trains for stage in chosen.stages):
-        raise UserError(f"steps is {steps}, but the recipe {shown(recipe)} trains nothing: leave it out")
-    if resume and output_dir is None:
-        raise UserError("resume needs the output_dir of the run")
+        return _without_data(model, spec, chosen)
     job = _Job(model=model, spec=spec, layers=layers, recipe=chosen, calibration=calibration, progress=progress)
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         values = {"resume": resume, "seed": seed, "device": _device(device, model), "disable_tqdm": not progress}
-        return job.run(folder, where, steps, values)
+        return job.run(folder, where, {"steps": steps, "rates": rates}, values)
+
+
+def _check_use(named: str | Recipe, recipe: Recipe, given: Sequence[str]) -> None:
+    """Check that the given arguments have a use for a recipe, and that calibration is given if it is needed."""
+    trained = [name for name in ("steps", "rates") if name in given]
+    if not recipe.calibrated and given:
+        raise UserError(f"{', '.join(given)} can only be given for a recipe that needs data, not for {shown(named)}")
+    if recipe.calibrated and "calibration" not in given:
+        raise UserError(
+            f"the recipe {shown(named)} needs calibration, but there is none: give calibration=Calibration(pipe,"
+            " prompts), or use rtn or ls"
+        )
+    if trained and not any(stage.trains for stage in recipe.stages):
+        raise UserError(
+            f"{' and '.join(trained)} can only be given for training, and the recipe {shown(named)} has none"
+        )
+    if "resume" in given and "output_dir" not in given:
+        raise UserError("resume needs the output_dir of the run")
 
 
 def the_transformer(target: Any) -> nn.Module:
@@ -184,7 +197,7 @@ class _Job:
     calibration: Calibration
     progress: bool
 
-    def run(self, folder: Path, where: Path | str, steps: int | None, values: Mapping[str, Any]) -> QuantReport:
+    def run(self, folder: Path, where: Path | str, pace: Mapping[str, Any], values: Mapping[str, Any]) -> QuantReport:
         """Quantise the model: statistics and records of the exact model, the stages, and then the new layers."""
         expert = self.calibration.expert_of(self.model)
         blocks = blocks_of(self.model)
@@ -192,11 +205,13 @@ class _Job:
             for block in blocks:  # a class without folds is refused before hours of training
                 points_of(block.module, self._plan(stage).of(block.name), stage)
         self.calibration.draw(progress=self.progress)
+        result = self._stages(blocks, expert, folder, where, pace, values) if self.recipe.stages else None
+        if result is not None:
+            fold_all_(self.model, result.folds)
         exact = OutputStats()
-        if self.recipe.statistics:
+        if self.recipe.statistics:  # folds change outputs of layers
             self.calibration.stream(self.model, exact, layers=list(self.layers), expert=expert)
-        if self.recipe.stages:
-            result = self._stages(blocks, expert, folder, where, steps, values)
+        if result is not None:
             report = self._put_in(result, self._bins(expert))
         else:
             report = _without_data(self.model, self.spec, self.recipe)
@@ -210,7 +225,7 @@ class _Job:
         expert: str,
         folder: Path,
         where: Path | str,
-        steps: int | None,
+        pace: Mapping[str, Any],
         values: Mapping[str, Any],
     ) -> BlocksResult:
         penalty = self._penalty(blocks, expert)
@@ -220,7 +235,7 @@ class _Job:
         }
         former: BlockwiseRun | None = None
         for number, stage in enumerate(self.recipe.stages, 1):
-            config = self._config(stage, folder / f"stage-{number}", steps, values)
+            config = self._config(stage, folder / f"stage-{number}", {**pace, **values})
             plan = self._plan(stage, self._bins(expert))
             former = BlockwiseRun(
                 blocks,
@@ -254,24 +269,24 @@ class _Job:
         found.generator = torch.default_generator
         return found
 
-    def _config(self, stage: Stage, folder: Path, steps: int | None, values: Mapping[str, Any]) -> ReconstructConfig:
+    def _config(self, stage: Stage, folder: Path, values: Mapping[str, Any]) -> ReconstructConfig:
         half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        others = {name: value for name, value in values.items() if name not in ("steps", "rates")}
         return ReconstructConfig(
             output_dir=str(folder),
-            max_steps=steps or stage.steps,
+            max_steps=values["steps"] or stage.steps,
             gradient_accumulation_steps=stage.batch,
-            learning_rate=stage.learning_rate,
-            learning_rate_new=stage.learning_rate_new,
+            learning_rate=stage.learning_rate * values["rates"],
+            learning_rate_new=stage.learning_rate_new * values["rates"],
             lr_scheduler_type=stage.schedule,
             loss=stage.loss,
             bf16=half and values["device"] == "cuda",
-            **values,
+            **others,
         )
 
     @torch.no_grad()
     def _put_in(self, result: BlocksResult, bins: StepBins | None) -> QuantReport:
-        """Fold the transformations into the model and replace its layers."""
-        fold_all_(self.model, result.folds)
+        """Replace the layers of the folded model."""
 
         def make(name: str, linear: nn.Linear, each: LayerSpec) -> QLinear:
             found, place = result.layers[name], linear.weight.device
@@ -285,7 +300,4 @@ class _Job:
             clip = None if found.clips is None or bins is None else (bins, found.clips)
             return QLinear.of(linear, quantized, each, branch=branch, clip=clip)
 
-        report = replace_with(self.model, self.spec, make)
-        if bins is not None:
-            bins.attach(self.model)
-        return report
+        return replace_with(self.model, self.spec, make)

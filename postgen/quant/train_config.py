@@ -75,7 +75,8 @@ class QuantTrainingConfig(DistillationConfig, QuantizationConfig):
     """Weight of the difference between the predictions of student and teacher."""
 
     learning_rate: float = 2e-5
-    """Peak learning rate of the scales, above 0. EfficientQAT uses 2e-5 for 2 bits and 1e-5 for 3 and 4 bits."""
+    """Peak learning rate of the scales, above 0. EfficientQAT uses 2e-5 for 2 bits and 1e-5 for 3 and 4 bits of large
+    language models; small models have larger weights and scales, and need a larger rate."""
 
     max_grad_norm: float = 0.3
     """Gradients are clipped to this global norm; 0 disables clipping."""

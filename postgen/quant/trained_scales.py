@@ -119,6 +119,7 @@ class ScaleLinear(QLinear):
     def _multiplied(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if self.trained_scale is None:
             return super()._multiplied(x, bias, dtype)
+        x = self._rotated(x)
         if self.spec.act is not None:
             x = through(x, self._input(x))
         found: Tensor = _Product.apply(x.to(dtype), self.trained_scale, bias, self)  # type: ignore[no-untyped-call]

@@ -20,9 +20,13 @@ from postgen.quant.engine import BlockwiseRun, LayerResult
 from postgen.quant.stages import RECIPES
 from postgen.quant.student import StudentPlan
 from postgen.reconstruct import Records
-from tests.reconstruct.killed import POINTS, set_up
+from tests.reconstruct.killed import set_up
 from tests.reconstruct.toy import pipeline, settings
 
+KILLED = ("while a checkpoint is written", "in the second block", "before the result is whole")
+"""The points at which a run is killed."""
+SHORT: dict[str, Any] = {"gradient_accumulation_steps": 1}
+"""Settings of a run that is killed."""
 CROSS = (".attn2.to_k", ".attn2.to_v")
 
 
@@ -72,11 +76,11 @@ def _bits(x: Tensor | None) -> Tensor:
 def main(folder: Path) -> None:
     pipe, _ = pipeline("Wan")
     records = Records.read(folder / "records")
-    for point in POINTS:
+    for point in KILLED:
         child = os.fork()
         if not child:
             set_up(point)
-            stages(pipe.transformer, records, folder / point, "omniquant", "int4:g8", "int4:token")
+            stages(pipe.transformer, records, folder / point, "omniquant", "int4:g8", "int4:token", **SHORT)
             os._exit(0)  # the process was not killed, and the parent reports this
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), (point, status)

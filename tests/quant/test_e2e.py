@@ -82,6 +82,11 @@ def test_the_loss_falls(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in own} == {"weight", SCALE, "bias"}
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    runs = [trained(tmp_path / str(on), gradient_checkpointing=on, rotate=8) for on in (False, True)]
+    assert same(*(dict(student_of(run).state_dict()) for run in runs))
+
+
 def test_resume_is_exact(tmp_path: Path) -> None:
     """With branches, an average and dropped captions: 4 steps equal 2 steps, a resume and 2 steps."""
     values = {**STAGES, "ema_decay": 0.9, "save_steps": 2, "eval_steps": 2, "save_total_limit": None}

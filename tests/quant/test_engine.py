@@ -8,19 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanPipeline
 
+from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.recording import replay
+from postgen.quant import QuantSpec
 from postgen.quant.chain import Chain
-from postgen.quant.stages import Stage, recipe_of
+from postgen.quant.engine import BlockwiseRun
+from postgen.quant.layers import layers_of
+from postgen.quant.stages import RECIPES, Stage, recipe_of
 from postgen.quant.student import StudentPlan, make_student
 from postgen.reconstruct.loss import error
 from postgen.training import checkpoint
 from tests import children
-from tests.quant.blockwise import layers, same, stages
+from tests.quant.blockwise import KILLED, SHORT, layers, same, stages
 from tests.reconstruct.killed import POINTS
-from tests.reconstruct.toy import pipeline, records_of
+from tests.reconstruct.toy import pipeline, records_of, settings
 
 W4A4 = ("int4:g8", "int4:token")
 
@@ -39,17 +44,28 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Taught:
     return Taught(tmp_path_factory.mktemp("wan"))
 
 
+@pytest.fixture(scope="module")
+def embedded() -> Taught:
+    found = Taught.__new__(Taught)
+    found.pipe = WanPipeline.from_pretrained(embedded_model())
+    found.model = found.pipe.transformer
+    found.blocks = blocks_of(found.model)
+    size = {"num_frames": 5, "height": 64, "width": 64}
+    found.records = records_of(found.pipe, size, "blocks.0", num_inference_steps=2)
+    return found
+
+
 def rtn_error(wan: Taught, weight: str, act: str | None) -> float:
     """Return the relative error of the last block on held-out records, with both blocks rounded to nearest."""
     plan = StudentPlan(layers=layers(wan.model, weight, act), stage=Stage())
     return chain_error(wan, lambda number: make_student(wan.blocks[number].name, wan.blocks[number].module, plan))
 
 
-def chain_error(wan: Taught, made: Any) -> float:
-    chain = Chain(wan.blocks, wan.records, made, torch.device("cpu"))
-    chain.reach(len(wan.blocks) - 1)
-    last, student, found = wan.blocks[-1], made(len(wan.blocks) - 1), []
-    for call in chain.calls(len(wan.blocks) - 1, held_out=True):
+def chain_error(wan: Taught, made: Any, blocks: int = 2) -> float:
+    chain = Chain(wan.blocks[:blocks], wan.records, made, torch.device("cpu"))
+    chain.reach(blocks - 1)
+    last, student, found = wan.blocks[blocks - 1], made(blocks - 1), []
+    for call in chain.calls(blocks - 1, held_out=True):
         with torch.no_grad():
             hidden, _ = chain.run(last, student, call)
         found.append(float(error("l2", [hidden], [last.outputs(call.output())[0]])))
@@ -91,16 +107,41 @@ def test_recipes_lower_the_error_of_rounding_to_nearest(
     assert all(torch.equal(value, before[name]) for name, value in wan.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "spec", "factor"),
+    [
+        ("omniquant", QuantSpec(weight="int4:g32", act="int4:token"), 0.97),
+        ("block_ap", QuantSpec(weight="int2:g32:asym"), 0.85),
+    ],
+)
+def test_recipes_on_the_embedded_model(
+    embedded: Taught, tmp_path: Path, recipe: str, spec: QuantSpec, factor: float
+) -> None:
+    first = embedded.blocks[0]
+    chosen = {
+        name: each for name, each in layers_of(embedded.model, spec).items() if name.startswith(f"{first.name}.")
+    }
+    stage = RECIPES[recipe].stages[0]
+    rough = make_student(first.name, first.module, StudentPlan(layers=chosen, stage=Stage()))
+    rates = {"learning_rate": 1e-3, "learning_rate_new": 1e-3} if recipe == "block_ap" else {}
+    config = settings(tmp_path, loss=stage.loss, max_steps=16, save_steps=0, ema_decay=0.0, **rates)
+    run = BlockwiseRun([first], StudentPlan(layers=chosen, stage=stage), embedded.records, config)
+    report = run.run().report
+    assert report is not None
+    assert report.blocks[first.name].error_after < factor * chain_error(embedded, lambda number: rough, blocks=1)
+
+
 def test_killed_at_each_point(wan: Taught, tmp_path: Path) -> None:
-    straight = stages(wan.model, wan.records, tmp_path / "straight", "omniquant", *W4A4)[-1].result  # type: ignore[attr-defined]
+    straight = stages(wan.model, wan.records, tmp_path / "straight", "omniquant", *W4A4, **SHORT)[-1].result  # type: ignore[attr-defined]
     (tmp_path / "records").symlink_to(wan.folder / "records")
     code, said = children.run("tests.quant.blockwise", tmp_path)
     assert code == 0, said
-    for point, (name, step) in POINTS.items():
+    for point in KILLED:
+        name, step = POINTS[point]
         left = [path.name for path in checkpoint.find(tmp_path / point / "0" / "blocks" / name)]
         saved = {3: [], 8: ["checkpoint-5"], 10: ["checkpoint-5"], 12: ["checkpoint-5", "checkpoint-10"]}
         assert left == saved[step], point
-        resumed = stages(wan.model, wan.records, tmp_path / point, "omniquant", *W4A4, resume=True)[-1].result  # type: ignore[attr-defined]
+        resumed = stages(wan.model, wan.records, tmp_path / point, "omniquant", *W4A4, **SHORT, resume=True)[-1].result  # type: ignore[attr-defined]
         assert same(resumed.layers, straight.layers), point
         for (one, *a), (two, *b) in zip(resumed.folds, straight.folds, strict=True):
             assert one == two
