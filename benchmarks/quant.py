@@ -20,15 +20,16 @@ The rules of the experiment, written before any run:
   that train run with three seeds, which also draw their calibration points; their numbers are means over the seeds.
 - **Calibration** is the same for all recipes with the same seed: 64 prompts, 256 points on trajectories of the exact
   model with the settings of the measurement, each with its prompt and with the negative prompt. Training steps and
-  learning rates are those of the recipes in `postgen.quant.stages`; `--block_steps` gives all recipes the same number
-  of steps for each block.
+  learning rates are those of the recipes in `postgen.quant.stages`, except that recipes that train weights (Block-AP,
+  SOS) have 10 times the learning rate, because theirs are for models a thousand times as large. `--block_steps` gives
+  all recipes the same number of steps for each block.
 - **Measured** on 512 prompts that no calibration uses, half with one body and half with two; clip i has prompt i and
   seed i in all arms. PSNR compares with the exact clip, both as bytes. The judge is the world's checker: the share of
   clips that are right in every attribute. Its drop is paired by prompt, after the mean over seeds, with a 95 %
   bootstrap interval over prompts. The velocity error is |v - v_exact| / |v_exact| on the exact model's own calls, 32
   prompts at all steps. Bits per weight count scales, zero points and coefficients.
 - **e2e_qp** begins with the weights of `quant_arms.BEGINS` of the same seed and trains their scales alone: 500 steps
-  on latents that the exact model samples, with EfficientQAT's learning rates (2e-5 at 2 bits, otherwise 1e-5).
+  on latents that the exact model samples, with the settings of `recipes/quant-tiny.yaml` without its branches.
 - **Gates.** `omniquant_w4a4_gain_db` and `block_ap_w2_gain_db`: mean PSNR minus that of `rtn` in the same format.
   `e2e_qp_gain_db`: the least gain over the weights with which it began, of all its formats. `bpdq_vs_gptq_w2_db`:
   `bpdq` in bp2 (3.5 bits per weight) minus `gptq` in int2 with groups of 16 (4.5 bits), a control with no fewer bits.
@@ -129,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 def job_words(options: argparse.Namespace) -> list[str]:
     """Return the command-line options that every job receives."""
     words = ["--model", str(options.model), "--device", options.device]
-    for name in ("prompts", "calibration", "points", "block_steps", "e2e_steps", "batch"):
+    for name in ("prompts", "calibration", "points", "block_steps", "rates", "e2e_steps", "batch"):
         words += [f"--{name}", str(getattr(options, name))]
     for name in SIZES:
         words += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []

@@ -6,15 +6,17 @@ crossover for normally distributed numbers; here the groups of real tensors are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postgen.families.linear import find_linears
-from postgen.quant import QuantSpec, format_of, quantize
-from postgen.quant.advisor import Advice, Fit, crossover, fits_of
+from postgen.quant import QuantSpec, format_of
+from postgen.quant.advisor import Advice, Fit, crest_factor, crossover, fits_of, measured_crossover
 from postgen.quant.calibration import Calibration
 from postgen.quant.layers import layers_of
 from postgen.quant.observers import InputSample
@@ -24,8 +26,6 @@ from postgen.quant.rounding import grouped
 PAIRS = (("mxint8", "mxfp8"), ("mxint6", "mxfp6"), ("mxint4", "mxfp4"), ("nvint4", "nvfp4"))
 """Integers and floating point with the same number of bits."""
 FOUR_BITS = ("mxint4", "mxfp4", "nvint4", "nvfp4")
-BINS = 40
-"""Bins of crest factors with equally many groups."""
 ROWS = 64
 """Tokens of each layer and bin of noise levels."""
 
@@ -52,9 +52,12 @@ def advice_of(model: nn.Module, calibration: Calibration) -> dict[str, Any]:
     inputs = {name: sample.of(name).float().to(device) for name in linears}
     rows = [_layer(name, weights[name], inputs[name]) for name in linears]
     pairs = []
-    for kind, tensors in (("inputs", inputs), ("weights", weights)):
+    for kind, tensors in (("inputs", inputs), ("weight", weights)):
         for pair in PAIRS:
-            pairs += [{"of": kind, **_crossing(pair, size, tensors)} for size in turns(pair[0])]
+            for size in turns(pair[0]):
+                pairs.append(
+                    {"of": kind, **_totals(pair, size, kind, rows), **_crossing(pair, size, [*tensors.values()])}
+                )
     return {"layers": rows, "pairs": pairs}
 
 
@@ -78,63 +81,28 @@ def _fits(x: Tensor) -> list[Fit]:
     return [fit for pair in PAIRS for fit in fits_of(x, pair, turns(pair[0]))]
 
 
-def _crossing(pair: tuple[str, str], size: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the noise of a pair of formats over all tensors, and the crest factor at which floating point wins."""
-    crests, noises, energies = [], [], []
-    for x in tensors.values():
-        turned = rotated(x, size)
-        format = format_of(pair[0])
-        groups = grouped(turned, format).double().flatten(0, -2)
-        energy = groups.square().sum(-1)
-        errors = [grouped(turned - quantize(turned, format_of(name)).numbers(), format) for name in pair]
-        found = torch.stack([each.double().flatten(0, -2).square().sum(-1) for each in errors])
-        kept = energy > 0
-        crests.append((groups.abs().amax(-1) / groups.square().mean(-1).sqrt())[kept].cpu())
-        noises.append((found / energy)[:, kept].cpu())
-        energies.append(energy[kept].cpu())
-    crest, noise, energy = torch.cat(crests), torch.cat(noises, 1), torch.cat(energies)
-    integers, floating = (-10 * ((noise * energy).sum(1) / energy.sum()).log10()).tolist()
-    quartiles = crest.sort().values[[len(crest) // 4, len(crest) // 2, len(crest) * 3 // 4]].tolist()
+def _totals(pair: tuple[str, str], size: int, kind: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean QSNR of both formats over the layers, and the share of layers where integers have less noise."""
+    integers, floating = ([row[kind][f"{name}.{size}"][1] for row in rows] for name in pair)
     return {
         "pair": list(pair),
         "rotate": size,
-        "predicted": crossover(format_of(pair[0]), format_of(pair[1])),
-        "measured": crossing(crest, noise),
-        "crest_quartiles": quartiles,
-        "integers_db": integers,
-        "floating_db": floating,
-        "integers_win": float((noise[0] < noise[1]).double().mean()),
-        "layers_where_integers_win": _wins(pair, size, tensors),
+        "integers_db": sum(integers) / len(rows),
+        "floating_db": sum(floating) / len(rows),
+        "layers_where_integers_win": sum(map(operator.gt, integers, floating)) / len(rows),
     }
 
 
-def _wins(pair: tuple[str, str], size: int, tensors: Mapping[str, Tensor]) -> float:
-    won = []
-    for x in tensors.values():
-        integers, floating = fits_of(x, pair, (size,))
-        won.append(integers.measured > floating.measured)
-    return sum(won) / len(won)
-
-
-def crossing(crest: Tensor, noise: Tensor) -> float | str:
-    """Return the crest factor above which floating point has less noise than integers.
-
-    Args:
-        crest: (groups,) crest factors.
-        noise: (2, groups) relative noise of integers and of floating point.
-
-    Returns:
-        The crest factor; or "integers" or "floating point", if one is better at all measured crest factors.
-    """
-    order = crest.argsort()
-    gaps, places = [], []
-    for part in order.tensor_split(min(BINS, len(order))):
-        integers, floating = noise[:, part].mean(1).clamp_min(1e-30).log().tolist()
-        gaps.append(integers - floating)
-        places.append(float(crest[part].log().mean()))
-    for number in range(1, len(gaps)):
-        before, after = gaps[number - 1], gaps[number]
-        if before < 0 <= after:
-            share = before / (before - after)
-            return float(torch.tensor(places[number - 1] + share * (places[number] - places[number - 1])).exp())
-    return "integers" if sum(gaps) < 0 else "floating point"
+def _crossing(pair: tuple[str, str], size: int, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the predicted and the measured crossover, and quartiles of the crest factors of all groups."""
+    integers, floating = map(format_of, pair)
+    # Groups of all layers, each layer in its own unit, because the groups of NV formats also share a scale.
+    turned = [rotated(x, size) for x in tensors]
+    groups = torch.cat([grouped(x / x.abs().amax(), integers).flatten(0, -2) for x in turned])
+    quartiles = crest_factor(groups, integers).sort().values
+    found = measured_crossover(groups, integers, floating)
+    return {
+        "predicted": crossover(integers, floating),
+        "measured": "integers" if found == math.inf else "floating point" if found == 0 else found,
+        "crest_quartiles": [float(quartiles[len(quartiles) * part // 4]) for part in (1, 2, 3)],
+    }

@@ -127,6 +127,8 @@ class Work:
             more |= {"resume": True, "seed": arm.seed}
         if self.options.block_steps and any(stage.trains for stage in recipe.stages):
             more["steps"] = self.options.block_steps
+        if any("weight" in stage.trains for stage in recipe.stages):
+            more["rates"] = self.options.rates
         report = quantize(pipe, QuantSpec(**FORMATS[arm.format]), recipe=arm.recipe, progress=False, **more)
         print(report, flush=True)
         pipe.transformer.save_pretrained(part / PART)
@@ -135,7 +137,7 @@ class Work:
         return {"weights_db": sum(noise) / len(noise), "steps": steps}
 
     def training(self, arm: Arm, begins: Arm) -> QuantTrainingConfig:
-        """Return the settings of E2E-QP: those of `RECIPE` without branches, and the rates of EfficientQAT."""
+        """Return the settings of E2E-QP: those of `RECIPE` without branches."""
         values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         for name in ("quantization", "branch_rank", "branch_decay_steps", "branch_learning_rate", "eval_dataset"):
             values.pop(name, None)
@@ -148,7 +150,7 @@ class Work:
         }
         values |= {"eval_steps": 0, "eval_on_start": False, "save_steps": 100, "report_to": "none"}
         values |= {"max_steps": self.options.e2e_steps, "per_device_train_batch_size": self.options.batch}
-        values |= {"warmup_steps": self.options.e2e_steps // 33, "learning_rate": 2e-5 if arm.format == "w2" else 1e-5}
+        values |= {"warmup_steps": self.options.e2e_steps // 33}
         values |= {"disable_tqdm": True, "device": self.options.device, "bf16": cuda}
         values |= {"resume_from_checkpoint": "auto"}
         return QuantTrainingConfig.from_dict(values)
@@ -210,6 +212,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--calibration", type=int, default=65, help="prompts of the calibration, the last one held out (default: 65)")
     add("--points", type=int, default=256, help="calibration points, each with and without its prompt (default: 256)")
     add("--block_steps", type=int, default=0, help="training steps of each block (default: those of the recipe)")
+    add("--rates", type=float, default=10.0, help="factor of the learning rates where weights train (default: 10)")
     add("--e2e_steps", type=int, default=500, help="steps of e2e_qp (default: 500)")
     add("--batch", type=int, default=32, help="clips per step of e2e_qp (default: 32)")
     for name, what in zip(SIZES, ("sampling steps", "pixels of a side", "frames"), strict=True):

@@ -100,7 +100,15 @@ def crossovers(section: Section) -> Iterator[str]:
                 f"{each['layers_where_integers_win']:.2f}",
             ]
         )
-    heads = ["pair", "of", "crest factor", "predicted crossover", "measured", "QSNR, dB", "layers where integers win"]
+    heads = [
+        "pair",
+        "of",
+        "crest factor (quartiles)",
+        "predicted crossover",
+        "measured",
+        "QSNR, dB",
+        "layers where integers win",
+    ]
     yield from table(heads, rows) if rows else [docs_tables.NOTHING]
 
 

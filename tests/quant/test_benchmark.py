@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from benchmarks import quant, quant_law, quant_page, quant_report
 from benchmarks.job_queue import wanted
-from benchmarks.quant_advice import crossing
 from benchmarks.quant_arms import CHECKS, CONTROLS, FORMATS, GROUPS, RECIPES, Arm, Place, arms_of, goals_of, table
 from benchmarks.quant_figure import curves, draw
 from benchmarks.quant_law_run import GROUPS as GROUP_SIZES
@@ -109,14 +108,6 @@ def test_the_velocity_error_is_measured_on_the_exact_calls(tmp_path: Path) -> No
     assert 1e-4 < errors["int8"] < errors["int2"] / 10
 
 
-def test_the_crossing_of_two_noise_curves() -> None:
-    crest = torch.linspace(1, 5, 4000)
-    noise = torch.stack([crest**2, torch.full_like(crest, 9.0)])
-    assert crossing(crest, noise) == pytest.approx(3, abs=0.02)
-    assert crossing(crest, noise[[0, 0]] * torch.tensor([[1.0], [2.0]])) == "integers"
-    assert crossing(crest, noise[[0, 0]] * torch.tensor([[2.0], [1.0]])) == "floating point"
-
-
 def row_for(name: str, psnr: float, **more: Any) -> dict[str, Any]:
     right = "1" * PROMPTS
     each = [psnr + 0.01 * number for number in range(PROMPTS)]
@@ -143,7 +134,7 @@ def write_rows(out: Path) -> None:
     fit = {f"mxint4.{size}": [2.5, 17.0] for size in (0, 32)}
     layer = {"layer": "blocks.0.attn1.to_q", "weight": fit, "inputs": fit, "choice": ["mxfp4", 0, 17.0]}
     pair = {"of": "inputs", "pair": ["mxint4", "mxfp4"], "rotate": 0, "predicted": 2.04, "measured": "integers"}
-    pair |= {"crest_quartiles": [2.0, 2.5, 3.0], "integers_db": 17.0, "floating_db": 18.0, "integers_win": 0.4}
+    pair |= {"crest_quartiles": [2.0, 2.5, 3.0], "integers_db": 17.0, "floating_db": 18.0}
     pair |= {"layers_where_integers_win": 0.2}
     advice = {"layers": [layer | {"choice_without_rotation": ["mxfp4", 0, 17.0]}], "pairs": [pair]}
     rows.append({"name": "advice", "settings": rows[0]["settings"], **advice})
