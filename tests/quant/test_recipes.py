@@ -24,6 +24,7 @@ from postgen.quant.model import quantize_weights, rtn
 from postgen.quant.recipes import quantize
 from postgen.quant.stages import RECIPES, Recipe, Stage
 from postgen.reconstruct.block_run import BlockRun
+from tests.quant.calibrated import calibration_of, two_experts
 from tests.reconstruct.toy import PROMPTS, pipeline
 
 W4A4 = QuantSpec(weight="int4:g8", act="int4:token")
@@ -136,6 +137,19 @@ def test_a_finished_run_is_read_again(exact: Exact, tmp_path: Path) -> None:
     again = exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path, resume=True)
     for (name, value), other in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+
+
+def test_both_experts() -> None:
+    pipe, size = two_experts()
+    calibration = calibration_of(pipe, size, guidance_scale=3.0)
+    calibration.draw()
+    with pytest.raises(UserError, match="transformer and transformer_2: quantise one after the other"):
+        quantize(pipe, W4A4, recipe="gptq", calibration=calibration)
+    for name in calibration.experts:
+        recipe = {"recipe": "omniquant+fdda", "steps": 2} if name == "transformer" else {"recipe": "gptq"}
+        report = quantize(getattr(pipe, name), W4A4, calibration=calibration, progress=False, **recipe)
+        assert len(report.layers) == 2 * 8
+    assert len(quantized_layers(pipe.transformer_2)) == 2 * 8
 
 
 def test_ctrl_c_keeps_the_model_and_the_run_goes_on(
