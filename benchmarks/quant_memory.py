@@ -43,10 +43,7 @@ def configs() -> dict[str, dict[str, Any]]:
 def exact_bytes(model: nn.Module) -> dict[str, int]:
     """Return the bytes of each parameter of a model that was loaded in bfloat16."""
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    return {
-        name: each.numel() * (4 if kept & {*name.split(".")} else 2)
-        for name, each in model.named_parameters()
-    }
+    return {name: each.numel() * (4 if kept & {*name.split(".")} else 2) for name, each in model.named_parameters()}
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from postgen.quant import format_of, quantize
+from postgen.quant import format_of, quantize_tensor
 from postgen.quant.rounding import qsnr
 
 X = (((7 * torch.arange(32) + 3) % 32) - 15.5) / 3
@@ -48,7 +48,7 @@ def inputs(which: int) -> torch.Tensor:
 def ours(text: str, which: int) -> tuple[list[float], list[float], float]:
     """Return what our format gives for a reference input: first eight numbers, scales, and QSNR in dB."""
     format, x = format_of(text), inputs(which)
-    made = quantize(x, format)
+    made = quantize_tensor(x, format)
     scale = made.scales.scale.flatten()
     said = scale.log2() + 127 if format.scale == "e8m0" else scale
     return made.values.flatten()[:8].tolist(), said.tolist(), qsnr(x, made.numbers())
@@ -57,7 +57,7 @@ def ours(text: str, which: int) -> tuple[list[float], list[float], float]:
 def packed(which: int) -> list[int]:
     """Return the first bytes of a reference input in our NVFP4."""
     format = format_of("nvfp4")
-    codes = format.grid.encode(quantize(inputs(which), format).values).flatten()
+    codes = format.grid.encode(quantize_tensor(inputs(which), format).values).flatten()
     bytes_: list[int] = (codes[0::2] | (codes[1::2] << 4))[:4].tolist()
     return bytes_
 

@@ -3,7 +3,7 @@
 Quantised are the linear layers of the repeated blocks that process the many video or image tokens: projections of
 self-attention, queries and output of cross-attention, and feed-forward networks. Embeddings, norms, modulation, the
 output layer, and layers that process only the few text tokens stay exact, because they cost little and rounding hurts
-there.
+there. `QuantSpec.text` quantises the weights of the last ones too, which saves memory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
             quantised, a format or a rotation does not fit a layer (the message names it), or no layer is left.
     """
-    parts = parts_of(model)
-    found = {name: spec.layer(name) for name in parts}
+    parts, every = parts_of(model), LinearParts(model)
+    texts = [name for name in find_linears(model) if every.reads_text(name)] if spec.text is not None else []
+    if spec.text is not None and not texts:
+        raise UserError(f"text is {spec.text}, but {type(model).__name__} has no layers that read only the text")
+    found = {
+        name: spec.layer(name, text=name in texts) for name in find_linears(model) if name in parts or name in texts
+    }
     for pattern in spec.overrides:
-        if not any(re.fullmatch(pattern, name) for name in parts):
+        if not any(re.fullmatch(pattern, name) for name in found):
             raise UserError(_no_match(pattern, parts, model))
     found = {name: each for name, each in found.items() if not each.exact}
     if not found:

@@ -19,7 +19,7 @@ from postgen.quant.layers import layers_of, quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.report import LayerReport, QuantReport, tensor_bytes
 from postgen.quant.rotation import rotated
-from postgen.quant.rounding import Quantized, quantize
+from postgen.quant.rounding import Quantized, quantize_tensor
 from postgen.quant.spec import LayerSpec, QuantSpec
 from postgen.quant.transforms.low_rank import low_rank_branch, residual_of
 
@@ -36,7 +36,7 @@ Make = Callable[[str, nn.Linear, LayerSpec], QLinear]
 def rtn(name: str, linear: nn.Linear, spec: LayerSpec) -> Quantized:
     """Round the weight of a layer to nearest; the range of each group contains all its weights."""
     assert spec.weight is not None
-    return quantize(linear.weight.detach(), spec.weight)
+    return quantize_tensor(linear.weight.detach(), spec.weight)
 
 
 def quantize_weights(model: nn.Module, spec: QuantSpec, solve: Solve = rtn) -> QuantReport:

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.quant_vectors import DECIBELS, EXPECTED, PACKED, SCALES, ours, packed, wrong
 from postgen.errors import UserError
-from postgen.quant import FORMATS, QuantSpec, format_of, quantize
+from postgen.quant import FORMATS, QuantSpec, format_of, quantize_tensor
 from postgen.quant.rounding import qsnr
 
 
@@ -49,12 +49,12 @@ def test_gaussian_noise_of_the_formats():
     expected = {"mxint8": 41.61, "mxfp8": 31.52, "mxint6": 29.42, "mxfp6": 30.96, "mxint4": 16.84, "mxfp4": 18.75,
                 "nvint4": 21.28, "nvfp4": 20.44}  # fmt: skip
     for name, noise in expected.items():
-        assert qsnr(x, quantize(x, FORMATS[name]).numbers()) == pytest.approx(noise, abs=0.05), name
+        assert qsnr(x, quantize_tensor(x, FORMATS[name]).numbers()) == pytest.approx(noise, abs=0.05), name
 
 
 def test_asymmetric_numbers_keep_zero_and_both_extremes():
     x = torch.tensor([[-1.0, 0.0, 0.25, 2.0]])
-    found = quantize(x, format_of("int2:asym"))
+    found = quantize_tensor(x, format_of("int2:asym"))
     assert found.scales.scale.item() == 1
     assert found.scales.zero.item() == 1
     assert found.numbers().tolist() == [[-1, 0, 0, 2]]
@@ -63,7 +63,7 @@ def test_asymmetric_numbers_keep_zero_and_both_extremes():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_zero_point_is_a_code_for_numbers_of_one_sign(sign):
     x = sign * torch.tensor([[5.0, 5.5, 6.0, 5.25]])
-    found = quantize(x, format_of("int4:asym"))
+    found = quantize_tensor(x, format_of("int4:asym"))
     assert 0 <= found.scales.zero.item() <= 15
     assert (found.numbers() - x).abs().max() <= 0.2
 
@@ -71,14 +71,14 @@ def test_the_zero_point_is_a_code_for_numbers_of_one_sign(sign):
 @pytest.mark.parametrize("text", ["fp8:block", "int4:tensor", "int8", "int4:g16", "bp2:g16", "nvfp4"])
 def test_grouping_is_undone(text):
     x = torch.randn(130, 256, generator=torch.Generator().manual_seed(0))
-    found = quantize(x, format_of(text)).numbers()
+    found = quantize_tensor(x, format_of(text)).numbers()
     assert found.shape == x.shape
     assert qsnr(x, found) > (5 if text == "bp2:g16" else 9)
 
 
 def test_zeros_stay_zeros():
     for format in FORMATS.values():
-        assert quantize(torch.zeros(2, 64), format).numbers().abs().max() == 0
+        assert quantize_tensor(torch.zeros(2, 64), format).numbers().abs().max() == 0
 
 
 @pytest.mark.parametrize("text", ["int4:g64", "mxfp4:floor", "fp8:block", "int3:g128:asym", "bp2:g128", "nvint4"])
@@ -99,7 +99,7 @@ def test_unknown_formats_are_refused(text, said):
 
 def test_a_group_that_does_not_divide_is_refused_with_one_that_does():
     with pytest.raises(UserError, match=r"groups 64 input channels, but the layer has 96.*g32"):
-        quantize(torch.randn(2, 96), format_of("int4:g64"))
+        quantize_tensor(torch.randn(2, 96), format_of("int4:g64"))
 
 
 def test_stored_bits():

@@ -12,7 +12,7 @@ from postgen.errors import UserError
 from postgen.families.linear import find_linears, replaced_linears
 from postgen.fp8_linear import apply_fp8_linears
 from postgen.lit import convert
-from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize
+from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize_tensor
 from postgen.quant.layers import layers_of, parts_of, quantized_layers
 from postgen.quant.model import quantize_weights, rtn
 from tests.families.tiny_models import tiny_model
@@ -25,6 +25,29 @@ WAN = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q",
 def test_the_default_layers_of_wan():
     names = [f"blocks.{block}.{name}" for block in (0, 1) for name in WAN]
     assert list(layers_of(wan(), QuantSpec(weight="int4:g16"))) == names
+
+
+def test_layers_of_the_text_are_quantised_on_demand(tmp_path):
+    spec = QuantSpec(
+        weight="int4:g16", act="fp8", rotate=16, text="int8", overrides={r".*attn2\.to_v": {"weight": "int4"}}
+    )
+    model = wan()
+    found = layers_of(model, spec)
+    keys, values = found["blocks.0.attn2.to_k"], found["blocks.0.attn2.to_v"]
+    assert (keys.weight, keys.act, keys.rotate) == (format_of("int8"), None, 0)
+    assert (values.weight, values.act) == (format_of("int4"), None)
+    assert found["blocks.0.attn2.to_q"].weight == format_of("int4:g16")
+    assert len(found) == 2 * (len(WAN) + 2)
+    quantize_weights(model, spec)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.quantization_config.text == "int8"
+    assert torch.equal(predicted(again), predicted(model))
+
+
+def test_a_model_without_layers_of_the_text_alone_is_refused():
+    with pytest.raises(UserError, match="has no layers that read only the text"):
+        layers_of(tiny_model("CogVideoX 1.5").transformer, QuantSpec(text="int8"))
 
 
 @pytest.mark.parametrize("name", ["CogVideoX 1.5", "HunyuanVideo", "LTX", "Flux", "PixArt", "Wan"])
@@ -89,7 +112,7 @@ def test_solve_gets_the_weight_that_remains():
 
     quantize_weights(model, spec, solve)
     for name, layer in quantized_layers(model).items():
-        assert torch.equal(layer.quantized().numbers(), quantize(seen[name], format_of("int4:g16")).numbers())
+        assert torch.equal(layer.quantized().numbers(), quantize_tensor(seen[name], format_of("int4:g16")).numbers())
 
 
 def test_a_copy_of_a_quantised_model_is_its_own():
