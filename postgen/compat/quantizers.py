@@ -21,6 +21,9 @@ _TABLES = "diffusers.quantizers.auto"
 def register_quantizer(method: str, home: str, quantizer: str, config: str) -> None:
     """Register a quantisation method, at once if diffusers' tables are imported, else right after their import.
 
+    The module of the classes imports the tables itself. It must therefore call this function at its end, for programs
+    that import it first.
+
     Args:
         method: name of the method, as checkpoints store it.
         home: module of both classes, which is imported together with the tables.
@@ -30,6 +33,8 @@ def register_quantizer(method: str, home: str, quantizer: str, config: str) -> N
 
     def add(tables: ModuleType) -> None:
         found = import_module(home)
+        if not hasattr(found, quantizer):
+            return  # its import has led here, and it will call `register_quantizer` at its end
         tables.AUTO_QUANTIZER_MAPPING[method] = getattr(found, quantizer)
         tables.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = getattr(found, config)
 

@@ -1,5 +1,6 @@
-"""The base class of a quantiser of diffusers models, for methods."""
+"""The base class of a quantiser of diffusers models and its registration, for methods."""
 
 from postgen.compat.quantizer import Quantizer
+from postgen.compat.quantizers import register_quantizer
 
-__all__ = ["Quantizer"]
+__all__ = ["Quantizer", "register_quantizer"]

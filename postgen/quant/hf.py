@@ -25,8 +25,8 @@ from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
 from postgen.families.own_format import erase_note
-from postgen.families.quantizer import Quantizer
-from postgen.quant.layers import quantized_layers
+from postgen.families.quantizer import Quantizer, register_quantizer
+from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
 from postgen.quant.spec import QuantSpec
@@ -143,6 +143,7 @@ class PostgenQuantizer(Quantizer):
             for layer in layers.values():
                 layer.bins = None if layer.act_clip is None else bins
             bins.attach(model)
+        note_shared_inputs_(model)
         record_replaced(model, layers, owner=OWNER)
 
     def owns(self, model: Any, name: str) -> bool:
@@ -222,13 +223,11 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     """
     inner: Any = inner_model(model)
     layers = quantized_layers(inner)
-    before = inner.config.get("quantization_config")
-    if before is not None and not isinstance(before, PostgenQuantConfig):
-        way = dict(before).get("quant_method", "an unknown way")
-        raise UserError(f"this {type(inner).__name__} is saved by {way}, which cannot be combined with quantisation")
+    before = config_of(inner)
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
         words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
+    note_shared_inputs_(inner)
     bins = _attached_bins(inner, layers)
     config = PostgenQuantConfig(
         **words, layers=groups_of(layers), gains=gained_blocks(inner), step_bins=None if bins is None else bins.edges
@@ -236,6 +235,23 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     inner.hf_quantizer = PostgenQuantizer(config)
     inner.is_quantized, inner.quantization_method = True, config.quant_method
     inner.register_to_config(quantization_config=config)
+
+
+def config_of(model: nn.Module) -> PostgenQuantConfig | None:
+    """Return the config of a model that is quantised; None for an exact model.
+
+    Raises:
+        UserError: the config of the model has the note of another method.
+    """
+    inner: Any = inner_model(model)
+    found = inner.config.get("quantization_config")
+    if found is None or isinstance(found, PostgenQuantConfig):
+        return found
+    way = dict(found).get("quant_method", "an unknown way")
+    raise UserError(
+        f"this {type(inner).__name__} has the format of {way} in its config, which cannot be combined with"
+        " quantisation"
+    )
 
 
 def _attached_bins(model: nn.Module, layers: Mapping[str, QLinear]) -> StepBins | None:
@@ -254,3 +270,6 @@ def _exact(layer: QLinear, dtype: torch.dtype) -> nn.Linear:
     found = bare_linear(layer.effective_weight().to(dtype))
     found.bias = layer.bias
     return found.train(layer.training)
+
+
+register_quantizer(Method.POSTGEN.value, __name__, PostgenQuantizer.__name__, PostgenQuantConfig.__name__)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from postgen.errors import UserError, cut_words
 from postgen.families.linear import find_linears
-from postgen.families.linear_parts import LinearPart, LinearParts
+from postgen.families.linear_parts import LinearPart, LinearParts, shares_input
 from postgen.quant.linear import QLinear, check_spec
 from postgen.quant.spec import LayerSpec, QuantSpec
 
@@ -73,6 +73,14 @@ def quantized_layers(model: nn.Module) -> dict[str, QLinear]:
         for name, module in model.named_modules()
         if isinstance(module, QLinear)
     }
+
+
+def note_shared_inputs_(model: nn.Module) -> None:
+    """Tell the quantised query, key and value projections of a model that they read the same tokens."""
+    parts = LinearParts(model)
+    for name, layer in quantized_layers(model).items():
+        part = parts.of(name)
+        layer.shares_input = part is not None and shares_input(name, part)
 
 
 def _no_match(pattern: str, parts: Mapping[str, LinearPart], model: nn.Module) -> str:

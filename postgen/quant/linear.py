@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postgen.errors import UserError, shown
+from postgen.families.shared_rows import shared_rows
 from postgen.kernels.fp8 import E4M3
 from postgen.quant.formats import Format
-from postgen.quant.packing import bits_dtype, layout, pack, unpack
+from postgen.quant.packing import bits_dtype, bits_shape, layout, pack, unpack
 from postgen.quant.products import (
     Mode,
+    Rows,
     blocks_product,
     eight_bits,
     expanded,
@@ -91,6 +93,7 @@ class QLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.spec = spec
         self.bins: StepBins | None = None
+        self.shares_input = False  # whether the layers that run next read the same tensor
         self._forced: Mode | None = None
 
         def empty(*shape: int, kind: torch.dtype | None = dtype) -> Tensor:
@@ -100,7 +103,7 @@ class QLinear(nn.Linear):
             return nn.Parameter(empty(*shape), requires_grad=False)
 
         bits = {} if spec.weight is None else layout(spec.weight, (out_features, in_features))
-        stored = {name: empty(*shape, kind=bits_dtype(kind)) for name, (shape, kind) in bits.items()}
+        stored = {name: empty(*bits_shape(shape, kind), kind=bits_dtype(kind)) for name, (shape, kind) in bits.items()}
         self.weight = nn.Parameter(stored.get("weight", empty(out_features, in_features)), requires_grad=False)
         for name in PACKED[1:]:
             self.register_buffer(name, stored.get(name))
@@ -205,7 +208,7 @@ class QLinear(nn.Linear):
         return unpack(self.packed(), self.spec.weight, (self.out_features, self.in_features))
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the tensors of the packed weight, as `packing.pack` describes them, in integer views."""
+        """Return the tensors of the packed weight, as `packing.pack` describes them, in views as integers."""
         found = {name: getattr(self, name) for name in PACKED}
         return {name: each.detach() for name, each in found.items() if each is not None}
 
@@ -302,7 +305,13 @@ class QLinear(nn.Linear):
         if spec.act.share == "block":
             return blocks_product(self._rotated(x), self.packed(), bias, dtype)
         kind = E4M3 if mode == "fp8" else torch.int8
-        rows = input_rows(x, spec, self.signs, self._clip(x), kind)
+        clip = self._clip(x)
+
+        def rounded_rows() -> Rows:
+            return input_rows(x.detach(), spec, self.signs, clip, kind)
+
+        shares = self.shares_input and self.signs is None and clip is None
+        rows = shared_rows(x, (kind, spec.rotate), rounded_rows) if shares else rounded_rows()
         return rows_product(rows, eight_bits(self.packed(), spec.weight, self.in_features, kind), bias, dtype)
 
     def _rotated(self, x: Tensor) -> Tensor:

@@ -104,6 +104,11 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     """
     if quantized_layers(model):
         raise UserError(f"this {type(model).__name__} is quantised already: load the exact model")
+    is_diffusers = hasattr(inner_model(model), "register_to_config")
+    if is_diffusers:
+        from postgen.quant.hf import config_of, mark_quantized
+
+        config_of(model)
     layers, before = layers_of(model, spec), tensor_bytes(model)
     reports: dict[str, LayerReport] = {}
 
@@ -114,8 +119,6 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
 
     pattern = "|".join(map(re.escape, layers))
     replace_linears(model, replacement, owner=OWNER, pattern=pattern, originals="dropped")
-    if hasattr(inner_model(model), "register_to_config"):
-        from postgen.quant.hf import mark_quantized
-
+    if is_diffusers:
         mark_quantized(model, spec)
     return QuantReport(layers=reports, bytes_before=before, bytes_after=tensor_bytes(model))

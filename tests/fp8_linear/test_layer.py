@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from postgen.families import shared_rows
 from postgen.fp8_linear import sharing
 from postgen.fp8_linear.layer import FP8Linear
 from postgen.kernels.fp8_rows import naive
@@ -120,7 +121,7 @@ class Counted:
             return real(x)
 
         monkeypatch.setattr(sharing, "quantize_rows", quantize_rows)
-        sharing._last.kept = None
+        shared_rows._last.kept = None
 
     def of(self, *calls: Any) -> int:
         before = self.count
@@ -167,7 +168,7 @@ def test_the_codes_die_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     Counted(monkeypatch)
     made, x = layer(shared=True), tokens(5, 64)
     made(x)
-    kept = sharing._last.kept
+    kept = shared_rows._last.kept
     assert kept is not None
     assert kept.result is not None
     gc.disable()

@@ -17,7 +17,7 @@ import postgen
 from postgen.compat import quantizers
 from postgen.errors import UserError
 from postgen.quant import QLinear, QuantSpec, quantize
-from postgen.quant.hf import PostgenQuantConfig, PostgenQuantizer, mark_quantized
+from postgen.quant.hf import PostgenQuantConfig, mark_quantized
 from postgen.quant.layers import quantized_layers
 from postgen.quant.model import quantize_weights, replace_with
 from postgen.quant.rounding import as_format
@@ -54,6 +54,16 @@ def test_a_quantised_model_is_loaded_bit_by_bit(tmp_path, dtype):
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "again")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert "16 linear layers are QLinear" in str(postgen.summary(loaded))
+
+
+def test_a_model_in_several_files_is_loaded_to_a_device(tmp_path):
+    model = wan()
+    quantize_weights(model, SPEC)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert same_bits(loaded, model)
+    assert torch.equal(predicted(loaded), predicted(model))
 
 
 def test_codes_do_not_depend_on_the_dtype_of_the_loaded_model(tmp_path):
@@ -172,22 +182,29 @@ def test_without_the_import_diffusers_says_what_is_unknown(saved, monkeypatch):
         kind.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("first", ["tables", "postgen"])
+@pytest.mark.parametrize("first", ["tables", "postgen", "classes"])
 def test_the_order_of_imports_does_not_matter(tmp_path, monkeypatch, first):
-    name = f"tables_of_quantisers_{first}"
-    (tmp_path / f"{name}.py").write_text("AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING = {}, {}\n")
+    tables, classes = f"tables_of_quantisers_{first}", f"classes_of_quantisers_{first}"
+    (tmp_path / f"{tables}.py").write_text("AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING = {}, {}\n")
+    (tmp_path / f"{classes}.py").write_text(
+        f"import {tables}\nfrom postgen.compat.quantizers import register_quantizer\n\n\nclass Mine: ...\n\n\n"
+        "class Config: ...\n\n\nregister_quantizer('mine', __name__, 'Mine', 'Config')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(quantizers, "_TABLES", name)
+    monkeypatch.setattr(quantizers, "_TABLES", tables)
     finders = list(sys.meta_path)
     if first == "tables":
-        import_module(name)
-    quantizers.register_quantizer("mine", "postgen.quant.hf", "PostgenQuantizer", "PostgenQuantConfig")
-    found = import_module(name)
-    assert found.AUTO_QUANTIZER_MAPPING["mine"] is PostgenQuantizer
-    assert found.AUTO_QUANTIZATION_CONFIG_MAPPING["mine"] is PostgenQuantConfig
+        import_module(tables)
+    quantizers.register_quantizer("mine", classes, "Mine", "Config")
+    if first == "classes":
+        import_module(classes)
+    found, made = import_module(tables), sys.modules[classes]
+    assert found.AUTO_QUANTIZER_MAPPING["mine"] is made.Mine
+    assert found.AUTO_QUANTIZATION_CONFIG_MAPPING["mine"] is made.Config
     assert type(found.__spec__.loader).__name__ == "SourceFileLoader"
     assert sys.meta_path == finders
-    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, tables)
+    monkeypatch.delitem(sys.modules, classes)
 
 
 @pytest.fixture(scope="module")

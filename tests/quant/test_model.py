@@ -11,7 +11,8 @@ import postgen
 from postgen.errors import UserError
 from postgen.families.linear import find_linears, replaced_linears
 from postgen.fp8_linear import apply_fp8_linears
-from postgen.quant import QLinear, QuantSpec, format_of, quantize
+from postgen.lit import convert
+from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize
 from postgen.quant.layers import layers_of, parts_of, quantized_layers
 from postgen.quant.model import quantize_weights, rtn
 from tests.families.tiny_models import tiny_model
@@ -118,6 +119,19 @@ def test_a_compiled_layer_computes_the_same():
     torch.testing.assert_close(x.grad, expected)
 
 
+@torch.no_grad()
+def test_queries_keys_and_values_share_one_rounding(monkeypatch):
+    model, seen = wan(), []
+    quantize_weights(model, QuantSpec(weight="int8", act="int8", rotate=16))
+    expected = predicted(model)
+    real = linear.input_rows
+    monkeypatch.setattr(linear, "input_rows", lambda x, *words: seen.append(x.shape) or real(x, *words))
+    for layer in quantized_layers(model).values():
+        layer.mode = "int8"
+    torch.testing.assert_close(predicted(model), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 2 * (1 + 5)  # of 8 layers in each block
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -146,6 +160,18 @@ def test_quantised_layers_belong_to_nobody_else():
         apply_fp8_linears(model)
     with pytest.raises(RuntimeError, match="floating point"):
         model.blocks[0].attn1.fuse_projections()
+
+
+def test_other_methods_refuse_a_quantised_model_and_their_models_are_refused():
+    converted = wan()
+    convert(converted)
+    with pytest.raises(UserError, match=r"the format of postgen\.lit\.load\(folder\) in its config, which cannot be"):
+        quantize_weights(converted, QuantSpec(weight="int8"))
+    assert not quantized_layers(converted)
+    model = wan()
+    quantize_weights(model, QuantSpec(weight="int8"))
+    with pytest.raises(UserError, match=r"is quantised \(blocks.* is a QLinear\), so it cannot be converted"):
+        convert(model)
 
 
 def test_a_model_without_a_layout_is_refused():

@@ -23,8 +23,8 @@ from postgen.families import blocks_of
 from postgen.families.folds import Table, folds_of, has_folds
 from postgen.quant.transforms.records import RECORD, prepare_records_
 
-ENDING = "_gain"
-"""Ending of the buffer's name, after the name of the argument that it multiplies: "temb_gain"."""
+GAIN = "gain"
+"""Last word of the buffer's name, after the name of the argument that it multiplies: "temb_gain"."""
 
 
 def gain_(block: nn.Module, table: Table) -> Tensor:
@@ -32,7 +32,7 @@ def gain_(block: nn.Module, table: Table) -> Tensor:
 
     The first call registers the buffer, with ones, and the hook that multiplies the embedding.
     """
-    name = table.embedding + ENDING
+    name = _name(table)
     if name not in _buffers(block):
         values = getattr(block, table.name)
         ones = torch.ones(values.shape[-2:], dtype=torch.float32, device=values.device)
@@ -78,8 +78,12 @@ def _buffers(block: nn.Module) -> list[str]:
     return [name for name, _ in block.named_buffers(recurse=False)]
 
 
+def _name(table: Table) -> str:
+    return f"{table.embedding}_{GAIN}"
+
+
 def _is_ours(name: str) -> bool:
-    return name.endswith(ENDING) or name.startswith(RECORD)
+    return name.rpartition("_")[2] == GAIN or name.startswith(RECORD)
 
 
 def _tables(block: nn.Module) -> list[Table]:
@@ -93,7 +97,7 @@ def _multiplied(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Multiply the embedding among the arguments of a block by the gain of the block."""
     named, changed = dict(kwargs), list(args)
-    bits: Tensor = block.get_buffer(table.embedding + ENDING)
+    bits: Tensor = block.get_buffer(_name(table))
     # The table is added in its own dtype: models keep it in float32 if they compute the modulation in float32.
     dtype = getattr(block, table.name).dtype
     if table.embedding in named:

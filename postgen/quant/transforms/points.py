@@ -93,8 +93,10 @@ def block_of(model: nn.Module, name: str) -> nn.Module:
     """Return a block of a model by its name; a block alone is its own block.
 
     Raises:
-        UserError: the model has no such block.
+        UserError: the model has no such block, or no name is given and the model is no block with rows.
     """
+    if not name:
+        folds_of(model)  # raises if the model is no block
     if not name or has_folds(model):
         return model
     blocks = blocks_of(model)
