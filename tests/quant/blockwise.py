@@ -25,6 +25,8 @@ from tests.reconstruct.toy import pipeline, settings
 
 KILLED = ("while a checkpoint is written", "in the second block", "before the result is whole")
 """The points at which a run is killed."""
+SHORT: dict[str, Any] = {"gradient_accumulation_steps": 1}
+"""Settings of a run that is killed."""
 CROSS = (".attn2.to_k", ".attn2.to_v")
 
 
@@ -78,7 +80,7 @@ def main(folder: Path) -> None:
         child = os.fork()
         if not child:
             set_up(point)
-            stages(pipe.transformer, records, folder / point, "omniquant", "int4:g8", "int4:token")
+            stages(pipe.transformer, records, folder / point, "omniquant", "int4:g8", "int4:token", **SHORT)
             os._exit(0)  # the process was not killed, and the parent reports this
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), (point, status)
