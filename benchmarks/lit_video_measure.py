@@ -77,9 +77,7 @@ def group_of(name: str, count: int, how: Defaults) -> Group:
     return build(name, count, FIRST_SEED, how)
 
 
-def made(
-    pipe: Any, group: Group, how: Defaults, *, autocast: bool | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def made(pipe: Any, group: Group, how: Defaults, *, autocast: bool | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Generate the clips of a group; yield their rows in the group and the clips, (B,F,3,H,W) in [0,1].
 
     Args:
@@ -99,9 +97,7 @@ def made(
         yield rows, generate(pipe, job).clamp(0, 1)
 
 
-def measure_teacher(
-    pipe: Any, group: Group, how: Defaults, folder: Path, *, autocast: bool | None = None
-) -> Measured:
+def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path, *, autocast: bool | None = None) -> Measured:
     """Measure a teacher and store its clips in a folder, as bytes; `autocast` as in `made`."""
     found, workers = Measured(), judging(2, pipe.device.type)
     folder.mkdir(parents=True, exist_ok=True)
