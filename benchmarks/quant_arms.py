@@ -74,6 +74,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 TRAINED = (*GROUPS["trained"], *GROUPS["e2e"])
 """Recipes that train; they run with three seeds."""
 SEEDS = (0, 1, 2)
+MODEL_FILES = ("made.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors")
+"""Files of the folder of a quantised model."""
 CHECKS = ("checks", "advice")
 """Jobs of the group `plain` that are no arms: exact properties, and the advisor on the model's activations."""
 
@@ -130,8 +132,12 @@ class Place:
     """Command-line options that all jobs share."""
 
     def model(self, arm: Arm) -> Path:
-        """Folder with the quantised transformer; complete if it exists."""
+        """Folder with the quantised transformer; files that came back from another machine may be incomplete."""
         return self.out / "models" / arm.name
+
+    def has_model(self, arm: Arm) -> bool:
+        """Whether the quantised transformer of an arm is complete."""
+        return all((self.model(arm) / name).is_file() for name in MODEL_FILES)
 
     def work(self, arm: Arm) -> Path:
         """Folder of a training that is not finished."""
@@ -170,7 +176,7 @@ class Place:
         return found
 
     def _make(self, found: dict[str, job_queue.Job], arm: Arm, needs: tuple[str, ...]) -> None:
-        found[f"make {arm.name}"] = self._job(f"make {arm.name}", self.model(arm).is_dir, needs)
+        found[f"make {arm.name}"] = self._job(f"make {arm.name}", lambda: self.has_model(arm), needs)
 
     def _job(self, name: str, check: Callable[[], bool], needs: tuple[str, ...] = ()) -> job_queue.Job:
         command = (sys.executable, "-m", "benchmarks.quant_job", *name.split(" "), "--out", str(self.out), *self.words)

@@ -113,6 +113,7 @@ class Work:
         """Quantise the model of an arm and save its transformer. An interrupted training continues."""
         began, work = time.monotonic(), self.place.work(arm)
         resumed = work.is_dir()
+        shutil.rmtree(self.place.model(arm), ignore_errors=True)
         with replacing(self.place.model(arm)) as part:
             said = self.quantized(arm, part) if arm.begins is None else self.trained(arm, arm.begins, part)
             seconds = None if resumed else round(time.monotonic() - began, 1)
