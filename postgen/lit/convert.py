@@ -14,7 +14,7 @@ from postgen.families import Grid, blocks_of, layout_of, tokens_of
 from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.installed import installed, processor_stack, transformers_of
 from postgen.families.linear import replace_linears, replaced_linears
-from postgen.families.own_format import erase_note, read_note, write_note
+from postgen.families.own_format import check_note, erase_note, read_note, write_note
 from postgen.lit.adapter import check_weights, put_back
 from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
@@ -85,6 +85,7 @@ def convert(transformer: nn.Module, config: LitConfig | None = None) -> Report:
         raise UserError(
             f"this {type(model).__name__} is converted already: revert the conversion first (postgen.lit.revert)"
         )
+    check_note(model, LOADER)
     modules = modules_of_blocks(model)
     types = types_of_blocks(config.layers, len(modules), first_block=config.first_block)
     chosen = tuple(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
-from postgen.families.own_format import erase_note
+from postgen.families.own_format import check_note, erase_note
 from postgen.families.quantizer import Quantizer, register_quantizer
 from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import QLinear
@@ -225,8 +225,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     layers = quantized_layers(inner)
     before = inner.config.get("quantization_config")
     if before is not None and not isinstance(before, PostgenQuantConfig):
-        way = dict(before).get("quant_method", "an unknown way")
-        raise UserError(f"this {type(inner).__name__} is saved by {way}, which cannot be combined with quantisation")
+        check_note(inner, "")
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
         words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}

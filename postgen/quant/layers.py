@@ -3,18 +3,20 @@
 Quantised are the linear layers of the repeated blocks that process the many video or image tokens: projections of
 self-attention, queries and output of cross-attention, and feed-forward networks. Embeddings, norms, modulation, the
 output layer, and layers that process only the few text tokens stay exact, because they cost little and rounding hurts
-there.
+there. An exception that matches only such attention or feed-forward layers quantises them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from postgen.errors import UserError, cut_words
+from postgen.families.installed import inner_model
 from postgen.families.linear import find_linears
 from postgen.families.linear_parts import LinearPart, LinearParts, shares_input
+from postgen.families.own_format import check_note
 from postgen.quant.linear import QLinear, check_spec
 from postgen.quant.spec import LayerSpec, QuantSpec
 
@@ -30,18 +32,23 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         spec: what to quantise.
 
     Raises:
-        UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
-            quantised, a format or a rotation does not fit a layer (the message names it), or no layer is left.
+        UserError: the class of the transformer has no layout, it is quantised already, its config has the note of
+            another method, a pattern of `overrides` matches no layer that could be quantised, a format or a rotation
+            does not fit a layer (the message names it), or no layer is left.
     """
-    parts = parts_of(model)
-    found = {name: spec.layer(name) for name in parts}
+    _check_exact(model)
+    parts, linears = parts_of(model), find_linears(model)
+    added: set[str] = set()
     for pattern in spec.overrides:
-        if not any(re.fullmatch(pattern, name) for name in parts):
+        matched = {name for name in linears if re.fullmatch(pattern, name)}
+        if not matched:
             raise UserError(_no_match(pattern, parts, model))
+        if not matched & parts.keys():
+            added |= matched
+    found = {name: spec.layer(name) for name in linears if name in parts or name in added}
     found = {name: each for name, each in found.items() if not each.exact}
     if not found:
         raise UserError("the overrides keep every layer exact, so nothing is quantised: remove one of them")
-    linears = find_linears(model)
     for name, each in found.items():
         linear = linears[name]
         try:
@@ -51,6 +58,21 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         except UserError as error:
             raise UserError(f"{name} cannot be quantised: {error}") from None
     return found
+
+
+def _check_exact(model: nn.Module) -> None:
+    """Check that a model is not quantised, and that its config has no note of another method.
+
+    Raises:
+        UserError: it is, or it has one.
+    """
+    inner: Any = inner_model(model)
+    if quantized_layers(model):
+        raise UserError(f"this {type(inner).__name__} is quantised already: load the exact model")
+    # While diffusers loads a model, its config has the note already.
+    note = getattr(inner, "config", {}).get("quantization_config")
+    if note is not None and getattr(note, "quant_method", "") != "postgen":
+        check_note(inner, "")
 
 
 def parts_of(model: nn.Module) -> dict[str, LinearPart]:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from postgen.errors import UserError
 from postgen.families.installed import inner_model
 from postgen.families.linear import replace_linears
-from postgen.quant.layers import layers_of, quantized_layers
+from postgen.quant.layers import layers_of
 from postgen.quant.linear import QLinear
 from postgen.quant.report import LayerReport, QuantReport, tensor_bytes
 from postgen.quant.rotation import rotated
@@ -102,8 +101,6 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     Raises:
         UserError: as in `quantize_weights`.
     """
-    if quantized_layers(model):
-        raise UserError(f"this {type(model).__name__} is quantised already: load the exact model")
     layers, before = layers_of(model, spec), tensor_bytes(model)
     reports: dict[str, LayerReport] = {}
 
