@@ -33,11 +33,7 @@ if TYPE_CHECKING:
     from postgen.grpo.nft import DiffusionNFTTrainer as DiffusionNFTTrainer
     from postgen.grpo.trainer import DanceGRPOConfig as DanceGRPOConfig
     from postgen.grpo.trainer import DanceGRPOTrainer as DanceGRPOTrainer
-    from postgen.quant.calibration import Calibration as Calibration
-    from postgen.quant.calibration_config import CalibrationConfig as CalibrationConfig
     from postgen.quant.hf import PostgenQuantConfig as PostgenQuantConfig
-    from postgen.quant.recipes import quantize as quantize
-    from postgen.quant.spec import QuantSpec as QuantSpec
     from postgen.video import VideoError as VideoError
     from postgen.video import VideoInfo as VideoInfo
     from postgen.video import contact_sheet as contact_sheet
@@ -51,8 +47,6 @@ __version__ = "0.1.0"
 """Version of the package."""
 
 _HOMES = {
-    "Calibration": "postgen.quant.calibration",
-    "CalibrationConfig": "postgen.quant.calibration_config",
     "DanceGRPOConfig": "postgen.grpo.trainer",
     "DanceGRPOTrainer": "postgen.grpo.trainer",
     "DiffusionNFTTrainer": "postgen.grpo.nft",
@@ -63,7 +57,6 @@ _HOMES = {
     "FusedOpsConfig": "postgen.fused",
     "FusedOpsHandle": "postgen.fused",
     "PostgenQuantConfig": "postgen.quant.hf",
-    "QuantSpec": "postgen.quant.spec",
     "UserError": "postgen.errors",
     "VideoError": "postgen.video",
     "VideoInfo": "postgen.video",
@@ -75,7 +68,6 @@ _HOMES = {
     "embedded_model": "postgen.assets",
     "iter_video": "postgen.video",
     "probe": "postgen.video",
-    "quantize": "postgen.quant.recipes",
     "read_video": "postgen.video",
     "register_attention_backend": "postgen.fused.attention",
     "remove_enhance_a_video": "postgen.enhance",
