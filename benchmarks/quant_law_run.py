@@ -89,7 +89,7 @@ def write_data(path: Path, where: str, clips: int) -> None:
             shown = world.render(part, num_frames=FRAMES, size=PIXELS, geometry=False, device=where)
             latents.append(denoiser.encode_video(shown.rgb_BF3HW).float().cpu())
             told = denoiser.encode_prompt([world.simple_caption(spec) for spec in part], guidance=False)
-            texts.append(told["prompt_embeds"][:, :TEXT].float().cpu())
+            texts.append(told["prompt"][:, :TEXT].float().cpu())
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part_file:
         save_file({"latents": torch.cat(latents), "text": torch.cat(texts)}, part_file)

@@ -159,7 +159,7 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
 """Page -> pairs of a printed text and the text that runs instead."""
 
 _CLIPS = ["--size", "64x64", "--frames", "5", "--steps", "2"]
-_POINTS = "--frames 5 --height 64 --width 64 --steps 3 --points 3 --train-steps 1".split()
+_POINTS = ["--frames", "5", "--height", "64", "--width", "64", "--steps", "3", "--points", "3", "--train-steps", "1"]
 _LONG = ["--size", "64x64", "--steps", "3"]
 _REWARD = (
     "--max_steps 1 --height 64 --width 64 --num_frames 5 --num_inference_steps 4 --num_generations 2"

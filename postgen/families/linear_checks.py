@@ -51,6 +51,24 @@ def check_layers(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             raise UserError(f"{name} cannot be replaced: {problem}")
 
 
+def check_not_quantized(model: nn.Module, cannot: str) -> None:
+    """Refuse a model with linear layers whose weights are codes.
+
+    Args:
+        model: the model.
+        cannot: what cannot be done with it, for the message, such as "be converted".
+
+    Raises:
+        UserError: the model has such a layer; the message names it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            raise UserError(
+                f"this {type(model).__name__} is quantised ({name} is a {type(module).__name__}), so it cannot"
+                f" {cannot}"
+            )
+
+
 def lora_problem(wrapper: nn.Module) -> str | None:
     """Return why the adapters of a peft wrapper cannot be merged into another weight; None if they can.
 

@@ -48,31 +48,17 @@ def write_note(model: Any, loader: str, note: Mapping[str, Any]) -> None:
         UserError: the model is quantised by diffusers, or its config has the note of another method.
     """
     inner: Any = unwrap(model)
-    check_note(inner, loader)
-    around = _words_beside(inner) if inner.config.get(_ENTRY) is None else inner.config[_ENTRY].get(_AROUND)
+    if inner.config.get(_ENTRY) is None:
+        around = _words_beside(inner)
+    elif read_note(inner.config, loader) is None:
+        way = dict(inner.config[_ENTRY]).get(_WAY, "an unknown way")
+        raise UserError(
+            f"the config of this {type(inner).__name__} has the quantisation method {way}: undo that method first"
+        )
+    else:
+        around = inner.config[_ENTRY].get(_AROUND)
     said = {} if around is None else {_AROUND: around}
     inner.register_to_config(**{_ENTRY: {_WAY: _way(loader), **note, **said}})
-
-
-def check_note(model: Any, loader: str) -> None:
-    """Check that the config of a transformer has no note of another method, because it has room for one.
-
-    Args:
-        model: the transformer, which may be wrapped.
-        loader: dotted name of the own function that loads the model; a note of it is allowed.
-
-    Raises:
-        UserError: it has one; the message names the method.
-    """
-    inner: Any = unwrap(model)
-    note = inner.config.get(_ENTRY)
-    if note is None or read_note(inner.config, loader) is not None:
-        return
-    way = note.get(_WAY) if isinstance(note, Mapping) else getattr(note, _WAY, None)
-    raise UserError(
-        f"the config of this {type(inner).__name__} has the quantisation method"
-        f" {getattr(way, 'value', way) or 'unknown'}: undo that method first"
-    )
 
 
 def erase_note(model: Any) -> None:

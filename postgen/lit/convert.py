@@ -14,7 +14,8 @@ from postgen.families import Grid, blocks_of, layout_of, tokens_of
 from postgen.families.attention import AttentionReader, attention_of
 from postgen.families.installed import installed, processor_stack, transformers_of
 from postgen.families.linear import replace_linears, replaced_linears
-from postgen.families.own_format import check_note, erase_note, read_note, write_note
+from postgen.families.linear_checks import check_not_quantized
+from postgen.families.own_format import erase_note, read_note, write_note
 from postgen.lit.adapter import check_weights, put_back
 from postgen.lit.config import LitConfig
 from postgen.lit.conversion import CHILD, HALF, NAME, Conversion, Converted
@@ -70,9 +71,9 @@ def convert(transformer: nn.Module, config: LitConfig | None = None) -> Report:
         The report; `print` shows a table.
 
     Raises:
-        UserError: the class is unknown, linear already, or a U-Net; the code of a processor differs from the known
-            versions; another plug-in computes the attention; float16 without qk-norm; or settings that do not fit.
-            The transformer is unchanged in these cases.
+        UserError: the class is unknown, linear already, quantised, or a U-Net; the code of a processor differs from
+            the known versions; another plug-in computes the attention; float16 without qk-norm; or settings that do
+            not fit. The transformer is unchanged in these cases.
 
     Example:
         print(convert(pipe.transformer, LitConfig(layers="every 2nd:window_delta")))
@@ -85,7 +86,7 @@ def convert(transformer: nn.Module, config: LitConfig | None = None) -> Report:
         raise UserError(
             f"this {type(model).__name__} is converted already: revert the conversion first (postgen.lit.revert)"
         )
-    check_note(model, LOADER)
+    check_not_quantized(model, "be converted: load the exact model")
     modules = modules_of_blocks(model)
     types = types_of_blocks(config.layers, len(modules), first_block=config.first_block)
     chosen = tuple(

@@ -113,7 +113,6 @@ class BlockwiseRun:
             raise UserError(
                 f"blocks are quantised one after the other, but {processes} processes were started: start one process"
             )
-        self.blocks = [block for block in blocks if plan.of(block.name)]
         self.plan, self.records, self.config = plan, records, config
         self.bins, self.penalty, self.former, self.options = bins, penalty, former, dict(options or {})
         self.settings = {"stage": _plain(asdict(plan.stage)), **(settings or {})}
@@ -321,7 +320,9 @@ class BlockwiseRun:
         return layers, [_in_model(block, *each) for each in lets.values()]
 
 
-def _in_model(block: str, point: FoldPoint, scale: Tensor, shift: Tensor | None) -> Any:
+def _in_model(
+    block: str, point: FoldPoint, scale: Tensor, shift: Tensor | None
+) -> tuple[FoldPoint, Tensor, Tensor | None]:
     return replace(point, block=block), scale, shift
 
 

@@ -214,18 +214,23 @@ class FakeQuantLinear(nn.Linear):
         return fake_quantize(x, of_inputs(self.spec.act), clip=clip)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output for x (..., K)."""
-        if self._fixed is not None:
-            weight, bias = self._fixed
-        else:
-            folded, bias = self.folded()
-            weight = self.numbers(folded)
-        bias = None if bias is None else bias.to(x.dtype)
-        y = self._undone(functional.linear(self.read(x).to(x.dtype), weight.to(x.dtype), bias))
-        if self.branch is not None:
-            up, down = (each.to(x.dtype) for each in self.branch)
-            y = y + functional.linear(functional.linear(x, down), up)
-        return y.to(x.dtype)
+        """Return the output for x (..., K), in the dtype of x, or in that of autocast."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        # Scales, transformations and rotations need float32; the product has the dtype of x, as in `QLinear`.
+        with torch.autocast(device, enabled=False):
+            if self._fixed is not None:
+                weight, bias = self._fixed
+            else:
+                folded, bias = self.folded()
+                weight = self.numbers(folded)
+            bias = None if bias is None else bias.to(x.dtype)
+            y = self._undone(functional.linear(self.read(x).to(x.dtype), weight.to(x.dtype), bias))
+            if self.branch is not None:
+                up, down = (each.to(x.dtype) for each in self.branch)
+                y = y + functional.linear(functional.linear(x, down), up)
+            return y.to(x.dtype)
 
     def lets_of(self) -> Iterator[Let]:
         """Yield the transformations of tensors that the layer reads or writes."""

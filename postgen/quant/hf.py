@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError, did_you_mean, shown
 from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
-from postgen.families.own_format import check_note, erase_note
+from postgen.families.own_format import erase_note
 from postgen.families.quantizer import Quantizer, register_quantizer
 from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import QLinear
@@ -223,9 +223,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     """
     inner: Any = inner_model(model)
     layers = quantized_layers(inner)
-    before = inner.config.get("quantization_config")
-    if before is not None and not isinstance(before, PostgenQuantConfig):
-        check_note(inner, "")
+    before = config_of(inner)
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
         words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
@@ -237,6 +235,23 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     inner.hf_quantizer = PostgenQuantizer(config)
     inner.is_quantized, inner.quantization_method = True, config.quant_method
     inner.register_to_config(quantization_config=config)
+
+
+def config_of(model: nn.Module) -> PostgenQuantConfig | None:
+    """Return the config of a model that is quantised; None for an exact model.
+
+    Raises:
+        UserError: the config of the model has the note of another method.
+    """
+    inner: Any = inner_model(model)
+    found = inner.config.get("quantization_config")
+    if found is None or isinstance(found, PostgenQuantConfig):
+        return found
+    way = dict(found).get("quant_method", "an unknown way")
+    raise UserError(
+        f"this {type(inner).__name__} has the format of {way} in its config, which cannot be combined with"
+        " quantisation"
+    )
 
 
 def _attached_bins(model: nn.Module, layers: Mapping[str, QLinear]) -> StepBins | None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from postgen.errors import UserError, cut_words
-from postgen.families.installed import inner_model
 from postgen.families.linear import find_linears
 from postgen.families.linear_parts import LinearPart, LinearParts, shares_input
-from postgen.families.own_format import check_note
 from postgen.quant.linear import QLinear, check_spec
 from postgen.quant.spec import LayerSpec, QuantSpec
 
@@ -32,11 +30,9 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         spec: what to quantise.
 
     Raises:
-        UserError: the class of the transformer has no layout, it is quantised already, its config has the note of
-            another method, a pattern of `overrides` matches no layer that could be quantised, a format or a rotation
-            does not fit a layer (the message names it), or no layer is left.
+        UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
+            quantised, a format or a rotation does not fit a layer (the message names it), or no layer is left.
     """
-    _check_exact(model)
     parts, linears = parts_of(model), find_linears(model)
     added: set[str] = set()
     for pattern in spec.overrides:
@@ -58,21 +54,6 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         except UserError as error:
             raise UserError(f"{name} cannot be quantised: {error}") from None
     return found
-
-
-def _check_exact(model: nn.Module) -> None:
-    """Check that a model is not quantised, and that its config has no note of another method.
-
-    Raises:
-        UserError: it is, or it has one.
-    """
-    inner: Any = inner_model(model)
-    if quantized_layers(model):
-        raise UserError(f"this {type(inner).__name__} is quantised already: load the exact model")
-    # While diffusers loads a model, its config has the note already.
-    note = getattr(inner, "config", {}).get("quantization_config")
-    if note is not None and getattr(note, "quant_method", "") != "postgen":
-        check_note(inner, "")
 
 
 def parts_of(model: nn.Module) -> dict[str, LinearPart]:

@@ -22,7 +22,7 @@ from postgen.errors import UserError, shown
 from postgen.families.shared_rows import shared_rows
 from postgen.kernels.fp8 import E4M3
 from postgen.quant.formats import Format
-from postgen.quant.packing import bits_dtype, layout, pack, unpack
+from postgen.quant.packing import bits_dtype, bits_shape, layout, pack, unpack
 from postgen.quant.products import (
     Mode,
     Rows,
@@ -103,7 +103,7 @@ class QLinear(nn.Linear):
             return nn.Parameter(empty(*shape), requires_grad=False)
 
         bits = {} if spec.weight is None else layout(spec.weight, (out_features, in_features))
-        stored = {name: empty(*shape, kind=bits_dtype(kind)) for name, (shape, kind) in bits.items()}
+        stored = {name: empty(*bits_shape(shape, kind), kind=bits_dtype(kind)) for name, (shape, kind) in bits.items()}
         self.weight = nn.Parameter(stored.get("weight", empty(out_features, in_features)), requires_grad=False)
         for name in PACKED[1:]:
             self.register_buffer(name, stored.get(name))
@@ -208,7 +208,7 @@ class QLinear(nn.Linear):
         return unpack(self.packed(), self.spec.weight, (self.out_features, self.in_features))
 
     def packed(self) -> dict[str, Tensor]:
-        """Return the tensors of the packed weight, as `packing.pack` describes them, in integer views."""
+        """Return the tensors of the packed weight, as `packing.pack` describes them, in views as integers."""
         found = {name: getattr(self, name) for name in PACKED}
         return {name: each.detach() for name, each in found.items() if each is not None}
 

@@ -64,7 +64,7 @@ def unpack(tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, ...]
     """Return the quantised weight whose packed tensors are given (the inverse of `pack`).
 
     Args:
-        tensors: the tensors of `pack`, on any device. E4M3 and bfloat16 tensors may be views as integers.
+        tensors: the tensors of `pack`, on any device. E4M3 and bfloat16 tensors may be views as bytes.
         format: the number format.
         shape: shape (N, K) of the weight.
 
@@ -145,6 +145,8 @@ def check(tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, ...])
         found = tensors.get(name)
         if found is None:
             raise UserError(f"the packed {format.text} weight {tuple(shape)} has no tensor {name}: it is incomplete")
+        if found.dtype != dtype:
+            wanted = bits_shape(wanted, dtype)
         if tuple(found.shape) != wanted:
             raise UserError(
                 f"{name} of a packed {format.text} weight {tuple(shape)} must have the shape {wanted}, got"
@@ -158,7 +160,13 @@ def check(tensors: Mapping[str, Tensor], format: Format, shape: tuple[int, ...])
 
 def bits_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the integer dtype as which a packed tensor can be viewed, so that no library casts it."""
-    return {E4M3: torch.uint8, torch.bfloat16: torch.int16}.get(dtype, dtype)
+    # Not int16, which NCCL cannot send to other processes.
+    return {E4M3: torch.uint8, torch.bfloat16: torch.uint8}.get(dtype, dtype)
+
+
+def bits_shape(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the shape of a packed tensor of this shape and dtype, viewed as `bits_dtype`."""
+    return (*shape[:-1], 2 * shape[-1]) if dtype == torch.bfloat16 else shape
 
 
 def to_bits(codes: Tensor, bits: int) -> Tensor:

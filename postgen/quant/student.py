@@ -166,9 +166,9 @@ def _let(
     block: nn.Module, point: FoldPoint, stage: Stage, before: Mapping[str, Tensor] | None, ranges: Ranges | None
 ) -> Let:
     """Return the transformation of a tensor with its first values; ones and zeros where they will be loaded."""
-    if stage.lets == "channel":
-        return _channel_let(point, before or {})
     place = next(block.parameters()).device
+    if stage.lets == "channel":
+        return _channel_let(point, before or {}).to(place)
     if ranges is None:
         return Let(point, torch.ones(point.width, device=place), _zeros(point, place))
     reader = point.readers[0]

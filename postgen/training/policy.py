@@ -16,6 +16,7 @@ from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.exports import write_note
+from postgen.families.linear_checks import check_not_quantized
 from postgen.families.loaded import defaults_of
 from postgen.families.loading import inspect_model, load_pipeline
 from postgen.families.lora import save_lora
@@ -95,6 +96,7 @@ class Policy:
         self._switches_off = self.adapter is not None and not lora.lora_path
         if self.adapter is None:
             for module in self.modules.values():
+                check_not_quantized(module, "be trained as a whole: train a LoRA, or load the exact model")
                 # In half precision, rounding would cancel most updates at usual learning rates.
                 module.requires_grad_(True).float()
         for module in self.modules.values():

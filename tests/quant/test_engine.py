@@ -87,9 +87,9 @@ def test_a_chain_of_exact_blocks_gives_the_records(wan: Taught) -> None:
 @pytest.mark.parametrize(
     ("recipe", "weight", "act", "values"),
     [
-        ("omniquant", "int4", "int4:token", {"max_steps": 60}),
-        ("block_ap", "int2:g8:asym", None, {"max_steps": 60, "learning_rate": 2e-3, "learning_rate_new": 2e-3}),
-        ("sos", "int4", "int4:token", {"max_steps": 30, "learning_rate": 2e-3}),
+        ("omniquant", "int4", "int4:token", {"max_steps": 40}),
+        ("block_ap", "int2:g8:asym", None, {"max_steps": 30, "learning_rate": 4e-3, "learning_rate_new": 4e-3}),
+        ("sos", "int4", "int4:token", {"max_steps": 16, "learning_rate": 4e-3}),
         ("gptq", "int3:g8", None, {}),
         ("bpdq", "bp2:g8", None, {}),
     ],
@@ -98,7 +98,7 @@ def test_recipes_lower_the_error_of_rounding_to_nearest(
     wan: Taught, tmp_path: Path, recipe: str, weight: str, act: str | None, values: dict[str, Any]
 ) -> None:
     before = copy.deepcopy(wan.model.state_dict())
-    done = stages(wan.model, wan.records, tmp_path, recipe, weight, act, save_steps=0, **values)
+    done = stages(wan.model, wan.records, tmp_path, recipe, weight, act, save_steps=0, **SHORT, **values)
     for stage in done if values else ():  # finished students compute what the trained ones did
         trained = stage.result.report.blocks[wan.blocks[-1].name].error_after  # type: ignore[attr-defined]
         assert chain_error(wan, stage._finished) == pytest.approx(trained, rel=1e-5)

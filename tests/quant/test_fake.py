@@ -6,7 +6,7 @@ from torch import nn
 
 from postgen.errors import UserError
 from postgen.families.folds import Fold
-from postgen.quant import FORMATS, LayerSpec, format_of, quantize
+from postgen.quant import FORMATS, LayerSpec, QLinear, format_of, quantize
 from postgen.quant.fake import FakeQuantLinear, Let
 from postgen.quant.gradients import clamped, fake_quantize, through
 from postgen.quant.rounding import Scales, grouped, scales_of
@@ -78,6 +78,20 @@ def test_learned_scales_begin_as_rounding_to_nearest(text):
     assert fake.weight.grad.abs().sum() > 0
     assert fake.zero is None or fake.zero.grad.abs().sum() > 0
     assert torch.equal(fake.numbers(fake.folded()[0]), fake.quantized().numbers())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_layer_computes_what_the_quantised_layer_does(half):
+    """Rotated inputs and the branch too, and under autocast."""
+    linear, x = layer(), torch.randn(3, 128)
+    spec = LayerSpec(weight=format_of("int4:g32"), act=format_of("int4:token"), rotate=32, rank=4)
+    branch = (torch.randn(128, 4) / 4, torch.randn(4, 128) / 4)
+    fake = FakeQuantLinear(linear, spec, branch=branch)
+    real = QLinear.of(linear, fake.quantized(), spec, branch=branch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        a, b = fake(x), real(x)
+    assert a.dtype == b.dtype == (torch.bfloat16 if half else torch.float32)
+    assert torch.equal(a, b)
 
 
 def folds(linear, *, shift=True):

@@ -56,6 +56,16 @@ def test_a_quantised_model_is_loaded_bit_by_bit(tmp_path, dtype):
     assert "16 linear layers are QLinear" in str(postgen.summary(loaded))
 
 
+def test_a_model_in_several_files_is_loaded_to_a_device(tmp_path):
+    model = wan()
+    quantize_weights(model, SPEC)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = type(model).from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert same_bits(loaded, model)
+    assert torch.equal(predicted(loaded), predicted(model))
+
+
 def test_codes_do_not_depend_on_the_dtype_of_the_loaded_model(tmp_path):
     model = wan()
     quantize_weights(model, SPEC)

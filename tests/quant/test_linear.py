@@ -35,7 +35,10 @@ def made(weight, act=None, linear=None, **more):
     return QLinear.of(linear, None if weight is None else quantize(linear.weight, spec.weight), spec)
 
 
-@pytest.mark.parametrize("text", ["int4:g32", "int3:asym", "int8", "fp8", "fp8:block", "mxfp4", "nvfp4", "bp2:g32"])
+@pytest.mark.parametrize(
+    "text",
+    ["int4:g32", "int3:asym", "int5", "int8", "int8:asym", "fp8", "mxint8", "fp8:block", "mxfp4", "nvfp4", "bp2:g32"],
+)
 def test_a_layer_with_exact_input_multiplies_with_the_numbers_of_its_codes(text):
     linear = layer() if text != "fp8:block" else nn.Linear(128, N)
     x = torch.randn(3, linear.in_features)
@@ -173,6 +176,13 @@ def test_copies_moves_and_state_dicts_keep_every_bit():
         "torch.uint8",
         "torch.int32",
     }
+
+
+@pytest.mark.parametrize("text", ["bp2:g16", "fp8", "nvfp4", "mxfp8", "int4:g16:asym"])
+def test_no_tensor_of_bits_can_be_cast_and_every_library_can_send_it(text):
+    new = made(text, "int8")
+    assert {each.dtype for name, each in new.state_dict().items() if name != "bias"} <= {torch.uint8, torch.int32}
+    assert new.quantized().scales.scale.dtype == torch.float32
 
 
 def test_zero_points_that_are_no_bytes_survive_a_state_dict():

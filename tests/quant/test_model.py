@@ -11,8 +11,8 @@ import postgen
 from postgen.errors import UserError
 from postgen.families.linear import find_linears, replaced_linears
 from postgen.fp8_linear import apply_fp8_linears
-from postgen.lit import LitConfig, convert, revert
-from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize
+from postgen.lit import convert
+from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize, recipes
 from postgen.quant.layers import layers_of, parts_of, quantized_layers
 from postgen.quant.model import quantize_weights, rtn
 from tests.families.tiny_models import tiny_model
@@ -62,18 +62,6 @@ def test_an_exception_for_exact_layers_alone_quantises_them():
     model = wan()
     quantize_weights(model, QuantSpec(weight="int4:g16", overrides={r".*attn2\.to_[kv]": {"weight": "int8"}}))
     assert isinstance(model.blocks[1].attn2.to_v, QLinear)
-
-
-def test_a_model_of_linear_attention_is_refused_and_the_reverse():
-    model = wan()
-    convert(model, LitConfig(layers="1:window_delta"))
-    with pytest.raises(UserError, match=r"quantisation method postgen\.lit\.load\(folder\): undo that method first"):
-        quantize_weights(model, QuantSpec(weight="int4:g16"))
-    assert not quantized_layers(model)
-    revert(model)
-    quantize_weights(model, QuantSpec(weight="int4:g16"))
-    with pytest.raises(UserError, match="quantisation method postgen: undo that method first"):
-        convert(model, LitConfig(layers="1:window_delta"))
 
 
 def test_the_report_counts_bits_bytes_and_noise():
@@ -186,6 +174,22 @@ def test_quantised_layers_belong_to_nobody_else():
         apply_fp8_linears(model)
     with pytest.raises(RuntimeError, match="floating point"):
         model.blocks[0].attn1.fuse_projections()
+
+
+def test_other_methods_refuse_a_quantised_model_and_their_models_are_refused():
+    converted = wan()
+    convert(converted)
+    with pytest.raises(UserError, match=r"the format of postgen\.lit\.load\(folder\) in its config, which cannot be"):
+        quantize_weights(converted, QuantSpec(weight="int8"))
+    with pytest.raises(UserError, match="in its config"):  # and not after hours of training
+        recipes.quantize(converted, QuantSpec(weight="int8"), recipe="gptq")
+    assert not quantized_layers(converted)
+    model = wan()
+    quantize_weights(model, QuantSpec(weight="int8"))
+    with pytest.raises(UserError, match="quantised already"):
+        recipes.quantize(model, QuantSpec(weight="int8"), recipe="gptq")
+    with pytest.raises(UserError, match=r"is quantised \(blocks.* is a QLinear\), so it cannot be converted"):
+        convert(model)
 
 
 def test_a_model_without_a_layout_is_refused():

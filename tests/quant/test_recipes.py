@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from postgen.quant.layers import quantized_layers
 from postgen.quant.model import quantize_weights, rtn
 from postgen.quant.recipes import quantize
 from postgen.quant.stages import RECIPES, Recipe, Stage
+from postgen.reconstruct.block_run import BlockRun
+from tests.quant.calibrated import calibration_of, two_experts
 from tests.reconstruct.toy import PROMPTS, pipeline
 
 W4A4 = QuantSpec(weight="int4:g8", act="int4:token")
@@ -126,12 +130,47 @@ def test_clips_of_inputs_by_noise_level(exact: Exact, tmp_path: Path) -> None:
     assert torch.equal(exact.predict(model, exact.points[:1]), exact.predict(loaded, exact.points[:1]))
 
 
-def test_a_run_resumes_in_its_folder(exact: Exact, tmp_path: Path) -> None:
+def test_a_finished_run_is_read_again(exact: Exact, tmp_path: Path) -> None:
     first = exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path)
     with pytest.raises(UserError, match="resume=True"):
         exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path)
     again = exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path, resume=True)
     for (name, value), other in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_both_experts() -> None:
+    pipe, size = two_experts()
+    calibration = calibration_of(pipe, size, guidance_scale=3.0)
+    calibration.draw()
+    with pytest.raises(UserError, match="transformer and transformer_2: quantise one after the other"):
+        quantize(pipe, W4A4, recipe="gptq", calibration=calibration)
+    for name in calibration.experts:
+        recipe = {"recipe": "omniquant+fdda", "steps": 2} if name == "transformer" else {"recipe": "gptq"}
+        report = quantize(getattr(pipe, name), W4A4, calibration=calibration, progress=False, **recipe)
+        assert len(report.layers) == 2 * 8
+    assert len(quantized_layers(pipe.transformer_2)) == 2 * 8
+
+
+def test_ctrl_c_keeps_the_model_and_the_run_goes_on(
+    exact: Exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"recipe": "omniquant+fdda", "steps": 4}
+    straight = exact.quantized(W4A4, **values)
+    step = BlockRun._one_step
+
+    def interrupted(run: BlockRun) -> None:
+        step(run)
+        if (run.task.name, run.step) == ("blocks.1", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(BlockRun, "_one_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exact.quantized(W4A4, **values, output_dir=tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "stage-1/blocks/blocks.1").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = exact.quantized(W4A4, **values, output_dir=tmp_path, resume=True)
+    for (name, value), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 
 
