@@ -9,7 +9,7 @@ bfloat16, or in float32 where diffusers keeps them so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from postgen.quant.sensitivity import stored_bytes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PACKED = ("fp8", "int4:g64", "nvfp4", "int3:g64:asym", "int2:g64:asym", "bp2:g128")
+TEXT = "int4:g64"
 VIDEO = (
     "THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "hunyuanvideo-community/HunyuanVideo", "Lightricks/LTX-Video",
     "genmo/mochi-1-preview", "black-forest-labs/FLUX.1-dev",
@@ -66,33 +67,37 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the config of the transformer.
 
     Returns:
-        `parameters`, `share` of the parameters that are quantised, `exact` bytes, and `formats`: text of the format ->
-        bytes, None if its groups do not divide the channels of a layer.
+        `parameters`, `share` of the parameters that are quantised, `exact` bytes, `formats`: text of the format ->
+        bytes, and `text`: bytes where the layers of the text have the format `TEXT` too.
     """
     model = empty_transformer(config)
     exact, linears = exact_bytes(model), find_linears(model)
     chosen = layers_of(model, QuantSpec(weight="fp8"))
-    rest = sum(exact.values()) - sum(exact[f"{name}.weight"] for name in chosen)
-    found: dict[str, int | None] = {}
-    for text in PACKED:
-        spec = LayerSpec(weight=format_of(text))
-        try:
-            found[text] = rest + sum(stored_bytes(name, linears[name], spec) for name in chosen)
-        except UserError:
-            found[text] = None
+
+    def packed(names: Iterable[str], text: str) -> int:
+        """Return the bytes of the model with some layers in a format."""
+        new = sum(stored_bytes(name, linears[name], LayerSpec(weight=format_of(text))) for name in names)
+        return sum(exact.values()) - sum(exact[f"{name}.weight"] for name in names) + new
+
     count = sum(each.numel() for each in model.parameters())
-    share = sum(linears[name].weight.numel() for name in chosen) / count
-    return {"parameters": count, "share": share, "exact": sum(exact.values()), "formats": found}
+    return {
+        "parameters": count,
+        "share": sum(linears[name].weight.numel() for name in chosen) / count,
+        "exact": sum(exact.values()),
+        "formats": {text: packed(chosen, text) for text in PACKED},
+        "text": packed(linears, TEXT),
+    }
 
 
 def memory() -> Iterator[str]:
     """Yield the lines of the table of models."""
-    yield f"| Transformer | parameters | quantised | bfloat16 | {' | '.join(f'`{text}`' for text in PACKED)} |"
-    yield "|---" * (len(PACKED) + 4) + "|"
+    heads = [*(f"`{text}`" for text in PACKED), f"`{TEXT}`, text too"]
+    yield f"| Transformer | parameters | quantised | bfloat16 | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 4) + "|"
     for name, config in configs().items():
         found = sizes(config)
-        cells = [f"{found['parameters'] / 1e9:.2f} B", f"{found['share']:.0%}", f"{found['exact'] / 1e9:.2f}"]
-        cells += ["" if size is None else f"{size / 1e9:.2f}" for size in found["formats"].values()]
+        cells = [f"{found['parameters'] / 1e9:.2f} B", f"{found['share']:.0%}"]
+        cells += [f"{size / 1e9:.2f}" for size in (found["exact"], *found["formats"].values(), found["text"])]
         yield f"| {name} | {' | '.join(cells)} |"
 
 
