@@ -1,11 +1,11 @@
-"""The advisor of number formats on the embedded model: the table and the picture of docs/quantization_formats.md.
+"""The advisor of number formats on the embedded model: the picture of docs/quantization_formats.md.
 
-    python -m benchmarks.quant_advisor          # minutes on a CPU
-    python -m benchmarks.quant_advisor --draw   # table and picture again, from the result
+    python -m benchmarks.quant_advisor          # minutes on a CPU; then python -m benchmarks.quant_tables
+    python -m benchmarks.quant_advisor --draw   # the picture again, from the result
 
-Crest factors of the weights, and of the inputs of the layers on the model's own trajectories, in small clips. Left: the
-signal-to-noise ratio that the formulas give for a crest factor, pale where no group can have it. Right: those of the
-model.
+Crest factors of the weights, and of the inputs of the layers on the model's own trajectories, in small clips. Left:
+the signal-to-noise ratio that the formulas give for a crest factor, pale where no group can have it. Right: those of
+the model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, write_result
 from benchmarks.quant_advice import PAIRS, advice_of
-from benchmarks.quant_page import crossovers
 from postgen.files import replacing
 from postgen.quant.advisor import crossover, expected_qsnr
 from postgen.quant.formats import format_of
 
-PAGE = RESULTS.parent.parent / "docs" / "quantization_formats.md"
-PICTURE = PAGE.parent / "images" / "quantization_advisor.png"
+PICTURE = RESULTS.parent.parent / "docs" / "images" / "quantization_advisor.png"
 RESULT = RESULTS / "quant_advisor.json"
 PROMPTS = ("a red ball rolls left", "a blue cube slides right, a green ball bounces", "a yellow cone spins")
 """The last one is held out."""
@@ -140,13 +137,12 @@ def _model(pen: Any, pairs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and write the result, the table and the picture."""
+    """Measure, and write the result and the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quant_advisor")
     parser.add_argument("--draw", action="store_true", help="use the present result")
     if not parser.parse_args(argv).draw:
         print(write_result("quant_advisor", {**measured(), "gates": []}))
     found = json.loads(RESULT.read_text(encoding="utf-8"))
-    docs_tables.write(PAGE, {"advisor": crossovers({"advice": found})})
     draw(found["pairs"], PICTURE)
     print(PICTURE)
     return 0

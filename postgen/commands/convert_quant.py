@@ -49,12 +49,6 @@ Recipe = Annotated[
     ),
 ]
 Rotate = Annotated[int, typer.Option("--rotate", help="Channels that a Hadamard rotation mixes, a power of two.")]
-Text = Annotated[
-    str,
-    typer.Option(
-        "--text", help="Format of the weights of layers that read only the text, such as int8; none keeps them exact."
-    ),
-]
 Rank = Annotated[int, typer.Option("--rank", help="Rank of an exact low-rank branch of each layer.")]
 Override = Annotated[
     list[str] | None,
@@ -163,7 +157,6 @@ def convert_quant(
     recipe: Recipe = "rtn",
     rotate: Rotate = 0,
     rank: Rank = 0,
-    text: Text = "none",
     override: Override = None,
     prompts: Prompts = None,
     prompt: Prompt = None,
@@ -183,7 +176,7 @@ def convert_quant(
     from postgen.compat import quiet_libraries
     from postgen.families.loading import check_device, inspect_model, load_pipeline
 
-    spec = _spec(weight, act, text, rotate, rank, override or ())
+    spec = _spec(weight, act, rotate, rank, override or ())
     given = {
         **{"points": points, "num_inference_steps": steps, "guidance_scale": guidance_scale},
         **{"num_frames": frames, "height": height, "width": width, "train_steps": train_steps, "run": run},
@@ -204,7 +197,7 @@ def convert_quant(
     typer.echo(f"{output}: a quantised model for generate and compare, and as student for the training method quant")
 
 
-def _spec(weight: str, act: str, text: str, rotate: int, rank: int, overrides: Sequence[str]) -> QuantSpec:
+def _spec(weight: str, act: str, rotate: int, rank: int, overrides: Sequence[str]) -> QuantSpec:
     """Return the spec that the options describe.
 
     Raises:
@@ -213,22 +206,16 @@ def _spec(weight: str, act: str, text: str, rotate: int, rank: int, overrides: S
     from postgen.quant import QuantSpec
 
     exceptions: dict[str, dict[str, Any]] = {}
-    for exception in overrides:
-        pattern, *words = exception.split()
+    for text in overrides:
+        pattern, *words = text.split()
         said = dict(word.partition("=")[::2] for word in words)
         if not words or not all("=" in word for word in words):
             raise UserError(
-                f"--override {shown(exception)} must be a pattern and then keys with values, such as"
-                " '.*attn2.* act=none'"
+                f"--override {shown(text)} must be a pattern and then keys with values, such as '.*attn2.* act=none'"
             )
         exceptions[pattern] = {key: _value(key, value) for key, value in said.items()}
     return QuantSpec(
-        weight=_value("weight", weight),
-        act=_value("act", act),
-        text=_value("text", text),
-        rotate=rotate,
-        rank=rank,
-        overrides=exceptions,
+        weight=_value("weight", weight), act=_value("act", act), rotate=rotate, rank=rank, overrides=exceptions
     )
 
 

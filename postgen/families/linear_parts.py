@@ -41,11 +41,6 @@ class LinearParts:
         # Last components of the names: where a model has spatial and temporal self-attention, both have the same one.
         self._own = {name.rpartition(".")[2] for name in self_attention_names(model)}
 
-    def reads_text(self, name: str) -> bool:
-        """Return whether a layer of attention or of a feed-forward network reads only the text tokens."""
-        role = role_of(name)
-        return role in ("attention", "feed_forward") and not _ADDED.search(name) and self.of(name) is None
-
     def of(self, name: str) -> LinearPart | None:
         """Return the part of a layer, or None for a layer of text tokens or outside attention and feed-forward."""
         role = role_of(name)

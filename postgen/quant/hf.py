@@ -29,7 +29,7 @@ from postgen.families.quantizer import Quantizer, register_quantizer
 from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
-from postgen.quant.spec import FIELDS, QuantSpec
+from postgen.quant.spec import QuantSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
 from postgen.quant.transforms.gains import gained_blocks, prepare_gains_
@@ -50,7 +50,6 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         act: str | None = None,
         rotate: int = 0,
         rank: int = 0,
-        text: str | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         layers: Sequence[Mapping[str, Any]] | None = None,
         gains: Sequence[str] = (),
@@ -61,7 +60,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         """Choose what to quantise.
 
         Args:
-            weight, act, rotate, rank, text, overrides: as in `QuantSpec`. A model that is not quantised is rounded to
+            weight, act, rotate, rank, overrides: as in `QuantSpec`. A model that is not quantised is rounded to
                 nearest, without data.
             layers: the quantised layers of a saved model, see `stored.groups_of`.
             gains: blocks of a saved model that were folded (`transforms`).
@@ -72,15 +71,16 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             UserError: a value is wrong, or an argument is unknown.
         """
         if others:
+            known = ("weight", "act", "rotate", "rank", "overrides")
             name = next(iter(others))
             raise UserError(
-                f"PostgenQuantConfig has no argument {shown(name)}.{did_you_mean(name, FIELDS)} Arguments:"
-                f" {', '.join(FIELDS)}"
+                f"PostgenQuantConfig has no argument {shown(name)}.{did_you_mean(name, known)} Arguments:"
+                f" {', '.join(known)}"
             )
         if quant_method != Method.POSTGEN:
             raise UserError(f"quant_method of a PostgenQuantConfig must be postgen, got {shown(quant_method)}")
         self.quant_method = Method.POSTGEN  # type: ignore[assignment]
-        self.weight, self.act, self.rotate, self.rank, self.text = weight, act, rotate, rank, text
+        self.weight, self.act, self.rotate, self.rank = weight, act, rotate, rank
         self.overrides = dict(overrides or {})
         self.layers = None if layers is None else list(layers)
         self.gains = list(gains)
@@ -95,12 +95,12 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         Raises:
             UserError: a value is wrong.
         """
-        words = {name: getattr(self, name) for name in FIELDS}
+        words = {name: getattr(self, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
         return QuantSpec(**words)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON values."""
-        found = {name: getattr(self, name) for name in FIELDS}
+        found = {name: getattr(self, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
         if self.layers is not None:
             found |= {"layers": self.layers, "gains": self.gains, "step_bins": self.step_bins}
         return {"quant_method": self.quant_method.value, **found}
@@ -226,7 +226,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     before = config_of(inner)
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
-        words = {name: getattr(before, name) for name in FIELDS}
+        words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
     note_shared_inputs_(inner)
     bins = _attached_bins(inner, layers)
     config = PostgenQuantConfig(

@@ -3,7 +3,7 @@
 Quantised are the linear layers of the repeated blocks that process the many video or image tokens: projections of
 self-attention, queries and output of cross-attention, and feed-forward networks. Embeddings, norms, modulation, the
 output layer, and layers that process only the few text tokens stay exact, because they cost little and rounding hurts
-there. `QuantSpec.text` quantises the weights of the last ones too, which saves memory.
+there. An exception that matches only such attention or feed-forward layers quantises them.
 """
 
 from __future__ import annotations
@@ -33,20 +33,18 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         UserError: the class of the transformer has no layout, a pattern of `overrides` matches no layer that could be
             quantised, a format or a rotation does not fit a layer (the message names it), or no layer is left.
     """
-    parts, every = parts_of(model), LinearParts(model)
-    texts = [name for name in find_linears(model) if every.reads_text(name)] if spec.text is not None else []
-    if spec.text is not None and not texts:
-        raise UserError(f"text is {spec.text}, but {type(model).__name__} has no layers that read only the text")
-    found = {
-        name: spec.layer(name, text=name in texts) for name in find_linears(model) if name in parts or name in texts
-    }
+    parts, linears = parts_of(model), find_linears(model)
+    added: set[str] = set()
     for pattern in spec.overrides:
-        if not any(re.fullmatch(pattern, name) for name in found):
+        matched = {name for name in linears if re.fullmatch(pattern, name)}
+        if not matched:
             raise UserError(_no_match(pattern, parts, model))
+        if not matched & parts.keys():
+            added |= matched
+    found = {name: spec.layer(name) for name in linears if name in parts or name in added}
     found = {name: each for name, each in found.items() if not each.exact}
     if not found:
         raise UserError("the overrides keep every layer exact, so nothing is quantised: remove one of them")
-    linears = find_linears(model)
     for name, each in found.items():
         linear = linears[name]
         try:

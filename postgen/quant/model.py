@@ -91,6 +91,24 @@ def bare_linear(weight: Tensor) -> nn.Linear:
     return found
 
 
+def check_exact(model: nn.Module) -> None:
+    """Check that a model is neither quantised nor saved in the format of another method.
+
+    Raises:
+        UserError: it is.
+    """
+    if quantized_layers(model):
+        raise UserError(f"this {type(model).__name__} is quantised already: load the exact model")
+    if _is_diffusers(model):
+        from postgen.quant.hf import config_of
+
+        config_of(model)
+
+
+def _is_diffusers(model: nn.Module) -> bool:
+    return hasattr(inner_model(model), "register_to_config")
+
+
 def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     """Replace the linear layers of a transformer by layers that `make` returns, as `quantize_weights` does.
 
@@ -102,13 +120,7 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     Raises:
         UserError: as in `quantize_weights`.
     """
-    if quantized_layers(model):
-        raise UserError(f"this {type(model).__name__} is quantised already: load the exact model")
-    is_diffusers = hasattr(inner_model(model), "register_to_config")
-    if is_diffusers:
-        from postgen.quant.hf import config_of, mark_quantized
-
-        config_of(model)
+    check_exact(model)
     layers, before = layers_of(model, spec), tensor_bytes(model)
     reports: dict[str, LayerReport] = {}
 
@@ -119,6 +131,8 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
 
     pattern = "|".join(map(re.escape, layers))
     replace_linears(model, replacement, owner=OWNER, pattern=pattern, originals="dropped")
-    if is_diffusers:
+    if _is_diffusers(model):
+        from postgen.quant.hf import mark_quantized
+
         mark_quantized(model, spec)
     return QuantReport(layers=reports, bytes_before=before, bytes_after=tensor_bytes(model))

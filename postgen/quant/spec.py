@@ -46,15 +46,14 @@ class QuantSpec:
     """As `LayerSpec.rotate`."""
     rank: int = 0
     """As `LayerSpec.rank`."""
-    text: str | None = None
-    """Format of the weights of layers that read only the text, such as keys and values of cross-attention; None keeps
-    them exact. They cost little time, but are a seventh of the weights of Wan 14B. Their inputs stay exact."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Exceptions: a regular expression for the full name of a layer -> other values of the four keys above. The first
-    expression that matches decides. {"weight": None, "act": None} keeps a layer exact."""
+    expression that matches decides. {"weight": None, "act": None} keeps a layer exact. An expression that matches only
+    layers of attention and feed-forward networks that stay exact by default, such as the keys and values of the text,
+    quantises them."""
 
     def __post_init__(self) -> None:
-        self._check({name: getattr(self, name) for name in (*KEYS, "text")}, "")
+        self._check({name: getattr(self, name) for name in KEYS}, "")
         if not isinstance(self.overrides, Mapping):
             raise UserError(f"overrides must map patterns of layer names to settings, got {shown(self.overrides)}")
         for pattern, said in self.overrides.items():
@@ -69,19 +68,12 @@ class QuantSpec:
                         f" {', '.join(KEYS)}"
                     )
             self._check(said, f" in overrides[{pattern!r}]")
-        if self.layer("").exact and self.text is None and not self.overrides:
+        if all(self.layer(name).exact for name in ("", *self.overrides)) and not self.overrides:
             raise UserError("weight and act are both None, so nothing is quantised: set one of them")
 
-    def layer(self, name: str, *, text: bool = False) -> LayerSpec:
-        """Return how the layer with this full name is quantised, if the policy of the model quantises it at all.
-
-        Args:
-            name: the full name.
-            text: whether the layer reads only the text.
-        """
+    def layer(self, name: str) -> LayerSpec:
+        """Return how the layer with this full name is quantised, if the policy of the model quantises it at all."""
         said: dict[str, Any] = {key: getattr(self, key) for key in KEYS}
-        if text:
-            said = {"weight": self.text, "act": None, "rotate": 0, "rank": 0}
         for pattern, other in self.overrides.items():
             if re.fullmatch(pattern, name):
                 said |= other
@@ -95,7 +87,7 @@ class QuantSpec:
 
     @staticmethod
     def _check(said: Mapping[str, Any], where: str) -> None:
-        for key in ("weight", "act", "text"):
+        for key in ("weight", "act"):
             if said.get(key) is not None:
                 format = format_of(said[key])
                 if key == "act" and format.planes:
@@ -109,8 +101,6 @@ class QuantSpec:
 
 KEYS = ("weight", "act", "rotate", "rank")
 """Keys of a spec that an exception can change."""
-FIELDS = (*KEYS, "text", "overrides")
-"""All keys of a spec."""
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from postgen.quant.spec import FIELDS, QuantSpec
+from postgen.quant.spec import QuantSpec
 from postgen.quant.trained_scales import check_trainable
 from postgen.settings import Part
 from postgen.training.distil_trainer import DistillationConfig
@@ -35,9 +35,6 @@ class QuantizationConfig(Part):
     rank: int = 0
     """Rank of an exact low-rank branch that takes the largest part of each weight; 0: none."""
 
-    text: str | None = None
-    """Format of the weights of layers that read only the text; None keeps them exact."""
-
     overrides: dict[str, Any] = field(default_factory=dict)
     """Exceptions: a regular expression for the full name of a layer -> other values of the four keys above."""
 
@@ -51,7 +48,9 @@ class QuantizationConfig(Part):
         Raises:
             UserError: a value that `QuantSpec` refuses.
         """
-        return QuantSpec(**{name: getattr(self, name) for name in FIELDS})
+        return QuantSpec(
+            weight=self.weight, act=self.act, rotate=self.rotate, rank=self.rank, overrides=self.overrides
+        )
 
 
 @dataclass(kw_only=True)
@@ -96,7 +95,7 @@ class QuantTrainingConfig(DistillationConfig, QuantizationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student:
-            for name in FIELDS:
+            for name in ("weight", "act", "rotate", "rank", "overrides"):
                 self.require(not getattr(self, name), name, "left out with student, which is quantised already")
             self.require(self.solver == "rtn", "solver", "left out with student, which has its codes")
         else:
@@ -118,6 +117,4 @@ class QuantTrainingConfig(DistillationConfig, QuantizationConfig):
         spec = self.spec
         for name in ("", *spec.overrides):
             check_trainable(spec.layer(name).weight, f"overrides[{name!r}]" if name else "the student")
-        if spec.text is not None:
-            check_trainable(spec.layer("", text=True).weight, "text")
         self.require(not (self.branch_rank and spec.rank), "branch_rank", "0 with a rank, which is a branch already")
