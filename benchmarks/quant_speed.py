@@ -66,7 +66,7 @@ WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 def gates(layers: Sequence[Mapping[str, Any]]) -> list[Gate]:
     """Return the gates: the layers of a block of Wan 14B together, and the bytes of the whole model in 4 bits.
 
-    The bytes are counted on the published config with the layers of the text in 4 bits too, which are exact by default.
+    The bytes are counted on the published config, with the layers of the text, which are exact by default, in 4 bits.
     """
     fp8, four, plain = (total_ms(layers, name) for name in ("fp8", "int4 in fp8", "bf16"))
     counted = sizes(configs()[WAN_14B])
