@@ -77,24 +77,31 @@ def group_of(name: str, count: int, how: Defaults) -> Group:
     return build(name, count, FIRST_SEED, how)
 
 
-def made(pipe: Any, group: Group, how: Defaults) -> Iterator[tuple[slice, Tensor]]:
-    """Generate the clips of a group; yield their rows in the group and the clips, (B,F,3,H,W) in [0,1]."""
+def made(pipe: Any, group: Group, how: Defaults, *, autocast: bool | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Generate the clips of a group; yield their rows in the group and the clips, (B,F,3,H,W) in [0,1].
+
+    Args:
+        pipe: the pipeline.
+        group: prompts and seeds.
+        how: size, length, steps and guidance of the clips.
+        autocast: whether to compute in bfloat16; None: on a GPU.
+    """
     for low in range(0, len(group.prompts), AT_ONCE):
         rows = slice(low, low + AT_ONCE)
         job = Job(
             prompts=group.prompts[rows],
             seeds=group.seeds[rows],
-            autocast=pipe.device.type == "cuda",
+            autocast=pipe.device.type == "cuda" if autocast is None else autocast,
             **dataclasses.asdict(how),
         )
         yield rows, generate(pipe, job).clamp(0, 1)
 
 
-def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path) -> Measured:
-    """Measure a teacher and store its clips in a folder, as bytes."""
+def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path, *, autocast: bool | None = None) -> Measured:
+    """Measure a teacher and store its clips in a folder, as bytes; `autocast` as in `made`."""
     found, workers = Measured(), judging(2, pipe.device.type)
     folder.mkdir(parents=True, exist_ok=True)
-    for rows, clips in made(pipe, group, how):
+    for rows, clips in made(pipe, group, how, autocast=autocast):
         reports = check_batch(clips, group.asked[rows], workers=workers if pipe.device.type == "cuda" else 0)
         found.add(clips, reports, None)
         with replacing(_file(folder, rows)) as part:
@@ -103,11 +110,21 @@ def measure_teacher(pipe: Any, group: Group, how: Defaults, folder: Path) -> Mea
 
 
 def measure_student(
-    pipe: Any, group: Group, how: Defaults, folder: Path, picture: Path | None = None, name: str = "student"
+    pipe: Any,
+    group: Group,
+    how: Defaults,
+    folder: Path,
+    picture: Path | None = None,
+    name: str = "student",
+    *,
+    autocast: bool | None = None,
 ) -> Measured:
-    """Measure a student against the teacher's clips in a folder; draw the first clips of both as a sheet."""
+    """Measure a student against the teacher's clips in a folder; draw the first clips of both as a sheet.
+
+    `autocast` as in `made`.
+    """
     found, workers = Measured(), judging(2, pipe.device.type)
-    for rows, clips in made(pipe, group, how):
+    for rows, clips in made(pipe, group, how, autocast=autocast):
         theirs = load_file(_file(folder, rows))["clips"]
         reports = check_batch(clips, group.asked[rows], workers=workers if pipe.device.type == "cuda" else 0)
         # PSNR of bytes on both sides, because the teacher's clips are stored as bytes.

@@ -42,7 +42,7 @@ from postgen.training.policy import ModelConfig, load_model
 from postgen.worldweaver.adapter import load_adapter
 from postgen.worldweaver.depth import DisparityRange, flow_picture
 from postgen.worldweaver.levels import Modality
-from postgen.worldweaver.memory import MemoryBank
+from postgen.worldweaver.memory import MemoryBank, capacity_for
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.placed_rollout import PlacedRollout
 from postgen.worldweaver.rollout import Poses, Rollout
@@ -93,15 +93,17 @@ def load_arm(
     return Arm(name=name, model=model, settings=loaded.settings, guidance=asked)
 
 
-def bank_of(arm: Arm) -> MemoryBank:
-    """Return an empty memory bank with the settings of an arm."""
+def bank_of(arm: Arm, rows: int) -> MemoryBank:
+    """Return an empty memory bank for `rows` scenes with the settings of an arm."""
     told = arm.settings
     long, short = told["history_sizes"]
+    sink = min(1, long) if told["keep_first_frame"] else 0
     return MemoryBank(
         long,
         short,
-        min(1, long) if told["keep_first_frame"] else 0,
-        policy=told["memory_policy"],
+        sink,
+        capacity_for(told["memory_policy"], rows, long=long, short=short, sink=sink),
+        told["memory_policy"],
         mem_noise=told["addnoise_condition"] / 1000,
         flow_noise=told["flow_noise"],
         modalities=len(arm.model.modalities),
@@ -186,7 +188,8 @@ def make_clips(
     seeds = [seed_of(seed, "initial", number) for number in range(len(specs))]
     generators = [torch.Generator().manual_seed(each) for each in seeds]
     left = shape[1] - begin.shape[2]
-    state = run.start((shape[0], *shape[2:]), prompts, generators, bank_of(arm), num_latents=left, given=begin)
+    bank = bank_of(arm, len(specs))
+    state = run.start((shape[0], *shape[2:]), prompts, generators, bank, num_latents=left, given=begin)
     clock = time.perf_counter()
     store = None if placed is None else placed.on_group
     latents = torch.cat([begin, *(group.latents for group in run.groups(state, on_group=store))], 2)

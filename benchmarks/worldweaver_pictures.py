@@ -86,7 +86,7 @@ def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Se
     Args:
         out: folder of the benchmark.
         names: names of arms, and of depth strips (`e.depth`); names without a strip are skipped.
-        target: path of the PNG.
+        target: path of the picture, .webp.
         frames: number of frames of the clips.
         worlds: numbers of the scenes; scenes without a row in the strips are skipped.
     """
@@ -109,7 +109,7 @@ def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Se
             picture.paste(strip.crop((0, number * side, width, (number + 1) * side)), (_LEFT, y))
             y += side + 2
         y += 2 * _GAP
-    _save(picture, target, "PNG")
+    _save(picture, target, "WEBP", quality=80)
 
 
 PLOTS = {

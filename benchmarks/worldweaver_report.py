@@ -35,9 +35,9 @@ NUMBERS = (
     *("latent.rgb.slope", "latent.rgb.last", "latent.depth.slope", "latent.depth.last"),
 )
 """Numbers that are reported for every arm."""
-SHOWN = ("truth", CHUNK_AR, "d", OURS, f"{OURS}.depth", "placed", "sliding", "sliding_pixels")
+SHOWN = ("truth", CHUNK_AR, "d", OURS, f"{OURS}.depth", "j", "sliding", "sliding_pixels")
 """Rows of the contact sheet, if they exist; of several seeds the first."""
-PLOTTED = (OURS, CHUNK_AR, "d", "placed", "sliding", "sliding_pixels")
+PLOTTED = (OURS, CHUNK_AR, "d", "j", "sliding", "sliding_pixels")
 THESIS = (("c", "c"), ("d", "d"), (OURS, OURS), ("d", CHUNK_AR), (OURS, CHUNK_AR))
 """Pairs of (arm whose depth is used, arm whose RGB is used)."""
 
@@ -176,7 +176,7 @@ def pictures(found: Mapping[str, Runs], out: Path, target: Path) -> Iterator[Pat
     }
     shown = [f"{first.get(name.split('.')[0], name)}{name[len(name.split('.')[0]) :]}" for name in SHOWN]
     settings = next(iter(found.values())).first["settings"]
-    place = target / "worldweaver_sheet.png"
+    place = target / "worldweaver_sheet.webp"
     sheet(out, shown[1:], place, settings["frames"])
     yield place
     lines = {name: {arm: bands(found[arm], name) for arm in PLOTTED if arm in found} for name in PLOTS}

@@ -29,7 +29,7 @@ NAMES = {
     "h_depth_sim": "h: e, memory `depth_sim`",
     "h_camera": "h: e, memory `camera`",
     "i": "i: e with flow",
-    "placed": "e with placed memory",
+    "j": "e with placed memory",
     "sliding": "stock model, sliding window of latents",
     "sliding_pixels": "stock model, sliding window of frames",
     "ceiling": "autoencoder's round trip of the truth",
@@ -55,7 +55,7 @@ FEWER = (
 """Columns of the tables of differences."""
 OURS = "e"
 """Our arm. It was fixed before anything was measured."""
-COMPARED = ("d", OURS, "placed")
+COMPARED = ("d", OURS, "j")
 """Arms with which the table of differences compares."""
 
 

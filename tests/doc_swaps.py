@@ -87,6 +87,11 @@ convert(transformer, LitConfig(layers="3:window_delta"))
 pathlib.Path("OUT/export").mkdir(parents=True)
 save_adapter(transformer, "OUT/export/adapter.safetensors")
 """,
+    "quantization_recipes.md": """
+import pathlib
+
+pathlib.Path("few.jsonl").write_text('{"prompt": "a red ball rolls left"}\\n{"prompt": "a blue cube falls"}\\n')
+""",
     "worldweaver_pipeline.md": """
 from PIL import Image
 
@@ -154,6 +159,7 @@ SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
 """Page -> pairs of a printed text and the text that runs instead."""
 
 _CLIPS = ["--size", "64x64", "--frames", "5", "--steps", "2"]
+_POINTS = ["--frames", "5", "--height", "64", "--width", "64", "--steps", "3", "--points", "3", "--train-steps", "1"]
 _LONG = ["--size", "64x64", "--steps", "3"]
 _REWARD = (
     "--max_steps 1 --height 64 --width 64 --num_frames 5 --num_inference_steps 4 --num_generations 2"
@@ -166,6 +172,7 @@ _SMALL_TRAIN = {
     "worldweaver-tiny": "--pool_dir null --num_frames 33 --height 32 --pool_clips 2 --eval_clips 2"
     " --per_device_train_batch_size 2 --max_steps 1 --bf16 false",
     "lit-tiny-wan": "--num_frames 5 --height 64 --width 64 --bf16 false",
+    "quant-tiny": "--num_frames 5 --height 64 --width 64 --bf16 false",
     "own.yaml": "",  # tiny as it is
     "world-depth": "--sizes 32 --pool_size 32 --pool_clips 2 --room_clips 2 --textures 2 --reconstructions 0"
     " --eval_clips 1 --max_steps 1 --per_device_train_batch_size 2 --bf16 false",
@@ -185,6 +192,8 @@ def smaller(words: list[str]) -> list[str]:
     if words[:2] == ["convert", "lit"]:
         # The size stays, because linear attention costs more in a smaller clip.
         return [*words, "--steps", "1", "--prompt", "a red ball"] if "--budget" in words else words
+    if words[:2] == ["convert", "quant"] and "--prompts" in words:
+        return [*words, *_POINTS]
     if command == "train" and "--dry-run" not in words:
         return [*words, *_SMALL_TRAIN[words[1]].split()]
     return words

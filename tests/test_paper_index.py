@@ -71,7 +71,7 @@ def test_the_first_table_agrees_with_the_others():
             assert state == "in use" or state.startswith("in part: ")
             assert title == USED[number][0]
             assert all(path.is_dir() for path in linked(module))
-            assert linked(result)
+            assert linked(result) or result == "not yet"
             assert {*linked(result)} <= {*linked(USED[number][3])}
 
 

@@ -47,7 +47,7 @@ def knapsack(choices: Sequence[Sequence[Option]], allowed: int) -> list[int]:
         least.append(least[-1] + min(cost for _, cost in choice))
         bound.append(bound[-1] + min(error + price * cost for error, cost in choice))
     margin = 1e-9 * (abs(best) + price * abs(allowed))
-    front: list[tuple[int, float, _Taken]] = [(0, 0.0, None)]
+    front: list[tuple[int, float, Taken]] = [(0, 0.0, None)]
     for choice, rest, worth in zip(choices, least[-2::-1], bound[-2::-1], strict=True):
         found = [
             (cost + more, error + added, (taken, place))
@@ -64,11 +64,11 @@ def knapsack(choices: Sequence[Sequence[Option]], allowed: int) -> list[int]:
     return _listed(front[-1][2])
 
 
-_Taken = tuple["_Taken", int] | None
+Taken = tuple["Taken", int] | None
 """Indices of a partial sum, the last one first."""
 
 
-def _listed(taken: _Taken) -> list[int]:
+def _listed(taken: Taken) -> list[int]:
     found = []
     while taken is not None:
         taken, place = taken

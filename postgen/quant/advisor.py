@@ -30,7 +30,7 @@ from postgen.errors import UserError
 from postgen.quant.formats import Format, format_of
 from postgen.quant.grids import FloatGrid
 from postgen.quant.rotation import rotated
-from postgen.quant.rounding import grouped, qsnr, quantize
+from postgen.quant.rounding import grouped, qsnr, quantize_tensor
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("int8", "fp8"),
@@ -163,7 +163,7 @@ def gap_by_crest(x: Tensor, integers: Format, floating: Format, parts: int = 32)
         raise UserError(f"x has {len(crest)} groups that are not 0, too few for {parts} parts: give more numbers")
     noises = []
     for format in (integers, floating):
-        wrong = (groups - grouped(quantize(x, format).numbers(), format).flatten(0, -2)).square().sum(-1)
+        wrong = (groups - grouped(quantize_tensor(x, format).numbers(), format).flatten(0, -2)).square().sum(-1)
         noises.append((wrong / energy)[used])
     sorted_parts = crest.argsort().tensor_split(parts)
     of_parts = [[each[part].double().mean() for part in sorted_parts] for each in (crest.log(), *noises)]
@@ -343,7 +343,7 @@ def _fit(x: Tensor, format: Format, rotate: int) -> Fit:
         rotate=rotate,
         crest=tuple(at.tolist()),
         expected=float(expected),
-        measured=qsnr(x, quantize(x, format).numbers()),
+        measured=qsnr(x, quantize_tensor(x, format).numbers()),
     )
 
 

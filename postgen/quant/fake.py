@@ -21,7 +21,7 @@ from postgen.errors import UserError
 from postgen.quant.formats import SQUARE, Format
 from postgen.quant.gradients import clamped, fake_quantize, range_scales, through
 from postgen.quant.rotation import check_rotation, rotated
-from postgen.quant.rounding import Quantized, Scales, grouped, quantize, scales_of
+from postgen.quant.rounding import Quantized, Scales, grouped, quantize_tensor, scales_of
 from postgen.quant.spec import LayerSpec
 from postgen.quant.step_bins import StepBins
 from postgen.quant.transforms.let import LEAST_SCALE, FoldPoint, folded_input, folded_linear
@@ -167,13 +167,13 @@ class FakeQuantLinear(nn.Linear):
             return self._known
         (weight, _), format = self.folded(), self.spec.weight
         if self.ranges == "lsq" or format.planes:
-            return quantize(weight, format, self.scales(weight))
+            return quantize_tensor(weight, format, self.scales(weight))
         # `scales_of` keeps the two factors of E4M3 scales apart.
         clips: dict[str, Any] = {}
         if self.ranges == "lwc":
             clips = {"clip": self.clip_high.sigmoid()}
             clips["clip_low"] = None if self.clip_low is None else self.clip_low.sigmoid()
-        return quantize(weight, format, scales_of(grouped(weight, format), format, **clips))
+        return quantize_tensor(weight, format, scales_of(grouped(weight, format), format, **clips))
 
     @torch.no_grad()
     def fix_(self, quantized: Quantized | None = None) -> None:
@@ -192,7 +192,7 @@ class FakeQuantLinear(nn.Linear):
         if format is None:
             return folded
         if format.planes:
-            return quantize(folded.detach(), format).numbers()
+            return quantize_tensor(folded.detach(), format).numbers()
         return fake_quantize(folded, format, self.scales(folded))
 
     def transformed(self, x: Tensor) -> Tensor:

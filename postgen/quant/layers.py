@@ -3,7 +3,7 @@
 Quantised are the linear layers of the repeated blocks that process the many video or image tokens: projections of
 self-attention, queries and output of cross-attention, and feed-forward networks. Embeddings, norms, modulation, the
 output layer, and layers that process only the few text tokens stay exact, because they cost little and rounding hurts
-there.
+there. An exception that matches only such attention or feed-forward layers quantises them.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ def layers_of(model: nn.Module, spec: QuantSpec) -> dict[str, LayerSpec]:
         spec: what to quantise.
 
     Raises:
-        UserError: `spec` is no QuantSpec, the model is quantised already, its class has no layout, a pattern of
-            `overrides` matches no layer that could be quantised, a format or a rotation does not fit a layer (the
-            message names it), a weight is not finite, or no layer is left.
+        UserError: `spec` is no QuantSpec, the class of the transformer has no layout, a pattern of `overrides` matches
+            no layer that could be quantised, a format or a rotation does not fit a layer (the message names it), a
+            weight is not finite, or no layer is left.
     """
     if not isinstance(spec, QuantSpec):
         raise UserError(f"spec must be a QuantSpec, such as QuantSpec(weight='int4:g64'), got {shown(spec)}")
-    if quantized_layers(model):
-        raise UserError(f"this {type(inner_model(model)).__name__} is quantised already: load the exact model")
-    parts = parts_of(model)
-    found = {name: spec.layer(name) for name in parts}
+    parts, linears = parts_of(model), find_linears(model)
+    added: set[str] = set()
     for pattern in spec.overrides:
-        if not any(re.fullmatch(pattern, name) for name in parts):
+        matched = {name for name in linears if re.fullmatch(pattern, name)}
+        if not matched:
             raise UserError(_no_match(pattern, parts, model))
+        if not matched & parts.keys():
+            added |= matched
+    found = {name: spec.layer(name) for name in linears if name in parts or name in added}
     found = {name: each for name, each in found.items() if not each.exact}
     if not found:
         raise UserError("the overrides keep every layer exact, so nothing is quantised: remove one of them")
-    linears = find_linears(model)
     for name, each in found.items():
         linear = linears[name]
         try:

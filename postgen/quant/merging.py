@@ -20,7 +20,7 @@ from postgen.quant.layers import quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.model import Solve, bare_linear, rtn
 from postgen.quant.rotation import rotated
-from postgen.quant.rounding import Quantized, qsnr, quantize
+from postgen.quant.rounding import Quantized, qsnr, quantize_tensor
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def _biases(wrapper: Any) -> list[Tensor]:
 def _requantized(name: str, layer: QLinear, wanted: Tensor, solve: Solve) -> Quantized:
     """Return the codes that lose less: those of the solver, or the nearest ones under the present scales."""
     left, present = _left_of(wanted, layer), layer.quantized()
-    both = solve(name, bare_linear(left), layer.spec), quantize(left, present.format, present.scales)
+    both = solve(name, bare_linear(left), layer.spec), quantize_tensor(left, present.format, present.scales)
     return max(both, key=lambda each: qsnr(left, each.numbers()))
 
 

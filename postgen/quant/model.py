@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from postgen.errors import UserError
 from postgen.families.installed import inner_model
 from postgen.families.linear import replace_linears
-from postgen.quant.layers import layers_of
+from postgen.quant.layers import layers_of, quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.report import LayerReport, QuantReport, tensor_bytes
 from postgen.quant.rotation import rotated
-from postgen.quant.rounding import Quantized, quantize
+from postgen.quant.rounding import Quantized, quantize_tensor
 from postgen.quant.spec import LayerSpec, QuantSpec
 from postgen.quant.transforms.low_rank import low_rank_branch, residual_of
 
@@ -35,7 +36,7 @@ Make = Callable[[str, nn.Linear, LayerSpec], QLinear]
 def rtn(name: str, linear: nn.Linear, spec: LayerSpec) -> Quantized:
     """Round the weight of a layer to nearest; the range of each group contains all its weights."""
     assert spec.weight is not None
-    return quantize(linear.weight.detach(), spec.weight)
+    return quantize_tensor(linear.weight.detach(), spec.weight)
 
 
 def quantize_weights(model: nn.Module, spec: QuantSpec, solve: Solve = rtn) -> QuantReport:
@@ -90,6 +91,24 @@ def bare_linear(weight: Tensor) -> nn.Linear:
     return found
 
 
+def check_exact(model: nn.Module) -> None:
+    """Check that a model is neither quantised nor saved in the format of another method.
+
+    Raises:
+        UserError: it is.
+    """
+    if quantized_layers(model):
+        raise UserError(f"this {type(model).__name__} is quantised already: load the exact model")
+    if _is_diffusers(model):
+        from postgen.quant.hf import config_of
+
+        config_of(model)
+
+
+def _is_diffusers(model: nn.Module) -> bool:
+    return hasattr(inner_model(model), "register_to_config")
+
+
 def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     """Replace the linear layers of a transformer by layers that `make` returns, as `quantize_weights` does.
 
@@ -101,12 +120,8 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     Raises:
         UserError: as in `quantize_weights`.
     """
+    check_exact(model)
     layers, before = layers_of(model, spec), tensor_bytes(model)
-    is_diffusers = hasattr(inner_model(model), "register_to_config")
-    if is_diffusers:
-        from postgen.quant.hf import config_of, mark_quantized
-
-        config_of(model)
     reports: dict[str, LayerReport] = {}
 
     def replacement(name: str, linear: nn.Linear) -> nn.Module:
@@ -116,6 +131,8 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
 
     pattern = "|".join(map(re.escape, layers))
     replace_linears(model, replacement, owner=OWNER, pattern=pattern, originals="dropped")
-    if is_diffusers:
+    if _is_diffusers(model):
+        from postgen.quant.hf import mark_quantized
+
         mark_quantized(model, spec)
     return QuantReport(layers=reports, bytes_before=before, bytes_after=tensor_bytes(model))

@@ -28,7 +28,7 @@ from postgen.quant.formats import Format
 from postgen.quant.grids import IntGrid
 from postgen.quant.layers import layers_of
 from postgen.quant.linear import QLinear
-from postgen.quant.model import quantize_weights, replace_with
+from postgen.quant.model import check_exact, quantize_weights, replace_with
 from postgen.quant.report import QuantReport
 from postgen.quant.rounding import Quantized
 from postgen.quant.solvers import check_solver, solve
@@ -84,6 +84,7 @@ def quantize(
             an argument has no use, `output_dir` holds another run, or see `reconstruct`. Nothing is changed.
     """
     model, chosen = the_transformer(target), recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
+    check_exact(model)
     layers = layers_of(model, spec)
     check_recipe(chosen, layers, named=recipe if isinstance(recipe, str) else "")
     if calibration is not None:

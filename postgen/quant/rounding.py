@@ -169,7 +169,7 @@ def levels_of(coefficients: Tensor) -> Tensor:
     return coefficients[..., :1] + coefficients[..., 1:] @ bits.to(coefficients.dtype).T
 
 
-def quantize(x: Tensor, format: Format, scales: Scales | None = None) -> Quantized:
+def quantize_tensor(x: Tensor, format: Format, scales: Scales | None = None) -> Quantized:
     """Quantise a tensor: round to nearest.
 
     Args:

@@ -48,7 +48,9 @@ class QuantSpec:
     """As `LayerSpec.rank`."""
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Exceptions: a regular expression for the full name of a layer -> other values of the four keys above. The first
-    expression that matches decides. {"weight": None, "act": None} keeps a layer exact."""
+    expression that matches decides. {"weight": None, "act": None} keeps a layer exact. An expression that matches only
+    layers of attention and feed-forward networks that stay exact by default, such as the keys and values of the text,
+    quantises them."""
 
     def __post_init__(self) -> None:
         self._check({name: getattr(self, name) for name in KEYS}, "")

@@ -37,6 +37,30 @@ class MemoryWindow:
     """(B, T) int64 index in the video of each frame."""
 
 
+CAPACITY = 64
+"""Usual number of stored frames."""
+
+
+def capacity_for(policy: str | Policy, rows: int, *, long: int, short: int, sink: int) -> int:
+    """Return a capacity that can hold the selections of a whole batch: `CAPACITY`, or more if they may need more.
+
+    Policies that choose other frames for each row need more stored frames the more rows there are.
+
+    Args:
+        policy: the selection policy, or its name.
+        rows: B, number of rows of the batch.
+        long: as in `MemoryBank`.
+        short: as in `MemoryBank`.
+        sink: as in `MemoryBank`.
+    """
+    return max(CAPACITY, _least(policy_of(policy), rows, long, short, sink))
+
+
+def _least(policy: Policy, rows: int, long: int, short: int, sink: int) -> int:
+    # The new frame is stored before a frame is dropped, so one stored frame must be free to drop.
+    return sink + (long - sink) * (rows if policy.per_row else 1) + max(1, short)
+
+
 class MemoryBank:
     """Stores clean latent frames, from which `select` chooses `long + short`.
 
@@ -62,7 +86,7 @@ class MemoryBank:
         long: int = 4,
         short: int = 2,
         sink: int = 1,
-        capacity: int = 64,
+        capacity: int = CAPACITY,
         policy: str | Policy | Mapping[str, Any] = "logspace",
         mem_noise: float = 0.12,
         *,
@@ -271,9 +295,7 @@ class MemoryBank:
         self._check_capacity(len(z))
 
     def _check_capacity(self, rows: int) -> None:
-        choices = (self.long - self.sink) * (rows if self.policy.per_row else 1)
-        # The new frame is stored before a frame is dropped, so one stored frame must be free to drop.
-        if (least := self.sink + choices + max(1, self.short)) > self.capacity:
+        if (least := _least(self.policy, rows, self.long, self.short, self.sink)) > self.capacity:
             raise UserError(
                 f"a memory of {self.capacity} frames cannot hold the selections of {rows} rows, which may need"
                 f" {least}: raise capacity"

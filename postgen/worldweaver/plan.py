@@ -19,7 +19,7 @@ from postgen.errors import UserError, check_number, shown
 from postgen.sampling.schedule import Schedule, linspace_schedule, schedule_of
 from postgen.worldweaver.latent_scale import scale_words
 from postgen.worldweaver.levels import MODALITIES
-from postgen.worldweaver.memory import MemoryBank
+from postgen.worldweaver.memory import MemoryBank, capacity_for
 from postgen.worldweaver.model import WorldWeaverModel
 from postgen.worldweaver.rollout import Rollout
 from postgen.worldweaver.segments import Segments
@@ -43,8 +43,6 @@ DEFAULTS: dict[str, Any] = {
 TRAINED: dict[str, Any] = {"flow_noise": 0.5, "depth_in_memory": True}
 """Settings that only an adapter sets, under the names that `method: worldweaver` writes: the noise level of the flow
 in long memory, and whether memory frames include depth and flow."""
-CAPACITY = 64
-"""Number of latent frames in the memory bank, from which the policy selects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +71,10 @@ class Plan:
     shift: float | None
     """Shift of the noise levels; None: the shift of the scheduler."""
 
-    def bank(self, modalities: int) -> MemoryBank:
-        """Return an empty memory bank with these settings."""
-        capacity = max(CAPACITY, self.long + max(1, self.short) + 1)
+    def bank(self, modalities: int, rows: int) -> MemoryBank:
+        """Return an empty memory bank for `rows` videos with these settings."""
+        least = self.long + max(1, self.short) + 1
+        capacity = max(least, capacity_for(self.policy, rows, long=self.long, short=self.short, sink=self.sink))
         return MemoryBank(
             self.long,
             self.short,

@@ -75,7 +75,7 @@ class Session:
             (channels, space[0], space[1]),
             prompts,
             generators,
-            plan.bank(len(model.modalities)),
+            plan.bank(len(model.modalities), len(generators)),
             num_latents=None if total is None else total - begins,
             given=None if given is None else given.latents.to(device),
             unknown=() if given is None else given.unknown,

@@ -8,7 +8,7 @@ from typing import ClassVar
 from postgen.settings import Part
 
 from .levels import MODALITIES, Modality
-from .memory import MemoryBank
+from .memory import MemoryBank, capacity_for
 from .placed_clips import Placing
 from .segments import Segments
 from .selection import POLICIES
@@ -158,14 +158,16 @@ class WindowConfig(Part):
         """N steps in K segments."""
         return Segments(steps=self.num_inference_steps, groups=self.groups)
 
-    def bank(self) -> MemoryBank:
-        """Return an empty memory bank for a rollout with these settings."""
+    def bank(self, rows: int = 1) -> MemoryBank:
+        """Return an empty memory bank for a rollout of `rows` videos with these settings."""
         long, short = self.history_sizes
+        sink = min(1, long) if self.keep_first_frame else 0
         return MemoryBank(
             long,
             short,
-            min(1, long) if self.keep_first_frame else 0,
-            policy=self.memory_policy,
+            sink,
+            capacity_for(self.memory_policy, rows, long=long, short=short, sink=sink),
+            self.memory_policy,
             mem_noise=self.mem_noise,
             flow_noise=self.flow_noise,
             modalities=len(self.modalities),

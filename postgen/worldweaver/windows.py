@@ -251,7 +251,7 @@ class Windows:
         return to_device(kept[:, :, None], like.device)
 
     def _asked(self, past: Tensor, layout: Layout, poses: Tensor | None) -> tuple[Tensor, Tensor]:
-        config, bank = self.config, self.config.bank()
+        config, bank = self.config, self.config.bank(len(past))
         end = layout.start + len(layout.ages) * config.causal_block_size
         before, coming = (None, None) if poses is None else (poses[:, : layout.start], poses[:, layout.start : end])
         bank.add(past, 0, poses=before)

@@ -12,7 +12,7 @@ from postgen.kernels.fp8 import E4M3, to_fp8
 from postgen.kernels.fp8_blocks import naive
 from postgen.kernels.fp8_blocks.ops import blocks_linear, blocks_matmul, quantize_parts, why_not_blocks
 from postgen.kernels.fp8_rows.ops import quantize_rows, rows_matmul
-from postgen.quant import format_of, quantize
+from postgen.quant import format_of, quantize_tensor
 from tests.kernels.launches import assert_compiles_whole, relative_error
 
 
@@ -36,7 +36,7 @@ def test_the_weight_is_that_of_the_format() -> None:
     weight = gaussian(200, 256)
     codes, scale = naive.quantize_blocks(weight)
     assert (codes.shape, scale.shape) == ((200, 256), (2, 2))
-    expected = quantize(weight, format_of("fp8:block")).numbers()
+    expected = quantize_tensor(weight, format_of("fp8:block")).numbers()
     assert torch.equal(naive.weight_of(codes, scale, torch.float32), expected)
 
 

@@ -12,7 +12,7 @@ from postgen.kernels.fp8 import E4M3, from_fp8
 from postgen.kernels.int8 import from_int8
 from postgen.kernels.weight_expand import naive
 from postgen.kernels.weight_expand.ops import expand, expand_planes, row_scale_of
-from postgen.quant import Quantized, format_of, quantize
+from postgen.quant import Quantized, format_of, quantize_tensor
 from tests.kernels.launches import assert_compiles_whole, relative_error
 from tests.kernels.weight_expand_cases import CASES, Case, planes_of
 
@@ -55,7 +55,7 @@ def expanded(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor
     ],
 )
 def test_the_numbers_of_a_format(text: str) -> None:
-    quantized = quantize(WEIGHT, format_of(text))
+    quantized = quantize_tensor(WEIGHT, format_of(text))
     found = expanded(quantized)
     if quantized.format.planes:
         torch.testing.assert_close(found, quantized.numbers())
@@ -67,7 +67,7 @@ def test_the_numbers_of_a_format(text: str) -> None:
 @pytest.mark.parametrize("dtype", [E4M3, torch.int8])
 def test_four_bits_in_eight(dtype: torch.dtype) -> None:
     """The second rounding costs far less than the first one."""
-    quantized = quantize(WEIGHT, format_of("int4:g64"))
+    quantized = quantize_tensor(WEIGHT, format_of("int4:g64"))
     codes = bits_of(quantized.format.grid.encode(quantized.values.view(9, 192)), 4)
     scale, row_scale = quantized.scales.scale.squeeze(-1), row_scale_of(quantized.numbers(), dtype)
     found = expand(codes, scale, None, None, row_scale, 4, 192, True, dtype)
@@ -86,7 +86,7 @@ def test_codes_in_e4m3_need_no_table() -> None:
 
 
 def test_blocks_of_rows_share_a_scale() -> None:
-    quantized = quantize(torch.randn(200, 256), format_of("fp8:block"))
+    quantized = quantize_tensor(torch.randn(200, 256), format_of("fp8:block"))
     scale = quantized.scales.scale.squeeze(-1)
     numbers = quantized.numbers()
     wide = naive.per_channel(scale, 200, 256)

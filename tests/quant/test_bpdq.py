@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from postgen.errors import UserError
-from postgen.quant import Hessian, format_of, quantize, solve
+from postgen.quant import Hessian, format_of, quantize_tensor, solve
 from postgen.quant.rounding import levels_of
 from postgen.quant.solvers.bpdq import solve_group
 from postgen.quant.solvers.planes import design, first_coefficients, first_patterns, fitted
@@ -21,7 +21,7 @@ def test_reference_vector():
     assert torch.equal(found.patterns, first_patterns(VECTOR, 2))
     numbers = torch.take_along_dim(levels_of(coefficients), found.patterns.long(), -1)
     assert float((VECTOR - numbers).square().mean()) == pytest.approx(0.0121429, abs=1e-7)
-    affine = quantize(VECTOR, format_of("int2:asym")).numbers()
+    affine = quantize_tensor(VECTOR, format_of("int2:asym")).numbers()
     assert float((VECTOR - affine).square().mean()) == pytest.approx(0.0128125, abs=1e-7)
 
 

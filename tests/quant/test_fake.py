@@ -6,7 +6,7 @@ from torch import nn
 
 from postgen.errors import UserError
 from postgen.families.folds import Fold
-from postgen.quant import FORMATS, LayerSpec, QLinear, format_of, quantize
+from postgen.quant import FORMATS, LayerSpec, QLinear, format_of, quantize_tensor
 from postgen.quant.fake import FakeQuantLinear, Let
 from postgen.quant.gradients import clamped, fake_quantize, through
 from postgen.quant.rounding import Scales, grouped, scales_of
@@ -33,7 +33,7 @@ def layer(seed=0, n=128, k=128, bias=True):
 def test_fake_numbers_equal_the_real_ones(text, clip):
     x = torch.randn(130, 128, generator=torch.Generator().manual_seed(0)).mul(7).bfloat16()
     format = format_of(text)
-    real = quantize(x, format, scales_of(grouped(x, format), format, clip=clip)).numbers(x.dtype)
+    real = quantize_tensor(x, format, scales_of(grouped(x, format), format, clip=clip)).numbers(x.dtype)
     assert torch.equal(fake_quantize(x, format, clip=clip), real)
 
 
@@ -68,7 +68,7 @@ def test_learned_clips_get_gradients_and_begin_near_the_range(text):
 def test_learned_scales_begin_as_rounding_to_nearest(text):
     linear = layer()
     fake = FakeQuantLinear(linear, LayerSpec(weight=format_of(text)), ranges="lsq")
-    expected = quantize(linear.weight, format_of(text))
+    expected = quantize_tensor(linear.weight, format_of(text))
     assert torch.equal(fake.numbers(fake.folded()[0]), expected.numbers())
     assert torch.equal(fake.quantized().values, expected.values)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_transformations_change_nothing_but_the_rounding():
     folded = linear.weight.clone()
     folded[:, :96] *= lets[0].let_scale
     folded[64:96] /= lets[1].let_scale[:, None]
-    assert torch.equal(rough.quantized().numbers(), quantize(folded, format_of("int4")).numbers())
+    assert torch.equal(rough.quantized().numbers(), quantize_tensor(folded, format_of("int4")).numbers())
     rough(x).square().mean().backward()
     assert all(each.grad.abs().sum() > 0 for each in lets[0].parameters())
     before = rough(x)

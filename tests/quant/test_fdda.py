@@ -13,7 +13,7 @@ from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.linear import replace_linears
 from postgen.families.recording import replay
-from postgen.quant import QLinear, format_of, quantize
+from postgen.quant import QLinear, format_of, quantize_tensor
 from postgen.quant.calibration import Calibration
 from postgen.quant.fdda import Correction, StatPenalty, choose_prompts, correct_, correction, fold_
 from postgen.quant.spec import LayerSpec, QuantSpec
@@ -28,7 +28,7 @@ def layer_of(weight: str, *, bias: bool = True, rank: int = 0) -> QLinear:
     linear = nn.Linear(32, 8, bias=bias)
     branch = (torch.randn(8, rank), torch.randn(rank, 32)) if rank else None
     spec = LayerSpec(weight=format_of(weight), rank=rank)
-    return QLinear.of(linear, quantize(linear.weight.detach(), format_of(weight)), spec, branch=branch)
+    return QLinear.of(linear, quantize_tensor(linear.weight.detach(), format_of(weight)), spec, branch=branch)
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def quantised(model: nn.Module, weight: str) -> Any:
     copied, spec = copy.deepcopy(model), QuantSpec(weight=weight).layer("")
 
     def make(name: str, linear: nn.Linear) -> QLinear:
-        return QLinear.of(linear, quantize(linear.weight, format_of(weight)), spec)
+        return QLinear.of(linear, quantize_tensor(linear.weight, format_of(weight)), spec)
 
     replace_linears(copied, make, owner="test", originals="dropped")
     return copied

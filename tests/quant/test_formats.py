@@ -3,54 +3,25 @@
 import pytest
 import torch
 
+from benchmarks.quant_vectors import DECIBELS, EXPECTED, PACKED, SCALES, ours, packed, wrong
 from postgen.errors import UserError
-from postgen.quant import FORMATS, QuantSpec, format_of, quantize
+from postgen.quant import FORMATS, QuantSpec, format_of, quantize_tensor
 from postgen.quant.rounding import qsnr
-
-X = (((7 * torch.arange(32) + 3) % 32) - 15.5) / 3
-OUTLIER = torch.where(torch.arange(32) == 5, 8 * X, X)
-
-# Format -> for X and for OUTLIER: the first eight numbers on the grid, and the QSNR in dB. Checked against torchao's
-# to_mx and nvfp4_quantize, and against the NVFP4 code of diffusers.
-EXPECTED = {
-    "mxint8": (([-67, -29, 8, 45, 83, -51, -13, 24], 45.0166), ([-17, -7, 2, 11, 21, -101, -3, 6], 37.8669)),
-    "mxfp8": (([-256, -120, 32, 176, 320, -208, -52, 96], 31.1971), ([-64, -30, 8, 44, 80, -416, -13, 24], 31.4624)),
-    "mxfp6": (
-        ([-4, -1.875, 0.5, 2.75, 5, -3.25, -0.875, 1.5], 31.0849),
-        ([-1, -0.5, 0.125, 0.75, 1.25, -6.5, -0.25, 0.375], 29.5885),
-    ),
-    "mxint6": (([-17, -7, 2, 11, 21, -13, -3, 6], 32.9754), ([-4, -2, 0, 3, 5, -25, -1, 2], 24.6635)),
-    "mxfp4": (([-4, -2, 0.5, 3, 6, -3, -1, 1.5], 18.0238), ([-0.5, 0, 0, 0.5, 0.5, -3, 0, 0], 13.9639)),
-    "mxfp4:floor": (([-4, -2, 0.5, 3, 6, -3, -1, 1.5], 18.0238), ([-1, -0.5, 0, 0.5, 1.5, -6, 0, 0.5], 18.8459)),
-    "mxint4": (([-4, -2, 0, 3, 5, -3, -1, 2], 19.8869), ([-1, 0, 0, 1, 1, -6, 0, 0], 13.9639)),
-    "nvfp4": (([-4, -2, 0.5, 3, 6, -4, -1, 1.5], 19.6140), ([-1, -0.5, 0, 0.5, 1, -6, 0, 0.5], 21.5189)),
-    "nvint4": (([-6, -2, 1, 4, 7, -4, -1, 2], 23.3365), ([-1, -1, 0, 1, 1, -7, 0, 0], 17.2943)),
-}
-SCALES = {  # E8M0 bytes, or the E4M3 scales of the two blocks
-    "mxint8": ([123], [125]), "mxfp8": ([121], [123]), "mxfp6": ([127], [129]), "mxint6": ([125], [127]),
-    "mxfp4": ([127], [130]), "mxfp4:floor": ([127], [129]), "mxint4": ([127], [129]),
-    "nvfp4": ([448, 448], [448, 88]), "nvint4": ([448, 448], [448, 88]),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["even", "outlier"])
 @pytest.mark.parametrize("text", EXPECTED)
 def test_reference_vectors(text, which):
-    format, x = format_of(text), (X, OUTLIER)[which][None]
-    found = quantize(x, format)
     values, noise = EXPECTED[text][which]
-    assert found.values.flatten()[:8].tolist() == values
-    assert qsnr(x, found.numbers()) == pytest.approx(noise, abs=6e-5)
-    scale = found.scales.scale.flatten()
-    said = scale.log2() + 127 if format.scale == "e8m0" else scale
-    assert said.tolist() == SCALES[text][which]
+    numbers, scales, decibels = ours(text, which)
+    assert numbers == values
+    assert decibels == pytest.approx(noise, abs=DECIBELS)
+    assert scales == SCALES[text][which]
 
 
-@pytest.mark.parametrize(("which", "packed"), [(0, [206, 81, 231, 58]), (1, [154, 16, 242, 24])])
-def test_nvfp4_bit_patterns(which, packed):
-    format = format_of("nvfp4")
-    codes = format.grid.encode(quantize((X, OUTLIER)[which][None], format).values).flatten()
-    assert (codes[0::2] | (codes[1::2] << 4))[:4].tolist() == packed
+def test_nvfp4_bit_patterns_and_the_whole_check():
+    assert [packed(which) for which in (0, 1)] == [*PACKED]
+    assert wrong() == []
 
 
 @pytest.mark.parametrize("name", [name for name, each in FORMATS.items() if not each.planes])
@@ -78,12 +49,12 @@ def test_gaussian_noise_of_the_formats():
     expected = {"mxint8": 41.61, "mxfp8": 31.52, "mxint6": 29.42, "mxfp6": 30.96, "mxint4": 16.84, "mxfp4": 18.75,
                 "nvint4": 21.28, "nvfp4": 20.44}  # fmt: skip
     for name, noise in expected.items():
-        assert qsnr(x, quantize(x, FORMATS[name]).numbers()) == pytest.approx(noise, abs=0.05), name
+        assert qsnr(x, quantize_tensor(x, FORMATS[name]).numbers()) == pytest.approx(noise, abs=0.05), name
 
 
 def test_asymmetric_numbers_keep_zero_and_both_extremes():
     x = torch.tensor([[-1.0, 0.0, 0.25, 2.0]])
-    found = quantize(x, format_of("int2:asym"))
+    found = quantize_tensor(x, format_of("int2:asym"))
     assert found.scales.scale.item() == 1
     assert found.scales.zero.item() == 1
     assert found.numbers().tolist() == [[-1, 0, 0, 2]]
@@ -92,7 +63,7 @@ def test_asymmetric_numbers_keep_zero_and_both_extremes():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_zero_point_is_a_code_for_numbers_of_one_sign(sign):
     x = sign * torch.tensor([[5.0, 5.5, 6.0, 5.25]])
-    found = quantize(x, format_of("int4:asym"))
+    found = quantize_tensor(x, format_of("int4:asym"))
     assert 0 <= found.scales.zero.item() <= 15
     assert (found.numbers() - x).abs().max() <= 0.2
 
@@ -100,14 +71,14 @@ def test_the_zero_point_is_a_code_for_numbers_of_one_sign(sign):
 @pytest.mark.parametrize("text", ["fp8:block", "int4:tensor", "int8", "int4:g16", "bp2:g16", "nvfp4"])
 def test_grouping_is_undone(text):
     x = torch.randn(130, 256, generator=torch.Generator().manual_seed(0))
-    found = quantize(x, format_of(text)).numbers()
+    found = quantize_tensor(x, format_of(text)).numbers()
     assert found.shape == x.shape
     assert qsnr(x, found) > (5 if text == "bp2:g16" else 9)
 
 
 def test_zeros_stay_zeros():
     for format in FORMATS.values():
-        assert quantize(torch.zeros(2, 64), format).numbers().abs().max() == 0
+        assert quantize_tensor(torch.zeros(2, 64), format).numbers().abs().max() == 0
 
 
 @pytest.mark.parametrize("text", ["int4:g64", "mxfp4:floor", "fp8:block", "int3:g128:asym", "bp2:g128", "nvint4"])
@@ -128,7 +99,7 @@ def test_unknown_formats_are_refused(text, said):
 
 def test_a_group_that_does_not_divide_is_refused_with_one_that_does():
     with pytest.raises(UserError, match=r"groups 64 input channels, but the layer has 96.*g32"):
-        quantize(torch.randn(2, 96), format_of("int4:g64"))
+        quantize_tensor(torch.randn(2, 96), format_of("int4:g64"))
 
 
 def test_stored_bits():

@@ -17,7 +17,7 @@ from torch import nn
 import postgen
 from postgen.compat import quantizers
 from postgen.errors import UserError
-from postgen.quant import QLinear, QuantSpec, quantize
+from postgen.quant import QLinear, QuantSpec, quantize_tensor
 from postgen.quant.hf import PostgenQuantConfig, mark_quantized
 from postgen.quant.layers import quantized_layers
 from postgen.quant.model import quantize_weights, replace_with
@@ -117,7 +117,7 @@ def test_scales_signs_and_clips_of_a_recipe_are_kept(tmp_path):
     def make(name, linear, spec):
         scale, signs = torch.rand(32) + 0.5, torch.randint(2, (32,)) * 2 - 1
         clip = bins, torch.tensor([0.6, 0.8, 1.0])
-        found = quantize(linear.weight * scale, spec.weight)
+        found = quantize_tensor(linear.weight * scale, spec.weight)
         return QLinear.of(linear, found, spec, input_scale=scale, signs=signs, clip=clip)
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import nn
 from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.families import blocks_of
-from postgen.quant import LayerSpec, QLinear, format_of, quantize
+from postgen.quant import LayerSpec, QLinear, format_of, quantize_tensor
 from postgen.quant.transforms.gains import gained_blocks, prepare_gains_
 from postgen.quant.transforms.let import (
     LEAST_SCALE,
@@ -323,7 +323,7 @@ def test_a_model_without_rows_or_with_other_layers_is_refused():
     layer = model.blocks[0].ffn.net[2]
     quantized = copy.deepcopy(model)
     spec = LayerSpec(weight=format_of("int4:g16"))
-    quantized.blocks[0].ffn.net[2] = QLinear.of(layer, quantize(layer.weight, spec.weight), spec)
+    quantized.blocks[0].ffn.net[2] = QLinear.of(layer, quantize_tensor(layer.weight, spec.weight), spec)
     eight = copy.deepcopy(model)
     eight.blocks[0].ffn.net[2].weight.data = layer.weight.data.to(torch.float8_e4m3fn)
     for other in (quantized, eight):

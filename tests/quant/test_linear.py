@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from postgen.errors import UserError
-from postgen.quant import LayerSpec, QLinear, format_of, quantize
+from postgen.quant import LayerSpec, QLinear, format_of, quantize_tensor
 from postgen.quant.products import eight_bits, rounded
 from postgen.quant.rotation import rotated, rotated_back
 from postgen.quant.rounding import as_format
@@ -32,7 +32,7 @@ def spec_of(weight, act=None, **more):
 
 def made(weight, act=None, linear=None, **more):
     linear, spec = linear or layer(), spec_of(weight, act, **more)
-    return QLinear.of(linear, None if weight is None else quantize(linear.weight, spec.weight), spec)
+    return QLinear.of(linear, None if weight is None else quantize_tensor(linear.weight, spec.weight), spec)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_layer_with_exact_input_multiplies_with_the_numbers_of_its_codes(text)
     torch.testing.assert_close(new.dequantized(), numbers, rtol=0, atol=1e-7 if "bp" in text else 0)
     assert torch.equal(new(x), nn.functional.linear(x, new.dequantized(), linear.bias))
     if "bp" not in text:  # coefficients of planes are stored as bfloat16
-        assert torch.equal(new.quantized().numbers(), quantize(linear.weight, format_of(text)).numbers())
+        assert torch.equal(new.quantized().numbers(), quantize_tensor(linear.weight, format_of(text)).numbers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +56,7 @@ def test_a_layer_with_exact_input_multiplies_with_the_numbers_of_its_codes(text)
 def test_the_input_is_rounded_in_every_call(act, dtype):
     new, x = made("int4:g32", act, linear=layer(dtype)), inputs(dtype)
     expected = nn.functional.linear(
-        quantize(x, format_of(act)).numbers(dtype), new.quantized().numbers(dtype), new.bias
+        quantize_tensor(x, format_of(act)).numbers(dtype), new.quantized().numbers(dtype), new.bias
     )
     assert new.mode == "sim"
     assert torch.equal(new(x), expected)
@@ -91,7 +91,7 @@ def test_modes_that_the_formats_do_not_allow_are_refused():
 
 def test_blocks_that_share_a_scale_are_128_channels_of_a_token():
     x = torch.randn(3, 256)
-    assert torch.equal(rounded(x, format_of("fp8:block")), quantize(x, format_of("fp8:g128")).numbers())
+    assert torch.equal(rounded(x, format_of("fp8:block")), quantize_tensor(x, format_of("fp8:g128")).numbers())
 
 
 @pytest.mark.parametrize("signs", [False, True])
@@ -113,7 +113,7 @@ def test_scales_rotation_and_branch_cancel():
     branch = branch[0] / 10, branch[1] / 10
     weight = rotated(linear.weight.detach() * scale - branch[0] @ branch[1], 16, signs)
     spec = spec_of("int8:g16", rotate=16)
-    new = QLinear.of(linear, quantize(weight, spec.weight), spec, branch=branch, input_scale=scale, signs=signs)
+    new = QLinear.of(linear, quantize_tensor(weight, spec.weight), spec, branch=branch, input_scale=scale, signs=signs)
     assert new.spec.rank == 3
     assert (new.effective_weight() - linear.weight).norm() / linear.weight.norm() < 0.02
     torch.testing.assert_close(
@@ -205,11 +205,13 @@ def test_wrong_parts_are_refused():
     with pytest.raises(UserError, match="nothing of the layer is quantised"):
         made(None)
     with pytest.raises(UserError, match=r"needs a int4:g32 weight \(48, 64\), got a int4:g64 weight \(48, 64\)"):
-        QLinear.of(linear, quantize(linear.weight, format_of("int4:g64")), spec_of("int4:g32"))
+        QLinear.of(linear, quantize_tensor(linear.weight, format_of("int4:g64")), spec_of("int4:g32"))
     with pytest.raises(UserError, match=r"needs a int4 weight \(48, 64\), got an exact weight"):
         QLinear.of(linear, None, spec_of("int4"))
     with pytest.raises(UserError, match=r"input_scale has the shape \(48,\), the layer needs \(64,\)"):
-        QLinear.of(linear, quantize(linear.weight, format_of("int4")), spec_of("int4"), input_scale=torch.ones(48))
+        QLinear.of(
+            linear, quantize_tensor(linear.weight, format_of("int4")), spec_of("int4"), input_scale=torch.ones(48)
+        )
     with pytest.raises(UserError, match="keeps its weight exact"):
         made(None, "int8").quantized()
 
@@ -239,7 +241,7 @@ def test_expanded_rows_fit_8_bits(text, kind):
 def test_the_range_of_the_input_is_clipped_by_the_bin_of_the_noise_level(mode):
     linear, spec = layer(), spec_of("int8", "int8", rotate=16)
     bins, clip = StepBins([500.0]), torch.tensor([0.5, 0.9])
-    new = QLinear.of(linear, quantize(rotated(linear.weight, 16), spec.weight), spec, clip=(bins, clip))
+    new = QLinear.of(linear, quantize_tensor(rotated(linear.weight, 16), spec.weight), spec, clip=(bins, clip))
     new.mode = mode
     x = inputs()
     bins.current = torch.tensor([1, 0])

@@ -12,7 +12,7 @@ from postgen.errors import UserError
 from postgen.families.linear import find_linears, replaced_linears
 from postgen.fp8_linear import apply_fp8_linears
 from postgen.lit import convert
-from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize
+from postgen.quant import QLinear, QuantSpec, format_of, linear, quantize_tensor, recipes
 from postgen.quant.layers import layers_of, parts_of, quantized_layers
 from postgen.quant.model import quantize_weights, rtn
 from tests.families.tiny_models import tiny_model
@@ -48,6 +48,20 @@ def test_overrides_change_layers_and_keep_them_exact():
     assert found["blocks.0.ffn.net.2"].act == format_of("int8")  # the first match decides
     assert found["blocks.1.ffn.net.2"].rotate == 16
     assert found["blocks.1.ffn.net.0.proj"].act == format_of("fp8")
+
+
+def test_an_exception_for_exact_layers_alone_quantises_them():
+    """The keys and values of the text are exact by default; a pattern that also matches others leaves them so."""
+    text = [f"blocks.{block}.attn2.to_{name}" for block in (0, 1) for name in "kv"]
+    both = {r".*attn2\.to_[kv]": {"weight": "int8", "act": None}, r".*to_[kv]": {"weight": "int4:g16"}}
+    found = layers_of(wan(), QuantSpec(weight="int4:g16", act="fp8", overrides=both))
+    assert [name for name in found if name in text] == text
+    assert {(found[name].weight, found[name].act) for name in text} == {(format_of("int8"), None)}
+    others = layers_of(wan(), QuantSpec(weight="int4:g16", overrides={r".*to_[kv]": {"weight": "int8"}}))
+    assert not others.keys() & set(text)
+    model = wan()
+    quantize_weights(model, QuantSpec(weight="int4:g16", overrides={r".*attn2\.to_[kv]": {"weight": "int8"}}))
+    assert isinstance(model.blocks[1].attn2.to_v, QLinear)
 
 
 def test_the_report_counts_bits_bytes_and_noise():
@@ -89,7 +103,7 @@ def test_solve_gets_the_weight_that_remains():
 
     quantize_weights(model, spec, solve)
     for name, layer in quantized_layers(model).items():
-        assert torch.equal(layer.quantized().numbers(), quantize(seen[name], format_of("int4:g16")).numbers())
+        assert torch.equal(layer.quantized().numbers(), quantize_tensor(seen[name], format_of("int4:g16")).numbers())
 
 
 def test_a_copy_of_a_quantised_model_is_its_own():
@@ -139,7 +153,7 @@ def test_queries_keys_and_values_share_one_rounding(monkeypatch):
         ({"weight": "int4:g16", "rotate": 64}, r"to_q cannot be quantised: rotate is 64, .* 32 channels"),
         ({"weight": "int4:g16", "rank": 33}, r"to_q cannot be quantised: rank is 33, but the layer is 32 x 32"),
         ({"weight": "int4:g16", "overrides": {"ffn": {}}}, r"the pattern 'ffn' of overrides matches no layer that is"),
-        ({"weight": "int4:g16", "overrides": {r".*attn2\.to_k": {}}}, r"attn2\.to_k, which always stays exact"),
+        ({"weight": "int4:g16", "overrides": {"proj_out": {}}}, "proj_out, which always stays exact"),
         ({"weight": "int4:g16", "overrides": {".*": {"weight": None}}}, "keep every layer exact"),
     ],
 )
@@ -167,9 +181,13 @@ def test_other_methods_refuse_a_quantised_model_and_their_models_are_refused():
     convert(converted)
     with pytest.raises(UserError, match=r"the format of postgen\.lit\.load\(folder\) in its config, which cannot be"):
         quantize_weights(converted, QuantSpec(weight="int8"))
+    with pytest.raises(UserError, match="in its config"):  # and not after hours of training
+        recipes.quantize(converted, QuantSpec(weight="int8"), recipe="gptq")
     assert not quantized_layers(converted)
     model = wan()
     quantize_weights(model, QuantSpec(weight="int8"))
+    with pytest.raises(UserError, match="quantised already"):
+        recipes.quantize(model, QuantSpec(weight="int8"), recipe="gptq")
     with pytest.raises(UserError, match=r"is quantised \(blocks.* is a QLinear\), so it cannot be converted"):
         convert(model)
 

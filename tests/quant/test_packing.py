@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from postgen.errors import UserError
-from postgen.quant import FORMATS, format_of, quantize
+from postgen.quant import FORMATS, format_of, quantize_tensor
 from postgen.quant.packing import from_bits, layout, pack, to_bits, unpack
 from postgen.quant.rounding import as_format
 
@@ -20,9 +20,9 @@ def weight(rows=130, channels=256):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_weight_survives_packing(text):
     format = format_of(text)
-    found = quantize(weight(), format)
+    found = quantize_tensor(weight(), format)
     if format.planes:  # coefficients are stored as bfloat16
-        found = quantize(weight(), format, replace(found.scales, scale=found.scales.scale.bfloat16().float()))
+        found = quantize_tensor(weight(), format, replace(found.scales, scale=found.scales.scale.bfloat16().float()))
     packed = pack(found)
     again = unpack(packed, format, found.shape)
     assert torch.equal(again.values, found.values)
@@ -34,7 +34,7 @@ def test_a_weight_survives_packing(text):
 @pytest.mark.parametrize("text", TEXTS)
 def test_stored_bits_are_those_of_the_format(text):
     format, shape = format_of(text), (256, 512)
-    packed = pack(quantize(weight(*shape), format))
+    packed = pack(quantize_tensor(weight(*shape), format))
     stored = 8 * sum(each.numel() * each.element_size() for each in packed.values())
     assert stored / (shape[0] * shape[1]) == pytest.approx(format.bits(*shape), rel=1e-12)
 
@@ -51,13 +51,13 @@ def test_bit_streams(bits, length):
 
 
 def test_even_channels_of_int4_are_in_the_low_nibble():
-    packed = pack(quantize(torch.tensor([[1.0, -7.0, 7.0, 0.0]]), format_of("int4")))["weight"]
+    packed = pack(quantize_tensor(torch.tensor([[1.0, -7.0, 7.0, 0.0]]), format_of("int4")))["weight"]
     assert packed.tolist() == [[0x91, 0x07]]  # -7 is 1001 in two's complement
 
 
 def test_planes_belong_to_their_coefficients():
     format = format_of("bp2:g8")
-    found = quantize(torch.tensor([[0.0, 1, 2, 3, 3, 2, 1, 0]]), format)  # evenly spaced: c = 0, 1, 2
+    found = quantize_tensor(torch.tensor([[0.0, 1, 2, 3, 3, 2, 1, 0]]), format)  # evenly spaced: c = 0, 1, 2
     packed = pack(found)
     assert packed["weight_scale"].tolist() == [[[0, 1, 2]]]
     assert packed["weight"].tolist() == [[[0b01011010]], [[0b00111100]]]
@@ -65,7 +65,7 @@ def test_planes_belong_to_their_coefficients():
 
 @pytest.mark.parametrize("moved", [0.25, -40.0, 300.0])
 def test_zero_points_that_are_no_bytes_are_kept(moved):
-    found = quantize(weight(), format_of("int4:g32:asym"))
+    found = quantize_tensor(weight(), format_of("int4:g32:asym"))
     found = as_format(found, replace(found.scales, zero=found.scales.zero + moved))
     packed = pack(found)
     assert packed["weight_zero"].dtype == torch.int32
@@ -73,7 +73,7 @@ def test_zero_points_that_are_no_bytes_are_kept(moved):
 
 
 def test_packs_of_another_shape_or_format_are_refused():
-    found = quantize(weight(), format_of("int4:g64"))
+    found = quantize_tensor(weight(), format_of("int4:g64"))
     packed = pack(found)
     with pytest.raises(UserError, match="no tensor weight_scale"):
         unpack({"weight": packed["weight"]}, found.format, found.shape)
@@ -82,4 +82,4 @@ def test_packs_of_another_shape_or_format_are_refused():
     with pytest.raises(UserError, match=r"weight_scale of .* must be torch.int32, got torch.bfloat16"):
         unpack(packed | {"weight_scale": packed["weight_scale"].bfloat16()}, found.format, found.shape)
     with pytest.raises(UserError, match="only a matrix"):
-        pack(quantize(torch.randn(2, 3, 64), format_of("int4")))
+        pack(quantize_tensor(torch.randn(2, 3, 64), format_of("int4")))

@@ -65,10 +65,12 @@ def exact() -> Exact:
     return Exact()
 
 
+TEXT = {r".*attn2\.to_[kv]": {"weight": "int8", "act": None}}
+"""Layers of the text, which are exact unless they are named."""
 RUNS = [
-    ("gptq", QuantSpec(weight="int3:g8"), {}),
+    ("gptq", QuantSpec(weight="int3:g8", overrides=TEXT), {}),
     ("bpdq", QuantSpec(weight="bp2:g8"), {}),
-    ("omniquant", replace(W4A4, rotate=8, rank=2), {"steps": 4}),
+    ("omniquant", replace(W4A4, rotate=8, rank=2, overrides=TEXT), {"steps": 4}),
     ("sos", W4A4, {"steps": 4}),
     ("block_ap+fdda", QuantSpec(weight="int2:g8:asym"), {"steps": 4}),
 ]
@@ -80,7 +82,7 @@ def test_recipes_with_data(exact: Exact, tmp_path: Path, recipe: str, spec: Quan
     quantize(rough, spec)
     model = exact.quantized(spec, recipe, **values)
     layers = quantized_layers(model)
-    assert len(layers) == 2 * 8
+    assert len(layers) == 2 * (10 if spec.overrides else 8)
     assert all(layer.spec == spec.layer(name) for name, layer in layers.items())
     # A few steps on a model with random weights: not worse than rounding to nearest.
     assert exact.error(model) < 1.1 * exact.error(rough)

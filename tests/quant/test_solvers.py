@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from postgen.errors import UserError
-from postgen.quant import FORMATS, Hessian, HessianSum, format_of, quantize, solve
+from postgen.quant import FORMATS, Hessian, HessianSum, format_of, quantize_tensor, solve
 from postgen.quant.packing import pack, unpack
 from postgen.quant.rounding import qsnr
 from postgen.quant.solvers.compensation import sweep
@@ -25,7 +25,7 @@ def output_error(text, solver, hessian=HESSIAN, **options):
 @pytest.mark.parametrize("text", ALL)
 def test_the_order_of_the_solvers(text):
     nearest = qsnr(WEIGHT, solve(WEIGHT, format_of(text), "rtn").numbers())
-    assert torch.equal(solve(WEIGHT, format_of(text), "rtn").values, quantize(WEIGHT, format_of(text)).values)
+    assert torch.equal(solve(WEIGHT, format_of(text), "rtn").values, quantize_tensor(WEIGHT, format_of(text)).values)
     fitted = qsnr(WEIGHT, solve(WEIGHT, format_of(text), "ls").numbers())
     assert fitted >= nearest
     if not format_of(text).planes:
@@ -37,7 +37,7 @@ def test_the_order_of_the_solvers(text):
 @pytest.mark.parametrize("text", ALL)
 def test_codes_are_of_the_grid_and_scales_as_rounding_makes_them(text):
     format = format_of(text)
-    plain = quantize(WEIGHT, format)
+    plain = quantize_tensor(WEIGHT, format)
     for solver in ("ls", "gptq"):
         found = solve(WEIGHT, format, solver, HESSIAN)
         assert found.values.shape == plain.values.shape
@@ -65,7 +65,7 @@ def test_gptq_with_uncorrelated_channels_rounds_to_nearest():
     for text in ("int4:g64", "nvfp4", "int3", "fp8:block", "int3:asym"):
         for order in ("none", "groups", "channels"):
             found = solve(WEIGHT, format_of(text), "gptq", hessian, order=order)
-            assert torch.equal(found.values, quantize(WEIGHT, format_of(text)).values), (text, order)
+            assert torch.equal(found.values, quantize_tensor(WEIGHT, format_of(text)).values), (text, order)
 
 
 def test_errors_of_a_sweep_give_back_the_weight():
@@ -83,7 +83,7 @@ def test_least_squares_finds_the_grid_of_weights_on_a_grid():
     weight[:, 0] *= 1.2  # an extreme that stretches the range
     found = solve(weight, format_of("int2:asym"), "ls")
     assert qsnr(weight[:, 1:], found.numbers()[:, 1:]) > 30
-    assert qsnr(weight, quantize(weight, format_of("int2:asym")).numbers()) < 28
+    assert qsnr(weight, quantize_tensor(weight, format_of("int2:asym")).numbers()) < 28
 
 
 def test_the_factor_is_that_of_the_inverse():
@@ -140,7 +140,7 @@ def test_channels_without_inputs_are_damped_and_keep_their_nearest_numbers():
     hessian = sums.finish(0.0)
     assert 0 < hessian.damping < 1e-5
     found = solve(WEIGHT[:, :64], format_of("int4"), "gptq", hessian)
-    assert torch.equal(found.values[..., 5], quantize(WEIGHT[:, :64], format_of("int4")).values[..., 5])
+    assert torch.equal(found.values[..., 5], quantize_tensor(WEIGHT[:, :64], format_of("int4")).values[..., 5])
 
 
 def test_wrong_sums_are_refused():

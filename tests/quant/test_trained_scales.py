@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
-from postgen.quant import quantize
+from postgen.quant import quantize_tensor
 from postgen.quant.branch_decay import decay_, periods, ranks
 from postgen.quant.formats import format_of
 from postgen.quant.linear import QLinear
@@ -30,7 +30,7 @@ def layer_of(
         rotate=rotate,
     )
     turned = rotated(linear.weight.detach(), rotate) if rotate else linear.weight.detach()
-    return QLinear.of(linear, None if spec.weight is None else quantize(turned, spec.weight), spec)
+    return QLinear.of(linear, None if spec.weight is None else quantize_tensor(turned, spec.weight), spec)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -76,7 +76,7 @@ def test_one_scale_by_hand() -> None:
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[0.7, -0.3, 0.1, 0.2]])
     spec = LayerSpec(weight=format_of("int4"))
-    trained = ScaleLinear(QLinear.of(linear, quantize(linear.weight.detach(), spec.weight), spec))  # type: ignore[arg-type]
+    trained = ScaleLinear(QLinear.of(linear, quantize_tensor(linear.weight.detach(), spec.weight), spec))  # type: ignore[arg-type]
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     trained(x).sum().backward()
     assert trained.trained_scale is not None

@@ -7,7 +7,7 @@ import torch
 
 from postgen.errors import UserError
 from postgen.families import blocks_of
-from postgen.quant import LayerSpec, QLinear, format_of, quantize
+from postgen.quant import LayerSpec, QLinear, format_of, quantize_tensor
 from postgen.quant.rotation import rotated
 from postgen.quant.transforms.channel_fold import channel_fold, fold_channels_
 from postgen.quant.transforms.hadamard import random_signs, rotate_values_
@@ -94,7 +94,7 @@ def test_refinement_reduces_the_error_of_the_layer():
     format = format_of("int3:g16")
 
     def rounded(residual):
-        return quantize(residual, format).numbers()
+        return quantize_tensor(residual, format).numbers()
 
     def lost(branch):
         residual = residual_of(weight, branch)
@@ -106,7 +106,7 @@ def test_refinement_reduces_the_error_of_the_layer():
     spec = LayerSpec(weight=format, rank=4)
     linear = torch.nn.Linear(64, 32)
     linear.weight.data.copy_(weight)
-    layer = QLinear.of(linear, quantize(residual_of(weight, better), format), spec, branch=better)
+    layer = QLinear.of(linear, quantize_tensor(residual_of(weight, better), format), spec, branch=better)
     x = weight_of(5, 64, 2)
     kept = rounded(residual_of(weight, better)) + better[0] @ better[1]
     assert torch.allclose(layer(x), torch.nn.functional.linear(x, kept, linear.bias), atol=1e-4)
@@ -138,7 +138,7 @@ def test_the_search_of_a_scale_reduces_the_error_of_the_readers(more):
             branch = low_rank_branch(weight, spec.rank)
             weight = residual_of(weight, branch)
         linear = copy.deepcopy(layer)
-        quantized = quantize(rotated(weight, spec.rotate), spec.weight)
+        quantized = quantize_tensor(rotated(weight, spec.rotate), spec.weight)
         new = QLinear.of(linear, quantized, spec, branch=branch, input_scale=scale)
         return float((new(x) - layer(x)).square().sum())
 

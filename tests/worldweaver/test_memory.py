@@ -10,7 +10,7 @@ import torch
 
 from postgen.errors import UserError
 from postgen.worldweaver.levels import Role
-from postgen.worldweaver.memory import MemoryBank
+from postgen.worldweaver.memory import MemoryBank, capacity_for
 from postgen.worldweaver.selection import POLICIES, CameraOverlap, DepthSimilarity, Query, policy_of, register_policy
 from tests.worldweaver.oracle import clean
 
@@ -268,3 +268,12 @@ def test_what_does_not_fit_is_refused():
     ):
         MemoryBank(capacity=12, policy="depth_sim").add(clean(1, rows=4), 0)
     MemoryBank(capacity=12).add(clean(1, rows=4), 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows", "expected"), [("logspace", 64, 64), ("camera", 1, 64), ("depth_sim", 64, 195)]
+)
+def test_a_capacity_for_a_batch_holds_the_selections_of_all_rows(policy, rows, expected):
+    shape = {"long": 4, "short": 2, "sink": 1}
+    assert capacity_for(policy, rows, **shape) == expected
+    MemoryBank(**shape, capacity=capacity_for(policy, rows, **shape), policy=policy).check_rows(rows, posed=True)

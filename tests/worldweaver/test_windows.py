@@ -54,7 +54,7 @@ def test_training_sees_what_a_rollout_sees(policy: str) -> None:
     made = windows(memory_policy=policy, **ONE_LEVEL)
     oracle = Oracle(video)
     run = rollout(oracle, poses=None if poses is None else lambda start, stop: poses[:, start:stop])
-    state = oracle.state = begun(run, rows=2, bank=made.config.bank(), num_latents=20)
+    state = oracle.state = begun(run, rows=2, bank=made.config.bank(2), num_latents=20)
     shifts = made.segments.shifts(10)
     for _ in run.groups(state):
         pass
@@ -73,6 +73,14 @@ def test_training_sees_what_a_rollout_sees(policy: str) -> None:
             assert torch.allclose(window.clean[:, :, :memory], z[:, :, :memory], atol=1e-5)
     assert next(calls, None) is None
     assert kinds == {1, 2, 3}
+
+
+@pytest.mark.parametrize("policy", ["depth_sim", "camera"])
+def test_a_large_batch_may_choose_other_memory_for_each_row(policy: str) -> None:
+    video = clean(20, rows=64)
+    made = windows(memory_policy=policy, **ONE_LEVEL)
+    window = made.at(Layout(ages=(0, 1, 2), start=14), video, 0.0, torch.zeros(64), looking(video))
+    assert len(window.clean) == 64
 
 
 def test_drawn_windows_are_those_of_rollouts() -> None:

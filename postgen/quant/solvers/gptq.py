@@ -9,7 +9,7 @@ from torch import Tensor
 
 from postgen.quant.formats import SQUARE, Format
 from postgen.quant.hessian import Hessian
-from postgen.quant.rounding import Quantized, Scales, codes_of, grouped, quantize, represented
+from postgen.quant.rounding import Quantized, Scales, codes_of, grouped, quantize_tensor, represented
 from postgen.quant.solvers.compensation import Order, Rounded, inverse, ordering, sweep
 from postgen.quant.solvers.planes import stored
 from postgen.quant.solvers.ranges import Clip, importance_of, range_scales
@@ -92,7 +92,7 @@ class _ColumnGrid:
 
     def _scales(self, weight: Tensor, clip: Clip, importance: Tensor | None, whole: Tensor | None = None) -> Scales:
         if self.format.planes:
-            even = quantize(weight, self.format).scales
+            even = quantize_tensor(weight, self.format).scales
             return replace(even, scale=stored(even.scale))
         return range_scales(grouped(weight, self.format), self.format, clip, importance, whole=whole)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from postgen.kernels.fp8 import E4M3, E4M3_MAX
 from postgen.quant.formats import Format
 from postgen.quant.hessian import Hessian
-from postgen.quant.rounding import Quantized, Scales, codes_of, grouped, quantize
+from postgen.quant.rounding import Quantized, Scales, codes_of, grouped, quantize_tensor
 from postgen.quant.solvers.planes import design, first_coefficients, fitted, stored
 from postgen.quant.solvers.ranges import Clip, importance_of, range_scales, squared_error, summed
 from postgen.settings import Part
@@ -47,7 +47,7 @@ def ls(weight: Tensor, format: Format, hessian: Hessian | None, options: LsOptio
     else:
         scales = range_scales(x, format, options.clip, importance)
     if format.scale == "e8m0":
-        return quantize(weight, format, scales)
+        return quantize_tensor(weight, format, scales)
     best, least = scales, squared_error(x, scales, format, importance)
     for _ in range(options.steps):
         scales = _fit(x, codes_of(x, scales, format), scales, format, importance)
@@ -56,7 +56,7 @@ def ls(weight: Tensor, format: Format, hessian: Hessian | None, options: LsOptio
         if not better.any():
             break
         best, least = _chosen(better, scales, best), torch.where(better, error, least)
-    return quantize(weight, format, best)
+    return quantize_tensor(weight, format, best)
 
 
 def _fit(x: Tensor, values: Tensor, scales: Scales, format: Format, importance: Tensor | None) -> Scales:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from postgen.quant.formats import Format
 from postgen.quant.hessian import Hessian
-from postgen.quant.rounding import Quantized, grouped, quantize
+from postgen.quant.rounding import Quantized, grouped, quantize_tensor
 from postgen.quant.solvers.ranges import Clip, importance_of, range_scales
 from postgen.settings import Part
 
@@ -24,6 +24,6 @@ class RtnOptions(Part):
 def rtn(weight: Tensor, format: Format, hessian: Hessian | None, options: RtnOptions) -> Quantized:
     """Round a weight to nearest. A Hessian weighs the errors of a search of the clip ratio."""
     if options.clip == "minmax":
-        return quantize(weight, format)
+        return quantize_tensor(weight, format)
     scales = range_scales(grouped(weight, format), format, options.clip, importance_of(weight, format, hessian))
-    return quantize(weight, format, scales)
+    return quantize_tensor(weight, format, scales)

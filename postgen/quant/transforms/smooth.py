@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 from postgen.quant.rotation import rotated
-from postgen.quant.rounding import quantize
+from postgen.quant.rounding import quantize_tensor
 from postgen.quant.spec import LayerSpec
 from postgen.quant.transforms.let import initial_scale
 from postgen.quant.transforms.low_rank import low_rank_branch, residual_of
@@ -81,6 +81,6 @@ def _error(x: Tensor, weight: Tensor, spec: LayerSpec, scale: Tensor) -> float:
     branch = low_rank_branch(scaled, min(spec.rank, *scaled.shape)) if spec.rank else None
     left = scaled if branch is None else residual_of(scaled, branch)
     inputs, weights = (rotated(each, spec.rotate) for each in (target, left))
-    weights = weights if spec.weight is None else quantize(weights, spec.weight).numbers()
-    inputs = inputs if spec.act is None else quantize(inputs, spec.act).numbers()
+    weights = weights if spec.weight is None else quantize_tensor(weights, spec.weight).numbers()
+    inputs = inputs if spec.act is None else quantize_tensor(inputs, spec.act).numbers()
     return float((inputs @ weights.T - target @ left.T).square().sum())
