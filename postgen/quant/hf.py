@@ -204,7 +204,8 @@ class PostgenQuantizer(Quantizer):
         if self.pre_quantized and lost:
             raise UserError(
                 f"the checkpoint lacks {len(lost)} tensors of quantised layers, the first is {lost[0]}: it is"
-                " incomplete, or its config is of another checkpoint"
+                " incomplete, was saved with LoRA adapters on (merge or unload them before save_pretrained), or its"
+                " config is of another checkpoint"
             )
 
 

@@ -64,7 +64,7 @@ class QuantSpec:
             for key in said:
                 if key not in KEYS:
                     raise UserError(
-                        f"{shown(key)} in overrides[{pattern!r}] is unknown{did_you_mean(str(key), KEYS)}. Keys:"
+                        f"{shown(key)} in overrides[{pattern!r}] is unknown.{did_you_mean(str(key), KEYS)} Keys:"
                         f" {', '.join(KEYS)}"
                     )
             self._check(said, f" in overrides[{pattern!r}]")

@@ -157,7 +157,7 @@ def recipe_of(name: str) -> Recipe:
     first, plus, second = name.partition("+")
     if first not in RECIPES or (plus and second != "fdda"):
         raise UserError(
-            f"the recipe {shown(name)} is unknown{did_you_mean(first, RECIPES)}. Recipes: {', '.join(RECIPES)};"
+            f"the recipe {shown(name)} is unknown.{did_you_mean(first, RECIPES)} Recipes: {', '.join(RECIPES)};"
             " NAME+fdda adds the correction of statistics"
         )
     return replace(RECIPES[first], statistics=True) if plus else RECIPES[first]

@@ -201,3 +201,17 @@ def test_what_cannot_work_is_refused_at_once(exact: Exact, spec: QuantSpec, valu
     assert not quantized_layers(exact.model)
     assert all(torch.equal(value, before[name]) for name, value in exact.model.state_dict().items())
     assert len(blocks_of(exact.model)) == 2
+
+
+@pytest.mark.parametrize("spec", ["int4:g8", None, LayerSpec(weight=None)])
+def test_a_spec_of_another_class_is_refused(exact: Exact, spec: Any) -> None:
+    with pytest.raises(UserError, match=r"spec must be a QuantSpec, such as QuantSpec\(weight='int4:g64'\), got"):
+        quantize(exact.model, spec)
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "fdda"])
+def test_every_long_phase_shows_progress(capfd: pytest.CaptureFixture[str], recipe: str) -> None:
+    pipe, size = pipeline("Wan")
+    quantize(pipe, QuantSpec(weight="int4:g8"), recipe=recipe, calibration=calibration_of(pipe, size))
+    shown = capfd.readouterr().err
+    assert ("solve blocks: 100%" if recipe == "gptq" else "correct groups of layers: 100%") in shown

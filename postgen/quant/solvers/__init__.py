@@ -105,12 +105,12 @@ def check_solver(solver: str, format: Format, options: Mapping[str, Any], *, hes
     row = SOLVERS.get(solver) if isinstance(solver, str) else None
     if row is None:
         known = ", ".join(SOLVERS)
-        raise UserError(f"the solver {shown(solver)} is unknown{did_you_mean(str(solver), SOLVERS)}. Solvers: {known}")
+        raise UserError(f"the solver {shown(solver)} is unknown.{did_you_mean(str(solver), SOLVERS)} Solvers: {known}")
     known_options = [each.name for each in fields(row.options)]
     for name in options:
         if name not in known_options:
             raise UserError(
-                f"the solver {solver} has no option {shown(name)}{did_you_mean(str(name), known_options)}. Options:"
+                f"the solver {solver} has no option {shown(name)}.{did_you_mean(str(name), known_options)} Options:"
                 f" {', '.join(known_options)}"
             )
     if row.planes_only and not format.planes:
