@@ -30,8 +30,9 @@ Weight = Annotated[
     str,
     typer.Option(
         "--weight",
-        help="Format of the weights, such as int4:g64, int2:g32:asym, fp8, mxint8, nvfp4 or bp2:g64; none keeps them"
-        " exact.",
+        help="Format of the weights, such as int4:g64 (4 bits, 64 input channels share a scale), int2:g32:asym, fp8,"
+        " mxint8, nvfp4 or bp2:g64; none keeps them exact. The group must divide the channels of every layer: use"
+        " int4:g32 for the embedded model.",
     ),
 ]
 Act = Annotated[
@@ -44,25 +45,33 @@ Recipe = Annotated[
     str,
     typer.Option(
         "--recipe",
-        help="How codes and scales are found. Without data: rtn, ls. With prompts: gptq, bpdq, omniquant, sos,"
-        " block_ap, fdda, and NAME+fdda.",
+        help="How codes and scales are found. Without data: rtn (round to nearest), ls (least squares). With prompts:"
+        " gptq, bpdq, omniquant, sos, block_ap, fdda, and NAME+fdda.",
     ),
 ]
-Rotate = Annotated[int, typer.Option("--rotate", help="Channels that a Hadamard rotation mixes, a power of two.")]
-Rank = Annotated[int, typer.Option("--rank", help="Rank of an exact low-rank branch of each layer.")]
+Rotate = Annotated[
+    int, typer.Option("--rotate", help="Channels that a Hadamard rotation mixes, a power of two; 0: none.")
+]
+Rank = Annotated[int, typer.Option("--rank", help="Rank of an exact low-rank branch of each layer; 0: none.")]
 Override = Annotated[
     list[str] | None,
     typer.Option(
         "--override",
-        help=r"Other values for some layers: a regular expression for their names, then keys, such as '.*ffn\.net\.2"
-        " act=int8:token weight=none' in quotes; can be repeated.",
+        help="Other values for some layers: a regular expression that matches their whole names, then keys, such as"
+        r" '.*ffn\.net\.2 act=int8:token weight=none' in quotes; can be repeated.",
     ),
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", help="File of calibration prompts, as for training; the last one measures errors."),
+    typer.Option(
+        "--prompts",
+        help="File of calibration prompts, as for training, two lines or more; the last one only measures errors.",
+    ),
 ]
-Prompt = Annotated[list[str] | None, typer.Option("--prompt", help="A calibration prompt; can be repeated.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="A calibration prompt; give two or more, the last one only measures errors."),
+]
 Points = Annotated[
     int | None, typer.Option("--points", help="Number of calibration points on the trajectories. \\[default: 64]")
 ]

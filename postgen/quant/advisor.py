@@ -241,7 +241,10 @@ class Advice:
         ]
         if not found:
             tried = ", ".join(dict.fromkeys(each.format for each in self.weight))
-            raise UserError(f"of {', '.join(formats or ())} none was tried for {self.layer}, only {tried}")
+            raise UserError(
+                f"of {', '.join(formats or ())} none was tried for {self.layer}, only {tried}: choose among these, or"
+                " give advise(..., formats=...) others"
+            )
         return max(found, key=lambda each: each[2])
 
     def _output(self, place: int) -> float:

@@ -42,6 +42,7 @@ from postgen.reconstruct import (
     reconstruct,
 )
 from postgen.reconstruct.loss import distance
+from postgen.training.logging import Progress
 
 Bins = Mapping[bool, Sequence[Sequence[Bin]]]
 """Held out or not -> for each call in `Records.calls` the bin of each row, see `Calibration.bins_of`."""
@@ -143,8 +144,12 @@ class BlockwiseRun:
             if self._report.unfinished:
                 raise UserError(f"{self.config.folder} was interrupted: run it again with resume")
         else:
-            for number in self._numbers():
+            numbers = list(self._numbers())
+            bar = Progress(step=0, max_steps=len(numbers), shown=not self.config.disable_tqdm, name="solve blocks")
+            for number in numbers:
                 self._solve(number)
+                bar.step()
+            bar.close()
         layers: dict[str, LayerResult] = {}
         folds: list[Any] = []
         for number in self._numbers():

@@ -32,6 +32,7 @@ from postgen.quant.observers import SharedInputs
 from postgen.quant.rounding import Quantized
 from postgen.quant.statistics import Centre, NormStats, OutputStats, PromptStats, block_taps, moments
 from postgen.quant.visits import Bin, EndPass, Observer, Tap, Visit, input_taps, tapped
+from postgen.training.logging import Progress
 
 _TINY = 1e-12
 _MOST_GAIN = 2.0
@@ -176,7 +177,13 @@ def fold_(layer: QLinear, found: Correction) -> None:
 
 
 def correct_(
-    model: nn.Module, calibration: Calibration, exact: OutputStats, *, gain: bool = True, expert: str | None = None
+    model: nn.Module,
+    calibration: Calibration,
+    exact: OutputStats,
+    *,
+    gain: bool = True,
+    expert: str | None = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Correct the quantised layers of a model in the order in which they run, so that each sees corrected inputs.
 
@@ -190,6 +197,7 @@ def correct_(
             fold into value projections changes their outputs.
         gain: whether to correct the variances as well as the means.
         expert: see `Calibration.stream`.
+        progress: whether to show a progress bar, which counts groups of layers.
 
     Returns:
         Name of each corrected layer -> mean of |m - m_q| over its channels before, relative to the standard deviation
@@ -205,7 +213,9 @@ def correct_(
     order = _Order(len(layers))
     calibration.stream(model, order, layers=layers, expert=expert)
     found: dict[str, float] = {}
-    for names in order.groups():
+    groups = order.groups()
+    bar = Progress(step=0, max_steps=len(groups), shown=progress, name="correct groups of layers")
+    for names in groups:
         stats = _GroupStats(len(names))
         calibration.stream(model, stats, layers=names, expert=expert)
         for name in names:
@@ -214,6 +224,8 @@ def correct_(
             spread = before[1].mean().sqrt().clamp_min(_TINY)
             found[name] = float((before[0] - now[0]).abs().mean() / spread)
             fold_(layer, correction(before, now, gain=scaled))
+        bar.step()
+    bar.close()
     return found
 
 

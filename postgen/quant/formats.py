@@ -69,7 +69,7 @@ class Format:
             advice = f"for instance {' or '.join(f'g{each}' for each in fits)}" if fits else "row"
             raise UserError(
                 f"{self.text} groups {size} input channels, but the layer has {channels}: use a group that divides"
-                f" them, {advice}, or leave the layer exact"
+                f" them, {advice}, or another format for this layer in the overrides"
             )
         return size
 

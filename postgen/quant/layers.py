@@ -108,4 +108,7 @@ def _no_match(pattern: str, parts: Mapping[str, LinearPart], model: nn.Module) -
             f" quantised, such as {next(iter(parts))}"
         )
     known = cut_words(", ".join(parts), 200)
-    return f"the pattern {pattern!r} of overrides matches no layer that is quantised. Layers: {known}"
+    hint = ""
+    if any(re.search(pattern, name) for name in parts):
+        hint = f" It must match the whole name: use {f'.*{pattern}.*'!r}."
+    return f"the pattern {pattern!r} of overrides matches no layer that is quantised.{hint} Layers: {known}"

@@ -22,6 +22,7 @@ from postgen.quant.rotation import rotated
 from postgen.quant.rounding import Quantized, quantize_tensor
 from postgen.quant.spec import LayerSpec, QuantSpec
 from postgen.quant.transforms.low_rank import low_rank_branch, residual_of
+from postgen.training.logging import Progress
 
 OWNER = "quant"
 """The name of this owner in the registry of replaced linear layers."""
@@ -39,7 +40,7 @@ def rtn(name: str, linear: nn.Linear, spec: LayerSpec) -> Quantized:
     return quantize_tensor(linear.weight.detach(), spec.weight)
 
 
-def quantize_weights(model: nn.Module, spec: QuantSpec, solve: Solve = rtn) -> QuantReport:
+def quantize_weights(model: nn.Module, spec: QuantSpec, solve: Solve = rtn, *, progress: bool = False) -> QuantReport:
     """Replace the linear layers of a transformer by quantised layers, in place and without data.
 
     `save_pretrained` of the model then writes packed weights, and `from_pretrained` reads them after `import postgen`.
@@ -48,6 +49,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec, solve: Solve = rtn) -> Q
         model: a transformer, which may be wrapped (peft, compiled).
         spec: what to quantise, see `layers.layers_of`.
         solve: finds codes and scales of each layer.
+        progress: whether to show a progress bar.
 
     Returns:
         What was quantised, with the noise of each weight and the bytes before and after.
@@ -60,7 +62,7 @@ def quantize_weights(model: nn.Module, spec: QuantSpec, solve: Solve = rtn) -> Q
     def make(name: str, linear: nn.Linear, each: LayerSpec) -> QLinear:
         return quantized_layer(name, linear, each, solve)
 
-    return replace_with(model, spec, make)
+    return replace_with(model, spec, make, progress=progress)
 
 
 def quantized_layer(name: str, linear: nn.Linear, spec: LayerSpec, solve: Solve = rtn) -> QLinear:
@@ -109,13 +111,14 @@ def _is_diffusers(model: nn.Module) -> bool:
     return hasattr(inner_model(model), "register_to_config")
 
 
-def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
+def replace_with(model: nn.Module, spec: QuantSpec, make: Make, *, progress: bool = False) -> QuantReport:
     """Replace the linear layers of a transformer by layers that `make` returns, as `quantize_weights` does.
 
     Args:
         model: a transformer, which may be wrapped (peft, compiled).
         spec: what to quantise.
         make: returns the quantised layer of a linear layer, on the same device.
+        progress: whether to show a progress bar.
 
     Raises:
         UserError: as in `quantize_weights`.
@@ -127,10 +130,15 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make) -> QuantReport:
     def replacement(name: str, linear: nn.Linear) -> nn.Module:
         new = make(name, linear, layers[name])
         reports[name] = LayerReport.of(linear, new)
+        bar.step()
         return new
 
     pattern = "|".join(map(re.escape, layers))
-    replace_linears(model, replacement, owner=OWNER, pattern=pattern, originals="dropped")
+    bar = Progress(step=0, max_steps=len(layers), shown=progress, name="quantise layers")
+    try:
+        replace_linears(model, replacement, owner=OWNER, pattern=pattern, originals="dropped")
+    finally:
+        bar.close()
     if _is_diffusers(model):
         from postgen.quant.hf import mark_quantized
 

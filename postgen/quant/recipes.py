@@ -83,6 +83,8 @@ def quantize(
         UserError: the spec does not fit the model or the recipe, the recipe needs calibration and there is none,
             an argument has no use, `output_dir` holds another run, or see `reconstruct`. Nothing is changed.
     """
+    if not isinstance(spec, QuantSpec):
+        raise UserError(f"spec must be a QuantSpec, such as QuantSpec(weight='int4:g64'), got {shown(spec)}")
     model, chosen = the_transformer(target), recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
     check_exact(model)
     layers = layers_of(model, spec)
@@ -96,7 +98,7 @@ def quantize(
     given = {"calibration": calibration, "output_dir": output_dir, "resume": resume or None, **pace}
     _check_use(recipe, chosen, [name for name, value in given.items() if value is not None])
     if calibration is None:
-        return _without_data(model, spec, chosen)
+        return _without_data(model, spec, chosen, progress=progress)
     job = _Job(model=model, spec=spec, layers=layers, recipe=chosen, calibration=calibration, progress=progress)
     with ExitStack() as stack:
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -187,12 +189,12 @@ def _check_ranges(stage: Stage, format: Format) -> None:
         )
 
 
-def _without_data(model: nn.Module, spec: QuantSpec, recipe: Recipe) -> QuantReport:
+def _without_data(model: nn.Module, spec: QuantSpec, recipe: Recipe, *, progress: bool) -> QuantReport:
     def found(name: str, linear: nn.Linear, each: LayerSpec) -> Quantized:
         assert each.weight is not None
         return solve(linear.weight.detach(), each.weight, recipe.solver, **recipe.options)
 
-    return quantize_weights(model, spec, found)
+    return quantize_weights(model, spec, found, progress=progress)
 
 
 def _device(device: str, model: nn.Module) -> str:
@@ -225,13 +227,13 @@ class _Job:
             fold_all_(self.model, result.folds)
         exact = OutputStats()
         if self.recipe.statistics:  # folds change outputs of layers
-            self.calibration.stream(self.model, exact, layers=list(self.layers), expert=expert)
+            self.calibration.stream(self.model, exact, layers=list(self.layers), expert=expert, progress=self.progress)
         if result is not None:
             report = self._put_in(result, self._bins(expert))
         else:
-            report = _without_data(self.model, self.spec, self.recipe)
+            report = _without_data(self.model, self.spec, self.recipe, progress=self.progress)
         if self.recipe.statistics:
-            correct_(self.model, self.calibration, exact, expert=expert)
+            correct_(self.model, self.calibration, exact, expert=expert, progress=self.progress)
         return report
 
     def _stages(
@@ -278,7 +280,7 @@ class _Job:
         if not self.recipe.statistics or not any(stage.trains for stage in self.recipe.stages):
             return None
         stats = NormStats()
-        self.calibration.stream(self.model, stats, expert=expert)
+        self.calibration.stream(self.model, stats, expert=expert, progress=self.progress)
         found = StatPenalty(stats, blocks)
         # Checkpoints contain the state of torch's own generator.
         found.generator = torch.default_generator

@@ -88,11 +88,14 @@ class QuantReport:
         return plain
 
     def __str__(self) -> str:
+        sizes = f"the model has {self.bytes_after / 1e6:.1f} MB, before {self.bytes_before / 1e6:.1f} MB"
         worst = min(self.layers, key=lambda name: self.layers[name].qsnr)
+        ratio = self.layers[worst].qsnr
+        if ratio == float("inf"):
+            return f"the inputs of {len(self.layers)} linear layers are quantised; their weights are exact; {sizes}"
         return (
-            f"{len(self.layers)} linear layers quantised to {self.bits:.2f} bits per weight; the model has"
-            f" {self.bytes_after / 1e6:.1f} MB, before {self.bytes_before / 1e6:.1f} MB; the noisiest weight is"
-            f" {worst} with a QSNR of {self.layers[worst].qsnr:.1f} dB"
+            f"{len(self.layers)} linear layers quantised to {self.bits:.2f} bits per weight; {sizes}; the noisiest"
+            f" weight is {worst} with a relative error of {100 * 10 ** (-ratio / 20):.1f} % (QSNR {ratio:.1f} dB)"
         )
 
 

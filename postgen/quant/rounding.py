@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from postgen.errors import UserError, shown
 from postgen.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_SCALE
 from postgen.quant.formats import SQUARE, Format, Rule
 from postgen.quant.grids import FloatGrid
@@ -178,8 +179,13 @@ def quantize_tensor(x: Tensor, format: Format, scales: Scales | None = None) -> 
         scales: scales to use; None computes them from x.
 
     Raises:
-        UserError: the format's group does not divide K.
+        UserError: the format's group does not divide K, or x is a model.
     """
+    if not isinstance(x, Tensor):
+        raise UserError(
+            f"postgen.quant.quantize rounds a tensor, got {shown(type(x).__name__)}: postgen.quant.recipes.quantize"
+            " quantises a model"
+        )
     x_grouped = grouped(x, format)
     if scales is None:
         scales = _even_planes(x_grouped, format) if format.planes else scales_of(x_grouped, format)

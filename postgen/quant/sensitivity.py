@@ -46,6 +46,9 @@ class Choice:
     cost: int
     """Cost of the layer, in the unit of the budget."""
 
+    def __str__(self) -> str:
+        return f"{self.layer}: {_words(self.spec)}, error {self.error:.3g}, cost {self.cost:,}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
@@ -64,23 +67,23 @@ class Allocation:
         return sum(each.cost for each in self.chosen.values())
 
     def spec(self) -> QuantSpec:
-        """Return the choices as a spec: the most frequent one for all layers, and exceptions by name.
-
-        Layers of the model that were not measured are quantised as the most frequent choice.
+        """Return the choices as a spec: exceptions by name. Layers that were not measured stay exact.
 
         Raises:
             UserError: all layers stay exact.
         """
-        keys = {name: _settings(each.spec) for name, each in self.chosen.items()}
-        usual = Counter(key for name, key in keys.items() if not self.chosen[name].spec.exact).most_common(1)
-        if not usual:
-            raise UserError("all layers stay exact with this budget, so nothing is quantised: use a smaller budget")
-        default = usual[0][0]
         groups: dict[_Settings, list[str]] = {}
-        for name, key in keys.items():
-            if key != default:
-                groups.setdefault(key, []).append(re.escape(name))
-        return QuantSpec(**dict(default), overrides={"|".join(names): dict(key) for key, names in groups.items()})
+        for name, each in self.chosen.items():
+            if not each.spec.exact:
+                groups.setdefault(_settings(each.spec), []).append(re.escape(name))
+        if not groups:
+            raise UserError("all layers stay exact with this budget, so nothing is quantised: use a smaller budget")
+        return QuantSpec(weight=None, overrides={"|".join(names): dict(key) for key, names in groups.items()})
+
+    def __str__(self) -> str:
+        counts = Counter(_words(each.spec) for each in self.chosen.values())
+        said = ", ".join(f"{count} layers as {words}" for words, count in counts.most_common())
+        return f"{said}; sum of the errors {self.error:.3g}, cost {self.cost:,}"
 
 
 class OutputError:
@@ -244,6 +247,15 @@ def _settings(spec: LayerSpec) -> _Settings:
         key: None if format is None else format.text for key, format in (("weight", spec.weight), ("act", spec.act))
     }
     return tuple({**texts, "rotate": spec.rotate, "rank": spec.rank}.items())
+
+
+def _words(spec: LayerSpec) -> str:
+    """Return a spec in words: `int4:g64`, `int4:g64 with inputs in fp8, rank 16`, or `exact`."""
+    if spec.exact:
+        return "exact"
+    act = "" if spec.act is None else f" with inputs in {spec.act.text}"
+    others = "".join(f", {name} {size}" for name in ("rotate", "rank") if (size := getattr(spec, name)))
+    return f"{'exact weights' if spec.weight is None else spec.weight.text}{act}{others}"
 
 
 def _fitting(name: str, linear: nn.Linear, candidates: Sequence[LayerSpec]) -> list[LayerSpec]:

@@ -18,6 +18,12 @@ from postgen.training import Reason
 STUDENT, RESULT = "student.safetensors", "result.json"
 
 
+_LEGEND = (
+    "errors: of the block's output on held-out data before and after training, relative to its variation: 0 is exact,"
+    " 1 is as wrong as a constant (L1: in the L1 norm); trained: parameters; new: those that the exact block lacks"
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockResult:
     """The result of one finished block. Errors are those of `loss.error` on held-out records."""
@@ -67,7 +73,7 @@ class Report:
         return read_tensors(finished(self.folder, name) / STUDENT, f"{name} is not finished in {self.folder}")
 
     def table(self) -> str:
-        """Return a text table of the finished blocks, one per line."""
+        """Return a text table of the finished blocks, one per line, and a line that explains the columns."""
         names = "block,error before,after,L1 before,after,trained,new,steps,seconds"
         rows: list[tuple[str, ...]] = [tuple(names.split(","))]
         for row in self.blocks.values():
@@ -79,6 +85,7 @@ class Report:
             "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
+        lines += [_LEGEND] if self.blocks else []
         return "\n".join([*lines, *([f"not finished: {', '.join(self.unfinished)}"] if self.unfinished else ())])
 
 

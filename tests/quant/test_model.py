@@ -80,6 +80,9 @@ def test_the_report_counts_bits_bytes_and_noise():
     assert (layer.weight, layer.act, layer.rotate, layer.shape) == ("int4:g16", "fp8", 16, (32, 32))
     assert report.to_dict()["layers"]["blocks.1.ffn.net.2"]["qsnr"] == layer.qsnr
     assert "16 linear layers quantised to 6.00 bits per weight" in str(report)
+    assert f"with a relative error of {100 * 10 ** (-report.qsnr / 20):.1f} % (QSNR {report.qsnr:.1f} dB)" in str(
+        report
+    )
 
 
 def test_a_branch_lowers_the_noise_and_an_exact_weight_has_none():
@@ -89,7 +92,24 @@ def test_a_branch_lowers_the_noise_and_an_exact_weight_has_none():
     assert branch.qsnr > plain.qsnr + 2
     assert branch.bits == pytest.approx(4 + 32 * 16 * 2 / 32)
     assert inputs.qsnr == math.inf
+    assert str(inputs).startswith(
+        "the inputs of 16 linear layers are quantised; their weights are exact; the model has"
+    )
     assert inputs.to_dict()["layers"]["blocks.0.ffn.net.2"]["qsnr"] is None
+
+
+def test_progress_is_shown_if_asked_for(capfd):
+    quantize_weights(wan(), QuantSpec(weight="int8"))
+    assert capfd.readouterr().err == ""
+    quantize_weights(wan(), QuantSpec(weight="int8"), progress=True)
+    assert "16/16" in capfd.readouterr().err
+
+
+def test_a_model_given_to_the_rounding_of_tensors_is_refused():
+    with pytest.raises(
+        UserError, match=r"rounds a tensor, got .*: postgen\.quant\.recipes\.quantize quantises a model"
+    ):
+        quantize(wan(), format_of("int8"))
 
 
 def test_solve_gets_the_weight_that_remains():
@@ -153,6 +173,7 @@ def test_queries_keys_and_values_share_one_rounding(monkeypatch):
         ({"weight": "int4:g16", "rotate": 64}, r"to_q cannot be quantised: rotate is 64, .* 32 channels"),
         ({"weight": "int4:g16", "rank": 33}, r"to_q cannot be quantised: rank is 33, but the layer is 32 x 32"),
         ({"weight": "int4:g16", "overrides": {"ffn": {}}}, r"the pattern 'ffn' of overrides matches no layer that is"),
+        ({"weight": "int4:g16", "overrides": {"ffn": {}}}, r"must match the whole name: use '\.\*ffn\.\*'\. Layers: "),
         ({"weight": "int4:g16", "overrides": {"proj_out": {}}}, "proj_out, which always stays exact"),
         ({"weight": "int4:g16", "overrides": {".*": {"weight": None}}}, "keep every layer exact"),
     ],

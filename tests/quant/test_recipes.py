@@ -220,3 +220,17 @@ def test_wrong_arguments_are_refused_before_anything_is_computed() -> None:
     quantize(model, W4A4)
     with pytest.raises(UserError, match="is quantised already: load the exact model"):
         quantize(model, W4A4, recipe="gptq", calibration=exact.calibration)
+
+
+@pytest.mark.parametrize("spec", ["int4:g8", None, LayerSpec(weight=None)])
+def test_a_spec_of_another_class_is_refused(exact: Exact, spec: Any) -> None:
+    with pytest.raises(UserError, match=r"spec must be a QuantSpec, such as QuantSpec\(weight='int4:g64'\), got"):
+        quantize(exact.model, spec)
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "fdda"])
+def test_every_long_phase_shows_progress(capfd: pytest.CaptureFixture[str], recipe: str) -> None:
+    pipe, size = pipeline("Wan")
+    quantize(pipe, QuantSpec(weight="int4:g8"), recipe=recipe, calibration=calibration_of(pipe, size))
+    shown = capfd.readouterr().err
+    assert ("solve blocks: 100%" if recipe == "gptq" else "correct groups of layers: 100%") in shown

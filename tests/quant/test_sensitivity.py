@@ -91,8 +91,10 @@ def test_a_budget_gives_a_spec_that_the_model_accepts(model: nn.Module) -> None:
     assert len({each.spec for each in allocate(found, 1.2 * budget).chosen.values()}) > 1
     best = allocate(found, 1.2 * budget)
     said = layers_of(model, best.spec())
-    for name, each in best.chosen.items():
-        assert said.get(name, EXACT) == each.spec
+    assert said == {name: each.spec for name, each in best.chosen.items() if each.spec != EXACT}, "others stay exact"
+    assert " layers as int4:g16" in str(best)
+    assert f"sum of the errors {best.error:.3g}, cost {best.cost:,}" in str(best)
+    assert str(found[1]).startswith("blocks.0.attn1.to_q: int2:g16, error ")
     assert allocate(found, 10**9).error == 0
     with pytest.raises(UserError, match="nothing is quantised"):
         allocate(found, 10**9).spec()
