@@ -155,8 +155,8 @@ def test_both_experts() -> None:
 def test_ctrl_c_keeps_the_model_and_the_run_goes_on(
     exact: Exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"recipe": "omniquant+fdda", "steps": 3}
-    straight = exact.quantized(W4A4, **values)
+    spec, values = QuantSpec(weight="int4:g8"), {"recipe": "block_ap+fdda", "steps": 3}
+    straight = exact.quantized(spec, **values)
     step = BlockRun._one_step
 
     def interrupted(run: BlockRun) -> None:
@@ -166,10 +166,10 @@ def test_ctrl_c_keeps_the_model_and_the_run_goes_on(
 
     monkeypatch.setattr(BlockRun, "_one_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        exact.quantized(W4A4, **values, output_dir=tmp_path)
+        exact.quantized(spec, **values, output_dir=tmp_path)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "stage-1/blocks/blocks.1").glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = exact.quantized(W4A4, **values, output_dir=tmp_path, resume=True)
+    resumed = exact.quantized(spec, **values, output_dir=tmp_path, resume=True)
     for (name, value), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 
