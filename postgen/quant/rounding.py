@@ -183,8 +183,7 @@ def quantize_tensor(x: Tensor, format: Format, scales: Scales | None = None) -> 
     """
     if not isinstance(x, Tensor):
         raise UserError(
-            f"postgen.quant.quantize rounds a tensor, got {shown(type(x).__name__)}: postgen.quant.recipes.quantize"
-            " quantises a model"
+            f"quantize_tensor rounds a tensor, got {shown(type(x).__name__)}: postgen.quant.quantize quantises a model"
         )
     x_grouped = grouped(x, format)
     if scales is None:

@@ -65,9 +65,10 @@ def test_the_order_of_groups_keeps_their_places():
 
 def test_uncorrelated_channels_give_least_squares_of_each_group():
     identity = Hessian.of(torch.eye(256), 0.0)
-    found = solve(WEIGHT, format_of("bp2:g128"), "bpdq", identity, order="none", steps=30).numbers()
-    alone = solve(WEIGHT, format_of("bp2:g128"), "ls").numbers()
-    ratio = (WEIGHT - found).square().sum() / (WEIGHT - alone).square().sum()
+    weight = WEIGHT[:32]
+    found = solve(weight, format_of("bp2:g128"), "bpdq", identity, order="none", steps=30).numbers()
+    alone = solve(weight, format_of("bp2:g128"), "ls").numbers()
+    ratio = (weight - found).square().sum() / (weight - alone).square().sum()
     assert float(ratio) == pytest.approx(1, abs=0.02)
 
 

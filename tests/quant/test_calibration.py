@@ -21,7 +21,7 @@ from postgen.quant.calibration import Calibration
 from postgen.quant.calibration_config import CalibrationConfig
 from postgen.quant.step_bins import StepBins
 from postgen.quant.visits import Bin, Observer, Tap, Visit, input_taps
-from tests.quant.calibrated import STEPS, calibrated, calibration_of, two_experts
+from tests.quant.calibrated import STEPS, calibrated, calibration_of, short, two_experts
 from tests.reconstruct.toy import PROMPTS, pipeline
 
 
@@ -174,7 +174,8 @@ def test_the_embedded_model() -> None:
     pipe: Any = WanPipeline.from_pretrained(embedded_model())
     assert CalibrationConfig().records(pipe, 9).size == {"num_frames": 17, "height": 128, "width": 128}
     size = {"num_frames": 5, "height": 32, "width": 32}
-    calibration = Calibration(pipe, PROMPTS[:2], CalibrationConfig(**size, num_inference_steps=2, points=2, bins=2))
+    config = CalibrationConfig(**size, num_inference_steps=2, points=2, bins=2)
+    calibration = short(Calibration(pipe, PROMPTS[:2], config))
     assert calibration.settings.guidance_scale == 3.0
     inputs, layer = Inputs(), "blocks.0.ffn.net.2"
     calibration.stream(pipe.transformer, inputs, layers=[layer])

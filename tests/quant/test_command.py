@@ -14,7 +14,7 @@ from postgen.families.loading import inspect_model, load_pipeline
 from postgen.quant.layers import quantized_layers
 from tests.tiny_wan import wan_components
 
-SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 3, "--points", 3)
+SMALL = ("--frames", 5, "--height", 32, "--width", 32, "--steps", 2, "--points", 2)
 OUT = "THE_OUTPUT"
 TEXTS = ("--prompt", "a red ball", "--prompt", "a blue cube", "--prompt", "a cone")
 
@@ -28,7 +28,7 @@ def loaded(folder: Path) -> Any:
     [
         ("ls", ("--act", "fp8:token", "--override", r".*ffn\.net\.2 weight=int8 act=none", "--rotate", 8)),
         ("gptq", (*TEXTS, *SMALL)),
-        ("omniquant", (*TEXTS, *SMALL, "--train-steps", 2, "--act", "int8:token")),
+        ("omniquant", (*TEXTS, *SMALL, "--train-steps", 1, "--act", "int8:token")),
     ],
 )
 def test_quantised_and_loaded(cli: Any, tiny_wan: Path, tmp_path: Path, recipe: str, words: tuple[Any, ...]) -> None:
@@ -47,7 +47,7 @@ def test_quantised_and_loaded(cli: Any, tiny_wan: Path, tmp_path: Path, recipe: 
 
 
 def test_the_work_of_a_run_is_kept(cli: Any, tiny_wan: Path, tmp_path: Path) -> None:
-    words = ("--weight", "int2:g8:asym", "--recipe", "block_ap", *TEXTS, *SMALL, "--train-steps", 2)
+    words = ("--weight", "int2:g8:asym", "--recipe", "block_ap", *TEXTS, *SMALL, "--train-steps", 1)
     states = []
     for name in "ab":
         run = ("--run", tmp_path / "run")

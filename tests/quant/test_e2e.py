@@ -24,6 +24,13 @@ from tests.training.pair import run_pair
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A finished run on the tiny Wan with the default settings of these tests, and its folder."""
+    folder = tmp_path_factory.mktemp("wan")
+    return trained(folder), folder
+
+
 def student_of(run: Any) -> Any:
     return run.unwrap("distillation").student
 
@@ -49,10 +56,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["Wan", "CogVideoX", "HunyuanVideo", "LTX", "FLUX"])
-def test_every_family(name: str, tmp_path: Path) -> None:
+def test_every_family(name: str, tmp_path: Path, wan: tuple[Any, Path]) -> None:
     """Scales change and nothing else does; the export predicts bitwise what the student predicts."""
     before = {key: value.clone() for key, value in exact(name)[0].transformer.state_dict().items()}
-    run = trained(tmp_path, name)
+    run, folder = wan if name == "Wan" else (trained(tmp_path, name), tmp_path)
     student, teacher = student_of(run), run.unwrap("distillation").teacher
     assert same(dict(teacher.state_dict()), before)
     assert {key.rpartition(".")[2] for key in run.trained()} == {SCALE}
@@ -64,7 +71,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     ]
     assert changed
     assert all(changed)
-    whole = loaded(tmp_path)
+    whole = loaded(folder)
     assert quantized_layers(whole).keys() == layers.keys()
     ours, theirs, teachers = predictions(run, student, whole, teacher)
     assert torch.equal(ours, theirs)
@@ -72,7 +79,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
-    run = trained(tmp_path, max_steps=30, learning_rate=3e-3, weight="int2:g8:asym", act=None, eval_steps=30,
+    run = trained(tmp_path, max_steps=12, learning_rate=1e-2, weight="int2:g8:asym", act=None, eval_steps=12,
                   eval_on_start=True)  # fmt: skip
     losses = [row["eval_loss"] for row in log_of(tmp_path) if "eval_loss" in row]
     assert losses[-1] < 0.9 * losses[0]
@@ -104,7 +111,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_branches(tmp_path: Path) -> None:
+def test_branches(tmp_path: Path, wan: tuple[Any, Path]) -> None:
     """A branch whose rank falls is gone in the export; another one stays as an exact low-rank branch."""
     run = trained(tmp_path / "gone", **STAGES)
     assert not any(float(layer.aux_gain.max()) for layer in scale_layers(student_of(run)).values())
@@ -115,16 +122,15 @@ def test_branches(tmp_path: Path) -> None:
     ours, theirs = predictions(run, student_of(run), whole)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     # The branch begins as what rounding has lost, so the first loss is smaller.
-    trained(tmp_path / "plain")
-    first = [log_of(tmp_path / name)[0]["loss"] for name in ("kept", "plain")]
+    first = [log_of(folder)[0]["loss"] for folder in (tmp_path / "kept", wan[1])]
     assert first[0] < 0.9 * first[1]
 
 
-def test_a_quantised_model_is_trained_further(tmp_path: Path) -> None:
-    run = trained(tmp_path / "a")
-    student = str(tmp_path / "a" / "export" / "transformer")
+def test_a_quantised_model_is_trained_further(tmp_path: Path, wan: tuple[Any, Path]) -> None:
+    run, folder = wan
+    student = str(folder / "export" / "transformer")
     after = trained(tmp_path / "b", student=student, branch_rank=2, max_steps=1, learning_rate=1e-9)
-    theirs = dict(loaded(tmp_path / "a").state_dict())
+    theirs = dict(loaded(folder).state_dict())
     for name, value in loaded(tmp_path / "b").state_dict().items():
         if not name.endswith(("branch_up", "branch_down", "weight_scale")):
             assert torch.equal(value, theirs[name])
@@ -133,7 +139,7 @@ def test_a_quantised_model_is_trained_further(tmp_path: Path) -> None:
     ours, before = predictions(run, student_of(after), student_of(run))
     torch.testing.assert_close(ours, before, rtol=1e-3, atol=1e-4)
     # The folder of the whole export is accepted too; another model is not.
-    trained(tmp_path / "c", student=str(tmp_path / "a" / "export"), max_steps=1)
+    trained(tmp_path / "c", student=str(folder / "export"), max_steps=1)
     with pytest.raises(UserError, match="was quantised from another model than the teacher"):
         trained(tmp_path / "d", "CogVideoX", student=student)
     exact("Wan")[0].transformer.save_pretrained(tmp_path / "stock")

@@ -46,7 +46,7 @@ def test_exact_runs_give_the_law_back() -> None:
 
 def test_noisy_runs_and_one_bad_run() -> None:
     runs = made(0.03)
-    fit = fit_law(runs, draws=200)
+    fit = fit_law(runs, draws=60)
     bad = [*runs[:5], LawRun(parameters=4e6, tokens=4e8, group=64, delta=50.0), *runs[5:]]
     for found in (fit, fit_law(bad, draws=20)):
         assert found.law.group == pytest.approx(0.6, abs=0.1)
@@ -56,20 +56,20 @@ def test_noisy_runs_and_one_bad_run() -> None:
     assert guess.low < TRUE.delta(2e6, 2e8, 32) < guess.high
     assert guess.outside == ()
     assert fit.predict(parameters=2e6, tokens=2e10, group=512).outside == ("tokens", "group")
-    assert fit_law(runs, draws=200).intervals == fit.intervals
+    assert fit_law(runs, draws=60).intervals == fit.intervals
 
 
 def test_intervals_hold_the_true_numbers() -> None:
     held = []
     for seed in range(12):
-        fit = fit_law(made(0.03, seed=seed), draws=100)
+        fit = fit_law(made(0.03, seed=seed), draws=50)
         for name in ("k", "parameters", "tokens", "group"):
             held.append(fit.intervals[name].low < getattr(TRUE, name) < fit.intervals[name].high)
     assert 0.8 <= sum(held) / len(held) <= 0.99
 
 
 def test_exponents_are_not_negative() -> None:
-    fit = fit_law(made(0.01, QatLaw(k=0.2, parameters=0.25, tokens=-0.1, group=0.6)), draws=50)
+    fit = fit_law(made(0.01, QatLaw(k=0.2, parameters=0.25, tokens=-0.1, group=0.6)), draws=20)
     assert fit.law.tokens == 0
     assert fit.law.group == pytest.approx(0.6, abs=0.1)
     assert float(fit.draws[:, 1:].min()) >= 0

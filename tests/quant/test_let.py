@@ -144,7 +144,7 @@ def test_every_model_but_unets_has_rows():
 def test_the_embedded_model_is_the_same_after_folds_of_its_own_ranges():
     model = WanTransformer3DModel.from_pretrained(embedded_model(), subfolder="transformer", torch_dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, model.config.in_channels, 3, 8, 8, generator=generator)
+    latents = torch.randn(2, model.config.in_channels, 2, 4, 4, generator=generator)
     text = torch.randn(2, 12, model.config.text_dim, generator=generator)
     inputs = Inputs(model)
     with torch.no_grad():

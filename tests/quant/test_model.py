@@ -106,10 +106,8 @@ def test_progress_is_shown_if_asked_for(capfd):
 
 
 def test_a_model_given_to_the_rounding_of_tensors_is_refused():
-    with pytest.raises(
-        UserError, match=r"rounds a tensor, got .*: postgen\.quant\.recipes\.quantize quantises a model"
-    ):
-        quantize(wan(), format_of("int8"))
+    with pytest.raises(UserError, match=r"rounds a tensor, got .*: postgen\.quant\.quantize quantises a model"):
+        quantize_tensor(wan(), format_of("int8"))
 
 
 def test_solve_gets_the_weight_that_remains():

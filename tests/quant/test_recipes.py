@@ -24,7 +24,7 @@ from postgen.quant.model import quantize_weights, rtn
 from postgen.quant.recipes import quantize
 from postgen.quant.stages import RECIPES, Recipe, Stage
 from postgen.reconstruct.block_run import BlockRun
-from tests.quant.calibrated import calibration_of, two_experts
+from tests.quant.calibrated import calibration_of, short, two_experts
 from tests.reconstruct.toy import PROMPTS, pipeline
 
 W4A4 = QuantSpec(weight="int4:g8", act="int4:token")
@@ -34,7 +34,7 @@ class Exact:
     def __init__(self) -> None:
         self.pipe, size = pipeline("Wan")
         config = CalibrationConfig(**size, points=4, bins=2, num_inference_steps=4, guidance_scale=1.0)
-        self.calibration = Calibration(self.pipe, PROMPTS[:3], config)
+        self.calibration = short(Calibration(self.pipe, PROMPTS[:3], config))
         self.calibration.draw()
         self.model = self.pipe.transformer
         self.points = self.calibration.points(held_out=True)
@@ -133,22 +133,22 @@ def test_clips_of_inputs_by_noise_level(exact: Exact, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_read_again(exact: Exact, tmp_path: Path) -> None:
-    first = exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path)
+    first = exact.quantized(W4A4, "omniquant", steps=1, output_dir=tmp_path)
     with pytest.raises(UserError, match="resume=True"):
-        exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path)
-    again = exact.quantized(W4A4, "omniquant", steps=3, output_dir=tmp_path, resume=True)
+        exact.quantized(W4A4, "omniquant", steps=1, output_dir=tmp_path)
+    again = exact.quantized(W4A4, "omniquant", steps=1, output_dir=tmp_path, resume=True)
     for (name, value), other in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 
 
 def test_both_experts() -> None:
     pipe, size = two_experts()
-    calibration = calibration_of(pipe, size, guidance_scale=3.0)
+    calibration = calibration_of(pipe, size, guidance_scale=3.0, points=4)
     calibration.draw()
     with pytest.raises(UserError, match="transformer and transformer_2: quantise one after the other"):
         quantize(pipe, W4A4, recipe="gptq", calibration=calibration)
     for name in calibration.experts:
-        recipe = {"recipe": "omniquant+fdda", "steps": 2} if name == "transformer" else {"recipe": "gptq"}
+        recipe = {"recipe": "omniquant+fdda", "steps": 1} if name == "transformer" else {"recipe": "gptq"}
         report = quantize(getattr(pipe, name), W4A4, calibration=calibration, progress=False, **recipe)
         assert len(report.layers) == 2 * 8
     assert len(quantized_layers(pipe.transformer_2)) == 2 * 8
@@ -157,8 +157,8 @@ def test_both_experts() -> None:
 def test_ctrl_c_keeps_the_model_and_the_run_goes_on(
     exact: Exact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"recipe": "omniquant+fdda", "steps": 4}
-    straight = exact.quantized(W4A4, **values)
+    spec, values = QuantSpec(weight="int4:g8"), {"recipe": "block_ap+fdda", "steps": 3}
+    straight = exact.quantized(spec, **values)
     step = BlockRun._one_step
 
     def interrupted(run: BlockRun) -> None:
@@ -168,10 +168,10 @@ def test_ctrl_c_keeps_the_model_and_the_run_goes_on(
 
     monkeypatch.setattr(BlockRun, "_one_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        exact.quantized(W4A4, **values, output_dir=tmp_path)
+        exact.quantized(spec, **values, output_dir=tmp_path)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "stage-1/blocks/blocks.1").glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = exact.quantized(W4A4, **values, output_dir=tmp_path, resume=True)
+    resumed = exact.quantized(spec, **values, output_dir=tmp_path, resume=True)
     for (name, value), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 

@@ -1,5 +1,7 @@
 """Solvers: each lowers the error that it is made to lower, for every number format."""
 
+import functools
+
 import pytest
 import torch
 
@@ -15,8 +17,14 @@ ALL = ["int2:g64:asym", "int2:g64", "int3:g128", "int4", "int4:tensor", "int4:as
 ALL += ["mxint8", "mxfp4", "mxfp6", "mxfp4:floor", "nvfp4", "nvint4", "bp2", "bp3:g128"]
 
 
-def output_error(text, solver, hessian=HESSIAN, **options):
-    found = solve(WEIGHT, format_of(text), solver, hessian, **options)
+@functools.cache
+def solved(text, solver, **options):
+    """Return what a solver finds for the example with its Hessian; tests do not change it."""
+    return solve(WEIGHT, format_of(text), solver, HESSIAN, **options)
+
+
+def output_error(text, solver, **options):
+    found = solved(text, solver, **options)
     assert found.format == format_of(text)
     assert found.shape == tuple(WEIGHT.shape)
     return HESSIAN.error(WEIGHT, found.numbers())
@@ -39,7 +47,7 @@ def test_codes_are_of_the_grid_and_scales_as_rounding_makes_them(text):
     format = format_of(text)
     plain = quantize_tensor(WEIGHT, format)
     for solver in ("ls", "gptq"):
-        found = solve(WEIGHT, format, solver, HESSIAN)
+        found = solved(text, solver)
         assert found.values.shape == plain.values.shape
         assert torch.equal(format.grid.decode(format.grid.encode(found.values)), found.values)
         assert found.scales.scale.shape == plain.scales.scale.shape

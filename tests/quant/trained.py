@@ -8,6 +8,7 @@ from typing import Any
 from postgen.quant.train_config import QuantTrainingConfig
 from postgen.quant.trainer import QuantTrainer
 from tests.families.tiny_pipelines import tiny_pipeline
+from tests.quant.calibrated import TOKENS
 from tests.reconstruct.toy import PROMPTS, pipeline
 
 ROWS = [{"prompt": text} for text in PROMPTS]
@@ -25,7 +26,8 @@ def exact(name: str) -> tuple[Any, dict[str, int]]:
 def trained(folder: Path, name: str = "Wan", pipe: Any = None, **changes: Any) -> QuantTrainer:
     """Train the scales of a tiny model; return the trainer."""
     made, size = exact(name)
-    kept: dict[str, Any] = {"max_steps": 2, "num_inference_steps": 3, "per_device_train_batch_size": 2}
+    kept: dict[str, Any] = {"max_steps": 2, "num_inference_steps": 2, "per_device_train_batch_size": 2}
+    kept |= {"max_sequence_length": TOKENS}
     kept |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "logging_steps": 1, "batch_size": 2, **size}
     kept |= {"learning_rate": 1e-3, "caption_dropout": 0.2, **({} if "student" in changes else SPEC)}
     args = QuantTrainingConfig(output_dir=str(folder), **{**kept, **changes})
