@@ -7,6 +7,7 @@ checkpoint is loaded. The import of this module is cheap and does not import dif
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -26,13 +27,18 @@ def register_quantizer(method: str, home: str, quantizer: str, config: str) -> N
 
     Args:
         method: name of the method, as checkpoints store it.
-        home: module of both classes, which is imported together with the tables.
+        home: module of both classes, which is imported together with the tables. If its import fails, a warning says so.
         quantizer: name of the quantiser class, see `compat.quantizer.Quantizer`.
         config: name of the config class.
     """
 
     def add(tables: ModuleType) -> None:
-        found = import_module(home)
+        try:
+            found = import_module(home)
+        except (ImportError, AttributeError) as error:
+            # A version of diffusers with other names must not make the import of diffusers itself fail.
+            warnings.warn(f"diffusers cannot load {method} checkpoints: {error}", stacklevel=2)
+            return
         if not hasattr(found, quantizer):
             return  # its import has led here, and it will call `register_quantizer` at its end
         tables.AUTO_QUANTIZER_MAPPING[method] = getattr(found, quantizer)

@@ -208,6 +208,17 @@ def test_the_order_of_imports_does_not_matter(tmp_path, monkeypatch, first):
     monkeypatch.delitem(sys.modules, classes)
 
 
+def test_other_names_in_the_library_do_not_break_its_import(tmp_path, monkeypatch):
+    (tmp_path / "later_tables.py").write_text("AUTO_QUANTIZER_MAPPING = {}\n")
+    (tmp_path / "later_classes.py").write_text("from later_tables import Base\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(quantizers, "_TABLES", "later_tables")
+    quantizers.register_quantizer("mine", "later_classes", "Mine", "Config")
+    with pytest.warns(UserWarning, match="diffusers cannot load mine checkpoints: cannot import name 'Base'"):
+        assert import_module("later_tables").AUTO_QUANTIZER_MAPPING == {}
+    monkeypatch.delitem(sys.modules, "later_tables")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
