@@ -27,7 +27,7 @@ def register_quantizer(method: str, home: str, quantizer: str, config: str) -> N
 
     Args:
         method: name of the method, as checkpoints store it.
-        home: module of both classes, which is imported together with the tables. If its import fails, a warning says so.
+        home: module of both classes, which is imported together with the tables. If that fails, a warning says so.
         quantizer: name of the quantiser class, see `compat.quantizer.Quantizer`.
         config: name of the config class.
     """
