@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from postgen.compat import kept_in_float32
 from postgen.metrics.drift.cost import Flatness, flat_cost
 from postgen.pipelines.worldweaver import WorldWeaverPipeline
-from postgen.worldweaver.plan import CAPACITY
+from postgen.worldweaver.memory import CAPACITY
 
 Row = dict[str, Any]
 STEPS, TOKENS = 6, 512
