@@ -115,7 +115,9 @@ def slopes(speed: Mapping[str, Any], cpu: Mapping[str, Any]) -> dict[str, float 
     allocator. The CPU values are for the embedded model, with the memory of the process. None: one of them is missing.
     """
     chosen = {"model": "1.3b", "system": "worldweaver", "output": "latent"}
-    own: Mapping[str, Any] = next((row for row in speed.get("rows", ()) if chosen.items() <= row.items()), {})
+    # Rows without the key `output` are of runs that knew only latent output.
+    rows = ({"output": "latent", **row} for row in speed.get("rows", ()))
+    own: Mapping[str, Any] = next((row for row in rows if chosen.items() <= row.items()), {})
     found: dict[str, float | None] = {}
     for name in ("time_slope", "memory_slope"):
         both = [own.get(name), cpu.get(name)]
