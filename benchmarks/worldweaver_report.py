@@ -5,6 +5,7 @@
 OUT has the files of `benchmarks.worldweaver`, OUT_LONG those of 1,000 frames. The file of `--cpu` is from
 `benchmarks.worldweaver_cpu`. Speed is read from `results/worldweaver_speed.json`. A missing file makes its gates fail.
 The rows of the committed result are in `benchmarks/data/worldweaver_rows.tar.xz`; unpack it into OUT to add arms.
+The file of `--cpu` that was used is `benchmarks/data/worldweaver_cpu.json`.
 Our arm is e (three groups in flight, depth in memory). This was fixed before any measurement.
 """
 
