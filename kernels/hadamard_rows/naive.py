@@ -11,8 +11,6 @@ Shapes: x (..., K); signs (K,); y and codes (..., K); scale (..., 1).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ def rotate(x: Tensor, block: int, signs: Tensor | None = None) -> Tensor:
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     turned = x.to(dtype) if signs is None else x.to(dtype) * signs.to(dtype)
-    matrix = hadamard(block).to(x.device, dtype)
+    matrix = hadamard(block, x.device).to(dtype)
     # Autocast would round the sums to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
         turned = turned.unflatten(-1, (-1, block)) @ matrix
@@ -54,10 +52,14 @@ def rotate_quantize(x: Tensor, block: int, signs: Tensor | None, dtype: torch.dt
     return to_int8(turned, scale), scale
 
 
-@functools.cache
-def hadamard(size: int) -> Tensor:
-    """Return the Hadamard matrix H_h (h, h) of -1 and 1, float32, on the CPU; h is a power of two."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+def hadamard(size: int, device: torch.device | None = None) -> Tensor:
+    """Return the Hadamard matrix H_h (h, h) of -1 and 1, float32, computed on a device; h is a power of two.
+
+    Entry (i, j) is -1 where i and j have an odd number of 1 bits in common. The matrix is not cached: a tensor that was
+    cached in inference mode could not be used in training, and a copy from the CPU would wait for the GPU.
+    """
+    index = torch.arange(size, device=device)
+    common = index[:, None] & index
+    for shift in (8, 4, 2, 1):
+        common = common ^ (common >> shift)
+    return 1.0 - 2.0 * (common & 1)

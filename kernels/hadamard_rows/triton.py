@@ -139,9 +139,9 @@ _MATRICES: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
 def _blocks(size: int, block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the matrix (size, size) with Hadamard blocks on its diagonal, kept on the device."""
-    # A copy from the CPU waits and cannot be recorded in a CUDA graph.
+    # Kept, because making it takes longer than using it. Only kernels read it, so inference mode does not matter.
     key = (size, block, device, dtype)
     if key not in _MATRICES:
-        matrix: Tensor = torch.block_diag(*[hadamard(block)] * (size // block))
-        _MATRICES[key] = matrix.to(device, dtype)
+        matrix: Tensor = torch.block_diag(*[hadamard(block, device)] * (size // block))
+        _MATRICES[key] = matrix.to(dtype)
     return _MATRICES[key]

@@ -106,3 +106,18 @@ def test_rows_that_the_kernel_cannot_hold() -> None:
     assert triton.why_not(long, 128) is None
     assert triton.why_not(long, 256) == "rows have 32768 numbers, at most 16384 fit with blocks of 256"
     assert triton.why_not(torch.empty(1, 65536), 16) is not None
+
+
+def test_a_rotation_in_inference_mode_does_not_spoil_later_gradients() -> None:
+    with torch.inference_mode():
+        rotate(gaussian(2, 64), 64)
+    x = gaussian(2, 64).requires_grad_()
+    rotate(x, 64).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_the_matrix_is_sylvesters() -> None:
+    expected = torch.ones(1, 1)
+    for power in range(13):
+        assert torch.equal(naive.hadamard(2**power), expected)
+        expected = torch.cat([torch.cat([expected, expected], 1), torch.cat([expected, -expected], 1)])
