@@ -55,8 +55,8 @@ def rotate_quantize(x: Tensor, block: int, signs: Tensor | None, dtype: torch.dt
 def hadamard(size: int, device: torch.device | None = None) -> Tensor:
     """Return the Hadamard matrix H_h (h, h) of -1 and 1, float32, computed on a device; h is a power of two.
 
-    Entry (i, j) is -1 where i and j have an odd number of 1 bits in common. The matrix is not cached: one that was made
-    in inference mode could not be used in training, and a copy from the CPU would make the GPU wait.
+    Entry (i, j) is -1 where i and j have an odd number of 1 bits in common. The matrix is not cached: one that was
+    made in inference mode could not be used in training, and a copy from the CPU would make the GPU wait.
     """
     index = torch.arange(size, device=device)
     common = index[:, None] & index
