@@ -92,7 +92,7 @@ class FloatGrid:
 
     def encode(self, values: Tensor) -> Tensor:
         """Return the bit pattern of numbers of the grid, uint8, with the sign in the highest bit."""
-        table = self._positive().to(values.device)
+        table = self._positive(values.device)
         below = torch.bucketize(values.abs().float(), table)  # exact numbers: the index of the equal one
         sign = torch.signbit(values).to(torch.uint8) << (self.bits - 1)
         return below.to(torch.uint8) | sign
@@ -100,22 +100,23 @@ class FloatGrid:
     def decode(self, codes: Tensor) -> Tensor:
         """Return the numbers of bit patterns (the inverse of `encode`), float32."""
         half = 1 << (self.bits - 1)
-        size = self._positive().to(codes.device)[(codes & (half - 1)).long()]
+        size = self._positive(codes.device)[(codes & (half - 1)).long()]
         return torch.where(codes >= half, -size, size)
 
-    def _positive(self) -> Tensor:
-        return _positive(self.exponent_bits, self.mantissa_bits, self.bias, self.largest)
+    def _positive(self, device: torch.device) -> Tensor:
+        return _positive(self.exponent_bits, self.mantissa_bits, self.bias, self.largest, device)
 
 
 Grid = IntGrid | FloatGrid
 
 
 @functools.cache
-def _positive(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> Tensor:
+@torch.inference_mode(False)  # a tensor made in inference mode could not be used in training later
+def _positive(exponent_bits: int, mantissa_bits: int, bias: int, largest: float, device: torch.device) -> Tensor:
     """Return the numbers from 0 to the largest in order; the place of a number is its bit pattern without the sign."""
     codes = torch.arange(2 ** (exponent_bits + mantissa_bits))
     exponent, mantissa = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
     whole = mantissa + torch.where(exponent > 0, 2**mantissa_bits, 0)
     found = torch.ldexp(whole.float(), exponent.clamp_min(1) - bias - mantissa_bits)
     # Patterns beyond the largest number mean NaN: E4M3 has one. They stay out of the table.
-    return found[found <= largest]
+    return found[found <= largest].to(device)
