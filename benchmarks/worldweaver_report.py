@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.gates import RESULTS, Gate, gate, write_result
 from benchmarks.worldweaver_pictures import PLOTS, plots, sheet
 from benchmarks.worldweaver_stats import Runs, bands, compared, interval, pooled, read_runs
-from benchmarks.worldweaver_tables import COMPARED, OURS, PAGE, filled
+from benchmarks.worldweaver_tables import COMPARED, OURS, PAGE, PARTS, filled
 from postgen.errors import UserError
 from postgen.files import replacing
 from postgen.world.spec import FPS
@@ -64,14 +64,19 @@ def arms_of(found: Mapping[str, Runs]) -> dict[str, Any]:
 
 
 def against(found: Mapping[str, Runs]) -> dict[str, Any]:
-    """Return the comparison of every arm with chunk-by-chunk generation, and of the main arms with each of `BASES`."""
+    """Return the comparisons of arms: base -> arm -> number.
+
+    Every arm is compared with chunk-by-chunk generation, the main arms with each of `BASES`, and the arms of `PARTS`
+    with the arm from which they differ in one part.
+    """
+    pairs = [(CHUNK_AR, name) for name in found]
+    pairs += [(base, name) for base in BASES for name in found if name in COMPARED]
+    pairs += [(base, name) for base, names in PARTS.items() for name in names]
     rows: dict[str, Any] = {}
-    for base in BASES:
-        for name, runs in found.items():
-            if base not in found or name == base or (base != CHUNK_AR and name not in COMPARED):
-                continue
-            both = {number: row for number in NUMBERS if (row := compared(runs, found[base], number)) is not None}
-            rows.setdefault(base, {})[name] = both
+    for base, name in dict.fromkeys(pairs):
+        if base in found and name in found and name != base:
+            numbers = {number: compared(found[name], found[base], number) for number in NUMBERS}
+            rows.setdefault(base, {})[name] = {number: row for number, row in numbers.items() if row is not None}
     return rows
 
 

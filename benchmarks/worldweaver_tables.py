@@ -57,6 +57,12 @@ OURS = "e"
 """Our arm. It was fixed before anything was measured."""
 COMPARED = ("d", OURS, "j")
 """Arms with which the table of differences compares."""
+PARTS = {
+    OURS: ("f", "g2", "g5", "h_recent", "h_uniform", "h_depth_sim", "h_camera", "i"),
+    "d": ("b", "c"),
+    "h_camera": ("j",),
+}
+"""Arm -> arms that differ from it in one part."""
 
 
 def _short(value: float | None) -> str:
@@ -100,9 +106,22 @@ def differences(part: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of differences from the baselines."""
     rows = []
     for base, others in part["against"].items():
+        if base in PARTS and base != "d":  # these bases serve the table of parts only
+            continue
         for name in _arms({key: None for key in others if key in COMPARED}):
             told = [_spread(others[name].get(number, {}).get("difference")) for number in FEWER]
             rows.append([f"{name} - {base}", *told])
+    yield from table(["", *(COLUMNS[number] for number in FEWER)], rows)
+
+
+def parts(part: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of arms that differ in one part."""
+    rows = []
+    for base, names in PARTS.items():
+        for name in names:
+            if numbers := part["against"].get(base, {}).get(name):
+                told = [_spread(numbers.get(number, {}).get("difference")) for number in FEWER]
+                rows.append([f"{NAMES[name]} - {base}", *told])
     yield from table(["", *(COLUMNS[number] for number in FEWER)], rows)
 
 
@@ -145,6 +164,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "arms": arms,
     "seeds": seeds,
     "differences": differences,
+    "parts": parts,
     "thesis": thesis,
     "long": _of_long(arms),
     "long_differences": _of_long(differences),
