@@ -1,0 +1,1 @@
+"""Merging of checkpoints and of LoRA files."""
