@@ -135,7 +135,7 @@ def measured_sources(
         rows.append(
             MergedSource(
                 path=label,
-                digest=measured.hashes[number].hexdigest(),
+                digest=measured.digest(number),
                 step=steps[number],
                 weight=factors[number],
                 length=root("length", number),

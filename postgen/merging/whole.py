@@ -83,7 +83,8 @@ class WholeMerge:
 
     def _blocks(self, network: str, name: str, measured: Measured) -> Iterator[Tensor]:
         if name in self.readers[network][-1].rows:
-            return merged_blocks(name, self.readers[network], self.rule, measured)
+            shown = network if len(self.readers) > 1 else ""
+            return merged_blocks(name, self.readers[network], self.rule, measured, shown)
         filler = self.fill[network]
         count = filler.rows[name].count
         return (filler.read(name, start, min(start + 2**20, count)) for start in range(0, count, 2**20))
@@ -190,10 +191,9 @@ def copy_others(layout: Layout, folder: Path, report: MergeReport) -> None:
         titles, *rows = report.rows()
         lines = [titles, tuple("---" for _ in titles), *rows]
         table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-        with card.open("a", encoding="utf-8") as file:
-            file.write(
-                f"\n\n## Merge\n\nThese weights are a merge ({json.dumps(dict(report.settings))}):\n\n{table}\n"
-            )
+        settings = json.dumps(dict(report.settings))
+        text = f"\n\n## Merge\n\nThese weights are a merge with the settings {settings}:\n\n{table}\n"
+        card.write_text(card.read_text(encoding="utf-8") + text, encoding="utf-8")
 
 
 def _configs(sources: Sequence[Source], base: Source | None) -> list[list[Path]]:
