@@ -144,7 +144,7 @@ def _merge(
     from postgen.merging import merge as merged
 
     config = MergeConfig(method=method, **given)
-    with steps("merging", "MB") as show:
+    with steps("merging", "%") as show:
         report = merged(sources, output, config, base=base, last=last, progress=show)
     _tell(report.rows())
     if report.mean_cosine is not None:

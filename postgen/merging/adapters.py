@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.families.lora_file import EXPERTS, NOTE, WEIGHTS, find_loras
 from postgen.tensor_files import opened, read_tensors
 
 from .lora import merge_loras
+from .lora_angles import distance, gram_of, turn
 from .lora_report import LoraMergeReport, write_lora
 from .methods import LORA_ONLY, WHOLE_ONLY, MergeConfig, source_factors
-from .report import MergedSource, MergeReport, emulated, settings_of
+from .report import MergedSource, MergeReport, Progress, emulated, mean_cosine, settings_of
 from .sources import WEIGHTS as CHECKPOINT
 from .sources import Source
 
@@ -40,7 +42,12 @@ def check_loras(config: MergeConfig, base: object) -> None:
 
 
 def write_loras(
-    sources: Sequence[Source], target: Path, output: Path, scratch: Path, config: MergeConfig
+    sources: Sequence[Source],
+    target: Path,
+    output: Path,
+    scratch: Path,
+    config: MergeConfig,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Merge LoRAs, write the result, and return the report.
 
@@ -50,6 +57,7 @@ def write_loras(
         output: its final path.
         scratch: an empty folder for temporary files.
         config: the settings.
+        progress: called with the percentage of the merged layers, and 100.
 
     Raises:
         UserError: the LoRAs do not fit together, or the settings do not fit them.
@@ -62,25 +70,39 @@ def write_loras(
     single = output.suffix == ".safetensors"
     if single and len(every[0]) > 1:
         raise UserError(f"{output} would hold the LoRAs of two networks: give a folder with -o")
-    reports = {}
+    reports: dict[str, LoraMergeReport] = {}
+    grams = []
     for network in every[0]:
         files = [found[network] for found in every]
-        reports[network or "lora"] = report = _merge(files, factors, config, [source.label for source in sources])
+        labels = [source.label for source in sources]
+        tensors, reports[network or "lora"] = _merge(files, factors, config, labels, progress)
         # The LoRA of the only network is in the folder itself, as diffusers writes it.
         place = target if single or network is None else target / network
-        write_lora(place, *report)
-    return _report(sources, factors, {name: each for name, (_, each) in reports.items()}, output, config)
+        write_lora(place, tensors, reports[network or "lora"])
+        grams.append(gram_of([*files, place if single else place / WEIGHTS]))
+    return _report(sources, factors, reports, grams, output, config)
 
 
 def _merge(
-    files: Sequence[Path], factors: Sequence[float], config: MergeConfig, labels: Sequence[str]
-) -> tuple[dict[str, Any], LoraMergeReport]:
+    files: Sequence[Path],
+    factors: Sequence[float],
+    config: MergeConfig,
+    labels: Sequence[str],
+    progress: Progress | None,
+) -> tuple[dict[str, Tensor], LoraMergeReport]:
+    def track(layers: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+        every = list(layers)
+        for number, layer in enumerate(every, 1):
+            yield layer
+            if progress is not None:
+                progress(100 * number // len(every), 100)
+
     options: dict[str, Any] = {
         name: value for name in ("density", "seed") if (value := getattr(config, name)) is not None
     }
     method = config.method if config.method in LORA_ONLY else "exact"
     try:
-        return merge_loras(files, factors, rank=config.rank, method=method, **options)
+        return merge_loras(files, factors, rank=config.rank, method=method, track=track, **options)
     except UserError as error:
         text = str(error)
         for file, label in zip(files, labels, strict=True):  # temporary files of checkpoints
@@ -138,11 +160,27 @@ def _report(
     sources: Sequence[Source],
     factors: Sequence[float],
     reports: Mapping[str, LoraMergeReport],
+    grams: Sequence[Tensor | None],
     output: Path,
     config: MergeConfig,
 ) -> MergeReport:
     first = next(iter(reports.values()))
-    rows = zip(sources, factors, first.digests, strict=True)
+    whole = sum(gram for gram in grams if gram is not None) if None not in grams else None
+    gram = whole if isinstance(whole, Tensor) else None
+    count = len(sources)
+    rows = [
+        MergedSource(
+            path=source.label,
+            digest=first.digests[number],
+            step=source.step,
+            weight=factors[number],
+            length=None if gram is None else float(gram[number, number]) ** 0.5,
+            to_merged=None if gram is None else distance(gram, number, count),
+            to_next=None if gram is None or number + 1 == count else distance(gram, number, number + 1),
+            cosine=None if gram is None or number + 2 >= count else turn(gram, number),
+        )
+        for number, source in enumerate(sources)
+    ]
     told = {}
     for name, report in reports.items():
         told[name] = {key: value for key, value in report.to_dict().items() if key not in ("files", "weights")}
@@ -150,10 +188,11 @@ def _report(
         output=str(output),
         kind="lora",
         settings=settings_of(config),
-        sources=[
-            MergedSource(path=source.label, digest=digest, step=source.step, weight=factor)
-            for source, factor, digest in rows
-        ],
+        sources=rows,
+        mean_cosine=mean_cosine(rows),
+        relative_change=None
+        if gram is None or not gram[0, 0]
+        else distance(gram, 0, count) / float(gram[0, 0]) ** 0.5,
         curve=emulated(factors),
         tensors=2 * sum(report.layers for report in reports.values()),
         lora=told,

@@ -14,10 +14,11 @@ from postgen.errors import UserError
 from postgen.files import check_apart, check_place, files_of, replacing_all
 
 from .adapters import check_loras, write_loras
+from .checks import check_models
 from .methods import LORA_ONLY, MergeConfig
-from .report import NAME, MergeReport
+from .report import NAME, MergeReport, Progress
 from .sources import Source, find_base, find_sources
-from .whole import Progress, WholeMerge, check_base, copy_others, prepare
+from .whole import WholeMerge, check_base, copy_others, prepare
 
 
 def merge(
@@ -41,7 +42,7 @@ def merge(
         config: the settings; None is the mean (`sma`).
         base: the model that the sources began from, for `eta`, `add`, `negate` and `slerp`.
         last: number of checkpoints of each run; None takes all.
-        progress: called with the number of written megabytes, and of all.
+        progress: called with the percentage of the work that is done, and 100.
 
     Returns:
         The report, which is also written: `merge.json` in a folder, NAME.merge.json beside a file.
@@ -52,6 +53,7 @@ def merge(
     """
     config = config or MergeConfig()
     found = find_sources(sources, last)
+    check_models(found)
     root = find_base(base) if base is not None else None
     target = Path(output)
     _check_output(target, found, root)
@@ -85,7 +87,7 @@ def _write(
         if ready is None:
             if not single:
                 part.mkdir()
-            report = _loras(sources, part, target, Path(inner), config)
+            report = _loras(sources, part, target, Path(inner), config, progress)
         else:
             _check_space(target, ready)
             folder = part if not single else part.parent
@@ -100,10 +102,17 @@ def _write(
     return report
 
 
-def _loras(sources: Sequence[Source], part: Path, target: Path, scratch: Path, config: MergeConfig) -> MergeReport:
+def _loras(
+    sources: Sequence[Source],
+    part: Path,
+    target: Path,
+    scratch: Path,
+    config: MergeConfig,
+    progress: Progress | None,
+) -> MergeReport:
     # `write_lora` replaces its target, a folder or a file with the suffix .safetensors.
     written = scratch / ("lora.safetensors" if target.suffix == ".safetensors" else "lora")
-    report = write_loras(sources, written, target, scratch / "sources", config)
+    report = write_loras(sources, written, target, scratch / "sources", config, progress)
     if written.is_file():
         shutil.copyfile(written, part)
     else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import postgen
@@ -17,6 +19,9 @@ from .stream import Measured
 
 NAME = "merge.json"
 """File name of the report in a merged folder; beside a merged file NAME.safetensors it is NAME.merge.json."""
+
+Progress = Callable[[int, int], None]
+"""Called with the percentage of the work that is done, and 100."""
 
 _SHOWN = 5
 """Number of tensors with the largest changes in the report."""
@@ -66,7 +71,8 @@ class MergeReport:
     values: int = 0
     """Number of merged floating-point values."""
     relative_change: float | None = None
-    """Distance of the merge from the base, or else from the first source, divided by the length of that model."""
+    """Distance of the merge from the base, or else from the first source, divided by the length of that model; for a
+    LoRA, of the changes that it makes."""
     largest_changes: Mapping[str, float] = field(default_factory=dict)
     """Tensors with the largest relative changes."""
     lora: Mapping[str, Any] = field(default_factory=dict)
@@ -82,22 +88,30 @@ class MergeReport:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return a table of the sources as texts, the titles first."""
+        """Return a table of the sources as texts, the titles first. Paths are without the folder that they share."""
         titles = ("source", "step", "weight", "to merge", "to base", "to next", "cosine")
         every = [*([self.base] if self.base else []), *self.sources]
+        names = _short([each.path for each in every])
         rows = [
             (
-                f"{each.path} (base)" if each is self.base else each.path,
+                f"{name} (base)" if each is self.base else name,
                 "" if each.step is None else str(each.step),
                 *(
                     "" if value is None else f"{value:.4g}"
                     for value in (each.weight, each.to_merged, each.to_base, each.to_next, each.cosine)
                 ),
             )
-            for each in every
+            for name, each in zip(names, every, strict=True)
         ]
         filled = [column for column in range(len(titles)) if column < 1 or any(row[column] for row in rows)]
         return [tuple(row[column] for column in filled) for row in (titles, *rows)]
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """Return paths without their common folders, so that they fit into a line."""
+    places = [Path(path).absolute() for path in paths]
+    same = os.path.commonpath([place.parent for place in places])
+    return [str(place.relative_to(same)) for place in places]
 
 
 def settings_of(config: MergeConfig) -> dict[str, Any]:

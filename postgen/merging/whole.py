@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +16,13 @@ from postgen.errors import UserError
 from postgen.families.exports import NOTE
 from postgen.tensor_files import FLOATS, TensorBlocks, TensorRow, writing_blocks, written_order
 
-from .checks import check_configs, check_models, check_no_lora, check_rows
+from .checks import check_configs, check_no_lora, check_rows
 from .layout import Layout, layout_of
 from .methods import DTYPES, MergeConfig, source_factors
 from .posthoc_ema import Profile, gamma_of, solve
-from .report import MergeReport, change_of, emulated, mean_cosine, measured_sources, settings_of
+from .report import MergeReport, Progress, change_of, emulated, mean_cosine, measured_sources, settings_of
 from .sources import Source, WeightSet
 from .stream import Measured, Rule, merged_blocks
-
-Progress = Callable[[int, int], None]
-"""Called with the number of megabytes that are written, and of all."""
-
-_MEGA = 10**6
 
 
 @dataclass(kw_only=True)
@@ -58,7 +53,7 @@ class WholeMerge:
             UserError: a source holds NaN, or the sources differ in what has no mean.
             OSError: a file cannot be written.
         """
-        began, done = time.monotonic(), 0
+        began, done, total = time.monotonic(), 0, self.size
         labels = [each.label for each in self._all]
         measured = Measured(labels=labels, has_base=self.base is not None)
         tensors = 0
@@ -73,7 +68,7 @@ class WholeMerge:
                             write(block)
                             done += block.numel() * block.itemsize
                             if progress is not None:
-                                progress(done // _MEGA, self.size // _MEGA)
+                                progress(100 * done // max(total, 1), 100)
                 tensors += len(own)
         return self._report(measured, output, tensors, time.monotonic() - began)
 
@@ -137,7 +132,6 @@ def prepare(sources: Sequence[Source], base: Source | None, config: MergeConfig,
         name: [*([_set_of(base, name, sources)] if base else []), *(source.sets[name] for source in sources)]
         for name in networks
     }
-    check_models(sources)
     check_configs(_configs(sources, base))
     readers = {name: [_opened(each, stack) for each in found] for name, found in everything.items()}
     layout = layout_of(sources, config.dtype is not None)
@@ -212,8 +206,8 @@ def _set_of(base: Source, network: str, sources: Sequence[Source]) -> WeightSet:
     """Return the tensors of the base for a network of the sources."""
     if network in base.sets:
         return base.sets[network]
-    if len(base.sets) == 1 and len(sources[0].sets) == 1:
-        return next(iter(base.sets.values()))
+    if len(sources[0].sets) == 1 and (len(base.sets) == 1 or sources[0].path.name in base.sets):
+        return base.sets.get(sources[0].path.name, next(iter(base.sets.values())))
     raise UserError(
         f"the base {base.label} has the networks {_names(base.sets)}, the sources have {_names(sources[0].sets)}: give"
         " the folder of the same network"
