@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,7 +146,14 @@ def _merge(
     from postgen.merging import merge as merged
 
     config = MergeConfig(method=method, **given)
-    with steps("merging", "%") as show:
+    with ExitStack() as stack:
+        bar: list[Callable[[int, int], None]] = []
+
+        def show(done: int, total: int) -> None:
+            if not bar:  # the bar appears after the checks, so that their errors are one line
+                bar.append(stack.enter_context(steps("merging", "%")))
+            bar[0](done, total)
+
         report = merged(sources, output, config, base=base, last=last, progress=show)
     _tell(report.rows())
     if report.mean_cosine is not None:

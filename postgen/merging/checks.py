@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from postgen.families.exports import NOTE
 from postgen.reading import read_json
 from postgen.tensor_files import TensorRow
 
+from .methods import ORDERED
 from .sources import Source
 
 _FREE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
@@ -100,6 +102,23 @@ def check_models(sources: Sequence[Source]) -> None:
         if one != two:
             raise UserError(
                 f"{runs[0].label} and {source.label} were trained from other bases: {shown(one)} and {shown(two)}"
+            )
+
+
+def check_order(sources: Sequence[Source], method: str) -> None:
+    """Check that checkpoints of one run are in the order of their steps, for methods that depend on it.
+
+    Raises:
+        UserError: they are not.
+    """
+    if method not in ORDERED:
+        return
+    for early, late in itertools.pairwise(sources):
+        same = early.path.resolve().parent == late.path.resolve().parent
+        if same and early.step is not None and late.step is not None and early.step >= late.step:
+            raise UserError(
+                f"method {method} needs the checkpoints in the order of their steps: {early.label} is before"
+                f" {late.label}; give the older one first"
             )
 
 

@@ -14,7 +14,7 @@ from postgen.errors import UserError
 from postgen.files import check_apart, check_place, files_of, replacing_all
 
 from .adapters import check_loras, write_loras
-from .checks import check_models
+from .checks import check_models, check_order
 from .methods import LORA_ONLY, MergeConfig
 from .report import NAME, MergeReport, Progress
 from .sources import Source, find_base, find_sources
@@ -54,6 +54,7 @@ def merge(
     config = config or MergeConfig()
     found = find_sources(sources, last)
     check_models(found)
+    check_order(found, config.method)
     root = find_base(base) if base is not None else None
     target = Path(output)
     _check_output(target, found, root)

@@ -39,8 +39,8 @@ METHODS: dict[str, frozenset[str]] = {
 }
 """Methods, and the settings that each of them uses besides `dtype` and `rank`."""
 
-ORDERED = (*KINDS, "curve", "power")
-"""Methods for checkpoints of one run, for which the order of the sources matters (not for `sma` and `linear`)."""
+ORDERED = ("wma", "ema", "cosine", "1-sqrt", "curve", "power")
+"""Methods for checkpoints of one run, whose steps must increase."""
 
 LORA_ONLY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods of peft, for LoRA files only. All other methods but `WHOLE_ONLY` merge LoRA files exactly."""
@@ -119,7 +119,7 @@ class MergeConfig:
         if self.rank is not None:
             check_number("rank", self.rank, 1, 10**6, whole=True)
         if self.seed is not None:
-            check_number("seed", self.seed, 0, whole=True)
+            check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         if self.density is not None and (not is_number(self.density) or not 0 < self.density <= 1):
             raise SettingError("density", f" must be above 0 and at most 1, got {shown(self.density)}")
         if self.alpha is not None:

@@ -176,6 +176,17 @@ def test_power_weights_use_the_steps_of_the_checkpoints(full_run: Path, tmp_path
     assert weights == pytest.approx(power_weights([2, 3, 4], gamma_of(0.2)))
 
 
+def test_checkpoints_in_another_order_and_too_few(full_run: Path, tmp_path: Path, cli: Any) -> None:
+    two, four = full_run / "checkpoint-2", full_run / "checkpoint-4"
+    done = cli("merge", four, two, "-o", tmp_path / "out", "--method", "wma")
+    assert (done.code, "in the order of their steps" in done.err, done.err.count("\n")) == (2, True, 1)
+    assert cli("merge", four, two, "-o", tmp_path / "out").code == 0  # the mean does not depend on the order
+    done = cli("merge", full_run, "-o", tmp_path / "few", "--last", "9")
+    assert (done.code, "has 3 complete checkpoints, --last asks for 9" in done.err) == (2, True)
+    done = cli("merge", two, "-o", tmp_path / "few", "--base", full_run, "--eta", "0.5")
+    assert (done.code, "give one of its checkpoints" in done.err) == (2, True)
+
+
 def test_stored_averages_are_combined(tmp_path: Path, cli: Any) -> None:
     for number, (gamma, step) in enumerate([(6.94, 100), (16.97, 100), (6.94, 50)]):
         metadata = {"ema_gamma": str(gamma), "ema_step": str(step)}
