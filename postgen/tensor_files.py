@@ -94,17 +94,24 @@ class TensorBlocks:
         files: files that together hold the tensors of a model, or the tensors of one file.
         prefix: read only the tensors whose names begin so; the names are without it.
 
+    Attributes:
+        rows: tensor name -> dtype, shape and place.
+        metadata: texts in the header of each file.
+
     Raises:
         UserError: a file is missing or damaged, or a tensor is in two files.
     """
 
     def __init__(self, files: Sequence[Path], prefix: str = "") -> None:
         self.rows: dict[str, TensorRow] = {}
+        self.metadata: list[dict[str, str]] = []
         self._stack = ExitStack()
         try:
             self._files = [self._stack.enter_context(_checked(path).open("rb", buffering=0)) for path in files]
             for number, (path, file) in enumerate(zip(files, self._files, strict=True)):
-                for name, row in _rows(file, number).items():
+                found, metadata = _rows(file, number)
+                self.metadata.append(metadata)
+                for name, row in found.items():
                     short = name.removeprefix(prefix)
                     if short in self.rows:
                         raise UserError(f"{path} cannot be read: {name} is also in {files[self.rows[short].file]}")
@@ -190,12 +197,13 @@ def _checked(path: Path) -> Path:
         return path
 
 
-def _rows(file: Any, number: int) -> dict[str, TensorRow]:
+def _rows(file: Any, number: int) -> tuple[dict[str, TensorRow], dict[str, str]]:
+    """Return the tensors and the metadata in the header of a file."""
     (length,) = _HEAD.unpack(file.read(_HEAD.size))
     head = json.loads(file.read(length))
-    head.pop("__metadata__", None)
+    metadata = head.pop("__metadata__", {})
     rows = {}
     for name, row in head.items():
         start, end = row["data_offsets"]
         rows[name] = TensorRow(row["dtype"], tuple(row["shape"]), end - start, _HEAD.size + length + start, number)
-    return rows
+    return rows, metadata

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from postgen.assets import EMBEDDED
 from postgen.errors import UserError, shown
 from postgen.families.exports import NOTE
 from postgen.reading import read_json
 from postgen.tensor_files import TensorRow
+
+from .sources import Source
 
 _FREE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
 """Entries of configs that may differ between sources."""
@@ -63,54 +66,52 @@ def check_no_lora(rows: Mapping[str, TensorRow], label: str) -> None:
         )
 
 
-def check_configs(folders: Sequence[Path], names: Sequence[str]) -> None:
-    """Compare configs of the sources with those of the first. Sources without the file are skipped.
+def check_configs(groups: Sequence[Sequence[Path]]) -> None:
+    """Compare configs that must be equal. Files that do not exist are skipped.
 
     Args:
-        folders: folder of each source.
-        names: paths of the files in the folders.
+        groups: lists of files; those of one list must be equal, apart from paths and versions.
 
     Raises:
         UserError: an entry differs, or a file cannot be read.
     """
-    for name in names:
-        found = {folder: _entries(folder / name) for folder in folders if (folder / name).is_file()}
-        for folder, entries in list(found.items())[1:]:
-            before, first = next(iter(found.items()))
+    for group in groups:
+        found = [(path, _entries(path)) for path in group if path.is_file()]
+        for path, entries in found[1:]:
+            before, first = found[0]
             differ = [key for key in {**first, **entries} if first.get(key) != entries.get(key) and key not in _FREE]
             if differ:
                 key = differ[0]
                 raise UserError(
-                    f"{before / name} and {folder / name} differ in {', '.join(differ[:3])} ({key}: "
-                    f"{shown(first.get(key))} and {shown(entries.get(key))}): only models of one architecture and one"
-                    " base can be merged"
+                    f"{before} and {path} differ in {', '.join(differ[:3])} ({key}: {shown(first.get(key))} and"
+                    f" {shown(entries.get(key))}): only models of one architecture and one base can be merged"
                 )
 
 
-def check_notes(paths: Sequence[Path], notes: Sequence[Mapping[str, Any]]) -> None:
-    """Compare the notes of LoRA files about their base. Files without a note are skipped.
+def check_models(sources: Sequence[Source]) -> None:
+    """Compare the models that runs began from, for checkpoints.
 
     Raises:
-        UserError: the notes name different pipelines, networks or sizes of layers.
+        UserError: they differ.
     """
-    noted = [(path, note) for path, note in zip(paths, notes, strict=True) if note]
-    for path, note in noted[1:]:
-        before, first = noted[0]
-        for key in ("pipeline", "network", "outputs"):
-            if first.get(key) != note.get(key):
-                raise UserError(
-                    f"{before} and {path} are LoRAs of other bases: their {key} is {shown(first.get(key))} and"
-                    f" {shown(note.get(key))}"
-                )
+    runs = [source for source in sources if "model" in source.settings]
+    for source in runs[1:]:
+        one, two = (_name(each.settings["model"]) for each in (runs[0], source))
+        if one != two:
+            raise UserError(
+                f"{runs[0].label} and {source.label} were trained from other bases: {shown(one)} and {shown(two)}"
+            )
 
 
 def _entries(path: Path) -> dict[str, Any]:
     content = read_json(path, f"cannot read {path}")
     if not isinstance(content, dict):
         raise UserError(f"cannot read {path}: expected a JSON object")
-    # An index has a list [library, class] per component; the note of an export names the base.
+    if path.name == NOTE:
+        content["base"] = _name(content.get("base"))
     return content
 
 
-CONFIGS = ("model_index.json", NOTE, "config.json")
-"""Files of a folder that must be equal; of each component also its `config.json`."""
+def _name(model: object) -> str:
+    """Return the last part of the path of a model, because one model may be in several places."""
+    return EMBEDDED if model is None else Path(str(model)).name

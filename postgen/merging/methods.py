@@ -32,11 +32,21 @@ METHODS: dict[str, frozenset[str]] = {
     "add": frozenset({"weights"}),
     "negate": frozenset({"weights"}),
     "slerp": frozenset({"t"}),
+    "ties": frozenset({"weights", "density"}),
+    "dare_linear": frozenset({"weights", "density", "seed"}),
+    "dare_ties": frozenset({"weights", "density", "seed"}),
+    "magnitude_prune": frozenset({"weights", "density"}),
 }
 """Methods, and the settings that each of them uses besides `dtype` and `rank`."""
 
 ORDERED = (*KINDS, "curve", "power")
 """Methods for checkpoints of one run, for which the order of the sources matters (not for `sma` and `linear`)."""
+
+LORA_ONLY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Methods of peft, for LoRA files only. All other methods but `WHOLE_ONLY` merge LoRA files exactly."""
+
+WHOLE_ONLY = ("slerp", "posthoc_ema")
+"""Methods for full weights only."""
 
 _NEEDED = {"curve": "curve", "power": "sigma_rel", "posthoc_ema": "sigma_rel"}
 _SMALL = 1e-6
@@ -52,11 +62,11 @@ class MergeConfig:
     """
 
     method: str = "sma"
-    """A key of `METHODS`; for LoRA files also `ties`, `dare` and the other methods of `postgen.merging.lora`."""
+    """A key of `METHODS`."""
 
     weights: tuple[float, ...] | None = None
-    """For `soup`: relative weights of the sources, by default equal. For `add` and `negate`: scale of each task
-    vector, by default 1."""
+    """For `soup` and the methods of peft: relative weights of the sources, by default equal. For `add` and `negate`:
+    scale of each task vector, by default 1."""
 
     curve: tuple[float, ...] | None = None
     """For `curve`: multiplier of the learning rate for each increment between two sources, from 1 to 0."""
@@ -79,16 +89,19 @@ class MergeConfig:
     rank: int | None = None
     """Rank of the merged LoRA; None keeps all of the merge. Only for LoRA files."""
 
-    others: frozenset[str] = frozenset()
-    """Further methods that are allowed, with `weights`: those for LoRA files."""
+    density: float | None = None
+    """For the methods of peft on LoRA files: share of the values that they keep, above 0 and at most 1, by default
+    0.5."""
+
+    seed: int | None = None
+    """For `dare_linear` and `dare_ties`: seed of the random choice, by default 0."""
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        known = [*METHODS, *sorted(self.others - METHODS.keys())]
-        if self.method not in known:
-            near = did_you_mean(self.method, known) if isinstance(self.method, str) else ""
-            raise SettingError("method", f" must be one of {', '.join(known)}, got {shown(self.method)}.{near}")
-        used = METHODS.get(self.method, frozenset({"weights"})) | {"method", "dtype", "rank", "others"}
+        if self.method not in METHODS:
+            near = did_you_mean(self.method, METHODS) if isinstance(self.method, str) else ""
+            raise SettingError("method", f" must be one of {', '.join(METHODS)}, got {shown(self.method)}.{near}")
+        used = METHODS[self.method] | {"method", "dtype", "rank"}
         for field in fields(self):
             if getattr(self, field.name) is not None and field.name not in used:
                 users = [name for name, uses in METHODS.items() if field.name in uses]
@@ -105,6 +118,10 @@ class MergeConfig:
                 check_number(name, getattr(self, name), least, most)
         if self.rank is not None:
             check_number("rank", self.rank, 1, 10**6, whole=True)
+        if self.seed is not None:
+            check_number("seed", self.seed, 0, whole=True)
+        if self.density is not None and (not is_number(self.density) or not 0 < self.density <= 1):
+            raise SettingError("density", f" must be above 0 and at most 1, got {shown(self.density)}")
         if self.alpha is not None:
             check_alpha(self.alpha)
         if self.sigma_rel is not None:
@@ -142,7 +159,7 @@ def source_factors(config: MergeConfig, count: int, steps: Sequence[int | None] 
         if len(scales) != count:
             raise SettingError("weights", f" must be {count} numbers, one for each source; got {len(scales)}")
         return [-scale if method == "negate" else scale for scale in map(float, scales)]
-    if method == "soup":
+    if method == "soup" or method in LORA_ONLY:
         weights = normalised(config.weights or (1.0,) * count, count)
     elif method == "curve":
         weights = weights_of_curve(config.curve or ())

@@ -22,7 +22,7 @@ WEIGHTS = "weights.safetensors"
 """File of the trained weights in a checkpoint."""
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.|$)")
-_OTHER = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 """Suffixes of weight files in other formats, which are not read."""
 
 
@@ -142,7 +142,7 @@ def _source(path: Path) -> Source:
     if not whole and (loras := _loras(path)):
         return Source(path=path, kind="lora", loras=loras)
     if not sets:
-        others = sorted(file for file in path.rglob("*") if file.suffix in _OTHER)
+        others = sorted(file for file in path.rglob("*") if file.suffix in OTHER_FORMATS)
         more = f"; it has {others[0].name}, but only safetensors are read" if others else ""
         raise UserError(f"{path} holds no *.safetensors{more}")
     return Source(path=path, kind="folder", sets=sets)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,8 +86,8 @@ class Measured:
     """Number of merged values."""
 
     def __post_init__(self) -> None:
-        """Prepare a digest for each reader."""
-        self.hashes = [hashlib.sha256() for _ in self.labels]
+        """Prepare the digests: for each reader one per tensor."""
+        self._hashes: list[dict[str, Any]] = [{} for _ in self.labels]
 
     def add(self, name: str, values: Sequence[Tensor], merged: Tensor) -> None:
         """Add a block: the values of all readers and of the merge, in the dtype of the calculation."""
@@ -108,15 +108,28 @@ class Measured:
             self._sum("turn", number, step, following)
         self.values += merged.numel()
 
-    def told(self, name: str, row: TensorRow, reader: int) -> None:
-        """Add name, dtype and shape of a tensor to the digest of a reader."""
-        self.hashes[reader].update(f"{name} {row.dtype} {list(row.shape)}\n".encode())
+    def begin(self, name: str, rows: Sequence[TensorRow]) -> None:
+        """Begin the digests of a tensor, with its name, dtype and shape in each reader."""
+        for hashes, row in zip(self._hashes, rows, strict=True):
+            hashes[name] = hashlib.sha256(f"{name} {row.dtype} {list(row.shape)}\n".encode())
+
+    def told(self, name: str, blocks: Sequence[Tensor]) -> None:
+        """Add a block of each reader to the digests of a tensor."""
+        for hashes, block in zip(self._hashes, blocks, strict=True):
+            hashes[name].update(raw_bytes(block))
+
+    def digest(self, reader: int) -> str:
+        """Return the digest of all tensors of a reader, which does not depend on their order."""
+        every = (self._hashes[reader][name].hexdigest() for name in sorted(self._hashes[reader]))
+        return hashlib.sha256("\n".join(every).encode()).hexdigest()
 
     def _sum(self, kind: str, number: int, first: Tensor, second: Tensor) -> None:
         self.squares[kind, number] = self.squares.get((kind, number), 0.0) + _dot(first, second)
 
 
-def merged_blocks(name: str, readers: Sequence[Tensors], rule: Rule, measured: Measured) -> Iterator[Tensor]:
+def merged_blocks(
+    name: str, readers: Sequence[Tensors], rule: Rule, measured: Measured, network: str = ""
+) -> Iterator[Tensor]:
     """Yield the merge of one tensor in blocks, in the dtype of the result.
 
     Tensors of other dtypes than floating-point numbers must be equal in all sources, and are kept.
@@ -126,23 +139,23 @@ def merged_blocks(name: str, readers: Sequence[Tensors], rule: Rule, measured: M
         readers: the base, if there is one, and the sources.
         rule: how they are merged.
         measured: digests and distances, to which this function adds.
+        network: name of the network in `measured`, if there are several.
 
     Raises:
         UserError: a source holds NaN, sources differ in integers or infinite values, or the result overflows.
     """
     rows = [reader.rows[name] for reader in readers]
-    for number, row in enumerate(rows):
-        measured.told(name, row, number)
+    key = f"{network}/{name}" if network else name
+    measured.begin(key, rows)
     if not rows[0].is_float:
-        yield from _equal_bytes(name, readers, measured)
+        yield from _equal_bytes(name, key, readers, measured)
         return
     factors = rule.factors if rule.slerp is None else _slerp(name, readers, rule.slerp, measured)
     result: torch.dtype = getattr(torch, FLOATS[rule.dtype or rows[-1].dtype])
     wide = torch.float64 if any(row.dtype == "F64" for row in rows) else torch.float32
     for start, stop in _spans(rows[0].count, len(readers)):
         raw = [reader.read(name, start, stop) for reader in readers]
-        for number, block in enumerate(raw):
-            measured.hashes[number].update(raw_bytes(block))
+        measured.told(key, raw)
         values = [block.to(wide) for block in raw]
         merged = _finite(name, values, factors, measured.labels)
         out = merged.to(result)
@@ -151,7 +164,7 @@ def merged_blocks(name: str, readers: Sequence[Tensors], rule: Rule, measured: M
         yield out
         # Infinite values, which are equal in all sources, have no distances.
         if bool(torch.isfinite(merged).all()):
-            measured.add(name, values, merged)
+            measured.add(key, values, merged)
 
 
 def merge_tensors(
@@ -205,12 +218,12 @@ def _slerp(name: str, readers: Sequence[Tensors], t: float, measured: Measured) 
     return [1 - low - high, low, high] if measured.has_base else [low, high]
 
 
-def _equal_bytes(name: str, readers: Sequence[Tensors], measured: Measured) -> Iterator[Tensor]:
+def _equal_bytes(name: str, key: str, readers: Sequence[Tensors], measured: Measured) -> Iterator[Tensor]:
     row = readers[0].rows[name]
     for start, stop in _spans(row.count, len(readers)):
         blocks = [reader.read(name, start, stop) for reader in readers]
+        measured.told(key, blocks)
         for number, block in enumerate(blocks):
-            measured.hashes[number].update(raw_bytes(block))
             if not torch.equal(block, blocks[0]):
                 raise UserError(
                     f"{name} is {row.dtype} and differs between {measured.labels[0]} and {measured.labels[number]}:"
@@ -231,7 +244,3 @@ def _dot(first: Tensor, second: Tensor) -> float:
 
 def _bytes(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8)
-
-
-Progress = Callable[[int, int], None]
-"""Called with the number of merged megabytes, and of all."""
