@@ -92,7 +92,7 @@ def test_a_method_has_only_its_parts(tmp_path):
         ({"lora": {"height": 3}}, "Unknown key 'height' in the part lora of here: it is a key of the part sampling."),
         ({"sampling": {"guidance": 3.0}}, "'guidance' in the part sampling .* Did you mean 'guidance_scale'"),
         ({"method": {"lora_r": 3}}, "Unknown key 'lora_r' in the part method of here: it is a key of the part lora."),
-        ({"lorra": {"r": 3}}, "DanceGRPOConfig has no part 'lorra' .*: its parts are training, rescue, merge, model, lora"),
+        ({"lorra": {"r": 3}}, "DanceGRPOConfig has no part 'lorra' .*: its parts are training, rescue, merge, model"),
         ({"lora": 32}, r"lora in here is 32, it must be a mapping with the keys of this part \(use_peft, lora_r"),
         ({"sampling": ["height"]}, r"sampling in here is \['height'\], it must be a mapping"),
         ({"guidance_scal": 3}, "Unknown key 'guidance_scal' in here. Did you mean 'guidance_scale'?"),
