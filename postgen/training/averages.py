@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
@@ -218,15 +219,13 @@ class LastCheckpoints:
         args: the configuration.
         parts: the state of the run; the merged weights become its `merged`.
         evaluate: evaluates the weights that would be exported; every process calls it.
-        device: device of this process.
-        main: whether this process prints messages.
+        accelerator: the processes of the run; the main one prints messages.
     """
 
     args: TrainingConfig
     parts: RunState
     evaluate: Callable[[], Mapping[str, float]]
-    device: torch.device
-    main: bool
+    accelerator: Accelerator
 
     def merge(self) -> dict[str, float]:
         """Merge, compare and decide; return metrics for the log, empty if there is nothing to merge.
@@ -237,7 +236,7 @@ class LastCheckpoints:
             UserError: the evaluation does not have the metric.
         """
         args, parts = self.args, self.parts
-        folders = sound(args.folder, args.merge_last, main=self.main)
+        folders = sound(args.folder, args.merge_last, main=self.accelerator.is_main_process)
         if len(folders) < 2:
             self._say(f"merge_last: {args.folder} holds {len(folders)} checkpoint: nothing is merged")
             return {}
@@ -268,7 +267,7 @@ class LastCheckpoints:
 
     def _put(self, folders: Sequence[Path], weights: Sequence[float]) -> float:
         """Make the average of some checkpoints the weights of evaluations and exports; return the retained energy."""
-        found = alike(average(folders, weights, self.parts.named), self.device)
+        found = alike(average(folders, weights, self.parts.named), self.accelerator.device)
         if self.parts.merged is None:
             self.parts.merged = WeightsCopy(self.parts.modules)
         self.parts.merged.load(found.tensors)
@@ -303,7 +302,7 @@ class LastCheckpoints:
         self._say(f"{text}; the export has the {end}")
 
     def _say(self, text: str) -> None:
-        if self.main:
+        if self.accelerator.is_main_process:
             say(text)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -31,12 +32,11 @@ class Spikes:
 
     Args:
         args: the configuration.
-        device: device of this process.
-        main: whether this process prints messages.
+        accelerator: the processes of the run; the main one prints messages.
     """
 
-    def __init__(self, args: TrainingConfig, device: torch.device, *, main: bool) -> None:
-        self._args, self._device, self._main = args, device, main
+    def __init__(self, args: TrainingConfig, accelerator: Accelerator) -> None:
+        self._args, self._device, self._main = args, accelerator.device, accelerator.is_main_process
         self._losses: list[Tensor] = []
         self._window: list[float] = []
         self._row = 0

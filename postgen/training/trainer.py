@@ -96,7 +96,7 @@ class Trainer(TrainerHooks[C]):
         self._raw: dict[str, nn.Module] = {}
         self._trained: dict[str, nn.Parameter] = {}
         self.log = RunLog(args, self.accelerator)
-        self._spikes = Spikes(args, self.device, main=self.accelerator.is_main_process)
+        self._spikes = Spikes(args, self.accelerator)
         self._saved_step = -1
         self._checked = False
 
@@ -236,8 +236,7 @@ class Trainer(TrainerHooks[C]):
         if self._saved_step != self.global_step:
             self._save()
         if args.merge_last and reason is not Reason.INTERRUPTED:
-            main = self.accelerator.is_main_process
-            last = averages.LastCheckpoints(args, self._parts, self._measured, self.device, main=main)
+            last = averages.LastCheckpoints(args, self._parts, self._measured, self.accelerator)
             if merged := last.merge():
                 self._log(merged)
         self._export()
@@ -309,6 +308,7 @@ class Trainer(TrainerHooks[C]):
         self._event("on_log", logs=values)
 
     def _measured(self) -> dict[str, float]:
+        self.on_trial = self._parts.merged is not None
         with self.for_inference():
             own = self.evaluate()
         return self.log.evaluation_means(own)
