@@ -168,6 +168,23 @@ def test_methods_of_peft_for_loras(lora_run: Path, tmp_path: Path, cli: Any, met
     assert [source["weight"] for source in report["sources"]] == [0.5, 0.25, 0.25]
 
 
+def test_a_run_that_trains_more_than_a_lora_is_refused(lora_run: Path, tmp_path: Path, cli: Any) -> None:
+    from postgen.training import checkpoint as files
+
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    snapshot = files.read(run / "checkpoint-4")
+    snapshot.weights["transformer.buffer"] = torch.ones(2)
+    shutil.rmtree(run / "checkpoint-4")
+    files.write(run, snapshot)
+    assert cli("merge", run, "-o", tmp_path / "out", "--last", "1").code == 0
+    snapshot.weights["transformer.more.weight"] = torch.ones(2)
+    snapshot.optimizer["transformer.more.weight|exp_avg"] = torch.ones(2)
+    shutil.rmtree(run / "checkpoint-4")
+    files.write(run, snapshot)
+    done = cli("merge", run, "-o", tmp_path / "more")
+    assert (done.code, "such as transformer.more.weight" in done.err, done.err.count("\n")) == (2, True, 1)
+
+
 def test_power_weights_use_the_steps_of_the_checkpoints(full_run: Path, tmp_path: Path, cli: Any) -> None:
     done = cli("merge", full_run, "-o", tmp_path / "out", "--method", "power", "--sigma-rel", "0.2")
     assert done.code == 0, done.err
