@@ -20,7 +20,8 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.families.lora_sums import low_rank_sum
+from postgen.families.lora_layers import Layer
+from postgen.families.lora_sums import low_rank_sum, padded, shaped
 from postgen.tensor_files import opened
 
 from . import checkpoint
@@ -157,16 +158,11 @@ def _product(
     ups: Sequence[Tensor], downs: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Return up and down whose product is the weighted sum of the products, cut to their rank, and its energies."""
-    rank = len(downs[0])
-    pairs = [(up.flatten(1), down.flatten(1)) for up, down in zip(ups, downs, strict=True)]
-    low = low_rank_sum(pairs, weights)
-    up, down = low.factors(rank)
-    # A weight that is narrower than the rank has fewer singular values: the other rows are zeros.
-    wide = torch.zeros(ups[0].shape[0], rank, dtype=up.dtype)
-    wide[:, : up.shape[1]] = up
-    tall = torch.zeros(rank, down.shape[1], dtype=down.dtype)
-    tall[: len(down)] = down
-    return wide.reshape(ups[0].shape).to(ups[0]), tall.reshape(downs[0].shape).to(downs[0]), low.energy(rank)
+    rank, like = len(downs[0]), Layer(downs[0], ups[0])
+    low = low_rank_sum([(up.flatten(1), down.flatten(1)) for up, down in zip(ups, downs, strict=True)], weights)
+    # A weight that is narrower than the rank has fewer singular values.
+    merged = padded(shaped(low, rank, like), rank)
+    return merged.up.to(ups[0]), merged.down.to(downs[0]), low.energy(rank)
 
 
 def alike(found: Average, device: torch.device) -> Average:
