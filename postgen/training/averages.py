@@ -30,14 +30,15 @@ from .config import TrainingConfig
 from .curves import weights_of
 from .logging import say
 from .run_state import RunState
-from .swap import WeightsCopy
+from .swap import HostCopy
 
 T = TypeVar("T")
 REPORT = "merge.json"
 """Name of the report in an export."""
 _UP = ".lora_B."
-_INEXACT = ("lora_magnitude_vector", "lora_embedding_")
-"""Parts of the names of adapters whose average is not that of their effect."""
+_INEXACT = ("lora_magnitude_vector", "lora_embedding_", ".aux_up")
+"""Parts of the names of adapters whose average is not that of their effect: DoRA, adapters of embeddings, and branches
+of quantised layers, which have a gain for each component."""
 
 
 class Average(NamedTuple):
@@ -62,8 +63,8 @@ def check(args: TrainingConfig, trained: Iterable[str]) -> None:
     setting = "merge_last" if args.merge_last else "rescue_spike" if args.rescue_spike else ""
     if setting and (bad := next((name for name in trained if any(part in name for part in _INEXACT)), "")):
         raise UserError(
-            f"{setting} averages checkpoints, but {bad} is part of an adapter (DoRA, or of an embedding) whose effect"
-            f" cannot be averaged: leave {setting} out, or train a plain LoRA"
+            f"{setting} averages checkpoints, but {bad} is part of an adapter (DoRA, of an embedding, or a branch of a"
+            f" quantised layer) whose effect cannot be averaged: leave {setting} out, or train a plain LoRA"
         )
 
 
@@ -265,7 +266,7 @@ class LastCheckpoints:
         """Make the average of some checkpoints the weights of evaluations and exports; return the retained energy."""
         found = alike(average(folders, weights, self.parts.named), self.accelerator.device)
         if self.parts.merged is None:
-            self.parts.merged = WeightsCopy(self.parts.modules)
+            self.parts.merged = HostCopy(self.parts.modules)
         self.parts.merged.load(found.tensors)
         return found.retained
 

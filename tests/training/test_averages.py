@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from postgen.errors import UserError
 from postgen.train import main
 from postgen.training import Reason
-from postgen.training.averages import average, greedy, kept, sound
+from postgen.training.averages import average, check, greedy, kept, sound
 from postgen.training.averages_config import MergeConfig
 from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.curves import KINDS, weights_of
@@ -214,8 +214,15 @@ def test_dora_is_refused_before_the_first_step(trainer):
         dora = True
 
     for settings in (MERGE, {"rescue_spike": 5.0}):
-        with pytest.raises(UserError, match=r"DoRA, or of an embedding"):
+        with pytest.raises(UserError, match=r"DoRA, of an embedding"):
             trainer(kind=Dora, **settings).train()
+
+
+def test_branches_of_quantised_layers_are_refused(tmp_path):
+    config = MeasuredConfig(output_dir=str(tmp_path), device="cpu", **MERGE)
+    check(config, ["net.0.weight", "net.0.lora_A.default.weight"])
+    with pytest.raises(UserError, match=r"merge_last averages checkpoints, but net\.0\.aux_up is part of"):
+        check(config, ["net.0.weight", "net.0.aux_up"])
 
 
 def test_nan_in_a_checkpoint_is_damage(trainer):
