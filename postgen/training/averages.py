@@ -33,7 +33,7 @@ from .run_state import RunState
 from .swap import HostCopy
 
 T = TypeVar("T")
-REPORT = "merge.json"
+REPORT = "merge_last.json"
 """Name of the report in an export."""
 _UP = ".lora_B."
 _INEXACT = ("lora_magnitude_vector", "lora_embedding_", ".aux_up")

@@ -52,7 +52,7 @@ def lines(run):
 
 
 def report(run):
-    return json.loads((run.args.folder / "export" / "merge.json").read_text())
+    return json.loads((run.args.folder / "export" / "merge_last.json").read_text())
 
 
 def exported(run):
@@ -139,14 +139,14 @@ def test_a_run_that_is_killed_while_it_merges_resumes_to_the_same_export(trainer
     assert code == -signal.SIGKILL, said
     assert not (tmp_path / "run" / "export").exists()
     assert main([str(path), "--resume", "--kill_on_trial", "false"]) == 0
-    for name in ("net.safetensors", "merge.json"):
+    for name in ("net.safetensors", "merge_last.json"):
         assert (tmp_path / "run/export" / name).read_bytes() == (whole.args.folder / "export" / name).read_bytes()
 
 
 def test_an_interrupted_run_exports_its_last_weights(trainer):
     run = trainer(**MERGE, signal_at=10, signal_name="SIGTERM")
     assert run.train().reason is Reason.INTERRUPTED
-    assert not (run.args.folder / "export" / "merge.json").exists()
+    assert not (run.args.folder / "export" / "merge_last.json").exists()
     assert all(torch.equal(value, stored(run, 10)[f"net.{name}"]) for name, value in exported(run).items())
 
 
@@ -154,7 +154,7 @@ def test_one_checkpoint_is_no_merge(trainer, capsys):
     run = trainer(**MERGE, save_steps=100)
     run.train()
     assert "holds 1 checkpoint: nothing is merged" in capsys.readouterr().err
-    assert not (run.args.folder / "export" / "merge.json").exists()
+    assert not (run.args.folder / "export" / "merge_last.json").exists()
 
 
 def test_a_damaged_checkpoint_is_left_out(trainer, capsys):
