@@ -22,7 +22,7 @@ from .whole import WholeMerge, check_base, copy_others, prepare
 
 
 def merge(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     output: str | Path,
     config: MergeConfig | None = None,
     *,
@@ -37,7 +37,7 @@ def merge(
 
     Args:
         sources: folders of models in diffusers' format, of single networks, of runs (their checkpoints) or of LoRAs;
-            safetensors files. Checkpoints of one run must be in the order of their steps.
+            safetensors files; or one of them. Checkpoints of one run must be in the order of their steps.
         output: folder of the merged model or LoRA, or a .safetensors file if the sources are single files or LoRAs.
         config: the settings; None is the mean (`sma`).
         base: the model that the sources began from, for `eta`, `add`, `negate` and `slerp`.
@@ -52,7 +52,7 @@ def merge(
             output cannot be written. Then nothing is written.
     """
     config = config or MergeConfig()
-    found = find_sources(sources, last)
+    found = find_sources([sources] if isinstance(sources, str | Path) else sources, last)
     check_models(found)
     check_order(found, config.method)
     root = find_base(base) if base is not None else None

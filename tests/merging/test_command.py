@@ -143,6 +143,19 @@ def test_a_merged_lora_loads_and_keeps_its_strength(lora_run: Path, tiny_wan: Pa
     assert cli("generate", "a", "--lora", tmp_path / "half", *words).code == 0
 
 
+def test_loras_are_added_without_a_base(lora_run: Path, tmp_path: Path, cli: Any) -> None:
+    both = [lora_run / "checkpoint-3", lora_run / "checkpoint-4"]
+    assert cli("merge", *both, "-o", tmp_path / "sum", "--method", "add", "--weights", "1,-0.5").code == 0
+    assert cli("merge", both[0], "-o", tmp_path / "less", "--method", "negate").code == 0
+    for step in (3, 4):
+        assert cli("merge", lora_run / f"checkpoint-{step}", "-o", tmp_path / str(step)).code == 0
+    three, four = change(tmp_path / "3"), change(tmp_path / "4")
+    total, less = change(tmp_path / "sum"), change(tmp_path / "less")
+    for name, value in three.items():
+        torch.testing.assert_close(total[name], value - 0.5 * four[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(less[name], -value, atol=1e-5, rtol=1e-5)
+
+
 def test_the_angles_of_loras_are_those_of_dense_changes(lora_run: Path, tmp_path: Path, cli: Any) -> None:
     assert cli("merge", lora_run, "-o", tmp_path / "out", "--method", "wma").code == 0
     every = []
