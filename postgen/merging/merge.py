@@ -58,20 +58,29 @@ def merge(
     root = find_base(base) if base is not None else None
     target = Path(output)
     _check_output(target, found, root)
-    if found[0].is_lora:
-        check_loras(config, root)
-    elif config.method in LORA_ONLY:
-        raise UserError(f"method {config.method} is for LoRA files, the sources hold full weights")
-    elif config.rank is not None:
-        raise UserError("rank is for LoRA files, the sources hold full weights")
-    else:
-        check_base(config, root)
+    _check_settings(config, found[0].is_lora, root)
     with ExitStack() as stack:
         ready = None if found[0].is_lora else prepare(found, root, config, stack)
         try:
             return _write(found, target, config, ready, progress)
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _check_settings(config: MergeConfig, lora: bool, base: Source | None) -> None:
+    """Check that the settings fit the kind of the sources.
+
+    Raises:
+        UserError: they do not.
+    """
+    if lora:
+        check_loras(config, base)
+    elif config.method in LORA_ONLY:
+        raise UserError(f"method {config.method} is for LoRA files, the sources hold full weights")
+    elif config.rank is not None:
+        raise UserError("rank is for LoRA files, the sources hold full weights")
+    else:
+        check_base(config, base)
 
 
 def _write(
