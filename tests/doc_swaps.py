@@ -68,6 +68,14 @@ def my_image_reward(completions, **columns):
     return [float(clip.mean()) for clip in completions]
 """,
     "lora.md": _LORA + _PROMPTS + "lora('runs/my-run')\nlora('style')",
+    "merging.md": """
+from tests.doc_blocks import run_command
+from tests.doc_swaps import _REWARD
+
+for name, peft in (("my-run", "true"), ("full", "false")):
+    words = f"train fast-tiny {_REWARD} --use_peft {peft} --output_dir runs/{name} --sde_window_range 0 2"
+    run_command([*words.split(), "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "3"], "two runs")
+""",
     "own_model.md": _PROMPTS
     + """
 from benchmarks.docs_blocks import ROOT
