@@ -118,7 +118,8 @@ class Inspector:
         for line in content[:end].splitlines():
             try:
                 row = json.loads(line)
-                self._known[row.pop("file")] = MediaInfo(**row)
+                stamp = row.pop("file")
+                self._known[stamp] = MediaInfo(**row)
             except (ValueError, TypeError, KeyError, AttributeError):  # an empty line, or half a line
                 continue
 
