@@ -13,7 +13,16 @@ from torch import Tensor
 from postgen.errors import UserError, is_number, is_whole, shown
 from postgen.families import Denoiser
 
-from .buckets import Bucket, Buckets, automatic_buckets, check_buckets, multiples_of, parsed_aspect, parsed_bucket
+from .buckets import (
+    Bucket,
+    Buckets,
+    automatic_buckets,
+    check_buckets,
+    multiples_of,
+    parsed_aspect,
+    parsed_bucket,
+    why_unsuited,
+)
 from .clips import Clip, clips_of
 from .data_config import SftDataConfig
 from .faults import Fault, check_faults
@@ -44,13 +53,15 @@ class Reader:
         denoiser: Denoiser,
         folder: Path,
         *,
-        main: bool,
-        processes: int,
-        rank: int,
+        main: bool = True,
+        processes: int = 1,
+        rank: int = 0,
     ) -> None:
         self.config = config
         self.faults: list[Fault] = []
+        """Files that are left out."""
         self.weights: dict[str, float] = {}
+        """Sampling weight of each item, by its key."""
         self.buckets = Buckets(_made_buckets(config, pipe, denoiser))
         self.cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "cache"
         self._inspector = Inspector(self.cache, processes=processes, rank=rank, shown=main)
@@ -100,14 +111,13 @@ def _made_buckets(config: SftDataConfig, pipe: Any, denoiser: Denoiser) -> list[
     if config.buckets:
         given = [parsed_bucket(text) for text in config.buckets]
         buckets = [*given, *(Bucket(bucket.height, bucket.width, 1) for bucket in given)]
-    else:
-        steps = multiples_of(pipe, denoiser)
-        first = [Bucket(config.height, config.width, count) for count in config.frame_counts]
-        check_buckets(first, pipe, denoiser)
-        aspects = [parsed_aspect(text) for text in config.aspects]
-        buckets = automatic_buckets(config.height, config.width, config.frame_counts, aspects, steps)
-    check_buckets(buckets, pipe, denoiser)
-    return buckets
+        check_buckets(buckets, pipe, denoiser)
+        return buckets
+    size = config.height, config.width
+    check_buckets([Bucket(*size, count) for count in (*config.frame_counts, 1)], pipe, denoiser)
+    aspects = [parsed_aspect(text) for text in config.aspects]
+    buckets = automatic_buckets(*size, config.frame_counts, aspects, multiples_of(pipe, denoiser))
+    return [bucket for bucket in buckets if why_unsuited(bucket, denoiser) is None]
 
 
 def _weight(item: Item, config: SftDataConfig) -> float | str:
