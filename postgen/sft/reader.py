@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,13 @@ class Reader:
         self.config = config
         self.faults: list[Fault] = []
         """Files that are left out."""
-        self.weights: dict[str, float] = {}
-        """Sampling weight of each item, by its key."""
         self.buckets = Buckets(_made_buckets(config, pipe, denoiser))
         self.cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "cache"
         self._inspector = Inspector(self.cache, processes=processes, rank=rank, shown=main)
 
-    def clips(self, source: Any, where: str, skip: bool, weights: Tensor | None = None) -> list[Clip]:
+    def clips(
+        self, source: Any, where: str, skip: bool, weights: Tensor | None = None, *, weighed: bool = True
+    ) -> list[Clip]:
         """Return the clips of a data set.
 
         Args:
@@ -74,6 +75,7 @@ class Reader:
             where: name of the data set in messages.
             skip: whether to continue without files that cannot be used.
             weights: (N,) weight of each row; None: the columns of the configuration.
+            weighed: whether the clips have weights.
 
         Raises:
             UserError: files cannot be used, or with `skip` all of them.
@@ -87,19 +89,18 @@ class Reader:
             files=self.cache / "files",
         )
         total = len(items) + len(faults)
-        if weights is not None and len(weights) != total:
-            raise UserError(
-                f"weights has {len(weights)} values for the {total} rows of {where}: give one for each row"
-            )
+        if weights is not None:
+            check_faults(faults, total, where)  # the weights of further rows would belong to other items
+            if len(weights) != total:
+                raise UserError(f"weights has {len(weights)} values for {total} rows of {where}: give one for each")
         found: list[Clip] = []
         for number, (item, info) in enumerate(zip(items, self._inspector.inspect(items), strict=True)):
             made = info if isinstance(info, str) else clips_of(item, info, self.buckets, self.config)
-            weight = _weight(item, self.config) if weights is None else float(weights[number])
+            weight = float(weights[number]) if weights is not None else _weight(item, self.config) if weighed else 1.0
             if isinstance(made, str) or isinstance(weight, str):
                 faults.append(Fault(item.key, made if isinstance(made, str) else str(weight)))
                 continue
-            found += made
-            self.weights[item.key] = weight
+            found += [replace(clip, weight=weight) for clip in made]
         if not skip or not found:
             check_faults(faults, total, where)
         self.faults += faults
