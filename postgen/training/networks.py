@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import nn
+
+from postgen.errors import UserError
 
 from .config import TrainingConfig
 from .policy import Policy
@@ -49,3 +52,26 @@ class PolicyTrainer(Trainer[C]):
         cudnn = torch.backends.cudnn
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
             yield
+
+
+def check_half(modules: Mapping[str, nn.Module], *, bf16: bool) -> None:
+    """Check that networks with weights in half precision can be trained beside weights in float32.
+
+    Args:
+        modules: the networks.
+        bf16: whether forward passes run under bfloat16 autocast.
+
+    Raises:
+        UserError: a forward pass would mix the precisions.
+    """
+    kinds = {weight.dtype for module in modules.values() for weight in module.parameters()}
+    if torch.float16 in kinds:
+        raise UserError(
+            "the model's weights are torch.float16, but trained weights are float32: set dtype: float32, or dtype:"
+            " bfloat16 with bf16: true"
+        )
+    if torch.bfloat16 in kinds and not bf16:
+        raise UserError(
+            "the model's weights are torch.bfloat16, but trained weights are float32: set bf16: true to train under"
+            " autocast, or dtype: float32"
+        )
