@@ -1,1 +1,1 @@
-"""Supervised fine-tuning of video and image models on clips and pictures with captions (`method: sft`)."""
+"""Supervised fine-tuning on images and videos with captions."""
