@@ -42,7 +42,8 @@ class SftEvaluationConfig(Part):
     """Sampling steps of the samples, at least 2."""
 
     eval_guidance_scale: float | None = None
-    """Guidance scale of the samples. None uses the model's default."""
+    """Guidance scale of the samples; up to 1 there is no guidance. None uses the one that the model's folder names in
+    its `postgen.json`, else 1."""
 
     eval_negative_prompt: str = ""
     """Negative prompt of the samples."""

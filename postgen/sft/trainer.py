@@ -93,11 +93,12 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         self.levels = NoiseLevels(args, denoiser, args.seed)
         trained = self._trained_networks()
         self._held_out = HeldOut(self.levels, args.eval_noise_levels, args.seed, args.folder / "evaluation")
-        guidance = args.eval_guidance_scale
+        usual = self.policy.defaults.guidance_scale
+        guidance = usual if args.eval_guidance_scale is None else args.eval_guidance_scale
         self._samples = DrawnSamples(
             args,
             denoiser,
-            guidance=self.policy.defaults.guidance_scale if guidance is None else guidance,
+            guidance=1.0 if guidance is None else guidance,
             fps=self.fps,
             batch=args.per_device_train_batch_size,
             device=self.device,
