@@ -29,8 +29,10 @@ class Wanted:
 
     number: int
     """Number of the held-out clip, from which the seed is made."""
-    row: dict[str, Any]
-    """`prompt`, and the columns for rewards."""
+    prompt: str
+    """Its caption."""
+    columns: dict[str, Any]
+    """Columns of the clip's row, for rewards."""
     bucket: Bucket
     """Size and length of the sample."""
     condition: Condition
@@ -87,7 +89,7 @@ class DrawnSamples:
         clips = {each.number: clip for part in _by_bucket(wanted) for each, clip in self._drawn(part, seed)}
         if main and self.args.eval_grid:
             shown = _alike([clips[each.number] for each in wanted])[: self.args.eval_grid]
-            write_samples(folder, step, shown, [each.row["prompt"] for each in wanted], self.fps)
+            write_samples(folder, step, shown, [each.prompt for each in wanted], self.fps)
         if self.runner is None:
             return {}
         scores = self._scored(wanted, [clips[each.number] for each in wanted]) if wanted else {}
@@ -115,9 +117,9 @@ class DrawnSamples:
 
     def _scored(self, wanted: Sequence[Wanted], clips: Sequence[Tensor]) -> dict[str, list[float]]:
         assert self.runner is not None
-        rows = [each.row for each in wanted]
-        prompts = [row["prompt"] for row in rows]
-        result = self.runner(prompts, clips, fps=self.fps, trainer_state=self.state, must_score=False, **columns(rows))
+        prompts = [each.prompt for each in wanted]
+        more = columns([each.columns for each in wanted])
+        result = self.runner(prompts, clips, fps=self.fps, trainer_state=self.state, must_score=False, **more)
         return {name: result.column(name).tolist() for name in result.names}
 
 

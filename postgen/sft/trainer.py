@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from postgen.errors import UserError
 from postgen.families import Condition
+from postgen.rewards.batches import RESERVED
 from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.seeds import normal, seed_of
 from postgen.training import TrainingConfig, Weights
@@ -223,43 +224,48 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             return {}
         args, main = self.args, self.accelerator.is_main_process
         with self._networks(wrapped=False):
-            found = self._held_out.measure(self._own_batches(), self._held_out_errors, self.global_step, main=main)
+            found = self._held_out.measure(
+                self._own_batches(args.eval_clips), self._held_out_errors, self.global_step, main=main
+            )
             if args.eval_samples:
                 folder = args.folder / "samples"
                 found |= self._samples.run(self._wanted(), args.seed, folder, self.global_step, main=main)
         return found
 
-    def _own_batches(self) -> Iterator[tuple[Sequence[int], Batch]]:
-        """Yield the held-out batches of this process, with the numbers of their clips in the whole data set.
+    def _own_batches(self, wanted: int) -> Iterator[tuple[Sequence[int], Batch]]:
+        """Yield evenly spaced held-out clips of this process, and their numbers among all of them.
 
-        Processes that share a sharded model must call it equally often, so each of them measures all clips.
+        Processes that share a sharded model must call it equally often, so each of them takes all.
+
+        Args:
+            wanted: largest number of clips of all processes.
         """
-        first, process = 0, self.accelerator
+        first, total, process = 0, len(self.data.held_out), self.accelerator
+        chosen = {place * total // min(wanted, total) for place in range(min(wanted, total))}
         for number in range(self.data.eval_count):
             batch = self.data.eval_batch(number)
-            numbers = range(first, first + len(batch.keys))
-            first = numbers.stop
-            if self.sharded or number % process.num_processes == process.process_index:
-                yield numbers, batch
-            if first >= self.args.eval_clips:
-                return
+            rows = [row for row in range(len(batch.keys)) if first + row in chosen]
+            if rows and (self.sharded or number % process.num_processes == process.process_index):
+                yield [first + row for row in rows], batch.rows(rows)
+            first += len(batch.keys)
 
     def _held_out_errors(self, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         return self._errors(clean, noise, sigma, condition)[0][:, 0]
 
     def _wanted(self) -> list[Wanted]:
         """Return the samples of this process."""
-        found = [
+        columns = {clip.key: clip.item.row for clip in self.data.held_out}
+        return [
             Wanted(
                 number=number,
-                row={**self.data.row_of(key), "prompt": self.data.caption_of(key)},
+                prompt=batch.captions[row],
+                columns={name: value for name, value in columns[batch.keys[row]].items() if name not in RESERVED},
                 bucket=batch.bucket,
                 condition={name: value[row : row + 1] for name, value in batch.conditions.items()} | self._negative,
             )
-            for numbers, batch in self._own_batches()
-            for row, (number, key) in enumerate(zip(numbers, batch.keys, strict=True))
+            for numbers, batch in self._own_batches(self.args.eval_samples)
+            for row, number in enumerate(numbers)
         ]
-        return [each for each in found if each.number < self.args.eval_samples]
 
     # Checkpoints and export.
 
@@ -309,7 +315,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         # The expert that is not trained is exported too, so that the folder can be loaded like that of both.
         rest = {name: module.state_dict() for name, module in policy.modules.items() if name not in weights}
         policy.save(folder, {**weights, **rest})
-        clips = f"Clips: {data.count} of {args.train_dataset or 'rows given in Python'}"
+        clips = f"Clips: {len(data.clips)} of {args.train_dataset or 'rows given in Python'}"
         card = Card(
             source=self.source,
             pipeline=type(policy.pipe).__name__,
@@ -318,7 +324,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             step=self.global_step,
             lora=policy.adapter is not None,
             modules=policy.modules,
-            data=[clips, f"Held out: {data.eval_clips or 'none'}"],
+            data=[clips, f"Held out: {len(data.held_out) or 'none'}"],
             settings=args.to_dict(),
         )
         write_card(card, self._curves, args.folder, folder)

@@ -26,7 +26,7 @@ RUN: dict[str, Any] = {
 
 
 def write_clips(folder: Path, *, videos: int = 4, pictures: int = 2, size: tuple[int, int] = (16, 32)) -> Path:
-    """Write videos of 5 frames and pictures with captions, each a colour that grows brighter, and return the folder."""
+    """Write videos of 5 frames and pictures with captions, each of a colour, and return the folder."""
     folder.mkdir(parents=True)
     names = list(COLOURS)
     for number in range(videos + pictures):
