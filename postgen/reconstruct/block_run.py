@@ -30,10 +30,10 @@ from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.ema import Ema
 from postgen.training.logging import Averages, MetricsFile, Progress, StepTimer, say
 from postgen.training.modes import evaluating
+from postgen.training.optimizers import optimizer_of
 from postgen.training.resume import changed_settings, put_aside
 from postgen.training.run_state import RunState
 from postgen.training.stop import Signals
-from postgen.training.optimizers import optimizer_of
 from postgen.training.updates import decay_groups
 
 from .config import ReconstructConfig

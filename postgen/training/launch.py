@@ -48,10 +48,10 @@ def check_launch(args: TrainingConfig) -> None:
         args: the configuration.
 
     Raises:
-        UserError: the optimiser cannot be used; the launcher requests unsupported parallelism (DeepSpeed, Megatron-LM, FSDP 1, FSDP on a CPU, ...);
-            its precision, compilation or accumulation differs from the configuration; it started one process instead
-            of several; the device is absent, or launcher and configuration name different devices; or `init_from` is
-            not a folder.
+        UserError: the optimiser cannot be used; the launcher requests unsupported parallelism (DeepSpeed, Megatron-LM,
+            FSDP 1, FSDP on a CPU, ...); its precision, compilation or accumulation differs from the configuration; it
+            started one process instead of several; the device is absent, or launcher and configuration name different
+            devices; or `init_from` is not a folder.
     """
     for name, message in _OTHERS.items():
         if _asked(name):

@@ -39,8 +39,8 @@ def check_optim(args: UpdatesConfig, *, sharded: bool = False) -> None:
         )
     if sharded and args.optim != "adamw":
         raise UserError(
-            f"optim {args.optim} cannot be combined with sharded weights (fully_shard, FSDP), whose moments are sharded"
-            " already: set optim to adamw"
+            f"optim {args.optim} cannot be combined with sharded weights (fully_shard, FSDP), whose moments are"
+            " sharded already: set optim to adamw"
         )
 
 
@@ -80,8 +80,8 @@ def optimizer_of(
     }
     if args.optim == "adamw":
         # The fused implementation is used on GPUs, the foreach implementation elsewhere.
-        kind = {"fused": True} if device.type == "cuda" else {"foreach": True}
-        return torch.optim.AdamW(groups, **settings, **kind)
+        settings |= {"fused": True} if device.type == "cuda" else {"foreach": True}
+        return torch.optim.AdamW(groups, **settings)
     found: torch.optim.Optimizer = import_module(f"{PACKAGES[args.optim]}.optim").AdamW8bit(groups, **settings)
     return found
 

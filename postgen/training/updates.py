@@ -34,8 +34,8 @@ class UpdatesConfig(Part):
 
     optim: Optim = "adamw"
     """Optimiser: "adamw" with float32 moments; "adamw_8bit" (needs torchao) or "adamw_8bit_bnb" (needs bitsandbytes)
-    with moments of 8 bits, a quarter of the memory; "adafactor" with one second moment for each row and each column, and
-    no first moments."""
+    with moments of 8 bits, a quarter of the memory; "adafactor" with one second moment for each row and each column,
+    and no first moments."""
 
     learning_rate: float = 1e-4
     """Peak learning rate, above 0."""
