@@ -164,7 +164,7 @@ class GroupTrainer(Rollouts[G]):
         """Load the model, add adapters, encode prompts, make sampler and evaluator; return the trained modules."""
         args = self.args
         check_data(args, self.source, self.prompts, self.eval_prompts)
-        self.policy = load_policy(self.source, args, args, self.device, self._peft_config)
+        self.policy = load_policy(self.source, args, args, self.device, self._peft_config, memory=args)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
         if args.motion_residual and self.size["num_frames"] == 1:
             raise UserError("motion_residual must be 0 for a model that makes images, which have no motion")
