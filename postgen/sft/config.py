@@ -8,8 +8,7 @@ from typing import ClassVar
 from postgen.families.video_calls import RANGES
 from postgen.settings import Part
 from postgen.training import TrainingConfig
-from postgen.training.lora import AdapterConfig
-from postgen.training.policy import ModelConfig
+from postgen.training.memory_config import MemoryConfig
 
 from .data_config import SftDataConfig
 from .noise import NoiseConfig
@@ -64,7 +63,7 @@ class SftEvaluationConfig(Part):
 
 
 @dataclass(kw_only=True)
-class SftConfig(SftEvaluationConfig, NoiseConfig, SftDataConfig, AdapterConfig, ModelConfig, TrainingConfig):
+class SftConfig(SftEvaluationConfig, NoiseConfig, SftDataConfig, MemoryConfig, TrainingConfig):
     """Settings of `SftTrainer`.
 
     Raises:

@@ -87,7 +87,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode clips and captions; return the trained modules."""
         args = self.args
-        self.policy = load_policy(self.source, args, args, self.device, self._peft_config)
+        self.policy = load_policy(self.source, args, args, self.device, self._peft_config, memory=args)
         denoiser = self.policy.denoiser
         check_half(self.policy.modules, bf16=args.bf16)
         self.fps = self.policy.rate(args.fps)
@@ -108,8 +108,9 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         self._negative = self._negative_condition()
         self.data = self._read_data()
         self.policy.park_text_encoders()
-        if not args.eval_samples:  # nothing is decoded
-            self.policy.pipe.vae.to("cpu")
+        vae = getattr(self.policy.pipe, "vae", None)
+        if vae is not None and not args.eval_samples:  # nothing is decoded
+            vae.to("cpu")
         return trained
 
     def _negative_condition(self) -> Condition:

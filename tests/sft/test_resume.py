@@ -13,9 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from postgen.errors import UserError
+from postgen.sft.trainer import SftTrainer
 from postgen.train import main
 from tests.children import Child
-from tests.sft.train_clips import RUN, lines_of, trained, write_clips
+from tests.sft.train_clips import RUN, lines_of, settings, trained, write_clips
 from tests.training.pair import run_pair
 
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -34,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_wan: Path) -> Path:
     write_clips(folder / "clips")
     write_clips(folder / "held", videos=2, pictures=1)
     shutil.copytree(tiny_wan, folder / "model")
-    main([str(recipe(folder, "straight"))])
+    assert main([str(recipe(folder, "straight"))]) == 0
     return folder
 
 
@@ -60,7 +61,7 @@ def test_a_killed_run_is_resumed_exactly(place: Path, point: str, step: int) -> 
     path = recipe(place, point, kill_at=point, kill_step=step)
     child = Child("postgen.train", (path,))
     assert child.wait() == -signal.SIGKILL, child.said()
-    main([str(path), "--resume", "latest", "--kill_at", "none"])
+    assert main([str(path), "--resume", "--kill_at", "none"]) == 0
     assert parts(place / point) == parts(place / "straight")
     resumed, straight = exported(place / point), exported(place / "straight")
     assert resumed.keys() == straight.keys()
@@ -69,14 +70,31 @@ def test_a_killed_run_is_resumed_exactly(place: Path, point: str, step: int) -> 
     assert rows == {row["step"]: row for row in lines_of(place / "straight") if "eval_loss" in row}
 
 
-def test_other_clips_are_refused_on_resume(place: Path) -> None:
+def test_other_clips_are_refused_on_resume(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(place / "straight", place / "other")
     (place / "fewer").mkdir()
     for path in sorted((place / "clips").iterdir())[:-2]:
         shutil.copyfile(path, place / "fewer" / path.name)
-    words = ["--resume", "latest", "--max_steps", "8", "--train_dataset", str(place / "fewer")]
-    with pytest.raises(UserError, match="was trained on other clips, captions or buckets: give the same data"):
-        main([str(recipe(place, "other")), *words])
+    words = ["--resume", "--max_steps", "8", "--train_dataset", str(place / "fewer")]
+    assert main([str(recipe(place, "other")), *words]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("postgen: error: ")
+    assert "was trained on other clips, captions or buckets: give the same data" in last
+
+
+def test_another_number_of_processes_needs_equal_steps(place: Path) -> None:
+    """One process continues the steps of two, with twice the accumulation; other numbers are refused."""
+    run = SftTrainer(settings(place / "new", place / "clips", gradient_accumulation_steps=4))
+    before = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    state = {"micro": 6, "data": "x", "first_losses": {}}
+    assert run.state_of_others([state, state], before)["micro"] == 12
+    for changes, message in (
+        ({"gradient_accumulation_steps": 2}, "set per_device_train_batch_size 2 and gradient_accumulation_steps 4"),
+        ({"per_device_train_batch_size": 4}, "its steps have 4 micro-batches of 2 clips"),
+    ):
+        run = SftTrainer(settings(place / "new", place / "clips", **changes))
+        with pytest.raises(UserError, match=message):
+            run.state_of_others([state, state], before)
 
 
 def two(folder: Path) -> None:
