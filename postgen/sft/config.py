@@ -22,7 +22,7 @@ class SftEvaluationConfig(Part):
         UserError: a value is outside its range.
     """
 
-    part: ClassVar[str] = "eval"
+    part: ClassVar[str] = "held_out"
 
     eval_clips: int = 64
     """Largest number of held-out clips whose loss is measured, from the first on."""
