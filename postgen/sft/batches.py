@@ -16,6 +16,7 @@ from .buckets import Bucket
 
 _KEPT = 4
 """Number of passes whose order stays in memory, for each bucket."""
+_GOLDEN = (5**0.5 - 1) / 2
 T = TypeVar("T")
 
 
@@ -23,7 +24,7 @@ class Batches:
     """Batches of clips of one bucket each.
 
     Each bucket has an endless stream of its clips, in passes of random order. In a pass a clip occurs as often as its
-    weight demands: exactly for whole ratios, otherwise once more or less by chance, so that the mean is exact. The
+    weight demands: exactly for whole ratios, otherwise once more or less, so that the mean over passes is right. The
     batches take from the streams in turn, spread evenly over the time, in proportion to the weight of the buckets.
     With equal weights, every clip occurs once in each pass, and no clip is left out, however few a bucket has.
 
@@ -68,12 +69,13 @@ class Batches:
         """Buckets with clips."""
         self._groups = [groups[bucket] for bucket in self.buckets]
         own = [mass[group] for group in self._groups]
-        # Expected occurrences of each clip in a pass of its bucket, which has as many places as clips.
-        self._often = [_rounded(part / part.sum() * len(part)) for part in own]
+        # Sums of the expected occurrences of the clips in a pass of their bucket, which has as many places as clips.
+        self._sums = [_rounded((part / part.sum() * len(part)).cumsum(0)) for part in own]
         # Expected batches of each bucket in a cycle, which has as many batches as there are clips.
         self._rates = _rounded(torch.stack([part.sum() for part in own]) / mass.sum() * self.clips)
         first = torch.Generator().manual_seed(seed_of(seed, "data", 2))
-        self._offsets = torch.rand(len(own), generator=first, dtype=torch.float64)
+        self._offsets, starts = torch.rand(2, len(own), generator=first, dtype=torch.float64)
+        self._starts: list[float] = starts.tolist()
         self._passes: list[OrderedDict[int, list[int]]] = [OrderedDict() for _ in own]
         self._cycles: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
 
@@ -128,15 +130,14 @@ class Batches:
         return _kept(self._passes[bucket], turn, lambda number: self._pass(bucket, number))[index]
 
     def _pass(self, bucket: int, turn: int) -> list[int]:
-        """Return the clips of a pass of a bucket in their order (systematic sampling with a random start)."""
-        group, often = self._groups[bucket], self._often[bucket]
+        """Return the clips of a pass of a bucket in their order (systematic sampling)."""
+        group, count = self._groups[bucket], len(self._groups[bucket])
+        # The golden ratio spreads the starts evenly, so that the mean over some passes is nearly exact.
+        start = (self._starts[bucket] + turn * _GOLDEN) % 1.0
+        points = torch.arange(count, dtype=torch.float64) + start
+        chosen = torch.searchsorted(self._sums[bucket], points, right=True).clamp(max=count - 1)
         chance = torch.Generator().manual_seed(seed_of(self.seed, "data", 4, bucket, turn))
-        points = torch.arange(len(group)) + torch.rand((), generator=chance, dtype=torch.float64)
-        # The clips are in random order before the sampling too, so that neighbours are not chosen together.
-        mixed = torch.randperm(len(group), generator=chance)
-        chosen = torch.searchsorted(_rounded(often[mixed].cumsum(0)), points, right=True).clamp(max=len(group) - 1)
-        order = torch.randperm(len(group), generator=chance)
-        return [group[number] for number in mixed[chosen][order].tolist()]
+        return [group[number] for number in chosen[torch.randperm(count, generator=chance)].tolist()]
 
 
 def _rounded(values: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from postgen.tensor_files import opened
 from postgen.training.logging import Progress, say
 from postgen.training.run_folder import RunLock
 
+_NOTE = "postgen"
+"""Metadata of a file: its checksum, and the rows of each encoding before zeros were removed."""
 _STALE = 600.0
 """Age in seconds from which the unfinished file of a killed process is removed."""
 
@@ -120,7 +122,8 @@ class Cache:
         kept = {name: _without_zeros(tensor.detach().cpu()) for name, tensor in tensors.items()}
         rows = {name: len(tensor[0]) for name, tensor in tensors.items() if tensor.dim() == 3}
         with replacing(place) as part:
-            save_file(kept, part, {"crc32": str(_checksum(kept)), "rows": json.dumps(rows)})
+            # One entry: safetensors writes several in any order, and equal content should give equal files.
+            save_file(kept, part, {_NOTE: json.dumps({"crc32": _checksum(kept), "rows": rows})})
 
     def _whole(self, key: str) -> bool:
         """Return whether the file of an entry exists and has its full length."""
@@ -128,7 +131,7 @@ class Cache:
             return False
         try:
             with opened(self.place(key)) as content:
-                return "crc32" in (content.metadata() or {})
+                return _NOTE in (content.metadata() or {})
         except UserError:
             self._warn(key)
             self.place(key).unlink(missing_ok=True)
@@ -138,14 +141,13 @@ class Cache:
         """Return the tensors of an entry; None if the file is missing or damaged."""
         try:
             with opened(self.place(key)) as content:
-                told = content.metadata() or {}
+                told = json.loads((content.metadata() or {}).get(_NOTE, "{}"))
                 found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         except UserError:
             return None
-        if told.get("crc32") != str(_checksum(found)):
+        if told.get("crc32") != _checksum(found):
             return None
-        rows = json.loads(told["rows"])
-        return {name: _with_zeros(value, rows.get(name, 0)) for name, value in found.items()}
+        return {name: _with_zeros(value, told["rows"].get(name, 0)) for name, value in found.items()}
 
     def _warn(self, key: str) -> None:
         if not self._warned:

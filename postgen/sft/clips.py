@@ -35,6 +35,8 @@ class Clip:
     """Digest of the file."""
     number: int = 0
     """Number of the clip among those of a long video."""
+    weight: float = 1.0
+    """Sampling weight."""
 
     @property
     def key(self) -> str:

@@ -135,12 +135,13 @@ class SftData:
                 is wrong, or the cache cannot be written.
         """
         reader = Reader(config, pipe, denoiser, folder, main=main, processes=processes, rank=rank)
-        sources = train if train is not None else config.train_dataset, evaluation or config.eval_dataset
+        given = (train, config.train_dataset), (evaluation, config.eval_dataset)
+        sources = [setting if own is None else own for own, setting in given]
         if sources[0] is None:
             raise UserError("train_dataset is missing: name a folder of images and videos with captions")
         skip = config.skip_bad if skip is None else skip
         clips = reader.clips(sources[0], "train_dataset", skip, weights)
-        held_out = [] if sources[1] is None else reader.clips(sources[1], "eval_dataset", skip)
+        held_out = [] if sources[1] is None else reader.clips(sources[1], "eval_dataset", skip, weighed=False)
         if main:
             write_faults(folder / SKIPPED, reader.faults)
         if sources[1] is None:
@@ -152,7 +153,7 @@ class SftData:
             seed=seed,
             processes=processes,
             accumulation=_setting(config, "gradient_accumulation_steps", accumulation),
-            weights=torch.tensor([reader.weights[clip.item.key] for clip in clips], dtype=torch.float64),
+            weights=torch.tensor([clip.weight for clip in clips], dtype=torch.float64),
             image_share=config.image_share,
         )
         encoder.encode([*clips, *held_out], part=rank, parts=processes, shown=main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import Tensor
 from postgen.errors import UserError, is_number, is_whole, shown
 from postgen.families import Denoiser
 
-from .buckets import Bucket, Buckets, automatic_buckets, check_buckets, multiples_of, parsed_aspect, parsed_bucket
+from .buckets import (
+    Bucket,
+    Buckets,
+    automatic_buckets,
+    check_buckets,
+    multiples_of,
+    parsed_aspect,
+    parsed_bucket,
+    why_unsuited,
+)
 from .clips import Clip, clips_of
 from .data_config import SftDataConfig
 from .faults import Fault, check_faults
@@ -44,18 +54,20 @@ class Reader:
         denoiser: Denoiser,
         folder: Path,
         *,
-        main: bool,
-        processes: int,
-        rank: int,
+        main: bool = True,
+        processes: int = 1,
+        rank: int = 0,
     ) -> None:
         self.config = config
         self.faults: list[Fault] = []
-        self.weights: dict[str, float] = {}
+        """Files that are left out."""
         self.buckets = Buckets(_made_buckets(config, pipe, denoiser))
         self.cache = Path(config.cache_dir).expanduser() if config.cache_dir else folder / "cache"
         self._inspector = Inspector(self.cache, processes=processes, rank=rank, shown=main)
 
-    def clips(self, source: Any, where: str, skip: bool, weights: Tensor | None = None) -> list[Clip]:
+    def clips(
+        self, source: Any, where: str, skip: bool, weights: Tensor | None = None, *, weighed: bool = True
+    ) -> list[Clip]:
         """Return the clips of a data set.
 
         Args:
@@ -63,6 +75,7 @@ class Reader:
             where: name of the data set in messages.
             skip: whether to continue without files that cannot be used.
             weights: (N,) weight of each row; None: the columns of the configuration.
+            weighed: whether the clips have weights.
 
         Raises:
             UserError: files cannot be used, or with `skip` all of them.
@@ -76,19 +89,18 @@ class Reader:
             files=self.cache / "files",
         )
         total = len(items) + len(faults)
-        if weights is not None and len(weights) != total:
-            raise UserError(
-                f"weights has {len(weights)} values for the {total} rows of {where}: give one for each row"
-            )
+        if weights is not None:
+            check_faults(faults, total, where)  # the weights of further rows would belong to other items
+            if len(weights) != total:
+                raise UserError(f"weights has {len(weights)} values for {total} rows of {where}: give one for each")
         found: list[Clip] = []
         for number, (item, info) in enumerate(zip(items, self._inspector.inspect(items), strict=True)):
             made = info if isinstance(info, str) else clips_of(item, info, self.buckets, self.config)
-            weight = _weight(item, self.config) if weights is None else float(weights[number])
+            weight = float(weights[number]) if weights is not None else _weight(item, self.config) if weighed else 1.0
             if isinstance(made, str) or isinstance(weight, str):
                 faults.append(Fault(item.key, made if isinstance(made, str) else str(weight)))
                 continue
-            found += made
-            self.weights[item.key] = weight
+            found += [replace(clip, weight=weight) for clip in made]
         if not skip or not found:
             check_faults(faults, total, where)
         self.faults += faults
@@ -100,14 +112,13 @@ def _made_buckets(config: SftDataConfig, pipe: Any, denoiser: Denoiser) -> list[
     if config.buckets:
         given = [parsed_bucket(text) for text in config.buckets]
         buckets = [*given, *(Bucket(bucket.height, bucket.width, 1) for bucket in given)]
-    else:
-        steps = multiples_of(pipe, denoiser)
-        first = [Bucket(config.height, config.width, count) for count in config.frame_counts]
-        check_buckets(first, pipe, denoiser)
-        aspects = [parsed_aspect(text) for text in config.aspects]
-        buckets = automatic_buckets(config.height, config.width, config.frame_counts, aspects, steps)
-    check_buckets(buckets, pipe, denoiser)
-    return buckets
+        check_buckets(buckets, pipe, denoiser)
+        return buckets
+    size = config.height, config.width
+    check_buckets([Bucket(*size, count) for count in (*config.frame_counts, 1)], pipe, denoiser)
+    aspects = [parsed_aspect(text) for text in config.aspects]
+    buckets = automatic_buckets(*size, config.frame_counts, aspects, multiples_of(pipe, denoiser))
+    return [bucket for bucket in buckets if why_unsuited(bucket, denoiser) is None]
 
 
 def _weight(item: Item, config: SftDataConfig) -> float | str:
