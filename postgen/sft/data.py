@@ -44,6 +44,16 @@ class Batch:
     """Captions of the clips."""
     bucket: Bucket
 
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Return some clips of the batch."""
+        return Batch(
+            latents=self.latents[list(rows)],
+            conditions={name: value[list(rows)] for name, value in self.conditions.items()},
+            keys=[self.keys[row] for row in rows],
+            captions=[self.captions[row] for row in rows],
+            bucket=self.bucket,
+        )
+
 
 class SftData:
     """Encoded clips and the order of their batches. `build` makes one.
