@@ -47,7 +47,7 @@ class Cache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def fill(self, entries: Sequence[tuple[str, Make]], *, part: int = 0, parts: int = 1, bar: str = "") -> int:
-        """Make the missing entries, and return how many this process made.
+        """Make the missing entries, and return how many were missing.
 
         A process makes its share, then entries that no other process is making, and waits for the rest.
 
@@ -63,18 +63,15 @@ class Cache:
         missing = [entry for entry in dict(entries).items() if not self._whole(entry[0])]
         progress = Progress(step=0, max_steps=len(missing), shown=bool(bar and missing), name=bar)
         others: list[tuple[str, Make]] = []
-        made = 0
         turns = [entry for turn in range(parts) for entry in missing[(part + turn) % parts :: parts]]
         for entries_now, wait in ((turns, False), (others, True)):
             for key, make in entries_now:
-                found = self._make(key, make, wait=wait)
-                if found is None:
+                if self._make(key, make, wait=wait):
+                    progress.step()
+                else:
                     others.append((key, make))
-                    continue
-                made += found
-                progress.step()
         progress.close()
-        return made
+        return len(missing)
 
     def get(self, key: str, make: Make) -> dict[str, Tensor]:
         """Return the tensors of an entry, on the CPU. A missing or damaged entry is made again, with a warning.
@@ -92,11 +89,11 @@ class Cache:
             raise UserError(f"cache_dir: {self.place(key)} cannot be read right after it was written: check the disk")
         return found
 
-    def _make(self, key: str, make: Make, *, wait: bool) -> bool | None:
-        """Make a missing entry. Return whether it was made; None: another process is making one, and `wait` is off."""
+    def _make(self, key: str, make: Make, *, wait: bool) -> bool:
+        """Make an entry, if it is missing; return False if another process is making one and `wait` is off."""
         place = self.place(key)
         if self._whole(key):
-            return False
+            return True
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             lock = RunLock(place.parent, ".lock", "cache_dir")
@@ -106,12 +103,11 @@ class Cache:
                 try:
                     lock.acquire()
                 except UserError:
-                    return None
-            try:
-                if self._whole(key):
                     return False
-                _remove_stale(place.parent)
-                self._write(place, make())
+            try:
+                if not self._whole(key):
+                    _remove_stale(place.parent)
+                    self._write(place, make())
             finally:
                 lock.release()
         except (OSError, SafetensorError) as error:

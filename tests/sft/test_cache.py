@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 from functools import partial
@@ -74,8 +73,10 @@ def test_entries_are_made_once(tmp_path: Path, model: Any, clips: Path, written:
     assert same(first, again)
 
 
-def test_what_changed_is_encoded_again(tmp_path: Path, model: Any, clips: Path, written: list[str]) -> None:
-    source = shutil.copytree(clips, tmp_path / "clips")
+def test_what_changed_is_encoded_again(
+    tmp_path: Path, model: Any, written: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder_of_clips(tmp_path / "clips", 2, 0)
     base = settings(source, cache_dir=str(tmp_path / "cache"))
 
     def new(config: Any = base, other: Any = model) -> list[str]:
@@ -91,7 +92,9 @@ def test_what_changed_is_encoded_again(tmp_path: Path, model: Any, clips: Path, 
     assert new() == ["latents"]
     assert len(written) == 1
     assert new(settings(source, cache_dir=base.cache_dir, frame_selection="uniform")) == [], "9 frames of 9 are equal"
+    assert "other settings" not in capsys.readouterr().err
     assert new(settings(source, cache_dir=base.cache_dir, num_frames=5)) == ["latents"]
+    assert "was filled with other settings (num_frames): 2 clips encoded anew" in capsys.readouterr().err
     assert new(settings(source, cache_dir=base.cache_dir, cache_dtype="float16")) == ["latents"]
     os.rename(source / "clip1.mp4", source / "renamed.mp4")
     os.rename(source / "clip1.txt", source / "renamed.txt")
@@ -101,6 +104,7 @@ def test_what_changed_is_encoded_again(tmp_path: Path, model: Any, clips: Path, 
     with torch.no_grad():
         next(other[0].text_encoder.parameters()).add_(0.1)
     assert new(other=other) == ["captions"]
+    assert "text encoders): 3 captions encoded anew" in capsys.readouterr().err
     with torch.no_grad():
         next(other[0].vae.parameters()).add_(0.1)
     assert new(other=other) == ["latents"]

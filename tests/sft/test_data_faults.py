@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from postgen.cli import main
-from tests.sft.media import captioned, folder_of_clips, picture, video
+from tests.sft.media import captioned, picture, video
 
 
 def _no_captions(folder: Path) -> None:
@@ -28,13 +27,6 @@ def _short(folder: Path) -> None:
     captioned(video(folder / "short.mp4", 4), "short")
 
 
-def _rows(folder: Path) -> None:
-    folder_of_clips(folder)
-    (folder / "metadata.jsonl").write_text(
-        "\n".join(json.dumps({"file_name": f"clip{number}.mp4", "weight": -1}) for number in range(4))
-    )
-
-
 def _fine(folder: Path) -> None:
     captioned(video(folder / "a.mp4"), "a")
 
@@ -50,17 +42,8 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "all files are bad": (_short, ["--skip_bad", "true"], "1 of 1 files or rows cannot be used"),
     "empty folder": (lambda folder: folder.mkdir(), [], "holds no image or video"),
     "no folder": (_fine, ["--train_dataset", "./absent"], "train_dataset: there is no file or folder absent"),
-    "no file": (_fine, ["--train_dataset", "absent.jsonl"], "train_dataset absent.jsonl cannot be read: No such file"),
-    "no name": (_fine, ["--train_dataset="], "train_dataset is ''"),
-    "captions missing in metadata": (_rows, [], "4 of 6 files or rows cannot be used: clip0.mp4: it has no caption"),
-    "other size": (_fine, ["--height", "33"], "bucket 33x32x9 does not suit"),
     "other length": (_fine, ["--num_frames", "8"], "bucket 32x32x8 does not suit"),
-    "bucket of another form": (_fine, ["--buckets", "32x32"], "HEIGHTxWIDTHxFRAMES"),
-    "rate": (_fine, ["--target_fps", "60"], "fewer than target_fps 60"),
     "no images": (_fine, ["--image_share", "0.5"], "the data set has no images"),
-    "one file to hold out": (_fine, ["--eval_share", "0.5"], "at least two different files"),
-    "no weights": (_fine, ["--weight_column", "weight"], "its weight is None, it must be a number"),
-    "column": (_fine, ["--caption_column", "title"], "no caption: add a column title"),
     "cache is a file": (_fine, ["--cache_dir", "recipe.yaml"], "cache_dir recipe.yaml cannot be written"),
 }
 
