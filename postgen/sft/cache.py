@@ -24,6 +24,19 @@ _NOTE = "postgen"
 _STALE = 600.0
 """Age in seconds from which the unfinished file of a killed process is removed."""
 
+
+class _EntryLock(RunLock):
+    """Lock for writing entries. It warns once about a file system without locks, not for each entry."""
+
+    warned = False
+
+    def warn(self, message: str) -> None:
+        """Print a warning, if it is the first."""
+        if not _EntryLock.warned:
+            _EntryLock.warned = True
+            super().warn(message)
+
+
 Make = Callable[[], Mapping[str, Tensor]]
 """Makes the tensors of an entry."""
 
@@ -96,7 +109,7 @@ class Cache:
             return True
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(place.parent, ".lock", "cache_dir")
+            lock = _EntryLock(place.parent, ".lock", "cache_dir")
             if wait:
                 lock.wait(say, "encodes clips")
             else:

@@ -155,14 +155,15 @@ def _checked(found: list[Found], caption_column: str | None, faults: list[Fault]
             wrong = "there is no such file"
         if not wrong and kind is None:
             wrong = f"{each.path.suffix if each.path else ''} is not the suffix of an image or a video"
-        if not wrong and caption in used.get(each.key, ()):
+        place = os.path.abspath(each.path) if each.path else each.key
+        if not wrong and caption in used.get(place, ()):
             wrong = "this file is listed twice with the same caption: use a column of weights instead"
         if wrong or each.path is None or caption is None or kind is None:
             faults.append(Fault(each.key, wrong))
             continue
         # A file may have several captions: the items are numbered.
-        number = len(used.setdefault(each.key, set()))
-        used[each.key].add(caption)
+        number = len(used.setdefault(place, set()))
+        used[place].add(caption)
         items.append(Item(each.key + (f"@{number + 1}" if number else ""), each.path, kind, caption, each.row))
     return items
 
