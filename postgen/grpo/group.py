@@ -20,13 +20,14 @@ from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import chosen_schedule
 from postgen.training import Reason, TrainingConfig, TrainResult, Weights
+from postgen.training.memory import bytes_of, memory_numbers, memory_plan, memory_table, trained_in
 from postgen.training.policy import load_policy
 from postgen.training.prompts import Prompts
 
 from .batches import Batches
 from .card import Card, write_card
 from .config import GroupConfig
-from .cost import Plan, Work, bytes_of, estimate, report, trained_in
+from .cost import Plan, Work, estimate, report
 from .curves import Curves
 from .evaluation import Evaluator, evaluation_sampler
 from .exact_motion import ExactMotion, check_scenes
@@ -271,21 +272,35 @@ class GroupTrainer(Rollouts[G]):
 
     def _dry_run(self) -> TrainResult:
         """Load the model, print the cost estimate of the run, and return without training."""
-        modules = self.build()
+        args, modules = self.args, self.build()
         plan = Plan(
             batches=self.batches,
             work=self.with_clips(self.work()),
             weights=bytes_of(self.policy.pipe.components.values()),
             trained=trained_in(modules.values()),
-            copies=self.copies,
             latent=math.prod(self.policy.denoiser.latent_shape(**self.size)),
             clip=3 * math.prod(self.size.values()),
             backward=self.meter.backward,
-            max_steps=self.args.max_steps,
+            max_steps=args.max_steps,
         )
         numbers = estimate(plan)
+        encoders = [name for name in self.policy.pipe.components if name.startswith("text_encoder")]
+        memory = memory_plan(
+            self.policy.pipe,
+            self.policy.denoiser,
+            args,
+            args,
+            size=self.size,
+            rows=self.batches.per_device,
+            passes=self.sampler.passes,
+            copies=self.copies,
+            unused=encoders if args.precompute_prompt_embeds else (),
+            extra=int(numbers["bytes/rollout"] + numbers["bytes/clips"]),
+        )
+        numbers |= memory_numbers(memory)
         if self.accelerator.is_main_process:
             print(report(plan, numbers))
+            print(memory_table(memory))
         return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
 
 
