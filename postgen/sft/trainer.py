@@ -253,7 +253,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         """Return the loss of held-out clips at fixed noise, its change since the first evaluation, and rewards."""
         if not self.data.eval_count:
             return {}
-        args, main = self.args, self.accelerator.is_main_process
+        args = self.args
         with self._networks(wrapped=False):
             found = self._held_out.measure(
                 self._own_batches(args.eval_clips), self._held_out_errors, self.global_step, main=main
