@@ -46,7 +46,7 @@ class HeldOut:
         """Losses in the first evaluation of the run; empty before."""
 
     def measure(
-        self, batches: Iterable[tuple[Sequence[int], Batch]], errors: Errors, step: int, main: bool
+        self, batches: Iterable[tuple[Sequence[int], Batch]], errors: Errors, step: int, *, writes: bool
     ) -> dict[str, float]:
         """Return the mean loss, and its change since the first evaluation with its standard error.
 

@@ -253,14 +253,13 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         """Return the loss of held-out clips at fixed noise, its change since the first evaluation, and rewards."""
         if not self.data.eval_count:
             return {}
-        args = self.args
+        args, step = self.args, self.global_step
+        writes = self.accelerator.is_main_process and not self.on_trial
         with self._networks(wrapped=False):
-            found = self._held_out.measure(
-                self._own_batches(args.eval_clips), self._held_out_errors, self.global_step, main=main
-            )
+            batches = self._own_batches(args.eval_clips)
+            found = self._held_out.measure(batches, self._held_out_errors, step, writes=writes)
             if args.eval_samples:
-                folder = args.folder / "samples"
-                found |= self._samples.run(self._wanted(), args.seed, folder, self.global_step, main=main)
+                found |= self._samples.run(self._wanted(), args.seed, args.folder / "samples", step, writes=writes)
         return found
 
     def _own_batches(self, wanted: int) -> Iterator[tuple[Sequence[int], Batch]]:
