@@ -23,9 +23,10 @@ from postgen.families import Condition
 from postgen.rewards.batches import RESERVED
 from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.seeds import normal, seed_of
-from postgen.training import TrainingConfig, Weights
+from postgen.training import Reason, TrainingConfig, TrainResult, Weights
 from postgen.training.card import Card, write_card
 from postgen.training.digests import digest
+from postgen.training.memory import memory_numbers, memory_plan, memory_table, trained_in
 from postgen.training.networks import PolicyTrainer, check_half
 from postgen.training.policy import load_policy
 from postgen.training.processes import check_same, counted
@@ -84,15 +85,14 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     # Set-up.
 
+    def train(self) -> TrainResult:
+        """Run `Trainer.train`. `dry_run` prints an estimate of the memory instead."""
+        return self._dry_run() if self.args.dry_run else super().train()
+
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode clips and captions; return the trained modules."""
-        args = self.args
-        self.policy = load_policy(self.source, args, args, self.device, self._peft_config, memory=args)
+        args, trained = self.args, self._load()
         denoiser = self.policy.denoiser
-        check_half(self.policy.modules, bf16=args.bf16)
-        self.fps = self.policy.rate(args.fps)
-        self.levels = NoiseLevels(args, denoiser, args.seed)
-        trained = self._trained_networks()
         self._held_out = HeldOut(self.levels, args.eval_noise_levels, args.seed, args.folder / "evaluation")
         usual = self.policy.defaults.guidance_scale
         guidance = usual if args.eval_guidance_scale is None else args.eval_guidance_scale
@@ -112,6 +112,36 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         if vae is not None and not args.eval_samples:  # nothing is decoded
             vae.to("cpu")
         return trained
+
+    def _load(self) -> dict[str, nn.Module]:
+        """Load the model, add adapters, check the settings against it, and return the trained networks."""
+        args = self.args
+        self.policy = load_policy(self.source, args, args, self.device, self._peft_config, memory=args)
+        check_half(self.policy.modules, bf16=args.bf16)
+        self.fps = self.policy.rate(args.fps)
+        self.levels = NoiseLevels(args, self.policy.denoiser, args.seed)
+        return self._trained_networks()
+
+    def _dry_run(self) -> TrainResult:
+        """Load the model, print the estimate of the memory, and return without training."""
+        args, modules = self.args, self._load()
+        pipe, denoiser = self.policy.pipe, self.policy.denoiser
+        others = [name for name in pipe.components if name not in denoiser.transformers]
+        plan = memory_plan(
+            pipe,
+            denoiser,
+            args,
+            args,
+            size={"num_frames": args.num_frames, "height": args.height, "width": args.width},
+            rows=args.per_device_train_batch_size,
+            copies=int(args.ema_decay > 0),
+            unused=[name for name in others if name != "vae" or not args.eval_samples],
+        )
+        numbers = {"trained_parameters": float(trained_in(modules.values())), **memory_numbers(plan)}
+        if self.accelerator.is_main_process:
+            print("\n".join(f"{name:32s}{value:16,.0f}" for name, value in numbers.items()))
+            print(memory_table(plan))
+        return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
 
     def _negative_condition(self) -> Condition:
         """Return the condition entries of the negative prompt, which only samples with guidance need."""
@@ -223,14 +253,13 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         """Return the loss of held-out clips at fixed noise, its change since the first evaluation, and rewards."""
         if not self.data.eval_count:
             return {}
-        args, main = self.args, self.accelerator.is_main_process
+        args, step = self.args, self.global_step
+        writes = self.accelerator.is_main_process and not self.on_trial
         with self._networks(wrapped=False):
-            found = self._held_out.measure(
-                self._own_batches(args.eval_clips), self._held_out_errors, self.global_step, main=main
-            )
+            batches = self._own_batches(args.eval_clips)
+            found = self._held_out.measure(batches, self._held_out_errors, step, writes=writes)
             if args.eval_samples:
-                folder = args.folder / "samples"
-                found |= self._samples.run(self._wanted(), args.seed, folder, self.global_step, main=main)
+                found |= self._samples.run(self._wanted(), args.seed, args.folder / "samples", step, writes=writes)
         return found
 
     def _own_batches(self, wanted: int) -> Iterator[tuple[Sequence[int], Batch]]:

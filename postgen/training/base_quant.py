@@ -15,8 +15,8 @@ BaseQuant = Literal["none", "int8", "fp8", "int4", "nf4"]
 """Formats of frozen weights."""
 _OWN = {"int8": "int8", "fp8": "fp8", "int4": "int4:g64"}
 """Format -> the weight format of postgen's quantised layers, which have no inputs in low precision here."""
-BITS: dict[str, float] = {"none": 16, "int8": 8, "fp8": 8, "int4": 4.5, "nf4": 4.5}
-"""Bits of a weight with its scales, of bfloat16 without quantisation."""
+BITS: dict[str, float] = {"int8": 8, "fp8": 8, "int4": 4.5, "nf4": 4.5}
+"""Format -> bits of a weight, with its scales if groups of 64 weights have one."""
 
 
 def check_base_quant(kind: BaseQuant) -> None:

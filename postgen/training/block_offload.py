@@ -108,6 +108,7 @@ class BlockOffload:
         self._copied: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._stream = torch.cuda.Stream(device) if pinned else None
         self._last, self._step = -1, 1
+        self._paused = False
         self.copies = 0
         """Number of copies of a block to the device so far."""
         self._undo: list[Callable[[], Any]] = [stays(home.block, home.away) for home in self._homes]
@@ -127,6 +128,15 @@ class BlockOffload:
         """Bytes of the buffers on the device, which the first forward pass allocates."""
         return _BUFFERS * max(home.memory.numel() for home in self._homes)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not put weights into the modules during the enclosed code, which replaces them by others."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def remove(self) -> None:
         """Move all weights to the device, and undo the offload."""
         for undo in self._undo:
@@ -140,6 +150,8 @@ class BlockOffload:
 
     def _enter(self, index: int, *_: Any) -> None:
         """Act before the forward pass of a block: put its weights in place, and begin to fetch those of the next."""
+        if self._paused:
+            return
         home = self._homes[index]
         if home.buffer is None:
             self._fetch(index, keep=None)

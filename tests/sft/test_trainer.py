@@ -189,6 +189,18 @@ def test_samples_and_their_rewards(tiny_wan: Path, clips: Path, held: Path, tmp_
     pipe.load_lora_weights(tmp_path / "export")
 
 
+def test_the_last_checkpoints_are_merged_on_request(tiny_wan: Path, clips: Path, held: Path, tmp_path: Path) -> None:
+    """The held-out loss decides; the table is that of the weights before the merge, not of the trial."""
+    words = {"eval_dataset": str(held), "save_steps": 1, "max_steps": 2, "merge_last": 2}
+    trained(tiny_wan, tmp_path, clips, **words, merge_metric="eval_loss", merge_keep="always")
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "loss-000002.jsonl").read_text().splitlines()]
+    losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
+    assert losses.mean().item() == pytest.approx(lines_of(tmp_path)[-1]["merge/last"])
+    assert (tmp_path / "export" / "merge.json").is_file()
+    assert "merge/merged" in lines_of(tmp_path)[-1]
+    pipeline(tiny_wan).load_lora_weights(tmp_path / "export")
+
+
 def brightness(completions: list[Tensor]) -> list[float]:
     """Return the mean of each clip."""
     return [float(clip.mean()) for clip in completions]
