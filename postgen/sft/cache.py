@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from postgen.training.run_folder import RunLock
 
 _NOTE = "postgen"
 """Metadata of a file: its checksum, and the rows of each encoding before zeros were removed."""
+_MEMORY = 2**30
+"""Bytes of the last used entries that stay in memory."""
 _STALE = 600.0
 """Age in seconds from which the unfinished file of a killed process is removed."""
 
@@ -41,6 +45,20 @@ Make = Callable[[], Mapping[str, Tensor]]
 """Makes the tensors of an entry."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Tensors as they are stored."""
+
+    tensors: dict[str, Tensor]
+    rows: dict[str, int]
+    """Rows of an encoding before zeros were removed, by name."""
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
 class Cache:
     """Named tensors by digest.
 
@@ -54,6 +72,8 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._warned = False
+        self._kept: OrderedDict[str, _Entry] = OrderedDict()
+        self._space = _MEMORY
 
     def place(self, key: str) -> Path:
         """Return the file of an entry."""
@@ -89,9 +109,24 @@ class Cache:
     def get(self, key: str, make: Make) -> dict[str, Tensor]:
         """Return the tensors of an entry, on the CPU. A missing or damaged entry is made again, with a warning.
 
+        The last used entries stay in memory. Do not change the tensors.
+
         Raises:
             UserError: the folder cannot be written or read, or the entry cannot be made.
         """
+        if key not in self._kept:
+            self._keep(key, self._remade(key, make))
+        self._kept.move_to_end(key)
+        found = self._kept[key]
+        return {name: _with_zeros(value, found.rows.get(name, 0)) for name, value in found.tensors.items()}
+
+    def _keep(self, key: str, entry: _Entry) -> None:
+        self._kept[key] = entry
+        self._space -= entry.size
+        while self._space < 0 and len(self._kept) > 1:
+            self._space += self._kept.popitem(last=False)[1].size
+
+    def _remade(self, key: str, make: Make) -> _Entry:
         found = self._read(key)
         if found is None:
             self._warn(key)
@@ -146,8 +181,8 @@ class Cache:
             self.place(key).unlink(missing_ok=True)
             return False
 
-    def _read(self, key: str) -> dict[str, Tensor] | None:
-        """Return the tensors of an entry; None if the file is missing or damaged."""
+    def _read(self, key: str) -> _Entry | None:
+        """Return an entry; None if the file is missing or damaged."""
         try:
             with opened(self.place(key)) as content:
                 told = json.loads((content.metadata() or {}).get(_NOTE, "{}"))
@@ -156,7 +191,7 @@ class Cache:
             return None
         if told.get("crc32") != _checksum(found):
             return None
-        return {name: _with_zeros(value, told["rows"].get(name, 0)) for name, value in found.items()}
+        return _Entry(found, told["rows"])
 
     def _warn(self, key: str) -> None:
         if not self._warned:

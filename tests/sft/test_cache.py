@@ -186,6 +186,26 @@ def test_zeros_at_the_end_of_an_encoding_are_not_stored(tmp_path: Path) -> None:
     assert torch.equal(cache.get("cd34", lambda: empty)["prompt"], empty["prompt"])
 
 
+def test_the_last_used_entries_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_MEMORY", 2 * 400)  # two entries of 100 values
+    cache, made = Cache(tmp_path), list[int]()
+
+    def make(number: int) -> dict[str, torch.Tensor]:
+        made.append(number)
+        return {"x": torch.full((100,), float(number))}
+
+    entries = [(f"{number:02}", partial(make, number)) for number in range(3)]
+    cache.fill(entries)
+    for number in (0, 1, 0, 2):
+        assert float(cache.get(*entries[number])["x"][0]) == number
+    for key, _ in entries:
+        cache.place(key).unlink()
+    assert [float(cache.get(*entries[number])["x"][0]) for number in (0, 2)] == [0, 2]
+    assert made == [0, 1, 2], "both are in memory"
+    cache.get(*entries[1])
+    assert made == [0, 1, 2, 1], "the one used the longest time ago is not"
+
+
 def test_a_held_entry_is_waited_for(tmp_path: Path) -> None:
     """Another process makes an entry: this one makes the others first and then waits."""
     cache, order = Cache(tmp_path), list[str]()
