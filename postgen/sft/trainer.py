@@ -143,7 +143,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             print(memory_table(plan))
         return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
 
-    def _negative_condition(self) -> Condition:
+    def _negative_condition(self) -> dict[str, Tensor]:
         """Return the condition entries of the negative prompt, which only samples with guidance need."""
         if not self.args.eval_samples or self._samples.guidance <= 1:
             return {}
