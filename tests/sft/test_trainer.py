@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,13 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, clips:
         SftTrainer(settings(tmp_path, clips, **changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_captions_are_checked_before_the_model_is_loaded(clips: Path, tmp_path: Path) -> None:
+    shutil.copytree(clips, tmp_path / "clips")
+    (tmp_path / "clips" / "0.txt").unlink()
+    with pytest.raises(UserError, match=r"0\.mp4"):
+        trained("no/such-model", tmp_path / "run", tmp_path / "clips")
 
 
 def test_other_arguments_are_refused(tmp_path: Path) -> None:
