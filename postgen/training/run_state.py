@@ -15,7 +15,7 @@ from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
 from .optimizer_state import OptimizerState
 from .sharding import cut_like, drop_gathered, gathered, whole
-from .swap import WeightsCopy, trained_parameters
+from .swap import HostCopy, WeightsCopy, trained_parameters
 
 Weights = dict[str, dict[str, Tensor]]
 """State dict of each model, by model name, with whole (not sharded) tensors."""
@@ -40,7 +40,7 @@ class RunState:
     copies: Mapping[str, WeightsCopy] = field(default_factory=dict)
     """Copies of the trained weights that the method keeps."""
 
-    merged: WeightsCopy | None = None
+    merged: HostCopy | None = None
     """Average of checkpoints that replaces the trained weights in evaluations and exports; None if there is none."""
 
     merge_report: dict[str, Any] = field(default_factory=dict)
