@@ -123,6 +123,22 @@ def test_one_parked_component_is_on_the_device_at_a_time():
     assert not network._forward_pre_hooks
 
 
+def test_a_component_that_is_too_large_runs_in_main_memory(monkeypatch):
+    part, network = nn.Linear(2, 2), nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    wanted = part(x)
+    parking = Parking([part], [network], CPU)
+
+    def full(data):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(parking, "_moved", full)
+    with pytest.warns(UserWarning, match=r"the Linear needs 0\.0 GiB, more than the device has free: it runs in main"):
+        assert torch.equal(part(x), wanted)
+    assert torch.equal(part(x), wanted)  # without a second warning
+    assert parking._here is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
