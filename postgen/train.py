@@ -74,7 +74,8 @@ def _run(words: list[str]) -> int:
     if "--dry-run" in words:
         if not hasattr(config, "dry_run"):
             raise UserError(
-                f"--dry-run: method {config.method!r} has no cost estimate, only dancegrpo, diffusion_nft and sft have one."
+                f"--dry-run: method {config.method!r} has no cost estimate, only dancegrpo, diffusion_nft and sft have"
+                " one."
             )
         trainer_class, config = load_recipe(recipes[0], [*overrides, "--dry_run", "true"])
     with when_stopped(lambda: _standing(config)):
