@@ -316,17 +316,28 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of micro-batches so far, what identifies the data, and the first held-out losses."""
-        return {"micro": self._micro, "data": digest(self.data.inputs()), "first_losses": self._held_out.first}
+        data, held_out = self._digests()
+        return {"micro": self._micro, "data": data, "held_out": held_out, "first_losses": self._held_out.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state.
+        """Restore the state. With another evaluation, its first losses are measured anew.
 
         Raises:
             UserError: the run was trained on other clips.
         """
-        self._check_data(state["data"])
+        data, held_out = self._digests()
+        if state["data"] != data:
+            raise UserError(
+                "the checkpoint was trained on other clips, captions or buckets: give the same data (train_dataset,"
+                " eval_share), or start a new run from its weights with init_from"
+            )
         self._micro = int(state["micro"])
-        self._held_out.first = state["first_losses"]
+        self._held_out.first = state["first_losses"] if state["held_out"] == held_out else {}
+
+    def _digests(self) -> tuple[str, str]:
+        """Return what identifies the training clips, and the held-out clips with their noise levels."""
+        inputs = self.data.inputs()
+        return inputs["train_dataset"], digest([inputs["eval_dataset"], self.args.eval_noise_levels])
 
     def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state for another number of processes, which is possible with equal batches and steps.
@@ -346,13 +357,6 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             )
             raise UserError(f"its steps have {parts * len(states)} micro-batches of {size} clips: {way}")
         return {**states[0], "micro": states[0]["micro"] * len(states) // processes}
-
-    def _check_data(self, before: str) -> None:
-        if before != digest(self.data.inputs()):
-            raise UserError(
-                "the checkpoint was trained on other clips, captions or buckets: give the same data (train_dataset,"
-                " eval_dataset, eval_share), or start a new run from its weights with init_from"
-            )
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained networks, and a model card, into an export folder."""

@@ -116,6 +116,6 @@ def test_a_dry_run_prints_the_memory(call: Any, tmp_path: Path) -> None:
     ended = call("--dry-run")
     assert ended.code == 0
     assert "trained_parameters" in ended.out
-    assert "bytes/peak" in ended.out
-    assert "peak memory of a step" in ended.out
+    assert "bytes/step" in ended.out
+    assert "peak memory" in ended.out
     assert not (tmp_path / "run").exists()

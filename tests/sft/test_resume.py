@@ -82,11 +82,20 @@ def test_other_clips_are_refused_on_resume(place: Path, capsys: pytest.CaptureFi
     assert "was trained on other clips, captions or buckets: give the same data" in last
 
 
+def test_other_held_out_clips_begin_a_new_comparison(place: Path) -> None:
+    shutil.copytree(place / "straight", place / "again")
+    write_clips(place / "others", videos=1, pictures=1)
+    words = ["--resume", "--max_steps", "7", "--eval_dataset", str(place / "others"), "--eval_steps", "7"]
+    assert main([str(recipe(place, "again")), *words]) == 0
+    last = [row for row in lines_of(place / "again") if "eval_loss" in row][-1]
+    assert (last["step"], last["eval_loss_change"], last["eval_loss_change_se"]) == (7, 0, 0)
+
+
 def test_another_number_of_processes_needs_equal_steps(place: Path) -> None:
     """One process continues the steps of two, with twice the accumulation; other numbers are refused."""
     run = SftTrainer(settings(place / "new", place / "clips", gradient_accumulation_steps=4))
     before = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    state = {"micro": 6, "data": "x", "first_losses": {}}
+    state = {"micro": 6, "data": "x", "held_out": "y", "first_losses": {}}
     assert run.state_of_others([state, state], before)["micro"] == 12
     for changes, message in (
         ({"gradient_accumulation_steps": 2}, "set per_device_train_batch_size 2 and gradient_accumulation_steps 4"),

@@ -197,7 +197,7 @@ def test_the_last_checkpoints_are_merged_on_request(tiny_wan: Path, clips: Path,
     rows = [json.loads(line) for line in (tmp_path / "evaluation" / "loss-000002.jsonl").read_text().splitlines()]
     losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
     assert losses.mean().item() == pytest.approx(lines_of(tmp_path)[-1]["merge/last"])
-    assert (tmp_path / "export" / "merge.json").is_file()
+    assert (tmp_path / "export" / "merge_last.json").is_file()
     assert "merge/merged" in lines_of(tmp_path)[-1]
     pipeline(tiny_wan).load_lora_weights(tmp_path / "export")
 
