@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 
+from .base_quant import constant_in
 from .checkpoint import Snapshot, check_names
 from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
@@ -152,11 +153,16 @@ class RunState:
         return {name: gathered(module.state_dict(), keep=keep) for name, module in self.modules.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the trained parameters, and the buffers in the state dicts, by `<model>.<name>`."""
+        """Return the trained parameters, and the buffers in the state dicts, by `<model>.<name>`.
+
+        Buffers of a quantised base (`base_quant`) are left out, because they never change.
+        """
         found: dict[str, Tensor] = dict(self.named)
         for name, module in self.modules.items():
             parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-            found |= {f"{name}.{key}": value for key, value in module.state_dict().items() if key not in parameters}
+            state, constant = module.state_dict(), constant_in(module)
+            buffers = [key for key in state if key not in parameters and not key.startswith(constant)]
+            found |= {f"{name}.{key}": state[key] for key in buffers}
         return found
 
     def _copies(self) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def test_both_spellings_are_one_configuration(tmp_path):
 @pytest.mark.parametrize("config", [DanceGRPOConfig, DiffusionNFTConfig])
 def test_each_field_has_one_owner(config):
     parts = parts_of(config)
-    common = {"training", "rescue", "merge", "model", "lora", "prompts", "sampling", "method"}
+    common = {"training", "rescue", "merge", "model", "lora", "memory", "prompts", "sampling", "method"}
     assert set(parts) == {*common, "reward", "eval", "brakes"}
     owned = [name for names in parts.values() for name in names]
     assert sorted([*owned, "method"]) == sorted(item.name for item in fields(config))
