@@ -36,10 +36,10 @@ class CurationConfig:
     """Shorter side in pixels at which frames are measured. Smaller frames keep their size. Sharpness depends on it."""
     pairs: int = 8
     """Number of pairs of neighbouring frames that are measured in a shot, spread over its length."""
-    cut_change: float = 0.08
+    cut_change: float = 0.05
     """Least mean change of the 16 x 16 thumbnails, in [0, 1], between two frames with a cut between them."""
     cut_ratio: float = 3.0
-    """How many times the change at a cut exceeds the median change of the eight frames around it."""
+    """How many times the change at a cut exceeds the median change of the four frames before, and of those after."""
     cuts: str = "split"
     """Videos with cuts: "split" makes each shot an own clip, "drop" removes the video, "keep" ignores cuts."""
     bars: str = "crop"

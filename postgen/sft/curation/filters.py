@@ -15,12 +15,12 @@ from torch import Tensor
 from postgen.metrics.colour import appearance, luma
 
 from .meta import Meta
-from .text_area import text_mask
+from .text_area import LEAST, text_mask
 
 Filter = Callable[[Tensor, Meta], float | None]
 """A filter: frames and facts of a clip -> number, or None if it does not apply."""
 
-_LEAST_FLOW = 12
+_LEAST = 12
 """Smallest side in pixels of the optical flow."""
 
 
@@ -76,14 +76,19 @@ def flow(frames: Tensor, meta: Meta) -> float | None:
     from postgen.rewards.flow import dis_flow
 
     near = [k for k, (a, b) in enumerate(zip(meta.indices, meta.indices[1:], strict=False)) if b - a == 1]
-    if not near or min(frames.shape[-2:]) < _LEAST_FLOW:
+    if not near or min(frames.shape[-2:]) < _LEAST:
         return None
     lengths = [dis_flow(frames[k : k + 2]).norm(dim=1).mean() for k in near]
     return float(torch.stack(lengths).mean()) / min(frames.shape[-2:]) * (meta.fps or 1.0)
 
 
-def text_area(frames: Tensor, meta: Meta) -> float:
-    """Return the share of the picture with marks that look like text (`text_mask`), mean over some frames."""
+def text_area(frames: Tensor, meta: Meta) -> float | None:
+    """Return the share of the picture with marks that look like text (`text_mask`), mean over some frames.
+
+    A picture with a side below 80 pixels has none.
+    """
+    if min(frames.shape[-2:]) < LEAST:
+        return None
     some = frames[:: max(1, len(frames) // 4)]
     return float(text_mask(some).float().mean())
 

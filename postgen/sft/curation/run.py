@@ -183,5 +183,7 @@ def _row(one: Candidate, path: str) -> dict[str, Any]:
         "source": one.item.key,
         "first_frame": one.shot.first,
         "num_frames": one.shot.count,
-        "measures": one.shot.values,
+        "measures": {
+            name: None if value is None else float(f"{value:.6g}") for name, value in one.shot.values.items()
+        },
     }

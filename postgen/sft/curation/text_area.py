@@ -19,8 +19,8 @@ _JUMP, _OF_SPAN = 0.12, 0.5
 """Least jump over two pixels at the edge of a stroke: in luma, and as a share of the range of luma in the window."""
 _WINDOW = (9, 35)
 """Height and width in pixels of a window: about one letter high and four letters wide."""
-_LEAST = 80
-"""Smallest side of a scaled picture. In a smaller one, two objects are as wide as a row of letters."""
+LEAST = 80
+"""Smallest side in pixels that is examined. In a smaller picture, two objects are as wide as a row of letters."""
 _ACROSS, _ALONG, _ALIKE = 0.04, 0.015, 0.5
 """Least share of pixels with a jump of either sign along the line, the same across the line, and least ratio of the
 shares of both signs along the line."""
@@ -38,7 +38,7 @@ def text_mask(frames: Tensor, sizes: tuple[float, ...] = (1.0, 0.5, 0.25)) -> Te
     found = torch.zeros(len(frames), *shape, dtype=torch.bool, device=frames.device)
     for size in sizes:
         small = tuple(round(n * size) for n in shape)
-        if (size < 1 and min(small) < _LEAST) or small[0] <= _WINDOW[0] or small[1] <= _WINDOW[1]:
+        if min(small) < LEAST:
             continue
         scaled = grey if size == 1 else functional.interpolate(grey, small, mode="area")
         mask = _windows(scaled).float()[:, None]
