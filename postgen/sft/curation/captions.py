@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 CaptionEmbed = Callable[[Sequence[str]], Tensor]
 """Texts -> embeddings (N, D) of length 1, float32 on the CPU."""
 
-_SIZE = 1024
+_SIZE = 512
 _BLOCK = 1024
 _BATCH = 16
 
@@ -36,18 +37,19 @@ def plain(text: str) -> str:
 
 
 def ngram_embeddings(texts: Sequence[str]) -> Tensor:
-    """Return embeddings (N, 1024) of length 1 from hashed words and pairs of words; no weights are needed.
+    """Return embeddings (N, 512) of length 1 from hashed words and pairs of words; no weights are needed.
 
     Texts with the same words in the same order are equal. Other words for the same thing are far apart; an embedder of
     a text encoder (`pipeline_embedder`) knows them. An empty text has the embedding 0.
     """
-    found = torch.zeros(len(texts), _SIZE)
+    found = np.zeros((len(texts), _SIZE), np.float32)
     for row, text in enumerate(texts):
         words = plain(text).split()
-        for feature in (*words, *map(" ".join, pairwise(words))):
-            code = zlib.crc32(feature.encode())
+        codes = [zlib.crc32(feature.encode()) for feature in (*words, *map(" ".join, pairwise(words)))]
+        for code in codes:
             found[row, code % _SIZE] += 1 if code & 2**31 else -1
-    return normalize(found.sign() * found.abs().log1p(), dim=1)
+    counts = torch.from_numpy(found)
+    return normalize(counts.sign() * counts.abs().log1p(), dim=1)
 
 
 def pipeline_embedder(model: str, device: str = "auto") -> CaptionEmbed:
@@ -90,7 +92,7 @@ def _pooled(condition: Condition) -> Tensor:
     return (states * used).sum(1) / used.sum(1).clamp_min(1)
 
 
-def densities(embeddings: Tensor, width: float = 0.3) -> Tensor:
+def densities(embeddings: Tensor, width: float = 0.3, device: str = "cpu") -> Tensor:
     """Return how densely the embeddings lie around each one, (N,): the sum of exp(-d^2 / (2 width^2)).
 
     A caption that occurs n times, far from all others, has the density n. The sum is exact; its time grows with N^2.
@@ -98,14 +100,18 @@ def densities(embeddings: Tensor, width: float = 0.3) -> Tensor:
     Args:
         embeddings: (N, D) of length 1.
         width: width of the Gaussian, as a distance of unit vectors.
+        device: device of the computation; the result is on the CPU.
     """
+    vectors = embeddings.to(device)
     parts = [
-        torch.exp((block @ embeddings.T - 1).clamp(max=0) / width**2).sum(1) for block in embeddings.split(_BLOCK)
+        torch.exp((block @ vectors.T - 1).clamp(max=0) / width**2).sum(1).cpu() for block in vectors.split(_BLOCK)
     ]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def density_weights(embeddings: Tensor, *, power: float = 1.0, width: float = 0.3, cap: float = 10.0) -> Tensor:
+def density_weights(
+    embeddings: Tensor, *, power: float = 1.0, width: float = 0.3, cap: float = 10.0, device: str = "cpu"
+) -> Tensor:
     """Return weights for sampling that counteract crowded captions, (N,), with the mean 1.
 
     Args:
@@ -113,10 +119,11 @@ def density_weights(embeddings: Tensor, *, power: float = 1.0, width: float = 0.
         power: weight = density ** -power; 0 gives equal weights, 1 gives each group of equal captions the same share.
         width: see `densities`.
         cap: largest ratio of two weights; smaller weights are raised.
+        device: see `densities`.
     """
     if not len(embeddings):
         return torch.zeros(0)
-    weights = densities(embeddings, width) ** -power
+    weights = densities(embeddings, width, device) ** -power
     weights = weights.clamp_min(float(weights.max()) / cap)
     return weights / weights.mean()
 

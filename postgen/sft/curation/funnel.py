@@ -91,7 +91,7 @@ def decide(
         config: the thresholds.
         apart_from: prompts that no caption may repeat.
         embed: embedder of captions and prompts.
-        device: device of the search for duplicates.
+        device: device of the search for duplicates and of the density.
     """
     funnel = Funnel(candidates=list(found), steps=[])
     files = len({one.source for one in found})
@@ -117,7 +117,7 @@ def decide(
         _remove_duplicates(funnel, "duplicate_embedding", config.embedding_distance, device)
     if apart_from:
         _remove_overlaps(funnel, config, apart_from, embed)
-    _weigh(funnel.kept, config, embed)
+    _weigh(funnel.kept, config, embed, device)
     return funnel
 
 
@@ -247,7 +247,7 @@ def _remove_overlaps(funnel: Funnel, config: CurationConfig, prompts: Sequence[s
     )
 
 
-def _weigh(kept: Sequence[Candidate], config: CurationConfig, embed: CaptionEmbed) -> None:
+def _weigh(kept: Sequence[Candidate], config: CurationConfig, embed: CaptionEmbed, device: str) -> None:
     if config.density_power == 0 or not kept:
         return
     weights = density_weights(
@@ -255,6 +255,7 @@ def _weigh(kept: Sequence[Candidate], config: CurationConfig, embed: CaptionEmbe
         power=config.density_power,
         width=config.density_width,
         cap=config.density_cap,
+        device=device,
     )
     for one, weight in zip(kept, weights.tolist(), strict=True):
         one.weight = weight

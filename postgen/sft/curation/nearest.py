@@ -52,14 +52,15 @@ class Duplicates:
             self._places[place] if value >= self.least else None
             for value, place in zip(best.tolist(), near.tolist(), strict=True)
         ]
-        fresh: list[int] = []
-        inside = block @ block.T
-        # Within the block only vectors that are kept themselves can have duplicates, so the order matters.
-        for row in (row for row, place in enumerate(found) if place is None):
-            if fresh and float((same := inside[row, fresh]).max()) >= self.least:
-                found[row] = self._seen + fresh[int(same.argmax())]
-            else:
-                fresh.append(row)
+        inside = (block @ block.T).tril(-1)  # later rows and the row itself do not count
+        inside.diagonal().fill_(-2)
+        # Only vectors that are kept themselves have duplicates, so the order matters; few rows have a near one.
+        for row in (inside.amax(1) >= self.least).nonzero().flatten().tolist():
+            if found[row] is None:
+                earlier = [place for place in range(row) if found[place] is None]
+                if earlier and float((same := inside[row, earlier]).max()) >= self.least:
+                    found[row] = self._seen + earlier[int(same.argmax())]
+        fresh = [row for row, place in enumerate(found) if place is None]
         self._keep(block[fresh], [self._seen + row for row in fresh])
         self._seen += len(block)
         return found

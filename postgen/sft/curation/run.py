@@ -183,7 +183,9 @@ def _row(one: Candidate, path: str) -> dict[str, Any]:
         "source": one.item.key,
         "first_frame": one.shot.first,
         "num_frames": one.shot.count,
-        "measures": {
-            name: None if value is None else float(f"{value:.6g}") for name, value in one.shot.values.items()
-        },
+        "measures": {name: _short(value) for name, value in one.shot.values.items()},
     }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

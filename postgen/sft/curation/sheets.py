@@ -54,7 +54,7 @@ def draw_removed(
             if one.other is not None:
                 tiles.append(("kept", _tile(funnel.candidates[one.other])))
         target = folder / f"removed-{name}.png"
-        title = f"{name}: {len(gone)} clips removed, {_told(name, funnel)}; the nearest to the threshold first"
+        title = f"{name}: {len(gone)} removed, {_told(name, funnel)}; the nearest to the threshold first"
         contact_sheet(
             torch.stack([tile for _, tile in tiles]), target, title=title, indices=[label for label, _ in tiles]
         )
