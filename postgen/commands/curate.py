@@ -80,6 +80,7 @@ def curate(
     from postgen.commands.score import reward_device
     from postgen.sft.curation import Places, ngram_embeddings, pipeline_embedder, read_config
     from postgen.sft.curation import curate as curated
+    from postgen.sft.curation.run import ADVICE
     from postgen.sft.faults import check_faults
     from postgen.sft.items import read_items
 
@@ -91,7 +92,7 @@ def curate(
     faults: list[Fault] = []
     items = read_items(source, caption_column=caption_column, where="the source", faults=faults)
     if strict or not items:
-        check_faults(faults, len(items) + len(faults), "the source")
+        check_faults(faults, len(items) + len(faults), "the source", ADVICE)
     embed = ngram_embeddings if caption_model is None else pipeline_embedder(caption_model, place)
     with ExitStack() as stack:
         stack.enter_context(when_stopped(lambda: _standing(places)))

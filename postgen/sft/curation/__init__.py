@@ -11,16 +11,17 @@ from .captions import (
     pipeline_embedder,
 )
 from .config import CurationConfig, read_config
+from .cuts import find_cuts, shots, thumbnails
 from .filters import FILTERS
 from .funnel import Candidate, Funnel, Step, decide
 from .hashes import perceptual_hash, thumbnail_embedding
-from .measure import Measured, Shot, measure
+from .measured import Measured, Shot, measure
 from .meta import Meta, picked
 from .nearest import Duplicates
 from .places import Places, check_own
 from .report import write_report
 from .run import curate
-from .shots import find_cuts, shots, thumbnails
+from .store import MeasureStore
 from .text_area import text_mask
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "CurationConfig",
     "Duplicates",
     "Funnel",
+    "MeasureStore",
     "Measured",
     "Meta",
     "Overlap",

@@ -13,7 +13,7 @@ from postgen.sft.items import Item
 from .captions import CaptionEmbed, density_weights, ngram_embeddings, overlaps
 from .config import BANDS, Band, CurationConfig
 from .hashes import read_back, signs
-from .measure import Measured, Shot
+from .measured import Measured, Shot
 from .nearest import Duplicates
 
 

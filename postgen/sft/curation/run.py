@@ -19,7 +19,7 @@ from .clips import clip_name, needs_file, write_clip
 from .config import CurationConfig
 from .funnel import Candidate, Funnel, Step, decide
 from .hashes import embedder
-from .measure import Measured, measure
+from .measured import Measured, measure
 from .places import Places
 from .report import write_report
 from .store import MeasureStore
@@ -27,6 +27,8 @@ from .store import MeasureStore
 Report = Callable[[str, int, int], None]
 """Called with the work ("Measuring", "Cutting", "Drawing"), the finished and the total number of files."""
 
+ADVICE = "or leave out --strict, and name at least one that is right"
+"""Advice about files that cannot be used."""
 _OWN = ("video", "image", "file_name", "prompt", "weight", "source", "first_frame", "num_frames", "measures")
 
 
@@ -70,7 +72,8 @@ def curate(
     found = _candidates(items, config, places, device, workers, report)
     unread = [one for one in found if one.shot is None]
     if strict or len(unread) == len(found):
-        check_faults([Fault(one.item.key, one.measured.error or "") for one in unread], len(items), "the source")
+        wrong = [Fault(one.item.key, one.measured.error or "") for one in unread]
+        check_faults(wrong, len(items), "the source", ADVICE)
     funnel = decide(found, config, apart_from=apart_from, embed=caption_embed, device=device)
     if faults:
         total = len(items) + len(faults)

@@ -11,7 +11,7 @@ from postgen.errors import UserError
 from postgen.training.digests import digest
 
 from .config import CurationConfig
-from .measure import Measured
+from .measured import Measured
 
 
 class MeasureStore:

@@ -3,7 +3,7 @@
 Text is a row of strokes: along a line the luma jumps up and down about equally often and many times, across a line it
 jumps too, and most pixels are near one of two levels, ink and ground. The measure counts such windows at three sizes
 of letters. It cannot tell text from other rows of strokes (fences, bricks, keyboards, blinds with noise), it misses
-single large letters, handwriting with weak contrast, and letters below about 7 or above about 60 pixels of height. Use
+single large letters, handwriting with weak contrast, and letters below about 8 or above about 60 pixels of height. Use
 it to find subtitles, logos and slides; read the contact sheet of what it removed.
 """
 

@@ -16,10 +16,10 @@ from postgen.video import NoFFmpegError, VideoError, iter_video, probe, read_pic
 
 from .bars import Box, enlarged, find_bars
 from .config import CurationConfig
+from .cuts import find_cuts, shots, thumbnails
 from .filters import FILTERS
 from .hashes import Embed, packed, perceptual_hash, written
 from .meta import Meta, picked
-from .shots import find_cuts, shots, thumbnails
 
 _HELD = 2**28
 """Bytes of small frames that are held. The frames of a longer video are read a second time."""
@@ -146,7 +146,8 @@ def _in_memory(frames: Tensor, spans: Spans, picks: Picks) -> Iterator[Tensor]:
 
 def _again(path: Path, side: int, spans: Spans, picks: Picks) -> Iterator[Tensor]:
     """Yield the picked frames of each shot from one more pass through the file; one shot is in memory at a time."""
-    chunks = iter_video(path)
+    # Whole chunks are made small, as in the first pass, because rounding may depend on the number of frames.
+    chunks = (_eight_bit(_small(chunk, side)) for chunk in iter_video(path))
     chunk, start = next(chunks), 0
     for (first, _), indices in zip(spans, picks, strict=True):
         own = []
@@ -154,9 +155,8 @@ def _again(path: Path, side: int, spans: Spans, picks: Picks) -> Iterator[Tensor
             while first + index >= start + len(chunk):
                 start += len(chunk)
                 chunk = next(chunks)
-            place = first + index - start
-            own.append(_eight_bit(_small(chunk[place : place + 1], side)))
-        yield torch.cat(own)
+            own.append(chunk[first + index - start])
+        yield torch.stack(own)
 
 
 def _shot(frames: Tensor, first: int, meta: Meta, config: CurationConfig, embed: Embed | None) -> Shot:
