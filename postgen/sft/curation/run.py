@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from postgen.errors import UserError
+from postgen.errors import UserError, is_number
 from postgen.files import replacing
 from postgen.sft.faults import Fault, check_faults
 from postgen.sft.items import Item
@@ -65,9 +66,14 @@ def curate(
         report: receives the progress.
 
     Raises:
-        UserError: no file can be read (with `strict`: not every file), no clip is left, or a file cannot be written.
+        UserError: OpenCV is missing and `flow` is on; no file can be read (with `strict`: not every file); no clip is
+            left; or a file cannot be written.
     """
     config = config or CurationConfig()
+    if config.measured()["flow"] and find_spec("cv2") is None:
+        raise UserError("flow needs OpenCV: pip install 'postgen[rewards]', or set flow to null")
+    if not items:
+        raise UserError("there is nothing to curate: the data set has no items")
     places = Places(Path(output))
     found = _candidates(items, config, places, device, workers, report)
     unread = [one for one in found if one.shot is None]
@@ -150,7 +156,8 @@ def _measured(
                     store.add(keys[path], measured)
                 yield path, measured
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # After an error or Ctrl-C, files that are being measured are not waited for.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _written(funnel: Funnel, places: Places, report: Report) -> dict[int, Path]:
@@ -181,7 +188,7 @@ def _row(one: Candidate, path: str) -> dict[str, Any]:
     return {
         one.item.kind: path,
         "prompt": one.item.caption,
-        "weight": round(one.weight, 6),
+        "weight": round(one.weight * (given if is_number(given := one.item.row.get("weight", 1)) else 1), 6),
         **further,
         "source": one.item.key,
         "first_frame": one.shot.first,
