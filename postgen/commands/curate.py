@@ -197,9 +197,9 @@ def _show(funnel: Funnel) -> None:
 def _tell(funnel: Funnel, faults: list[Fault], places: Places) -> None:
     unread = [one for one in funnel.candidates if one.shot is None]
     for count, what, first in (
-        (len(faults), "rows or files cannot be used", faults[0].key + ": " + faults[0].reason if faults else ""),
-        (len(unread), "files cannot be read", unread[0].why if unread else ""),
+        (len(faults), "rows or files that cannot be used", faults[0].key + ": " + faults[0].reason if faults else ""),
+        (len(unread), "files that cannot be read", unread[0].why if unread else ""),
     ):
         if count:
-            typer.echo(f"postgen: {count} {what}; the first: {first}", err=True)
-    typer.echo(f"postgen: {len(funnel.kept)} clips are in {places.output}, the report is in {places.report}", err=True)
+            typer.echo(f"postgen: {what}: {count}; the first: {first}", err=True)
+    typer.echo(f"postgen: clips in {places.output}: {len(funnel.kept)}; the report is in {places.report}", err=True)

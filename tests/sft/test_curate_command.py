@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import time
+from itertools import pairwise
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -35,10 +37,14 @@ REMOVED = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the source, and what the first curation of it wrote."""
+    """A folder with the source, and what the first curation of it wrote: out.jsonl."""
     folder = tmp_path_factory.mktemp("curation")
     make_folder(folder / "data", [scene(seed) for seed in MOVING])
     (folder / "rl.txt").write_text("a red ball rolls to the right\nsomething else\n")
+    faults = []
+    items = read_items(str(folder / "data"), faults=faults)
+    prompts = ["a red ball rolls to the right", "something else"]
+    curate(items, folder / "out.jsonl", faults=faults, apart_from=prompts, workers=2)
     return folder
 
 
@@ -46,11 +52,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_each_filter_removes_the_clip_made_for_it(cli, place):
-    out = place / "out.jsonl"
-    words = ["curate", place / "data", "-o", out, "--apart-from", place / "rl.txt", "--device", "cpu"]
-    done = cli(*words)
-    assert done.code == 0, done.err
+def test_each_filter_removes_the_clip_made_for_it(place):
     told = json.loads((place / "out-report" / "funnel.json").read_text())
     assert {one["key"]: one["removed_by"] for one in told["removed"]} == REMOVED
     assert [one["key"] for one in told["left_out"]] == ["silent.mp4"]
@@ -59,20 +61,21 @@ def test_each_filter_removes_the_clip_made_for_it(cli, place):
     assert steps["readable"] == (14, 13)
     assert steps["shots"] == (13, 14)
     assert list(steps.values())[-1][1] == told["kept"] == 5
-    for (_, left), (before, _) in zip(list(steps.values())[:-1], list(steps.values())[1:], strict=True):
-        assert left == before
-    assert "1 files cannot be read; the first: cannot read" in done.err
-    assert "duplicate_hash" in done.out
+    assert all(left == before for (_, left), (before, _) in pairwise(steps.values()))
+    names = {file.name for file in (place / "out-report").iterdir()}
+    assert names == {"funnel.json", "funnel.svg", "measures.svg"} | {
+        f"removed-{name}.png" for name in REMOVED.values() if name != "readable"
+    }
+    for chart in ("funnel.svg", "measures.svg"):
+        assert ElementTree.parse(place / "out-report" / chart).getroot().tag.endswith("svg")
+    with Image.open(place / "out-report" / "removed-duplicate_hash.png") as pair:
+        assert pair.width > 2 * 160  # the removed clip and the one that was kept
 
-    kept = rows(out)
-    assert [row["source"] for row in kept] == [
-        "barred.mp4",
-        "good.mp4",
-        "picture.png",
-        "two_shots.mp4",
-        "two_shots.mp4",
-    ]
-    read = read_items(out)
+
+def test_kept_rows_are_a_data_set_of_shots_without_bars(place):
+    kept = rows(place / "out.jsonl")
+    assert [row["source"] for row in kept] == ["barred.mp4", "good.mp4", "picture.png", *["two_shots.mp4"] * 2]
+    read = read_items(place / "out.jsonl")
     assert [item.kind for item in read] == ["video", "video", "image", "video", "video"]
     assert probe(read[0].path).height == 64  # without its bars of 16 rows
     assert [probe(read[k].path).frames for k in (3, 4)] == [17, 17]
@@ -82,30 +85,32 @@ def test_each_filter_removes_the_clip_made_for_it(cli, place):
     # Both shots have the caption of their file, so each weighs about half.
     assert kept[3]["weight"] == pytest.approx(kept[0]["weight"] / 2, rel=0.1)
 
-    names = {file.name for file in (place / "out-report").iterdir()}
-    assert names == {"funnel.json", "funnel.svg", "measures.svg"} | {
-        f"removed-{name}.png" for name in REMOVED.values() if name != "readable"
-    }
-    pair = Image.open(place / "out-report" / "removed-duplicate_hash.png")
-    assert pair.width > 2 * 160  # the removed clip and the one that was kept
 
-    # The same command measures nothing again, and writes the same bytes.
-    before, store = out.read_bytes(), (place / "out.measures.jsonl").read_bytes()
+def test_the_same_command_measures_nothing_again_and_thresholds_may_change(cli, place):
+    out, store = place / "out.jsonl", place / "out.measures.jsonl"
+    words = ["curate", place / "data", "-o", out, "--apart-from", place / "rl.txt", "--device", "cpu"]
+    first, measured = out.read_bytes(), store.read_bytes()
     made = [file.stat().st_mtime_ns for file in sorted((place / "out-clips").iterdir())]
-    assert cli(*words).code == 0
-    assert (out.read_bytes(), (place / "out.measures.jsonl").read_bytes()) == (before, store)
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert "rows or files that cannot be used: 1; the first: silent.mp4" in done.err
+    assert "files that cannot be read: 1; the first: cannot read" in done.err
+    assert "out.jsonl: 5; the report is in" in done.err
+    assert "duplicate_hash" in done.out
+    assert (out.read_bytes(), store.read_bytes()) == (first, measured)
     assert [file.stat().st_mtime_ns for file in sorted((place / "out-clips").iterdir())] == made
-
-    # Other thresholds use the measurements again.
     assert cli(*words, "--set", "text_area=null", "--set", "hash_distance=null", "--set", "density_power=0").code == 0
     assert {"titled.mp4", "twin.mp4"} <= {row["source"] for row in rows(out)}
     assert {row["weight"] for row in rows(out)} == {1.0}
-    assert (place / "out.measures.jsonl").read_bytes() == store
-    # Nothing is left: one line, the old rows stay, and the report shows why.
+    assert store.read_bytes() == measured
+
+
+def test_without_a_clip_left_the_old_rows_stay(cli, place):
+    out = place / "out.jsonl"
     kept = out.read_bytes()
-    none = cli(*words, "--set", "seconds=[100,null]", "--set", "height=[5000,null]")
-    assert none.code == 2
-    assert "no clip is left: height removed 14 of 14; change the thresholds" in none.err
+    done = cli("curate", place / "data", "-o", out, "--set", "seconds=[100, null]", "--set", "height=[5000, null]")
+    assert done.code == 2
+    assert "no clip is left: height removed 14 of 14; change the thresholds" in done.err
     assert out.read_bytes() == kept
 
 
