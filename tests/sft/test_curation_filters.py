@@ -1,5 +1,8 @@
 """The filters of the curation as pure functions: bars, cuts, text, hashes, duplicates, densities and overlaps."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +30,7 @@ from postgen.sft.curation import (
     thumbnails,
 )
 from postgen.sft.curation.bars import enlarged
+from postgen.sft.curation.config import BANDS
 from postgen.sft.curation.hashes import embedder, packed, read_back, signs, written
 from tests.rewards import open_clip
 from tests.sft.curated_clips import barred, scene
@@ -122,6 +126,9 @@ def test_bars_are_found_and_a_dark_scene_has_none(clips):
     assert find_bars(barred(clip, 14)) == Box(14, 0, 68, 96)
     assert find_bars(barred(clip, 14).transpose(-1, -2)) == Box(0, 14, 96, 68)
     assert find_bars(torch.zeros(3, 3, 40, 40)) is None
+    line = torch.ones(2, 3, 200, 200)
+    line[..., :1, :] = 0
+    assert find_bars(line) is None
     night = torch.zeros(3, 3, 40, 40)
     night[..., 18:24, 20:25] = 1  # a lamp in the dark
     assert find_bars(night) is None
@@ -262,3 +269,12 @@ def test_only_some_settings_change_what_is_measured(tmp_path):
         128,
     )
     assert config.measured() == CurationConfig(side=128).measured() != CurationConfig().measured()
+
+
+def test_the_page_tells_every_setting_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "curation.md").read_text()
+    names = [field.name for field in dataclasses.fields(CurationConfig)]
+    assert [name for name in names if f"`{name}`" not in page] == []
+    for name in BANDS:
+        low, high = (f"{end:g}" if end is not None else "null" for end in getattr(CurationConfig(), name))
+        assert (low, high) == ("null", "null") or f"| `{name}` | `[{low}, {high}]` |" in page, name

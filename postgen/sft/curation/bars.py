@@ -14,6 +14,10 @@ _LEAST = 0.5
 """A bright part of a frame smaller than this share of its height or width is not taken for a picture between bars."""
 
 
+_THIN = 0.01
+"""Bars that cover less than this share of a frame are dark lines at its edge, not worth another encoding."""
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """The picture within the bars, in pixels."""
@@ -37,7 +41,7 @@ def find_bars(frames: Tensor) -> Box | None:
 
     A row belongs to a bar if no pixel of it is brighter than 0.06 in any frame. A dark scene has no bars unless at
     least half of the height and of the width is brighter. Bars of another colour, and bars with subtitles or a logo on
-    them, are not found.
+    them, are not found. Bars that cover less than 1 % are ignored.
 
     Args:
         frames: (F, 3, H, W) in [0, 1] of one shot.
@@ -49,7 +53,7 @@ def find_bars(frames: Tensor) -> Box | None:
     if not rows:
         return None
     box = Box(rows[0], columns[0], rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0])
-    if (box.height, box.width) == (height, width) or box.height < _LEAST * height or box.width < _LEAST * width:
+    if box.height < _LEAST * height or box.width < _LEAST * width or box.area(height, width) < _THIN:
         return None
     return box
 

@@ -67,7 +67,7 @@ class CurationConfig:
     """Variance of the Laplacian of luma, mean over the frames; depends on `side`."""
     flow: Band = (0.002, 3.0)
     """Mean length of the optical flow in shorter sides of the picture per second; not for images."""
-    text_area: Band = (None, 0.05)
+    text_area: Band = (None, 0.08)
     """Share of the picture with marks that look like text."""
     hash_distance: float | None = 0.08
     """Clips whose perceptual hashes differ in at most this share of the bits are duplicates; null: not compared."""
