@@ -125,10 +125,17 @@ def check_buckets(buckets: Iterable[Bucket], pipe: Any, denoiser: Denoiser) -> N
         UserError: the model does not support the size or the number of frames of a bucket.
     """
     for bucket in buckets:
-        try:
-            denoiser.latent_shape(bucket.num_frames, bucket.height, bucket.width)
-        except UserError as error:
-            raise UserError(f"bucket {bucket} does not suit {type(pipe).__name__}: {error}") from error
+        if reason := why_unsuited(bucket, denoiser):
+            raise UserError(f"bucket {bucket} does not suit {type(pipe).__name__}: {reason}")
+
+
+def why_unsuited(bucket: Bucket, denoiser: Denoiser) -> str | None:
+    """Return why a model cannot make a bucket; None if it can."""
+    try:
+        denoiser.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 class Buckets:

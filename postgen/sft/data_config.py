@@ -75,6 +75,9 @@ class SftDataConfig(Part):
     weight_column: str | None = None
     """Column with the sampling weight of a row, at least 0. None: all rows have the same weight."""
 
+    repeats_column: str | None = None
+    """Column with the number of times that a row counts, a whole number of at least 1. None: every row once."""
+
     sample_latents: bool = True
     """Sample latents from the distribution of the autoencoder at each use. False: use its mode."""
 
@@ -88,7 +91,14 @@ class SftDataConfig(Part):
         super().__post_init__()
         for name in ("height", "width", "num_frames"):
             self.require_in(RANGES[name], name)
-        for name in ("train_dataset", "eval_dataset", "caption_column", "weight_column", "cache_dir"):
+        for name in (
+            "train_dataset",
+            "eval_dataset",
+            "caption_column",
+            "weight_column",
+            "repeats_column",
+            "cache_dir",
+        ):
             self.require(getattr(self, name) != "", name, "a name, or left out")
         self.require(0 <= self.eval_share < 1, "eval_share", "at least 0 and below 1")
         both = self.eval_share > 0 and self.eval_dataset is not None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from postgen.errors import UserError, check_text, shown
 from postgen.prompt_rows import FILES, read_rows
+from postgen.reading import check_name
 from postgen.training.prompts import made_rows
 from postgen.video import PICTURES
 
@@ -20,6 +22,9 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wm
 """Suffixes of video files."""
 CAPTIONS = ("prompt", "caption", "text")
 """Columns of the caption, in the order in which they are tried."""
+_PATHS = ("/", "./", "../", "~")
+"""Beginnings of paths, which no id of a data set has."""
+
 Kind = Literal["image", "video"]
 
 _MEDIA: dict[str, Kind | None] = {"video": "video", "image": "image", "file_name": None}
@@ -83,7 +88,7 @@ def kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
     if suffix in PICTURES:
         return "image"
-    return "video" if suffix in VIDEOS or path.is_dir() else None
+    return "video" if suffix in VIDEOS or os.path.isdir(path) else None
 
 
 def _named(source: Any) -> str:
@@ -92,25 +97,32 @@ def _named(source: Any) -> str:
 
 def _found(source: Any, where: str, files: Path | None) -> list[Found]:
     """Return the rows of a source, each with the name and folder of its file."""
-    base: Path | None = None
     rows: Iterable[Any]
     if isinstance(source, str | Path):
+        check_name(str(source), where)
         path = Path(source).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             if not holds_dataset(path):
                 return folder_files(path, where, (*PICTURES, *VIDEOS))
             rows = saved_dataset(path, where)
-        elif path.is_file() or path.suffix.lower() in FILES:
+        elif os.path.isfile(path) or path.suffix.lower() in FILES:
             if path.suffix.lower() in (*PICTURES, *VIDEOS, ".txt"):
                 raise UserError(f"{where}: {path} is one file: give its folder, or a JSONL file with a row per clip")
             return [_row(row, place, path.parent) for place, row in read_rows(path, where)]
+        elif str(source).startswith(_PATHS) or path.suffix.lower() in (*PICTURES, *VIDEOS):
+            raise UserError(f"{where}: there is no file or folder {path}")  # it cannot be the id of a data set
         else:
             rows = made_rows(str(source), where)
     elif not isinstance(source, Iterable):
         raise UserError(f"{where} is {shown(source)}, it must be a folder, a file, a data set or rows")
     else:
         rows = source
-    return [_row(row, f"row {number} of {where}", base) for number, row in enumerate(plain_rows(rows, where, files))]
+    found = [_row(row, f"row {number} of {where}", None) for number, row in enumerate(plain_rows(rows, where, files))]
+    # The key of a file that was unpacked is its digest, so that it does not depend on the folder of the cache.
+    return [
+        replace(each, key=each.path.name) if files and each.path and each.path.parent == files else each
+        for each in found
+    ]
 
 
 def _row(row: Any, place: str, base: Path | None) -> Found:
@@ -126,7 +138,7 @@ def _row(row: Any, place: str, base: Path | None) -> Found:
         return Found(place, None, told, f"{column} is {shown(name)}, it must be the path of a file")
     path = Path(name).expanduser()
     # Paths are relative to the file of the rows, as in `metadata.jsonl`, or else to the current folder.
-    if base is not None and not path.is_absolute() and ((base / path).exists() or not path.exists()):
+    if base is not None and (os.path.exists(base / path) or not os.path.exists(path)):
         path = base / path
     return Found(str(name), path, told, "", kind=_MEDIA[column])
 
@@ -139,18 +151,19 @@ def _checked(found: list[Found], caption_column: str | None, faults: list[Fault]
         caption, wrong = each.caption, each.wrong
         if not wrong and caption is None:
             caption, wrong = _caption(each.row, caption_column)
-        if not wrong and (each.path is None or not each.path.exists()):
+        if not wrong and (each.path is None or not os.path.exists(each.path)):
             wrong = "there is no such file"
         if not wrong and kind is None:
             wrong = f"{each.path.suffix if each.path else ''} is not the suffix of an image or a video"
-        if not wrong and caption in used.get(each.key, ()):
+        place = os.path.abspath(each.path) if each.path else each.key
+        if not wrong and caption in used.get(place, ()):
             wrong = "this file is listed twice with the same caption: use a column of weights instead"
         if wrong or each.path is None or caption is None or kind is None:
             faults.append(Fault(each.key, wrong))
             continue
         # A file may have several captions: the items are numbered.
-        number = len(used.setdefault(each.key, set()))
-        used[each.key].add(caption)
+        number = len(used.setdefault(place, set()))
+        used[place].add(caption)
         items.append(Item(each.key + (f"@{number + 1}" if number else ""), each.path, kind, caption, each.row))
     return items
 
