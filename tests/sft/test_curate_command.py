@@ -183,6 +183,18 @@ def test_a_file_with_two_captions_is_no_duplicate_and_the_larger_twin_stays(tmp_
     assert [(one.item.key, one.removed) for one in funnel.candidates] == [
         *(("small.mp4", "duplicate_embedding"), ("large.mp4", None), ("large.mp4@2", None)),
     ]
+    assert [row["source"] for row in rows(tmp_path / "out.jsonl")] == ["large.mp4", "large.mp4"]
+    # Curated once more, a clip keeps the name of its first source.
+    again = curate(read_items(tmp_path / "out.jsonl"), tmp_path / "again.jsonl", CurationConfig(hash_distance=None))
+    assert [one.item.caption for one in again.kept] == ["a round thing", "something red"]
+    assert [row["source"] for row in rows(tmp_path / "again.jsonl")] == ["large.mp4", "large.mp4"]
+    # The weights of the user are multiplied in, those of a curation are not.
+    own = [Item(item.key, item.path, item.kind, item.caption, {"weight": 3}) for item in made[1:]]
+    curate(own, tmp_path / "own.jsonl", CurationConfig(hash_distance=None))
+    curate(read_items(tmp_path / "own.jsonl"), tmp_path / "twice.jsonl", CurationConfig(hash_distance=None))
+    for name, factor in (("again", 1), ("own", 3), ("twice", 3)):
+        found = [row["weight"] for row in rows(tmp_path / f"{name}.jsonl")]
+        assert found == pytest.approx([factor * row["weight"] for row in rows(tmp_path / "out.jsonl")], rel=1e-4)
 
 
 def test_cuts_and_bars_may_remove_a_clip_or_be_ignored(place, tmp_path):

@@ -30,7 +30,18 @@ Report = Callable[[str, int, int], None]
 
 ADVICE = "or leave out --strict, and name at least one that is right"
 """Advice about files that cannot be used."""
-_OWN = ("video", "image", "file_name", "prompt", "weight", "source", "first_frame", "num_frames", "measures")
+_OWN = (
+    "video",
+    "image",
+    "file_name",
+    "prompt",
+    "weight",
+    "given_weight",
+    "source",
+    "first_frame",
+    "num_frames",
+    "measures",
+)
 
 
 def curate(
@@ -174,27 +185,44 @@ def _written(funnel: Funnel, places: Places, report: Report) -> dict[int, Path]:
 
 def _write_rows(output: Path, funnel: Funnel, paths: dict[int, Path]) -> None:
     try:
+        # A file with several captions has several items, and one name.
+        names = {one.item.path: _origin(one) for one in reversed(funnel.candidates)}
         with replacing(output) as part, open(part, "w", encoding="utf-8") as file:
             for place, path in paths.items():
-                row = _row(funnel.candidates[place], os.path.relpath(path.absolute(), output.absolute().parent))
+                one = funnel.candidates[place]
+                near = os.path.relpath(path.absolute(), output.absolute().parent)
+                row = _row(one, near) | {"source": names[one.item.path]}
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
 
 
+def _origin(one: Candidate) -> str:
+    """Return the name of the file of a clip; in a curated data set, of the video from which it was cut."""
+    row = one.item.row
+    return str(row["source"]) if {"source", "measures"} <= row.keys() else one.item.key
+
+
 def _row(one: Candidate, path: str) -> dict[str, Any]:
     assert one.shot is not None
+    given = _given(one.item.row)
     further = {name: value for name, value in one.item.row.items() if name not in _OWN}
     return {
         one.item.kind: path,
         "prompt": one.item.caption,
-        "weight": round(one.weight * (given if is_number(given := one.item.row.get("weight", 1)) else 1), 6),
+        "weight": round(one.weight * given, 6),
+        **({} if given == 1 else {"given_weight": given}),
         **further,
-        "source": one.item.key,
         "first_frame": one.shot.first,
         "num_frames": one.shot.count,
         "measures": {name: _short(value) for name, value in one.shot.values.items()},
     }
+
+
+def _given(row: dict[str, Any]) -> float:
+    """Return the weight that the user gave a row; the weight of an earlier curation does not count."""
+    given = row.get("given_weight", 1 if "measures" in row else row.get("weight", 1))
+    return float(given) if is_number(given) else 1.0
 
 
 def _short(value: float | None) -> float | None:
