@@ -34,8 +34,10 @@ from postgen.training.run_curves import Curves
 
 from .config import SftConfig
 from .data import Batch, SftData
+from .dataset_rows import holds_dataset
 from .drawn_samples import DrawnSamples, Wanted
 from .held_out import HeldOut
+from .items import read_items
 from .noise import NoiseLevels, loss_weight
 
 
@@ -91,6 +93,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode clips and captions; return the trained modules."""
+        self._check_captions()
         args, trained = self.args, self._load()
         denoiser = self.policy.denoiser
         self._held_out = HeldOut(self.levels, args.eval_noise_levels, args.seed, args.folder / "evaluation")
@@ -112,6 +115,18 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         if vae is not None and not args.eval_samples:  # nothing is decoded
             vae.to("cpu")
         return trained
+
+    def _check_captions(self) -> None:
+        """Check names and captions of the clips in files and folders, before a large model is loaded."""
+        args = self.args
+        for given, place, where in (
+            (self._given[0], args.train_dataset, "train_dataset"),
+            (self._given[1], args.eval_dataset, "eval_dataset"),
+        ):
+            path = Path(place or "").expanduser()
+            plain = path.is_file() or (path.is_dir() and not holds_dataset(path))
+            if given is None and place and plain and not args.skip_bad:
+                read_items(place, caption_column=args.caption_column, where=where)
 
     def _load(self) -> dict[str, nn.Module]:
         """Load the model, add adapters, check the settings against it, and return the trained networks."""
@@ -143,7 +158,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             print(memory_table(plan))
         return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
 
-    def _negative_condition(self) -> Condition:
+    def _negative_condition(self) -> dict[str, Tensor]:
         """Return the condition entries of the negative prompt, which only samples with guidance need."""
         if not self.args.eval_samples or self._samples.guidance <= 1:
             return {}
