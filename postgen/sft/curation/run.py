@@ -213,7 +213,7 @@ def _row(one: Candidate, path: str) -> dict[str, Any]:
         "weight": round(one.weight * given, 6),
         **({} if given == 1 else {"given_weight": given}),
         **further,
-        "first_frame": one.shot.first,
+        "first_frame": one.shot.first + (one.item.row.get("first_frame", 0) if "measures" in one.item.row else 0),
         "num_frames": one.shot.count,
         "measures": {name: _short(value) for name, value in one.shot.values.items()},
     }
