@@ -14,6 +14,7 @@ import typer
 import postgen
 from postgen.commands.compare import compare
 from postgen.commands.convert import checked, convert_commands
+from postgen.commands.curate import curate
 from postgen.commands.demo import demo
 from postgen.commands.errors import forget_standing, tell_error, tell_stopped
 from postgen.commands.export_lora import export_lora
@@ -72,6 +73,7 @@ def build() -> typer.Typer:
     commands.command(rich_help_panel=MAKE)(takes_settings(compare))
     commands.command(rich_help_panel=MAKE)(demo)
     commands.command(rich_help_panel=JUDGE)(score)
+    commands.command(rich_help_panel=TRAIN)(curate)
     commands.command(rich_help_panel=TRAIN, context_settings=SETTINGS)(train)
     commands.add_typer(recipes_commands(), name="recipes", rich_help_panel=TRAIN)
     commands.add_typer(convert_commands(), name="convert", rich_help_panel=CONVERT)

@@ -25,13 +25,16 @@ class Fault:
     """What is wrong, and what to do."""
 
 
-def check_faults(faults: list[Fault], total: int, where: str) -> None:
+def check_faults(
+    faults: list[Fault], total: int, where: str, advice: str = "or continue without them by skip_bad: true"
+) -> None:
     """Raise one error about all files that cannot be used.
 
     Args:
         faults: the files with their reasons; without any the function does nothing.
         total: number of files and rows in the data set.
         where: name of the data set.
+        advice: what else the user can do.
 
     Raises:
         UserError: there is a file that cannot be used.
@@ -42,7 +45,7 @@ def check_faults(faults: list[Fault], total: int, where: str) -> None:
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise UserError(
         f"{where}: {len(faults)} of {total} files or rows cannot be used: {'; '.join(told)}{more}. Correct or remove"
-        " them, or continue without them by skip_bad: true"
+        f" them, {advice}"
     )
 
 

@@ -29,7 +29,7 @@ def contact_sheet(
     columns: int = 6,
     title: str | None = None,
     limit: int = 36,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | Sequence[str] | None = None,
 ) -> Path:
     """Draw the frames of a clip in a grid, each below its index, and save the grid as a PNG.
 
@@ -42,7 +42,7 @@ def contact_sheet(
         limit: largest number of frames that are drawn, at least 2. Of a longer clip, `limit` evenly spaced frames are
             drawn, the first and the last included. Frames of an iterable with more than 4 * `limit` frames are spaced
             approximately: those nearest to even spacing among the frames still in memory are drawn.
-        indices: the number to print above each frame, one per frame of the clip; None prints 0, 1, ...
+        indices: the number or text to print above each frame, one per frame of the clip; None prints 0, 1, ...
 
     Returns:
         `path` as a `Path`.
@@ -53,13 +53,14 @@ def contact_sheet(
     """
     if not (is_whole(columns, 1) and is_whole(limit, 2)):
         raise VideoError(f"columns must be a whole number >= 1 and limit one >= 2, got {columns=}, {limit=}")
-    count, shown = _spread(clip, limit)
+    count, spread = _spread(clip, limit)
+    shown: list[tuple[int | str, Tensor]] = list(spread)
     if indices is not None:
         if len(indices) != count:
             raise VideoError(
                 f"indices must hold one number per frame: the clip has {count} frames, got {len(indices)} indices"
             )
-        shown = [(indices[index], picture) for index, picture in shown]
+        shown = [(indices[index], picture) for index, picture in spread]
     target = Path(path)
     try:
         with replacing(target) as part:
@@ -126,7 +127,7 @@ def _padded(picture: Tensor, height: int) -> Tensor:
     return torch.nn.functional.pad(picture, (0, 0, 0, 0, 0, height - picture.shape[0]))
 
 
-def _draw_sheet(shown: list[tuple[int, Tensor]], columns: int, title: str | None) -> Image.Image:
+def _draw_sheet(shown: list[tuple[int | str, Tensor]], columns: int, title: str | None) -> Image.Image:
     height, width, _ = shown[0][1].shape
     rows = -(-len(shown) // columns)
     sheet_width = columns * (width + _MARGIN) + _MARGIN

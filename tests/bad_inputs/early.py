@@ -183,6 +183,20 @@ GENERATE: dict[tuple[str, ...], str] = {
     ("score", "frames", "--prompt", "a", "--prompts", "p.txt"): "not both",
     ("score", "frames", "--prompt", "a", "-o", "x.xlsx"): "must end in",
     ("score", "absent.mp4", "--prompt", "a"): "absent.mp4",
+    ("curate",): "SOURCE|source",
+    ("curate", "frames"): "output",
+    ("curate", "frames", "-o", "x.csv"): "must end in .jsonl",
+    ("curate", "frames", "-o", ""): "the name of the output is empty",
+    ("curate", "frames", "-o", "frames/x.jsonl"): "inside the source",
+    ("curate", "frames", "-o", "x.jsonl", "--set", "flow"): "KEY=VALUE",
+    ("curate", "frames", "-o", "x.jsonl", "--set", "flw=[0, 1]"): "Did you mean 'flow'",
+    ("curate", "frames", "-o", "x.jsonl", "--set", "flow=[1, 0]"): "above its greatest",
+    ("curate", "frames", "-o", "x.jsonl", "--set", "side=1e30"): "side",
+    ("curate", "frames", "-o", "x.jsonl", "--set", "cuts=merge"): "Allowed: split",
+    ("curate", "frames", "-o", "x.jsonl", "--config", "absent.yaml"): "absent.yaml",
+    ("curate", "frames", "-o", "x.jsonl", "--apart-from", "absent.txt"): "absent.txt",
+    ("curate", "frames", "-o", "x.jsonl", "--device", "tpu"): "device",
+    ("curate", "./absent", "-o", "x.jsonl"): "absent",
 }
 
 RIGHT: tuple[tuple[str, ...], ...] = (

@@ -52,6 +52,7 @@ BASES: dict[str, tuple[str, ...]] = {
     ),
     "merge": ("merge", "{wan}", "-o", "out"),
     "score": ("score", "frames", "--prompt", "a"),
+    "curate": ("curate", "frames", "-o", "x.jsonl"),
     "serve-reward": ("serve-reward", "world"),
     "demo": ("demo",),
 }
@@ -121,7 +122,7 @@ def _of(command: str, name: str, kind: type, words: Callable[[str], tuple[str, .
     says = f"{name.replace('_', '[_ -]')}|{field}"
     for text in (*WRONG, *(FRACTIONS if kind is int else ()), *(() if name == "seed" else (LARGE,))):
         yield Row(name=f"{command} {name}={_short(text)}", words=words(text), files=FILES, says=says)
-    if command in ("score", "serve-reward", "demo", "merge"):
+    if command in ("score", "curate", "serve-reward", "demo", "merge"):
         return  # with correct values these commands would run; other tests do that
     yield Row(name=f"{command} {name} right", words=words(RIGHT[name]), wrong=False)
     for text in BY_CHANCE:
