@@ -70,7 +70,7 @@ VIDEO_NAMES = {
 }
 MODEL_FREE = {"kernels", "video", "world", "metrics", *GROUND, "assets"}
 CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
-GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
+GENERIC_CLASSES = {"AutoModelForCausalLM", "DiffusionPipeline", "EMAModel"}
 
 
 def room(module: str) -> str:
