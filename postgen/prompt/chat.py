@@ -166,14 +166,13 @@ def load_chat_model(source: str, device: str = "auto", dtype: str = "auto", **kw
     folder = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
         )
     except Exception as error:  # transformers and the Hub raise many kinds of exceptions
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the chat model {source} cannot be loaded: {reason}") from error
-    model.to(device=place)
-    return model.eval(), tokenizer
+    return model.to(place).eval(), tokenizer
 
 
 def _check_template(tokenizer: Any, name: str) -> None:
