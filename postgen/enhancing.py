@@ -53,12 +53,15 @@ def enhanced_jobs(jobs: Sequence[Job]) -> list[Job]:
 
 def _enhancer(name: str, source: str, pipeline: str, device: str) -> Any:
     """Return the enhancer of a name for a model; answers of language models are kept in the cache folder."""
-    from postgen.prompt import PromptEnhancer, get_rewriter
+    from postgen.prompt import EnhancerConfig, PromptEnhancer, get_rewriter
     from postgen.prompt.cache import NAME, cache_folder
     from postgen.prompt.target import target_of_model
 
     rewriter = get_rewriter(name, device=device)
     asks = name == "smollm2" or name.startswith(("chat:", "api:"))
     return PromptEnhancer(
-        rewriter, target=target_of_model(source, pipeline), cache=cache_folder() / NAME if asks else None
+        rewriter,
+        EnhancerConfig(fallback="template"),
+        target=target_of_model(source, pipeline),
+        cache=cache_folder() / NAME if asks else None,
     )

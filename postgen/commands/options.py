@@ -210,9 +210,8 @@ def with_optional_values(words: list[str]) -> list[str]:
         if word == "--":
             return [*found, *words[place:]]
         found.append(word)
-        if word == "--enhance-prompt" and words[place + 1 : place + 2] in ([], ["--"]):
-            found.append(DEFAULT)
-        elif word == "--enhance-prompt" and words[place + 1].startswith("-"):
+        alone = place + 1 == len(words) or words[place + 1].startswith("-")
+        if word == "--enhance-prompt" and alone:
             found.append(DEFAULT)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from postgen.errors import UserError, check_number, shown
+from postgen.prompt.guard import sentences_of
 from postgen.prompt.instructions import messages_for
 from postgen.prompt.target import Target
 
@@ -26,6 +27,8 @@ class ChatRewriter:
         dtype: dtype of a model that is loaded here; auto is that of its files.
         temperature: 0 always takes the most likely token; above 0, tokens are drawn with the seed. At most 10.
         max_new_tokens: largest number of tokens of an answer, including reasoning.
+        sentences: largest number of sentences that are taken from an answer; None: all. Small models drift away from
+            the prompt after the first sentence.
         examples: whether the instructions contain two examples, which small models need.
         generation: further arguments of `generate` of transformers, such as `repetition_penalty`.
         name: name in messages and caches.
@@ -43,6 +46,7 @@ class ChatRewriter:
         dtype: str = "auto",
         temperature: float = 0.0,
         max_new_tokens: int = 256,
+        sentences: int | None = None,
         examples: bool = True,
         generation: Mapping[str, Any] | None = None,
         name: str | None = None,
@@ -50,7 +54,10 @@ class ChatRewriter:
         check_number("temperature", temperature, 0, 10)
         check_number("max_new_tokens", max_new_tokens, 1, 100_000, whole=True)
         self.temperature, self.max_new_tokens, self.examples = temperature, max_new_tokens, examples
-        self.generation = dict(generation or {})
+        if sentences is not None:
+            check_number("sentences", sentences, 1, 1000, whole=True)
+        self.sentences, self.generation = sentences, dict(generation or {})
+        self.seeded = temperature > 0
         self._model, self._tokenizer, self._device, self._dtype = None, tokenizer, device, dtype
         self._source: str | None = None
         if isinstance(model, str | Path):
@@ -69,6 +76,7 @@ class ChatRewriter:
             "model": self._fingerprint(),
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
+            "sentences": self.sentences,
             "examples": self.examples,
             "generation": {key: repr(value) for key, value in sorted(self.generation.items())},
         }
@@ -112,7 +120,7 @@ class ChatRewriter:
                 **self.generation,
             )
         answer: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answer
+        return answer if self.sentences is None else " ".join(sentences_of(answer)[: self.sentences])
 
     def _fingerprint(self) -> str:
         if self._source is None:

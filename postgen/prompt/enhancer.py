@@ -45,7 +45,8 @@ class EnhancerConfig:
     seed: int = 0
     """Seed of the rewriter, from 0. The same prompt and seed have the same enhanced prompt."""
     attempts: int = 2
-    """Number of answers that are tried for each prompt, with seeds `seed`, `seed` + 1, ..., from 1 to 100."""
+    """Number of answers that are tried for each prompt, with seeds `seed`, `seed` + 1, ..., from 1 to 100. A model
+    with temperature 0 is asked once."""
     fallback: Literal["original", "template"] = "original"
     """What is used with a warning if the guard refuses all answers: the prompt as it is, or the template enhancer."""
     most_words: int = 60
@@ -95,7 +96,7 @@ class PromptEnhancer:
         UserError: the rewriter is unknown, or the cache cannot be read.
 
     >>> PromptEnhancer()(["a dog runs over a meadow at sunset, aerial shot, watercolour"])
-    ['A dog runs over a meadow at sunset, aerial shot, watercolour. Everything moves smoothly and continuously.']
+    ['A dog runs over a meadow at sunset, aerial shot, watercolour. The movement is steady and physically plausible.']
     """
 
     def __init__(
@@ -141,7 +142,8 @@ class PromptEnhancer:
                 found[prompt] = Enhanced(original=prompt, text=text, by=self.rewriter.name, cached=True)
         left = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         problems: dict[str, tuple[str, ...]] = {}
-        for attempt in range(self.config.attempts):
+        # A rewriter that does not draw its answers gives the same answer again.
+        for attempt in range(self.config.attempts if getattr(self.rewriter, "seeded", True) else 1):
             left = self._ask(left, target, attempt, found, problems)
         for prompt in left:
             found[prompt] = self._instead(prompt, target, problems[prompt])

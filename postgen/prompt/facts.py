@@ -94,6 +94,7 @@ def facts_of(prompt: str) -> Facts:
     quotes = tuple(" ".join(next(filter(None, found.groups())).split()) for found in _QUOTED.finditer(text))
     tokens = tokens_of(_QUOTED.sub(" ; ", text))
     names = [t.text for t in tokens if t.kind == "word" and t.text[0].isupper() and not t.first]
+    names = [name.removesuffix("'s").removesuffix("\u2019s") for name in names]
     named = {name.lower() for name in names}
     words = [t.word for t in tokens if t.kind == "word" and t.word not in named]
     singular = {

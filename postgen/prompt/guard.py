@@ -102,12 +102,21 @@ def fitted(text: str, target: Target) -> str:
 
     A text of one sentence that is too long is returned unchanged.
     """
-    sentences = _SENTENCE.split(text)
+    sentences = sentences_of(text)
     if len(sentences) > 1 and sentences[-1][-1:] not in ".!?\"\u201d\u2019')":
         sentences.pop()  # the language model reached its largest number of tokens
     while len(sentences) > 1 and target.count(" ".join(sentences)) > target.most_tokens:
         sentences.pop()
     return " ".join(sentences)
+
+
+def sentences_of(text: str) -> list[str]:
+    """Return the sentences of a text.
+
+    >>> sentences_of("A dog runs. It barks!")
+    ['A dog runs.', 'It barks!']
+    """
+    return _SENTENCE.split(text.strip())
 
 
 def missing(facts: Facts, text: str, *, keep_actions: bool = True) -> list[str]:

@@ -68,7 +68,7 @@ class ApiRewriter:
         check_number("max_tokens", max_tokens, 1, 100_000, whole=True)
         self.model, self.url = model, (url or os.environ.get(_URL_VARIABLE) or URL).rstrip("/")
         self.key_variable, self.timeout, self.retries, self.backoff = key_variable, timeout, retries, backoff
-        self.temperature, self.max_tokens = temperature, max_tokens
+        self.temperature, self.max_tokens, self.seeded = temperature, max_tokens, temperature > 0
         self.name = f"api:{model}"
         self._place()
         if self.url == URL and not os.environ.get(key_variable):

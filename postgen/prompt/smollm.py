@@ -38,7 +38,8 @@ def smollm2(*, device: str = "cpu", temperature: float = 0.0) -> ChatRewriter:
         str(converted()),
         device=device,
         temperature=temperature,
-        max_new_tokens=120,
+        max_new_tokens=80,
+        sentences=1,
         generation=_GENERATION,
         name="smollm2",
     )

@@ -20,9 +20,7 @@ _SAID: Mapping[str, frozenset[str]] = {
 }
 """Words by slot: a prompt with one of them says something about this slot."""
 _SIZES = frozenset(("small", "large", "big", "tiny", "little", "medium"))
-_SEVERAL = frozenset(("two", "three", "2", "3"))
 _WORLD_JOINERS = re.compile(r"( and | while |[,;] (?:and )?)")
-_DIRECTION = re.compile(r"\b(left|right|closer|away)$")
 
 
 class TemplateRewriter:
@@ -74,8 +72,8 @@ def _sentence(text: str) -> str:
 def _as_caption(text: str) -> str:
     """Complete the clauses of a short prompt about the synthetic world to captions: an article and a verb.
 
-    >>> _as_caption("red ball left and blue cube")
-    'a red ball rolls left and a blue cube stays still'
+    >>> _as_caption("red ball and blue cube falls")
+    'a red ball stays still and a blue cube falls'
     """
     from postgen.world import read
 
@@ -83,29 +81,24 @@ def _as_caption(text: str) -> str:
     for place in range(0, len(parts), 2):
         clause = parts[place]
         if clause and (found := read(clause)) is not None and found.scene is not None:
-            parts[place] = _clause(clause, found.scene.bodies[0].event, found.scene.bodies[0].shape)
+            parts[place] = _clause(clause, found.scene.bodies[0].event)
     return "".join(parts)
 
 
-def _clause(clause: str, event: str, shape: str) -> str:
+def _clause(clause: str, event: str) -> str:
     words = clause.lower().split()
-    several = any(word in _SEVERAL for word in words)
-    rolls = ("roll" if shape == "ball" else "slide") + ("" if several else "s")
     if words[0] in COLOURS or words[0] in _SIZES:
         clause = f"{'an' if words[0][0] in 'aeiou' else 'a'} {clause}"
+    # The captions name one thing at a time, so a prompt about several things of a kind has no such verb.
     if event == "stays" and _is_noun(words[-1]):
-        return f"{clause} {'stay' if several else 'stays'} still"
-    if found := _DIRECTION.search(clause):
-        before = clause[: found.start()].rstrip()
-        if before and _is_noun(before.lower().split()[-1]):
-            return f"{before} {rolls} {found[0]}"
+        return f"{clause} stays still"
     return clause
 
 
 def _is_noun(word: str) -> bool:
     from postgen.world.words import SHAPE_WORDS
 
-    return any(word in (noun, f"{noun}s") for nouns in SHAPE_WORDS.values() for noun in nouns)
+    return any(word in nouns for nouns in SHAPE_WORDS.values())
 
 
 def phrases_of(style: Style) -> list[str]:

@@ -33,17 +33,17 @@ COPULAS = _words("is are was were be being looks look appears colored coloured p
 """Words between a thing and its colour, as in "the ball is red"."""
 
 SMALL = _words(
-    "a an the this that these those it its it's he she they his her their him them who which there here i you we my"
-    " your and or but while as then so if when where than also just only very quite rather really too is are was were"
-    " be been being am has have had do does did can could will would should may might must of in on at to from by for"
-    " with into onto about within during like"
+    "me us the a an this that these those it its it's he she they his her their him them who which there here i you"
+    " we my your and or but while as then so if when where than also just only very quite rather really too is are"
+    " was were be been being am has have had do does did can could will would should may might must of in on at to"
+    " from by for with into onto about within during like"
 )
 """Words without a content of their own, which a rewrite may drop."""
 
 VAGUE = _words(
     "video videos clip clips scene footage film movie show shows showing shown depict depicts depicting display make"
     " makes create creates generate generates please want would something some nice beautiful pretty cool amazing"
-    " awesome great good stunning gorgeous interesting"
+    " awesome great good stunning gorgeous interesting says saying reads reading"
 )
 """Words that say little about the content of a video, which a rewrite may replace by something more exact."""
 
