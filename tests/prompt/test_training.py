@@ -251,9 +251,9 @@ def test_both_trainers_of_trl(pipe: Any, tmp_path: Path) -> None:
     quick: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no"}
     quick |= {"disable_tqdm": True, "logging_steps": 1}
     rows = datasets.Dataset.from_list(to_sft_pairs(PROMPTS, teacher).rows)
-    args = trl.SFTConfig(str(tmp_path), max_steps=50, learning_rate=5e-3, per_device_train_batch_size=4, **quick)
+    args = trl.SFTConfig(str(tmp_path), max_steps=60, learning_rate=5e-3, per_device_train_batch_size=4, **quick)
     trl.SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train()
-    rewriter = ChatRewriter(model.eval(), tokenizer, examples=False, max_new_tokens=48)
+    rewriter = ChatRewriter(model.eval(), tokenizer, examples=False, max_new_tokens=64)
     made = PromptEnhancer(rewriter, target=teacher.target)(PROMPTS)
     assert made == [text.lower() for text in teacher(PROMPTS)]  # the tokenizer lower-cases
 
