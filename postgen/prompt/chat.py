@@ -13,6 +13,7 @@ from postgen.errors import UserError, check_number, shown
 from postgen.prompt.guard import sentences_of
 from postgen.prompt.instructions import messages_for
 from postgen.prompt.target import Target
+from postgen.training.digests import weights_digest
 
 
 class ChatRewriter:
@@ -124,7 +125,7 @@ class ChatRewriter:
 
     def _fingerprint(self) -> str:
         if self._source is None:
-            return self.name
+            return weights_digest(self._model)
         folder = Path(self._source).expanduser()
         if not folder.is_dir():
             return self._source

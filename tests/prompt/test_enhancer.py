@@ -226,6 +226,7 @@ def test_a_chat_model_is_asked_and_guarded(tmp_path: Path) -> None:
     answers = greedy(PROMPTS[:2], target, 0)
     assert answers == [greedy([prompt], target, 5)[0] for prompt in PROMPTS[:2]]
     drawn = ChatRewriter(model, tokenizer, max_new_tokens=8, temperature=1.0)
+    assert greedy.settings() != ChatRewriter(tiny_chat(PROMPTS, 1)[0], tokenizer, max_new_tokens=8).settings()
     state = torch.random.get_rng_state()
     first = drawn(PROMPTS[:1], target, 1)
     assert first == drawn(PROMPTS[:1], target, 1) != drawn(PROMPTS[:1], target, 2)
