@@ -59,7 +59,8 @@ class ChatRewriter:
             check_number("sentences", sentences, 1, 1000, whole=True)
         self.sentences, self.generation = sentences, dict(generation or {})
         self.seeded = temperature > 0
-        self._model, self._tokenizer, self._device, self._dtype = None, tokenizer, device, dtype
+        self._model: Any = None
+        self._tokenizer, self._device, self._dtype = tokenizer, device, dtype
         self._source: str | None = None
         if isinstance(model, str | Path):
             self._source = str(model)
