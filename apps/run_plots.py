@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from postgen.grpo.curves import Points, thinned
+from postgen.training.run_curves import Points, thinned
 
 PIECES = 150
 """Number of segments of a line on the page; each keeps at most two points."""

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from postgen.errors import UserError, is_number
-from postgen.grpo.curves import Curves
 from postgen.reading import parse_json, read_text
 from postgen.training.checkpoint_head import read_head
+from postgen.training.run_curves import Curves
 from postgen.training.warning_log import NAME as WARNINGS
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"

@@ -56,7 +56,7 @@ from benchmarks.command import ended
 from benchmarks.dancegrpo_arms import Run, base_job, check_arms, named_arms, table
 from benchmarks.lit_video_files import pack_files, unpack
 from postgen.errors import UserError
-from postgen.grpo.curves import read_metrics
+from postgen.training.run_curves import read_metrics
 
 GRACE = 40.0
 """Seconds between the signal to stop and the end of a run, in which it finishes its update and saves."""

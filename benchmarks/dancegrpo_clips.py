@@ -28,7 +28,6 @@ from benchmarks.embedded_sampling import Defaults, load
 from postgen import world
 from postgen.assets import embedded_model
 from postgen.families import denoiser_for
-from postgen.grpo.evaluation import evaluation_sampler
 from postgen.grpo.quality import clip_statistics
 from postgen.metrics.video_measures import motion
 from postgen.rewards import RewardRunner
@@ -36,6 +35,7 @@ from postgen.sampling.conditions import Embeddings
 from postgen.sampling.sampler import Sample
 from postgen.sampling.seeds import seed_of
 from postgen.tensor_files import read_tensors
+from postgen.training.samples import evaluation_sampler
 from postgen.world.check import check_batch
 from postgen.world.spec import BACKGROUNDS
 

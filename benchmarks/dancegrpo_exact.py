@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.dancegrpo_arms import ROOT
-from postgen.grpo.curves import read_metrics
+from postgen.training.run_curves import read_metrics
 
 RECIPE = "dancegrpo-tiny"
 FILE = "exact.json"

@@ -33,8 +33,8 @@ from benchmarks.gates import device
 from postgen.assets import embedded_model
 from postgen.errors import UserError
 from postgen.files import replacing
-from postgen.grpo.curves import read_metrics
 from postgen.info import versions
+from postgen.training.run_curves import read_metrics
 
 PROTOCOL = 2
 """Number of this way of measuring. Results of another number cannot be compared."""

@@ -55,7 +55,7 @@ from benchmarks.launches import ROOT, launcher
 from benchmarks.rl_scale_rows import LAUNCHES, METHODS, MODELS, SIZE, Row, rows_of
 from benchmarks.rl_scale_tables import separate, speedups
 from postgen.errors import UserError
-from postgen.grpo.curves import read_metrics
+from postgen.training.run_curves import read_metrics
 
 PARTS = ("equal", "tiny", "split", "wan", "wan14")
 RESULT = RESULTS / "rl_scale.json"

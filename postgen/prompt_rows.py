@@ -60,21 +60,40 @@ def read_prompts(path: str | Path, what: str = "the prompts", *, empty: bool = F
     Raises:
         UserError: the file does not exist, has an unsupported format, or contains no prompt; or a row has no prompt.
     """
-    path = Path(path).expanduser()
+    found = _placed(Path(path).expanduser(), what, "prompt")
+    if not found:
+        raise UserError(f"{what} {Path(path).expanduser()}: the file contains no prompt, write at least one")
+    return [prompt_row(row, place, empty=empty) for place, row in found]
+
+
+def read_rows(path: str | Path, what: str) -> list[tuple[str, Any]]:
+    """Read a file of rows that need no column `prompt`; the formats are those of `read_prompts`.
+
+    Args:
+        path: the file.
+        what: name of the file in error messages.
+
+    Returns:
+        (place, row) of each row: the place is a text for messages. The rows are not checked.
+
+    Raises:
+        UserError: the file does not exist, or has an unsupported format.
+    """
+    return _placed(Path(path).expanduser(), what, None)
+
+
+def _placed(path: Path, what: str, needed: str | None) -> list[tuple[str, Any]]:
+    """Return (place, row) of each row of a file; a table must have the column `needed`."""
     where = f"{what} {path}"
     kind = path.suffix.lower()
     if kind in _OTHER_KINDS:
         raise UserError(f"{where}: {kind} is {_OTHER_KINDS[kind]}, which is not supported. {_READ}")
     text = _text(path, where)
     if kind in (".csv", ".tsv"):
-        rows = [prompt_row(row, place, empty=empty) for place, row in _table(text, kind, where)]
-    elif kind in (".jsonl", ".ndjson", ".json") or (kind != ".txt" and _is_json(text)):
-        rows = _json_rows(text, where, empty)
-    else:
-        rows = [{"prompt": line} for _, line in _lines(text)]
-    if not rows:
-        raise UserError(f"{where}: the file contains no prompt, write at least one")
-    return rows
+        return list(_table(text, kind, where, needed))
+    if kind in (".jsonl", ".ndjson", ".json") or (kind != ".txt" and _is_json(text)):
+        return _json_rows(text, where)
+    return [(f"{where}, line {number}", {"prompt": line}) for number, line in _lines(text)]
 
 
 def prompt_row(row: Any, where: str, *, empty: bool = True) -> dict[str, Any]:
@@ -147,27 +166,30 @@ def _parsed(text: str) -> Any:
         return error
 
 
-def _json_rows(text: str, where: str, empty: bool) -> list[dict[str, Any]]:
+def _json_rows(text: str, where: str) -> list[tuple[str, Any]]:
     whole = _parsed(text)
     if isinstance(whole, list):
         rows = [{"prompt": row} if isinstance(row, str) else row for row in whole]
-        return [prompt_row(row, f"{where}, entry {number}", empty=empty) for number, row in enumerate(rows, 1)]
+        return [(f"{where}, entry {number}", row) for number, row in enumerate(rows, 1)]
     if isinstance(whole, Exception) and text.lstrip().startswith("["):
         raise UserError(f"{where}{whole}")
     if isinstance(whole, dict) and "\n" in text.strip():  # an object over several lines; one line is JSONL, as below
-        return [prompt_row(whole, where, empty=empty)]
-    return [_json_row(line, f"{where}, line {number}", empty) for number, line in _lines(text)]
+        return [(where, whole)]
+    return [(place := f"{where}, line {number}", _json_row(line, place)) for number, line in _lines(text)]
 
 
-def _json_row(line: str, where: str, empty: bool) -> dict[str, Any]:
+def _json_row(line: str, where: str) -> Any:
     row = _parsed(line)
     if isinstance(row, Exception):
         raise UserError(f"{where}{row}")
-    return prompt_row(row, where, empty=empty)
+    return row
 
 
-def _table(text: str, kind: str, where: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (place, row) for each row of a table; a row contains the columns that are not empty."""
+def _table(text: str, kind: str, where: str, needed: str | None) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (place, row) for each row of a table; a row contains the columns that are not empty.
+
+    A table has the column `needed`, if there is one; its texts stay even if they are empty, and are stripped.
+    """
     header = next((line for _, line in _lines(text)), "")
     # In many countries, spreadsheets separate the columns of CSV by semicolons.
     comma = ";" if header.count(";") > header.count(",") else ","
@@ -180,12 +202,9 @@ def _table(text: str, kind: str, where: str) -> Iterator[tuple[str, dict[str, st
                 continue
             if not names:
                 names = [cell.strip() for cell in cells]
-                if "prompt" not in names or len(set(names)) < len(names):
-                    known = ", ".join(names)
-                    raise UserError(
-                        f"{where}: the first line must name the columns, all different and one of them `prompt`, got"
-                        f" {known}"
-                    )
+                if len(set(names)) < len(names) or (needed and needed not in names):
+                    known, one = ", ".join(names), f" and one of them `{needed}`" if needed else ""
+                    raise UserError(f"{where}: the first line must name the columns, all different{one}, got {known}")
                 continue
             if len(cells) != len(names):
                 raise UserError(
@@ -193,7 +212,7 @@ def _table(text: str, kind: str, where: str) -> Iterator[tuple[str, dict[str, st
                     " a separator"
                 )
             # An empty prompt stays in the row, because `prompt_row` checks it.
-            filled = {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip() or name == "prompt"}
-            yield place, {**filled, "prompt": filled["prompt"].strip()}
+            filled = {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip() or name == needed}
+            yield place, {**filled, needed: filled[needed].strip()} if needed else filled
     except csv.Error as error:
         raise UserError(f"{where}, line {reader.line_num}: {error}") from error

@@ -67,6 +67,15 @@ CLIPModel(clip_config(open_clip.TINY)).save_pretrained("my-clip")
 def my_image_reward(completions, **columns):
     return [float(clip.mean()) for clip in completions]
 """,
+    "sft.md": """
+import runpy
+import sys
+
+from benchmarks.docs_blocks import ROOT
+
+sys.argv = ["world_clips.py", "--count", "4", "--size", "96", "--num-frames", "17"]
+runpy.run_path(str(ROOT / "examples" / "world_clips.py"), run_name="__main__")
+""",
     "lora.md": _LORA + _PROMPTS + "lora('runs/my-run')\nlora('style')",
     "own_model.md": _PROMPTS
     + """
@@ -173,6 +182,7 @@ _SMALL_TRAIN = {
     " --per_device_train_batch_size 2 --max_steps 1 --bf16 false",
     "lit-tiny-wan": "--num_frames 5 --height 64 --width 64 --bf16 false",
     "quant-tiny": "--num_frames 5 --height 64 --width 64 --bf16 false",
+    "sft-tiny": "--num_frames 5 --height 64 --width 64 --bf16 false",
     "own.yaml": "",  # tiny as it is
     "world-depth": "--sizes 32 --pool_size 32 --pool_clips 2 --room_clips 2 --textures 2 --reconstructions 0"
     " --eval_clips 1 --max_steps 1 --per_device_train_batch_size 2 --bf16 false",

@@ -18,7 +18,7 @@ from postgen.apps.sample_copies import SampleCopies
 from postgen.apps.state import App
 from postgen.apps.status import duration, line
 from postgen.errors import UserError
-from postgen.grpo.curves import Points
+from postgen.training.run_curves import Points
 from postgen.video import VideoError, read_picture
 
 EVERY = 3.0

@@ -50,6 +50,15 @@ def register_quantizer(method: str, home: str, quantizer: str, config: str) -> N
         sys.meta_path.insert(0, _Finder(_TABLES, add))
 
 
+def registered_config(method: str) -> Any:
+    """Return the config class of a quantisation method that diffusers knows, its own or a registered one.
+
+    Raises:
+        KeyError: the method is unknown.
+    """
+    return import_module(_TABLES).AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+
+
 class _Finder:
     """Calls a function once, after the import of a module. Other finders find the module."""
 

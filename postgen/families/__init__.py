@@ -6,7 +6,14 @@ This package does not import it, because it needs torch.
 """
 
 from postgen.families.blocks import Block, BlockGroup, Blocks
-from postgen.families.denoiser import Condition, Denoiser, PredictionType, RoundingDenoiser, VarianceDenoiser
+from postgen.families.denoiser import (
+    Condition,
+    Denoiser,
+    ExpertDenoiser,
+    PredictionType,
+    RoundingDenoiser,
+    VarianceDenoiser,
+)
 from postgen.families.layout import Call, Layout
 from postgen.families.registry import (
     blocks_of,
@@ -29,6 +36,7 @@ __all__ = [
     "Call",
     "Condition",
     "Denoiser",
+    "ExpertDenoiser",
     "Grid",
     "Layout",
     "PredictionType",

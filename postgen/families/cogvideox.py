@@ -50,12 +50,12 @@ class CogVideoXDenoiser(AlphaBarDenoiser):
         """Return how many latent frames pad the beginning of a clip to a whole number of patches in time."""
         return -frames % (self.model.config.patch_size_t or 1)
 
-    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: Any = None) -> Tensor:
-        """Encode clips as latents; see `Denoiser`.
+    def from_raw(self, raw: Tensor) -> Tensor:
+        """Convert raw latents of the autoencoder to latents of the network.
 
         The padding repeats the first latent frame, as the image-to-video pipeline does.
         """
-        latents = super().encode_video(clips, sample=sample, generator=generator)
+        latents = super().from_raw(raw)
         return torch.cat([latents[:, :1]] * self._padding(latents.shape[1]) + [latents], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -184,6 +184,15 @@ class RoundingDenoiser(Denoiser, Protocol):
 
 
 @runtime_checkable
+class ExpertDenoiser(Denoiser, Protocol):
+    """A denoiser whose pipeline may have two networks, each for a range of noise levels (Wan 2.2)."""
+
+    @property
+    def expert_boundary(self) -> float | None:
+        """Noise level from which on the first network predicts, below it the second; None with one network."""
+
+
+@runtime_checkable
 class VarianceDenoiser(Denoiser, Protocol):
     """A denoiser whose network may also predict the variance of a reverse step (arXiv:2102.09672, eq. 15).
 

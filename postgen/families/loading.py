@@ -243,6 +243,7 @@ def load_pipeline(
     device: str = "auto",
     offload: str = "none",
     before_placing: Callable[[Any], None] | None = None,
+    quantization: Any = None,
 ) -> Any:
     """Load the pipeline of a model onto a device.
 
@@ -253,6 +254,7 @@ def load_pipeline(
         device: one of `DEVICES`, or cuda:N.
         offload: one of `OFFLOADS`, as in `place_weights`.
         before_placing: called with the pipeline while its weights are on the CPU, to change the pipeline's structure.
+        quantization: a `diffusers.PipelineQuantizationConfig` by which components are quantised when they are loaded.
 
     Returns:
         The diffusers pipeline.
@@ -276,6 +278,13 @@ def load_pipeline(
         # Networks that diffusers cannot load from the folder: those of an export, and those with a note of postgen.
         parts = {name: load_part(source, name, dtypes.get(name, dtypes["default"])) for name, source in facts.parts}
         parts |= noted_networks(Path(facts.source), lambda name: dtypes.get(name, dtypes["default"]), parts)
+        if parts and quantization is not None:
+            raise UserError(
+                f"{facts.source} has networks in postgen's own format ({', '.join(parts)}), which cannot be quantised"
+                " when they are loaded: load a diffusers folder, or set base_quant to none"
+            )
+        if quantization is not None:
+            options |= {"quantization_config": quantization}
         if parts:
             # DiffusionPipeline.from_pretrained ignores given components that the class lists as optional, such as the
             # transformer of Wan, so the pipeline class itself loads.

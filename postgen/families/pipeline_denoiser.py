@@ -1,4 +1,4 @@
-"""Base class of all denoisers: guidance in two forward passes, sizes, noise levels and the autoencoder."""
+"""Base class of all denoisers: guidance in two forward passes, sizes and noise levels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from postgen.errors import UserError
+from postgen.families.autoencoding import Autoencoding
 from postgen.families.denoiser import Condition, PredictionType
 from postgen.families.registry import layout_of, pipelines_per_frame
 from postgen.families.wan_sizes import check_size
 
 
-class PipelineDenoiser(ABC):
+class PipelineDenoiser(Autoencoding, ABC):
     """Base class of `Denoiser`s.
 
     The subclass of a family defines the encoding of prompts, the call of the network and the scaling of its latents.
@@ -33,8 +34,6 @@ class PipelineDenoiser(ABC):
 
     prediction_type: PredictionType = "flow"
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    frame_axis: int | None = 2
-    encodes_video: bool = True
     components: ClassVar[tuple[str, ...]] = ("transformer",)
     default_length: ClassVar[int] = 256
     per_row: ClassVar[tuple[str, ...]] = ()
@@ -325,50 +324,6 @@ class PipelineDenoiser(ABC):
             return timestep
         return timestep.repeat_interleave(x.shape[-2] // rows * (x.shape[-1] // columns), dim=1)
 
-    # The autoencoder.
-
-    def encode_video(self, clips: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Encode clips (B, F, 3, H, W) in [0, 1] as float32 latents; a picture is a clip of one frame. See `Denoiser`.
-
-        Raises:
-            UserError: `encodes_video` is False, the clips have another shape, or the model cannot make their size.
-        """
-        if not self.encodes_video:
-            raise UserError(f"the denoiser of {type(self.pipe).__name__} cannot encode clips: use another model")
-        if clips.dim() != 5 or clips.shape[2] != 3:
-            raise UserError(f"clips must have the shape (B, F, 3, H, W), got {tuple(clips.shape)}")
-        self.latent_shape(clips.shape[1], *clips.shape[3:])
-        vae = self.pipe.vae
-        frames = clips[:, 0] if self.frame_axis is None else clips.transpose(1, 2)
-        distribution = vae.encode(frames.to(vae.device, vae.dtype) * 2 - 1).latent_dist
-        raw: Tensor = (distribution.sample(generator) if sample else distribution.mode()).float()
-        return self.normalise(raw).to(self.model.device)
-
-    def normalise(self, raw: Tensor) -> Tensor:
-        """Convert latents from the autoencoder to the normalised latents of the network."""
-        scale, shift = self._scale_and_shift()
-        return (raw if shift is None else raw - shift) * scale
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """Convert normalised latents to those that the autoencoder decodes: the inverse of `normalise`."""
-        scale, shift = self._scale_and_shift()
-        return latents / scale if shift is None else latents / scale + shift
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents into clips (B, F, 3, H, W), float32 in [0, 1]; a picture is a clip of one frame."""
-        vae = self.pipe.vae
-        raw = self.denormalise(latents.to(vae.device, vae.dtype))
-        return self.to_clips(vae.decode(raw, return_dict=False)[0])
-
-    def to_clips(self, decoded: Tensor) -> Tensor:
-        """Convert the autoencoder's output to clips (B, F, 3, H, W), float32 in [0, 1].
-
-        Args:
-            decoded: clips (B, 3, F, H, W) or pictures (B, 3, H, W), in [-1, 1].
-        """
-        clips = (decoded.float() * 0.5 + 0.5).clamp(0, 1)
-        return clips[:, None] if self.frame_axis is None else clips.transpose(1, 2)
-
     def _check_sigma(self, x: Tensor, sigma: Tensor) -> None:
         given: tuple[int, ...] = tuple(sigma.shape)
         allowed: list[tuple[int, ...]] = [(len(x),)]
@@ -383,10 +338,6 @@ class PipelineDenoiser(ABC):
             )
         if given not in allowed:
             raise UserError(f"sigma must have the shape {' or '.join(map(str, allowed))}, got {given}")
-
-    def _scale_and_shift(self) -> tuple[float, float | None]:
-        config = self.pipe.vae.config
-        return config.scaling_factor, config.get("shift_factor")
 
     def _named(self, text: str, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
         dtype = self.model.dtype

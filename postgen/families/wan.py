@@ -46,6 +46,12 @@ class WanDenoiser(PipelineDenoiser):
         super().__init__(pipe, max_sequence_length=max_sequence_length)
 
     @property
+    def expert_boundary(self) -> float | None:
+        """Noise level from which on `transformer` predicts, below it `transformer_2`; None for Wan 2.1."""
+        ratio = self.pipe.config.get("boundary_ratio")
+        return None if ratio is None else float(ratio)
+
+    @property
     def multiples(self) -> tuple[int, int, int]:
         """Numbers of which height, width and frames - 1 must be multiples."""
         space, time = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
@@ -97,10 +103,10 @@ class WanDenoiser(PipelineDenoiser):
         Raises:
             UserError: frames of one row are on both sides of the boundary.
         """
-        ratio = self.pipe.config.get("boundary_ratio")
+        ratio = self.expert_boundary
         if ratio is None:
             return super().route(x, timestep, condition, guidance)
-        high = (timestep >= float(ratio) * self.timestep_scale).view(len(x), -1)
+        high = (timestep >= ratio * self.timestep_scale).view(len(x), -1)
         if (high != high[:, :1]).any():
             raise UserError(
                 f"a row has frames on both sides of the noise level {ratio} at which Wan 2.2 changes its expert: one "

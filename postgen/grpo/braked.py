@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -60,10 +58,6 @@ class Braked(KeptState[G]):
     _clip_rows: dict[str, ClipRows]
     _clip_files: dict[str, tuple[Makers, dict[str, Any]]]
     _clips: dict[str, ClipPool]
-
-    @abstractmethod
-    def _networks(self, *, wrapped: bool) -> AbstractContextManager[None]:
-        """Choose which networks the denoiser calls."""
 
     @property
     def needs_reference(self) -> bool:

@@ -8,8 +8,7 @@ from postgen.sampling.config import SamplingConfig
 from postgen.sampling.transition import NOISE_LEVEL, Kind, Reduction, Weighting
 from postgen.settings import Part
 from postgen.training import TrainingConfig
-from postgen.training.lora import AdapterConfig
-from postgen.training.policy import ModelConfig
+from postgen.training.memory_config import MemoryConfig
 from postgen.training.prompts import PromptsConfig
 
 from .advantage_config import LEAST_GROUP, AdvantageConfig
@@ -115,8 +114,7 @@ class GroupConfig(
     RewardConfig,
     SamplingConfig,
     PromptsConfig,
-    AdapterConfig,
-    ModelConfig,
+    MemoryConfig,
     TrainingConfig,
 ):
     """Settings that DanceGRPO and DiffusionNFT share: groups of samples, rewards, advantages, batches.
@@ -129,10 +127,10 @@ class GroupConfig(
     share_out: ClassVar[tuple[str, ...]] = ("steps_per_generation", "generation_batch_size")
 
     learning_rate: float = 1e-5
-    """Peak learning rate of AdamW. DanceGRPO uses 1e-5 for all weights and 3e-4 for LoRA."""
+    """Peak learning rate. DanceGRPO uses 1e-5 for all weights and 3e-4 for LoRA."""
 
     weight_decay: float = 1e-4
-    """AdamW's decoupled weight decay. It applies only to parameters with at least two dimensions."""
+    """Decoupled weight decay. It applies only to parameters with at least two dimensions."""
 
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""

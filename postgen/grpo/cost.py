@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from postgen.training.processes import counted
 
@@ -44,8 +42,6 @@ class Plan:
     """Bytes of the pipeline's weights."""
     trained: int
     """Number of trained parameters."""
-    copies: int
-    """Copies of the trained parameters that are kept: moving average, old policy, reference."""
     latent: int
     """Number of values in the latents of one sample."""
     clip: int
@@ -59,8 +55,7 @@ class Plan:
 def estimate(plan: Plan) -> dict[str, float]:
     """Return the estimated cost of a run by name: bytes of one process, and forward-equivalents of all processes.
 
-    A forward-equivalent is the cost of one forward pass. The memory of activations is not estimated, because it
-    depends on the model's code and on gradient checkpointing.
+    A forward-equivalent is the cost of one forward pass. `postgen.training.memory` estimates the memory of a step.
     """
     batches, work = plan.batches, plan.work
     here = batches.samples // batches.processes
@@ -70,8 +65,6 @@ def estimate(plan: Plan) -> dict[str, float]:
     updates = batches.updates * batches.iterations
     return {
         "bytes/weights": float(plan.weights),
-        # Gradients, two moments of AdamW, and the copies, all in float32.
-        "bytes/training": float(plan.trained * 4 * (3 + plan.copies)),
         "bytes/rollout": float(here * plan.latent * 4 * work.latents),
         "bytes/clips": float(here * plan.clip * 4),
         "trained_parameters": float(plan.trained),
@@ -93,19 +86,8 @@ def report(plan: Plan, numbers: Mapping[str, float]) -> str:
             f"{name:28s} {value / giga:10.3f} GiB" if name.startswith("bytes") else f"{name:28s} {value:10.4g}"
             for name, value in numbers.items()
         ),
-        "not counted: activations, caches of kernels, the networks of rewards",
+        "not counted: activations of text encoder and autoencoder, workspaces of kernels, the networks of rewards",
     ]
     if torch.cuda.is_available():
         lines.append(f"{'free GPU memory':28s} {torch.cuda.mem_get_info()[0] / giga:10.3f} GiB")
     return "\n".join(lines)
-
-
-def bytes_of(components: Iterable[Any]) -> int:
-    """Return the number of bytes of all parameters in the components that are modules; others are skipped."""
-    modules = [component for component in components if isinstance(component, nn.Module)]
-    return sum(parameter.numel() * parameter.element_size() for part in modules for parameter in part.parameters())
-
-
-def trained_in(modules: Iterable[nn.Module]) -> int:
-    """Return the number of trained parameters (`requires_grad`) in some modules."""
-    return sum(parameter.numel() for part in modules for parameter in part.parameters() if parameter.requires_grad)

@@ -11,11 +11,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from postgen.families import Denoiser
 from postgen.sampling.conditions import Embeddings, Row
 from postgen.sampling.meter import Meter
-from postgen.sampling.sampler import Sample, Sampler, Sampling
-from postgen.sampling.schedule import schedule_of
+from postgen.sampling.sampler import Sample, Sampler
 from postgen.sampling.seeds import seed_of
 
 from .config import EvaluationConfig
@@ -51,24 +49,6 @@ class Evaluation:
     """The first sample of some prompts of this process, for the grid in `samples/`."""
     prompts: list[str]
     """The prompt of each clip."""
-
-
-def evaluation_sampler(
-    denoiser: Denoiser, steps: int, guidance: float, size: dict[str, int], device: torch.device
-) -> Sampler:
-    """Return a deterministic sampler with the pipeline's noise levels and Euler steps (DDIM steps with alpha-bars).
-
-    Args:
-        denoiser: the policy to evaluate.
-        steps: number of sampling steps.
-        guidance: scale of classifier-free guidance.
-        size: `num_frames`, `height` and `width` of a clip.
-        device: device of the latents.
-    """
-    schedule = schedule_of(denoiser, steps, denoiser.latent_shape(**size))
-    how = Sampling(kind="ode", guidance=guidance, size=size)
-    # The sampler has its own meter, because the reported cost of training leaves out evaluations.
-    return Sampler(denoiser, schedule, how, Meter(device), device)
 
 
 class Evaluator:

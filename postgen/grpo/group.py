@@ -20,18 +20,19 @@ from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import chosen_schedule
 from postgen.training import Reason, TrainingConfig, TrainResult, Weights
+from postgen.training.card import Card, write_card
+from postgen.training.memory import bytes_of, memory_numbers, memory_plan, memory_table, trained_in
 from postgen.training.policy import load_policy
 from postgen.training.prompts import Prompts
+from postgen.training.run_curves import Curves
+from postgen.training.samples import evaluation_sampler, write_samples
 
 from .batches import Batches
-from .card import Card, write_card
 from .config import GroupConfig
-from .cost import Plan, Work, bytes_of, estimate, report, trained_in
-from .curves import Curves
-from .evaluation import Evaluator, evaluation_sampler
+from .cost import Plan, Work, estimate, report
+from .evaluation import Evaluator
 from .exact_motion import ExactMotion, check_scenes
 from .guards import HackingGuard, check_columns, check_equal_calls, check_experts, check_groups, load_rewards
-from .logging import write_samples
 from .rollout import Metrics, Rollouts
 from .rows import check_data
 from .scoring import Rewards, Scoring
@@ -164,7 +165,7 @@ class GroupTrainer(Rollouts[G]):
         """Load the model, add adapters, encode prompts, make sampler and evaluator; return the trained modules."""
         args = self.args
         check_data(args, self.source, self.prompts, self.eval_prompts)
-        self.policy = load_policy(self.source, args, args, self.device, self._peft_config)
+        self.policy = load_policy(self.source, args, args, self.device, self._peft_config, memory=args)
         self.size = args.clip_size(self.policy.pipe, self.policy.defaults)
         if args.motion_residual and self.size["num_frames"] == 1:
             raise UserError("motion_residual must be 0 for a model that makes images, which have no motion")
@@ -249,6 +250,9 @@ class GroupTrainer(Rollouts[G]):
         """Write the LoRA or the trained models, and a model card, into an export folder."""
         args, policy = self.args, self.policy
         policy.save(folder, weights)
+        weighted = zip(self.runner.names, self.runner.weights, strict=True)
+        rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
+        sources = args.train_dataset or "rows given in Python"
         card = Card(
             source=self.source,
             pipeline=type(policy.pipe).__name__,
@@ -257,9 +261,7 @@ class GroupTrainer(Rollouts[G]):
             step=self.global_step,
             lora=policy.adapter is not None,
             modules=policy.modules,
-            rewards=list(zip(self.runner.names, self.runner.weights, strict=True)),
-            prompts=len(self.prompts),
-            train_dataset=args.train_dataset,
+            data=[f"Rewards: {rewards}", f"Prompts: {len(self.prompts)} of {sources}"],
             settings=args.to_dict(),
         )
         write_card(card, self.curves, args.folder, folder)
@@ -271,21 +273,35 @@ class GroupTrainer(Rollouts[G]):
 
     def _dry_run(self) -> TrainResult:
         """Load the model, print the cost estimate of the run, and return without training."""
-        modules = self.build()
+        args, modules = self.args, self.build()
         plan = Plan(
             batches=self.batches,
             work=self.with_clips(self.work()),
             weights=bytes_of(self.policy.pipe.components.values()),
             trained=trained_in(modules.values()),
-            copies=self.copies,
             latent=math.prod(self.policy.denoiser.latent_shape(**self.size)),
             clip=3 * math.prod(self.size.values()),
             backward=self.meter.backward,
-            max_steps=self.args.max_steps,
+            max_steps=args.max_steps,
         )
         numbers = estimate(plan)
+        encoders = [name for name in self.policy.pipe.components if name.startswith("text_encoder")]
+        memory = memory_plan(
+            self.policy.pipe,
+            self.policy.denoiser,
+            args,
+            args,
+            size=self.size,
+            rows=self.batches.per_device,
+            passes=self.sampler.passes,
+            copies=self.copies,
+            unused=encoders if args.precompute_prompt_embeds else (),
+            extra=int(numbers["bytes/rollout"] + numbers["bytes/clips"]),
+        )
+        numbers |= memory_numbers(memory)
         if self.accelerator.is_main_process:
             print(report(plan, numbers))
+            print(memory_table(memory))
         return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
 
 

@@ -14,7 +14,6 @@ from postgen.rewards import RewardResult, RewardRunner
 from postgen.sampling.conditions import Conditions, Row
 from postgen.sampling.sampler import Sample, Trajectories
 from postgen.sampling.seeds import seed_of
-from postgen.training.processes import average_gradients
 
 from .advantages import Advantages, best_and_worst, compute_advantages
 from .braked import Braked
@@ -189,33 +188,3 @@ class Rollouts(Braked[G]):
             step_seed=lambda step: seed_of(seed, "step", number, sample, step),
             start=self.window_start(number, prompt, sample),
         )
-
-    # Networks.
-
-    @property
-    def averages(self) -> bool:
-        """Whether this trainer averages gradients over processes, and not the prepared models.
-
-        Prepared models need every process to call each of them in every update. Of two experts, however, a process
-        calls only those that its samples' noise levels need.
-        """
-        return not self.sharded and len(self.models) > 1
-
-    def on_gradients(self) -> None:
-        """Average the gradients of an update over processes, if the prepared models do not."""
-        if self.averages:
-            average_gradients(self.trained().values(), self.accelerator)
-
-    @contextmanager
-    def _networks(self, *, wrapped: bool) -> Iterator[None]:
-        """Choose which networks the denoiser calls: the prepared models, or the modules without gradient averaging.
-
-        Processes must call prepared (`wrapped`) models equally often.
-        """
-        table = self.policy.denoiser.transformers
-        for name in self.policy.modules.keys() & self.models.keys():  # `models` is empty before they are prepared
-            table[name] = self.models[name] if wrapped and not self.averages else self.unaveraged(name)
-        # TF32 convolutions round differently for different batch sizes, which would move the ratio away from 1.
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
-            yield

@@ -10,7 +10,7 @@ import torch
 
 from postgen.errors import UserError
 from postgen.sampling.meter import Meter
-from postgen.training import Trainer
+from postgen.training.networks import PolicyTrainer
 from postgen.training.processes import counted
 from postgen.training.prompts import Prompts
 
@@ -22,7 +22,7 @@ from .guards import HackingGuard
 G = TypeVar("G", bound=GroupConfig)
 
 
-class KeptState(Trainer[G]):
+class KeptState(PolicyTrainer[G]):
     """Base of the reward trainers: saves position, costs, hacking guard and unfinished rollout in checkpoints."""
 
     batches: Batches

@@ -30,10 +30,11 @@ from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.ema import Ema
 from postgen.training.logging import Averages, MetricsFile, Progress, StepTimer, say
 from postgen.training.modes import evaluating
+from postgen.training.optimizers import optimizer_of
 from postgen.training.resume import changed_settings, put_aside
 from postgen.training.run_state import RunState
 from postgen.training.stop import Signals
-from postgen.training.updates import adamw, decay_groups
+from postgen.training.updates import decay_groups
 
 from .config import ReconstructConfig
 from .loss import distance, error
@@ -158,7 +159,7 @@ class BlockRun:
                 f"{self.task.name}: no parameter of the student requires a gradient, so there is nothing to train"
             )
         self.generator = torch.Generator(self.bench.device).manual_seed(seed)
-        optimizer = adamw(self._groups(), self.config, self.bench.device)
+        optimizer = optimizer_of(self._groups(), self.config, self.bench.device)
         scheduler = get_scheduler(
             self.config.lr_scheduler_type,
             optimizer=optimizer,

@@ -15,11 +15,12 @@ from postgen.errors import UserError
 
 from .callbacks import Callbacks
 from .config import TrainingConfig
+from .optimizers import optimizer_of
 from .processes import counted
 from .run_state import Weights
 from .sharding import blocks_inside, repeated_blocks
 from .swap import WeightsCopy
-from .updates import adamw, decay_groups
+from .updates import decay_groups
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -79,11 +80,11 @@ class TrainerHooks(ABC, Generic[C]):
         return decay_groups(self.trained().values())
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return the optimiser for these parameter groups; by default AdamW with the configured settings.
+        """Return the optimiser for these parameter groups; by default the configured one (`optim`).
 
         The learning rate follows the schedule. Checkpoints save the optimiser's state, see `OptimizerState`.
         """
-        return adamw(groups, self.args, self.device)
+        return optimizer_of(groups, self.args, self.device, sharded=self.sharded)
 
     def shard_blocks(self, name: str) -> Sequence[nn.Module]:
         """Return the modules inside a model that FSDP shards, gathers and frees one by one.

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from postgen.errors import UserError
 
 from .checkpoint_head import DamagedCheckpoint
+from .packed_states import is_packed, put_together, taken_apart
 from .sharding import cut_like
 
 
@@ -21,7 +22,8 @@ class OptimizerState:
 
     An optimiser may keep tensors and JSON values for each parameter, and may change JSON values of its parameter
     groups, such as a step count. All of these are saved. Group values that have not changed since the start are not
-    saved, because each run configures them anew.
+    saved, because each run configures them anew. Tensors that consist of several plain tensors, such as moments of
+    8 bits, are saved as these (`packed_states`).
 
     Args:
         optimizer: the optimiser without accelerate's wrapper, before its first step.
@@ -69,8 +71,22 @@ class OptimizerState:
                     )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state's tensors by `<parameter>|<moment>`, sharded as in the optimiser."""
-        return {name: value for name, value in self._items() if isinstance(value, Tensor)}
+        """Return the state's plain tensors by `<parameter>|<moment>`, sharded as in the optimiser.
+
+        The parts of a packed tensor have the names `<parameter>|<moment>.<part>`.
+        """
+        found: dict[str, Tensor] = {}
+        memory: set[int] = set()
+        for name, value in self._items():
+            parts = taken_apart(value)[0] if is_packed(value) else {"": value}
+            for part, tensor in parts.items():
+                if not isinstance(tensor, Tensor):
+                    continue
+                # Parameters may share a table of 8-bit numbers, but a safetensors file refuses shared memory.
+                shared = tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.data_ptr() in memory
+                memory.add(tensor.data_ptr())
+                found[f"{name}.{part}" if part else name] = tensor.clone() if shared else tensor
+        return found
 
     def values(self) -> dict[str, Any]:
         """Return the state's JSON values: those of parameters by `<parameter>|<key>`, and changed values of groups."""
@@ -78,6 +94,7 @@ class OptimizerState:
         return {
             "kind": self._kind,
             "parameters": {name: value for name, value in self._items() if not isinstance(value, Tensor)},
+            "packed": {name: taken_apart(value)[1] for name, value in self._items() if is_packed(value)},
             "groups": [
                 {key: value for key, value in _settings(group).items() if began.get(key, _ABSENT) != value}
                 for group, began in groups
@@ -103,7 +120,9 @@ class OptimizerState:
                 f"the checkpoint was written with {values['kind']} and {len(groups)} groups of parameters, this run "
                 f"has {self._kind} and {len(self.optimizer.param_groups)}: use the trainer that wrote it."
             )
-        self._check_kept(tensors | values.get("parameters", {}), groups, f"{location} is damaged: its optimiser state")
+        place = f"{location} is damaged: its optimiser state"
+        tensors = _packed(dict(tensors), values.get("packed", {}), place)
+        self._check_kept(tensors | values.get("parameters", {}), groups, place)
         saved: dict[str, dict[str, Any]] = {}
         for name, value in (tensors | values.get("parameters", {})).items():
             parameter, _, key = name.rpartition("|")
@@ -143,6 +162,21 @@ class OptimizerState:
 
 
 _ABSENT = object()
+
+
+def _packed(tensors: dict[str, Tensor], packed: Mapping[str, Any], place: str) -> dict[str, Tensor]:
+    """Return the tensors with the parts of packed ones put together.
+
+    Raises:
+        DamagedCheckpoint: a part is missing, or the class of a packed tensor is unknown.
+    """
+    for name, told in packed.items():
+        parts = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
+        try:
+            tensors[name] = put_together(parts, told)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{place} has a tensor {name} that cannot be put together: {error}") from error
+    return tensors
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,46 +20,15 @@ from postgen.families.loaded import defaults_of
 from postgen.families.loading import inspect_model, load_pipeline
 from postgen.families.lora import save_lora
 from postgen.families.model_folder import Defaults
-from postgen.families.video_calls import RANGES
 from postgen.sampling.schedule import shifted
-from postgen.settings import Part
 
+from .base_quant import quantization_of
 from .lora import AdapterConfig, add_adapters
+from .memory_config import MemoryConfig, place_frozen
+from .policy_config import ModelConfig
 from .run_state import Weights
 from .sharding import uncut
 from .swap import WeightsCopy
-
-
-@dataclass(kw_only=True)
-class ModelConfig(Part):
-    """Settings of the trained model: its source, and how it is loaded and run.
-
-    Raises:
-        UserError: a value is outside its range.
-    """
-
-    part: ClassVar[str] = "model"
-    may_change: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
-
-    model: str | None = None
-    """A diffusers folder or hub id. None uses the embedded model."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the frozen weights. Trained weights are always float32."""
-
-    flow_shift: float | None = None
-    """Shift of the noise levels, above 0. None keeps the scheduler's shift."""
-
-    max_sequence_length: int | None = None
-    """Number of tokens of a prompt. None uses the pipeline's default."""
-
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.flow_shift is None or self.flow_shift > 0, "flow_shift", "above 0")
-        self.require_in(RANGES["max_sequence_length"], "max_sequence_length")
 
 
 class Policy:
@@ -179,7 +147,12 @@ class Policy:
 
 
 def load_policy(
-    source: Any, model: ModelConfig, lora: AdapterConfig, device: torch.device, peft_config: Any = None
+    source: Any,
+    model: ModelConfig,
+    lora: AdapterConfig,
+    device: torch.device,
+    peft_config: Any = None,
+    memory: MemoryConfig | None = None,
 ) -> Policy:
     """Load a model and return its policy.
 
@@ -189,34 +162,57 @@ def load_policy(
         lora: settings of the adapters.
         device: device of the training.
         peft_config: a `peft.LoraConfig` that replaces the settings in `lora`.
+        memory: settings of frozen weights; None keeps them exact and on the device.
 
     Raises:
         UserError: the model cannot be loaded, or `Policy` refuses it.
     """
-    pipe, defaults = load_model(source, model, device)
+    pipe, defaults = load_model(source, model, device, memory)
     return Policy(pipe, model, lora, peft_config, defaults)
 
 
-def load_model(source: Any, model: ModelConfig, device: torch.device) -> tuple[Any, Defaults | None]:
+def load_model(
+    source: Any, model: ModelConfig, device: torch.device, memory: MemoryConfig | None = None
+) -> tuple[Any, Defaults | None]:
     """Load a pipeline, and the default sizes and frame rate from its folder.
 
     Args:
         source: a folder, a hub id, a pipeline, or None for the embedded model.
         model: settings of the model; only the dtype is used here.
         device: device of the pipeline.
+        memory: settings of frozen weights; None keeps them exact and on the device.
 
     Returns:
         The pipeline, and its defaults; the defaults are None if `source` is a pipeline.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, or it does not support the settings of frozen weights.
     """
+    quant = "none" if memory is None else memory.base_quant
     if source is not None and not isinstance(source, str | Path):
+        if quant != "none":
+            raise UserError(
+                f"base_quant {quant} quantises a model when it is loaded, but model is a pipeline: give its folder or"
+                " hub id, or quantise the pipeline before"
+            )
+        if memory is not None:
+            place_frozen(source, memory, device)
         return source.to(device), None
     facts = inspect_model(source if source is not None else embedded_model(), images=True)
+    if quant != "none" and facts.transformer is None:
+        raise UserError(
+            f"base_quant {quant} needs a transformer, which a {facts.pipeline} does not have: set it to none"
+        )
+    networks = ["transformer", *(["transformer_2"] if facts.experts else [])]
     with quiet_libraries():
         where = str(device) if device.type == "cuda" else device.type  # accelerate may name the CPU cpu:0
-        pipe = load_pipeline(facts, dtype=model.dtype, device=where)
+        pipe = load_pipeline(
+            facts,
+            dtype=model.dtype,
+            device=where,
+            before_placing=None if memory is None else lambda made: place_frozen(made, memory, device),
+            quantization=quantization_of(quant, networks, device),
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe, facts.defaults
 
@@ -242,3 +238,6 @@ def park_text_encoders(pipe: Any) -> None:
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             part.to("cpu")
+
+
+__all__ = ["ModelConfig", "Policy", "frozen", "load_model", "load_policy", "park_text_encoders"]

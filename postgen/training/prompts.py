@@ -93,14 +93,22 @@ def _read(source: str | Iterable[Mapping[str, Any]], name: str) -> list[Row]:
                     else "a file with prompt and video in each row"
                 )
                 raise UserError(f"{error}. Give {what}: --{name} FILE") from error
-        source = _made(source, name)
+        source = made_rows(source, name)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise UserError(f"{name} is {shown(source)}, it must be a file, a data set, a function or rows of prompts")
     return [prompt_row(row, f"row {number} of {name}") for number, row in enumerate(source)]
 
 
-def _made(source: str, name: str) -> Iterable[Mapping[str, Any]]:
-    """Return the rows from a function or a data set."""
+def made_rows(source: str, name: str) -> Iterable[Mapping[str, Any]]:
+    """Return the rows from a function (`package.module:function`) or a data set of `datasets` (id or folder).
+
+    Args:
+        source: the function, or the id or folder of the data set; another split than `train` as `org/name:test`.
+        name: name of the source in messages.
+
+    Raises:
+        UserError: the function or the data set cannot be loaded, or gives no rows.
+    """
     if ":" in source and names_own_code(source):
         function = own_function(source, name)
         if not callable(function):

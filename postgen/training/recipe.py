@@ -29,6 +29,7 @@ METHODS = {
     "diffusion_nft": "postgen.grpo.nft:DiffusionNFTTrainer",
     "lit": "postgen.lit.trainer:LitTrainer",
     "quant": "postgen.quant.trainer:QuantTrainer",
+    "sft": "postgen.sft.trainer:SftTrainer",
     "text_to_video": "postgen.pretrain.text_to_video:TextToVideoTrainer",
     "world_clip": "postgen.judges.world_clip:WorldClipTrainer",
     "world_depth": "postgen.worldweaver.depth_training:WorldDepthTrainer",

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
 
 from postgen.settings import Part
+
+Optim = Literal["adamw", "adamw_8bit", "adamw_8bit_bnb", "adafactor"]
+"""Names of the optimisers, which `postgen.training.optimizers` makes."""
 
 
 @dataclass(kw_only=True)
@@ -30,8 +32,13 @@ class UpdatesConfig(Part):
     gradient_accumulation_steps: int = 1
     """Number of micro-batches per optimiser step; their gradients are averaged."""
 
+    optim: Optim = "adamw"
+    """Optimiser: "adamw" with float32 moments; "adamw_8bit" (needs torchao) or "adamw_8bit_bnb" (needs bitsandbytes)
+    with moments of 8 bits, a quarter of the memory; "adafactor" with one second moment for each row and each column,
+    and no first moments."""
+
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW, above 0."""
+    """Peak learning rate, above 0."""
 
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     """Shape of the learning rate over `max_steps`, as in `transformers.get_scheduler`."""
@@ -40,7 +47,7 @@ class UpdatesConfig(Part):
     """Steps of linear warm-up from 0. Must be 0 for "constant"."""
 
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay. It applies only to parameters with at least two dimensions."""
+    """Decoupled weight decay. It applies only to parameters with at least two dimensions."""
 
     adam_beta1: float = 0.9
     """Decay of the first moment, in [0, 1)."""
@@ -87,6 +94,10 @@ class UpdatesConfig(Part):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        if self.optim == "adafactor":
+            for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+                unused = getattr(self, name) == getattr(type(self), name)
+                self.require(unused, name, "left out with optim: adafactor, which has no such setting")
         warms = self.lr_scheduler_type != "constant" or self.warmup_steps == 0
         self.require(warms, "warmup_steps", '0 when lr_scheduler_type is "constant" (use "constant_with_warmup")')
 
@@ -107,17 +118,3 @@ def decay_groups(parameters: Iterable[nn.Parameter], **settings: Any) -> list[di
     rest = [parameter for parameter in trained if parameter.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
     return [{**group, **settings} for group in groups if group["params"]]
-
-
-def adamw(groups: list[dict[str, Any]], args: UpdatesConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW for these parameter groups, with the configured settings."""
-    # The fused implementation is used on GPUs, the foreach implementation elsewhere.
-    kind = {"fused": True} if device.type == "cuda" else {"foreach": True}
-    return torch.optim.AdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        **kind,
-    )

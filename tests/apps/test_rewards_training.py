@@ -13,8 +13,8 @@ from postgen.apps import demo
 from postgen.apps.runs import Runs, Sample
 from postgen.apps.sample_copies import SampleCopies
 from postgen.apps.settings import AppSettings
-from postgen.grpo.logging import write_samples
 from postgen.training.logging import MetricsFile
+from postgen.training.samples import write_samples
 from postgen.video import probe, write_video
 
 gr = pytest.importorskip("gradio")

@@ -145,6 +145,18 @@ def test_denoiser_encodes_what_it_decodes(built):
         denoiser.encode_video(clips.transpose(1, 2))
 
 
+@torch.no_grad()
+def test_posterior_gives_what_encode_video_samples(built):
+    pipe, size = built
+    denoiser = denoiser_for(pipe)
+    clips = torch.rand(2, size["num_frames"], 3, size["height"], size["width"], generator=noise_source())
+    mean, std = denoiser.posterior(clips)
+    assert torch.equal(denoiser.from_raw(mean), denoiser.encode_video(clips))
+    noise = torch.randn(mean.shape, generator=noise_source())
+    drawn = denoiser.encode_video(clips, sample=True, generator=noise_source())
+    assert torch.equal(denoiser.from_raw(mean + std * noise), drawn)
+
+
 def test_denoiser_has_alpha_bars_unless_it_is_a_flow(built):
     denoiser = denoiser_for(built[0])
     sigma = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.75, 0.1]])

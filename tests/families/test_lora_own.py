@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from postgen.errors import UserError
 from postgen.families.lora import load_loras, save_lora
 from postgen.families.lora_file import WEIGHTS
-from postgen.grpo.card import Card, _use
+from postgen.training.card import Card, _use
 from tests.tiny_wan import LATENT_CHANNELS, TEXT_DIM
 from tests.toy_diffusers import ToyTransformer3DModel
 
@@ -73,8 +73,8 @@ def test_tensors_that_fit_no_layer_are_refused(trained):
 
 def card(lora):
     return Card(
-        source=None, pipeline="OwnPipeline", trainer="", method="", step=1, lora=lora, rewards=[], prompts=1,
-        modules={"transformer": pipeline().transformer}, train_dataset=None, settings={},
+        source=None, pipeline="OwnPipeline", trainer="", method="", step=1, lora=lora, data=[],
+        modules={"transformer": pipeline().transformer}, settings={},
     )  # fmt: skip
 
 

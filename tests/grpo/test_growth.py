@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks import faults_growth
-from postgen.grpo import curves
-from postgen.grpo.curves import PIECES, Curve, Curves
 from postgen.grpo.guards import HackingGuard
 from postgen.rewards import runner
 from postgen.sampling.meter import Meter
 from postgen.training import callbacks
+from postgen.training import run_curves as curves
 from postgen.training.logging import MetricsFile
+from postgen.training.run_curves import PIECES, Curve, Curves
 from tests.grpo.toy import grpo, lines
 from tests.training.tiny import TinyConfig
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from postgen.grpo.logging import _say_once, write_clip
+from postgen.training.samples import _say_once, write_clip
 from tests.grpo.test_lora import video_run
 from tests.video.test_kinds import without_ffmpeg
 

@@ -60,7 +60,8 @@ def test_both_spellings_are_one_configuration(tmp_path):
 @pytest.mark.parametrize("config", [DanceGRPOConfig, DiffusionNFTConfig])
 def test_each_field_has_one_owner(config):
     parts = parts_of(config)
-    assert set(parts) == {"training", "model", "lora", "prompts", "sampling", "reward", "eval", "brakes", "method"}
+    known = {"training", "model", "lora", "memory", "prompts", "sampling", "reward", "eval", "brakes", "method"}
+    assert set(parts) == known
     owned = [name for names in parts.values() for name in names]
     assert sorted([*owned, "method"]) == sorted(item.name for item in fields(config))
     assert len(owned) == len(set(owned))

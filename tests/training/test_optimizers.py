@@ -5,7 +5,12 @@ import torch
 from transformers.optimization import Adafactor
 
 from postgen.errors import UserError
+from postgen.training.checkpoint_head import DamagedCheckpoint
+from postgen.training.optimizers import PACKAGES, state_bytes
 from tests.training.tiny import TinyConfig, TinyTrainer
+
+SMALL = ("|step", "|RMS")
+"""Names of numbers in the states of optimisers, which the estimate does not count."""
 
 
 class Counting(torch.optim.Optimizer):
@@ -91,3 +96,84 @@ def test_an_optimiser_of_other_tensors_is_refused(tmp_path):
     run.build_optimizer = lambda groups: torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
     with pytest.raises(RuntimeError, match="SGD has tensors that are not trained parameters"):
         run.train()
+
+
+def run_of(folder, optim, **settings):
+    values = {"max_steps": 6, "save_steps": 3, "save_total_limit": None, "lr_scheduler_type": "linear", "width": 1024}
+    values |= {
+        "device": "cpu",
+        "disable_tqdm": True,
+        "report_to": [],
+        "weight_decay": 0.01,
+        "optim": optim,
+        **settings,
+    }
+    return TinyTrainer(TinyConfig(output_dir=str(folder), **values))
+
+
+@pytest.fixture
+def eagerly():
+    """Run functions that torchao compiles without the compiler, which would take a minute."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("optim", ["adafactor", *PACKAGES])
+def test_every_optimiser_resumes_exactly_and_has_the_estimated_bytes(tmp_path, optim):
+    if optim in PACKAGES:
+        pytest.importorskip(PACKAGES[optim])
+    straight = run_of(tmp_path / "straight", optim)
+    straight.train()
+    state = straight._parts.optimizer_state
+    counted = sum(tensor.nbytes for name, tensor in state.tensors().items() if not name.endswith(SMALL))
+    assert counted == pytest.approx(state_bytes(optim, list(straight.trained().values())), rel=0.1)
+    source = str(tmp_path / "straight" / "checkpoint-3")
+    resumed = run_of(tmp_path / "resumed", optim, resume_from_checkpoint=source)
+    resumed.train()
+    for path in (tmp_path / "straight" / "checkpoint-6").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "resumed" / "checkpoint-6" / path.name).read_bytes(), path.name
+    first, last = straight.history[0], straight.history[-1]
+    assert all(not torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("optim", list(PACKAGES))
+def test_eight_bits_learn_as_well_as_thirty_two(tmp_path, optim):
+    pytest.importorskip(PACKAGES[optim])
+    settings = {"max_steps": 40, "learning_rate": 1e-2, "logging_steps": 40, "dropout": 0.0, "width": 1024}
+    runs = {name: run_of(tmp_path / name, name, **settings) for name in ("adamw", optim)}
+    for run in runs.values():
+        run.train()
+    moved = {name: run.trained()["net.0.weight"].detach() for name, run in runs.items()}
+    assert torch.nn.functional.cosine_similarity(*(each.flatten() for each in moved.values()), dim=0) > 0.99
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("postgen.training.optimizers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="optim adamw_8bit needs torchao, which is not installed: pip install torchao"):
+        run_of(tmp_path, "adamw_8bit")
+
+
+def test_settings_that_an_optimiser_does_not_have_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"adam_beta1 is 0\.5, it must be left out with optim: adafactor"):
+        run_of(tmp_path, "adafactor", adam_beta1=0.5)
+    with pytest.raises(UserError, match="optim adafactor cannot be combined with sharded weights"):
+        run_of(tmp_path, "adafactor", fully_shard=True)
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_damaged_packed_state_is_told(tmp_path):
+    pytest.importorskip("torchao")
+    run = run_of(tmp_path, "adamw_8bit")
+    run.train()
+    state = run._parts.optimizer_state
+    tensors, values = state.tensors(), state.values()
+    name = next(iter(values["packed"]))
+    del tensors[f"{name}.scale"]
+    with pytest.raises(DamagedCheckpoint, match=r"cannot be put together: 'scale'"):
+        state.restore(tensors, values)
+    values["packed"][name]["class"] = "os.system"
+    with pytest.raises(DamagedCheckpoint, match="cannot be put together"):
+        state.restore(state.tensors(), values)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from postgen.grpo.logging import write_samples
+from postgen.training.samples import write_samples
 from tests.apps.browser.driving import opened, steps
 from tests.apps.served import Served, missing, serving
 

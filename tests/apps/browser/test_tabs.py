@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from postgen import world
-from postgen.grpo.logging import write_samples
+from postgen.training.samples import write_samples
 from postgen.video import write_video
 from tests.apps.browser.driving import TINY, ask, heard, made, opened, says, steps, tab, too_wide, watched
 from tests.apps.served import Served

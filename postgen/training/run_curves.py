@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from postgen.errors import is_number
 from postgen.files import replacing
-from postgen.training.logging import metrics_row
+
+from .logging import metrics_row
 
 Points = Sequence[tuple[float, float]]
 

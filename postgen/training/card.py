@@ -1,4 +1,4 @@
-"""The model card of a run: model, data, rewards and settings, curves, and samples before and after training."""
+"""The model card of a run: model, data and settings, curves, and samples before and after training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from postgen.families.lora_file import WEIGHTS
 from postgen.versions import version_of
 
-from .curves import Curves
+from .run_curves import Curves
 
 _CONTROL = (
     "**Control experiment, not a model for use:** the advantages were shuffled within each group"
@@ -40,12 +40,8 @@ class Card:
     """True if LoRA adapters were trained, false if all weights were."""
     modules: Mapping[str, Any]
     """The trained networks by component name."""
-    rewards: Sequence[tuple[str, float]]
-    """Name and weight of each reward."""
-    prompts: int
-    """Number of rows in the training prompts."""
-    train_dataset: str | None
-    """Source of the training prompts; None for rows given in Python."""
+    data: Sequence[str]
+    """Lines about what the model learned from: rewards, prompts, clips."""
     settings: Mapping[str, Any]
     """The configuration as plain values."""
 
@@ -85,8 +81,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         *((_CONTROL, "") if card.settings.get("shuffle_advantages") else ()),
         f"- Base: {base} ({card.pipeline})",
         f"- Trained: {'LoRA' if card.lora else 'all weights'} of {', '.join(card.modules)}",
-        f"- Rewards: {', '.join(f'{name} (weight {weight:g})' for name, weight in card.rewards)}",
-        f"- Prompts: {card.prompts} of {card.train_dataset or 'rows given in Python'}",
+        *(f"- {line}" for line in card.data),
         f"- Averaged weights: {'decay ' + format(average, 'g') if average else 'no'}",
         f"- Command: `{_command()}`",
         "- Versions: " + ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "peft")),

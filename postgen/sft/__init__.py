@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on images and videos with captions."""
