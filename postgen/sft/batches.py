@@ -109,7 +109,8 @@ class Batches:
 
     def _before(self, cycle: int) -> Tensor:
         """Return the number of batches of each bucket before a cycle."""
-        return (self._rates * cycle + self._offsets).floor().long() - self._offsets.floor().long()
+        before: Tensor = (self._rates * cycle + self._offsets).floor()  # the offsets are below 1
+        return before.long()
 
     def _start(self, cycle: int) -> int:
         return int(self._before(cycle).sum())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,7 @@ def kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
     if suffix in PICTURES:
         return "image"
-    return "video" if suffix in VIDEOS or path.is_dir() else None
+    return "video" if suffix in VIDEOS or os.path.isdir(path) else None
 
 
 def _named(source: Any) -> str:
@@ -92,15 +93,14 @@ def _named(source: Any) -> str:
 
 def _found(source: Any, where: str, files: Path | None) -> list[Found]:
     """Return the rows of a source, each with the name and folder of its file."""
-    base: Path | None = None
     rows: Iterable[Any]
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             if not holds_dataset(path):
                 return folder_files(path, where, (*PICTURES, *VIDEOS))
             rows = saved_dataset(path, where)
-        elif path.is_file() or path.suffix.lower() in FILES:
+        elif os.path.isfile(path) or path.suffix.lower() in FILES:
             if path.suffix.lower() in (*PICTURES, *VIDEOS, ".txt"):
                 raise UserError(f"{where}: {path} is one file: give its folder, or a JSONL file with a row per clip")
             return [_row(row, place, path.parent) for place, row in read_rows(path, where)]
@@ -110,7 +110,12 @@ def _found(source: Any, where: str, files: Path | None) -> list[Found]:
         raise UserError(f"{where} is {shown(source)}, it must be a folder, a file, a data set or rows")
     else:
         rows = source
-    return [_row(row, f"row {number} of {where}", base) for number, row in enumerate(plain_rows(rows, where, files))]
+    found = [_row(row, f"row {number} of {where}", None) for number, row in enumerate(plain_rows(rows, where, files))]
+    # The key of a file that was unpacked is its digest, so that it does not depend on the folder of the cache.
+    return [
+        replace(each, key=each.path.name) if files and each.path and each.path.parent == files else each
+        for each in found
+    ]
 
 
 def _row(row: Any, place: str, base: Path | None) -> Found:
@@ -126,7 +131,7 @@ def _row(row: Any, place: str, base: Path | None) -> Found:
         return Found(place, None, told, f"{column} is {shown(name)}, it must be the path of a file")
     path = Path(name).expanduser()
     # Paths are relative to the file of the rows, as in `metadata.jsonl`, or else to the current folder.
-    if base is not None and not path.is_absolute() and ((base / path).exists() or not path.exists()):
+    if base is not None and (os.path.exists(base / path) or not os.path.exists(path)):
         path = base / path
     return Found(str(name), path, told, "", kind=_MEDIA[column])
 
@@ -139,7 +144,7 @@ def _checked(found: list[Found], caption_column: str | None, faults: list[Fault]
         caption, wrong = each.caption, each.wrong
         if not wrong and caption is None:
             caption, wrong = _caption(each.row, caption_column)
-        if not wrong and (each.path is None or not each.path.exists()):
+        if not wrong and (each.path is None or not os.path.exists(each.path)):
             wrong = "there is no such file"
         if not wrong and kind is None:
             wrong = f"{each.path.suffix if each.path else ''} is not the suffix of an image or a video"

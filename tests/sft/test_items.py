@@ -126,6 +126,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "caption is a number": (_rows({"video": "a.mp4", "prompt": 3}), "its prompt is 3, it must be a text"),
     "caption is empty": (_rows({"video": "a.mp4", "prompt": " "}), "its prompt is empty"),
     "clip is missing": (_rows({"video": "b.mp4", "prompt": "x"}), "there is no such file"),
+    "clip has a very long name": (_rows({"video": "b" * 5000, "prompt": "x"}), "there is no such file"),
     "clip is a number": (_rows({"video": 5, "prompt": "x"}), "video is 5, it must be the path"),
     "unknown suffix": (_rows({"file_name": "rows.jsonl", "prompt": "x"}), "not the suffix of an image or a video"),
     "listed twice": (_rows(*[{"video": "a.mp4", "prompt": "x"}] * 2), "listed twice with the same caption"),
@@ -168,6 +169,7 @@ def test_datasets_objects_and_folders(tmp_path: Path) -> None:
     items = read_items(rows, files=files)
     assert [(item.kind, item.caption) for item in items] == [("image", "a cube"), ("image", "a ball")]
     assert items[0].path == items[1].path, "equal contents share a file"
+    assert items[0].key == items[0].path.name, "the key does not depend on the folder"
     assert list(Image.open(items[0].path).getdata()) == list(image.getdata())
     rows.save_to_disk(str(tmp_path / "saved"))
     assert len(read_items(tmp_path / "saved", files=files)) == 2
