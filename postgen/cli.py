@@ -19,6 +19,7 @@ from postgen.commands.errors import forget_standing, tell_error, tell_stopped
 from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
+from postgen.commands.merge import merge
 from postgen.commands.options import option_of, takes_settings
 from postgen.commands.recipes import recipes_commands
 from postgen.commands.score import score
@@ -74,6 +75,7 @@ def build() -> typer.Typer:
     commands.command(rich_help_panel=TRAIN, context_settings=SETTINGS)(train)
     commands.add_typer(recipes_commands(), name="recipes", rich_help_panel=TRAIN)
     commands.add_typer(convert_commands(), name="convert", rich_help_panel=CONVERT)
+    commands.command(rich_help_panel=CONVERT)(merge)
     short = "Alias of convert lora."
     commands.command("export-lora", rich_help_panel=CONVERT, short_help=short)(checked(export_lora))
     commands.command("serve-reward", rich_help_panel=SERVE)(serve_reward)

@@ -31,6 +31,8 @@ from .lora_names import NAMES, Names, author_name
 Format = Literal["comfyui", "kohya", "diffusers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+_OTHER_KEYS = ("diffusion_model.", "lora_unet_")
+"""Beginnings of keys with the author's names of the layers."""
 _WAN_MLPS = {1536: 8960, 3072: 14336, 5120: 13824}
 """Width of a published Wan model -> outputs of the first layer of its MLPs."""
 
@@ -107,6 +109,19 @@ def read_lora(path: Path, names: Names | None = None, family: str | None = None)
         UserError: the file cannot be read, or some tensors belong to no known layer.
     """
     return _layers(open_lora(path), names, family)
+
+
+def layers_of(file: LoraFile) -> dict[str, Layer]:
+    """Return the layers of a LoRA file, or of one part of it, by diffusers' layer names; all formats are read.
+
+    Raises:
+        UserError: some tensors belong to no known layer, or the file has other keys than those of diffusers and peft
+            and its family is unknown.
+    """
+    if not any(key.startswith(_OTHER_KEYS) for key in file.tensors):
+        return _layers(file, None, None)
+    family = _noted_family(file) or _guess(file)
+    return _layers(file, NAMES[family], family)
 
 
 def rename(

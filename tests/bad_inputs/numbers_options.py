@@ -50,11 +50,16 @@ BASES: dict[str, tuple[str, ...]] = {
         *("convert", "quant", "{wan}", "-o", "out", "--weight", "int4:g8"),
         *("--recipe", "omniquant", "--prompt", "a", "--prompt", "b"),
     ),
+    "merge": ("merge", "{wan}", "-o", "out"),
     "score": ("score", "frames", "--prompt", "a"),
     "serve-reward": ("serve-reward", "world"),
     "demo": ("demo",),
 }
 """Correct arguments for each command that has numeric options."""
+
+
+MERGE = {"alpha": "ema", "sigma_rel": "power", "t": "slerp", "density": "ties", "seed": "dare_ties"}
+"""Option of `postgen merge` -> the method that has it."""
 
 
 def _picture(path: Path) -> None:
@@ -100,6 +105,8 @@ def rows() -> Iterator[Row]:
         base = BASES[command] + (own if command in ("generate", "compare") else ())
         if command == "convert lit" and name != "budget":
             base += ("--budget", "1") if name == "steps" else ("--layers", "all:lit")
+        if command == "merge" and name in MERGE:
+            base += ("--method", MERGE[name])
         yield from _of(command, name, kind, lambda text, base=base, option=option: (*base, f"{option}={text}"))
     for key, (kind, _) in _keys().items():
         if kind in (int, float):
@@ -114,7 +121,7 @@ def _of(command: str, name: str, kind: type, words: Callable[[str], tuple[str, .
     says = f"{name.replace('_', '[_ -]')}|{field}"
     for text in (*WRONG, *(FRACTIONS if kind is int else ()), *(() if name == "seed" else (LARGE,))):
         yield Row(name=f"{command} {name}={_short(text)}", words=words(text), files=FILES, says=says)
-    if command in ("score", "serve-reward", "demo"):
+    if command in ("score", "serve-reward", "demo", "merge"):
         return  # with correct values these commands would run; other tests do that
     yield Row(name=f"{command} {name} right", words=words(RIGHT[name]), wrong=False)
     for text in BY_CHANCE:

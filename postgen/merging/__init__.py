@@ -1,0 +1,9 @@
+"""Merging of checkpoints and of LoRA files."""
+
+from .lora import merge_loras
+from .merge import merge
+from .methods import METHODS, MergeConfig
+from .report import MergeReport
+from .stream import Rule, merge_tensors
+
+__all__ = ["METHODS", "MergeConfig", "MergeReport", "Rule", "merge", "merge_loras", "merge_tensors"]
