@@ -239,9 +239,9 @@ class GroupTrainer(Rollouts[G]):
         args, process = self.args, self.accelerator
         with self._networks(wrapped=False):
             found = self.evaluator.run(self.eval_prompts.rows, process.process_index, process.num_processes)
-        if process.is_main_process:
+        if process.is_main_process and not self.on_trial:
             write_samples(args.folder / "samples", self.global_step, found.clips, found.prompts, self.fps)
-        watched = {} if self.gold is None else self.hacking.watch(found.means, self.gold.names[0])
+        watched = {} if self.gold is None or self.on_trial else self.hacking.watch(found.means, self.gold.names[0])
         if watched.get("hacking") and args.on_hacking == "stop":
             self.request_stop()
         return found.means | watched | self.fm_loss()

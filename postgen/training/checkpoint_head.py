@@ -119,6 +119,7 @@ def _check(folder: Path, head: Mapping[str, Any]) -> None:
         wrong |= {
             "meta.config": not isinstance(meta.get("config"), dict),
             "meta.seconds": not _is_number(meta.get("seconds")),
+            "meta.spikes": not _is_spikes(meta.get("spikes", {})),
             "meta.ema_steps": not _is_count(meta.get("ema_steps")),
             "meta.optimizer": not isinstance(kept, dict)
             or not isinstance(kept.get("parameters", {}), dict)
@@ -140,6 +141,14 @@ def _plain(names: Mapping[str, Any]) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_spikes(value: Any) -> bool:
+    """Return whether a value is a state of `rescue.Spikes`; empty in checkpoints of earlier versions."""
+    if not isinstance(value, dict) or not isinstance(value.get("window", []), list):
+        return False
+    losses = [one for one in value.get("window", []) if not isinstance(one, int | float) or isinstance(one, bool)]
+    return not losses and all(_is_count(value.get(name, 0)) for name in ("row", "rescues"))
 
 
 def _is_number(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from postgen.errors import UserError, is_number, shown
 
+from .averages_config import MergeConfig, RescueConfig
 from .nested import check_key, flat
 from .updates import UpdatesConfig
 
@@ -15,7 +16,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(UpdatesConfig):
+class TrainingConfig(MergeConfig, RescueConfig, UpdatesConfig):
     """Settings that every run has. The configuration of a method inherits from it, and from the other parts it needs.
 
     The configuration is one flat dataclass with keyword-only fields. In a recipe and in `from_dict` the fields of a
@@ -100,6 +101,9 @@ class TrainingConfig(UpdatesConfig):
         for name in ("max_seconds", "eval_steps", "save_steps", "save_seconds"):
             self.require(getattr(self, name) >= 0, name, "at least 0")
         self.require(self.save_total_limit is None or self.save_total_limit >= 1, "save_total_limit", "at least 1")
+        for name in ("merge_last", "rescue_spike"):
+            saves = self.save_steps or self.save_seconds
+            self.require(bool(saves or not getattr(self, name)), name, "0 without save_steps, which makes checkpoints")
         own = self.torch_compile or self.torch_compile_backend == "inductor"
         self.require(own, "torch_compile_backend", "left out without torch_compile: true")
         self.require(bool(self.output_dir), "output_dir", "the name of a folder")

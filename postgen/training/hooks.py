@@ -44,6 +44,9 @@ class TrainerHooks(ABC, Generic[C]):
     """Modules that `build` returned, prepared by accelerate. Forward passes with gradients must call these."""
     sharded: bool
     """Whether the weights of the models are sharded over processes."""
+    on_trial: bool = False
+    """Whether `evaluate` measures an average of checkpoints that the run may discard: such an evaluation writes no
+    pictures and decides nothing else."""
     callbacks: Callbacks
     """The callbacks with their shared state and control."""
     _raw: dict[str, nn.Module]

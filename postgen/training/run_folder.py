@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from postgen.errors import UserError, first_line
 from postgen.locks import FolderLock
 
+from .checkpoint import to_resume
+from .config import TrainingConfig
 from .logging import say
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -54,6 +56,37 @@ def written(folder: Path, what: str = "the run") -> Iterator[None]:
         ) from error
     finally:
         threading.excepthook = usual
+
+
+@contextmanager
+def own_folder(args: TrainingConfig, first_error: Callable[[str], str], *, main: bool) -> Iterator[None]:
+    """Context manager that creates and locks the folder of a run, so that no other run writes to it.
+
+    Args:
+        args: the configuration of the run.
+        first_error: returns the first non-empty text of all processes; every process calls it.
+        main: whether this process creates the folder.
+
+    Raises:
+        UserError: the folder cannot be created, another run uses it, or there is nothing to resume.
+    """
+    lock, problem = RunLock(args.folder), ""
+    try:
+        if main:
+            if not args.folder.exists():  # check first: an impossible resume must not create a folder
+                to_resume(args.folder, args.resume_from_checkpoint)
+            args.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except OSError as error:
+        problem = f"output_dir {args.folder} cannot be created: {no_folder(args.folder, error)}."
+    except UserError as error:
+        problem = str(error)
+    try:
+        if problem := first_error(problem):
+            raise UserError(problem)
+        yield
+    finally:
+        lock.release()
 
 
 def no_folder(folder: Path, error: OSError) -> str:

@@ -87,6 +87,11 @@ class RunLog:
                 f"earlier checkpoint in {self._args.folder}"
             )
 
+    def forget(self) -> None:
+        """Remove all values since the last log line, finite or not, after the weights were replaced."""
+        self._averages.clear()
+        self._first_bad.fill_(-1)
+
     def training_means(self, learning_rate: float) -> dict[str, float]:
         """Return the means over all processes since the last call, with learning rate, times and memory."""
         self.check_finite()

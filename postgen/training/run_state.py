@@ -1,7 +1,8 @@
 """Saves and restores what training changes: modules, optimiser, learning rate schedule, average, copies of weights."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .checkpoint import Snapshot, check_names
 from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
 from .optimizer_state import OptimizerState
-from .sharding import cut_like, gathered, whole
+from .sharding import cut_like, drop_gathered, gathered, whole
 from .swap import WeightsCopy, trained_parameters
 
 Weights = dict[str, dict[str, Tensor]]
@@ -38,6 +39,12 @@ class RunState:
 
     copies: Mapping[str, WeightsCopy] = field(default_factory=dict)
     """Copies of the trained weights that the method keeps."""
+
+    merged: WeightsCopy | None = None
+    """Average of checkpoints that replaces the trained weights in evaluations and exports; None if there is none."""
+
+    merge_report: dict[str, Any] = field(default_factory=dict)
+    """What the merge of checkpoints did, JSON values; empty without a merge."""
 
     def __post_init__(self) -> None:
         """Collect the trained parameters once, because walking through the modules at each step would cost time."""
@@ -107,6 +114,34 @@ class RunState:
         rates = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         for group, base, shape in rates:
             group["lr"] = base * shape(snapshot.step)
+
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """Swap in the weights of evaluations and exports: merged checkpoints, the moving average, or nothing else."""
+        average = self.merged or (self.ema if self.ema is not None and self.ema.steps else None)
+        if average is None:
+            yield
+        else:
+            with average.swapped_in():
+                yield
+
+    @torch.no_grad()
+    def rewind(
+        self, snapshot: Snapshot, weights: Mapping[str, Tensor], step: int, models: Mapping[str, nn.Module]
+    ) -> None:
+        """Go back to a checkpoint with other weights and without moments; the schedule stays at its step.
+
+        Args:
+            snapshot: the checkpoint, for buffers, averages and copies of the weights.
+            weights: whole trained parameters by name.
+            step: optimiser steps done.
+            models: the prepared models.
+        """
+        drop_gathered(models.values())
+        meta = {**snapshot.meta, "optimizer": {}}
+        self.restore(replace(snapshot, step=step, optimizer={}, meta=meta), f"the checkpoint of step {snapshot.step}")
+        for name, parameter in self.named.items():
+            parameter.copy_(cut_like(weights[name], parameter))
 
     @torch.no_grad()
     def whole_weights(self, *, keep: bool) -> Weights:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, get_scheduler
 from postgen.errors import UserError, shown
 from postgen.files import replacing
 
-from . import checkpoint, resume, rng, weights
+from . import averages, checkpoint, resume, rng, weights
 from .callbacks import Callbacks
 from .checkpoint_head import DamagedCheckpoint
 from .compiling import compile_blocks, compiled
@@ -25,7 +25,8 @@ from .launch import check_launch, make_accelerator
 from .logging import say
 from .modes import evaluating
 from .processes import check_equal, check_group, check_same, counted, leave_group
-from .run_folder import RunLock, no_folder, written
+from .rescue import Spikes
+from .run_folder import own_folder, written
 from .run_log import RunLog
 from .run_state import RunState
 from .sharding import no_sync, prepare, whole
@@ -95,6 +96,7 @@ class Trainer(TrainerHooks[C]):
         self._raw: dict[str, nn.Module] = {}
         self._trained: dict[str, nn.Parameter] = {}
         self.log = RunLog(args, self.accelerator)
+        self._spikes = Spikes(args, self.accelerator)
         self._saved_step = -1
         self._checked = False
 
@@ -119,8 +121,7 @@ class Trainer(TrainerHooks[C]):
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(rng.preserved(self.generator))
-            if self._parts.ema is not None and self._parts.ema.steps:
-                stack.enter_context(self._parts.ema.swapped_in())
+            stack.enter_context(self._parts.exported())
             stack.enter_context(evaluating(self._raw.values()))
             yield
 
@@ -137,8 +138,14 @@ class Trainer(TrainerHooks[C]):
         check_group(self.accelerator)
         check_same(self.args, self.inputs())
         self._began = time.monotonic()
-        warned = kept_warnings(self.args.folder, lambda: self.global_step, main=self.accelerator.is_main_process)
-        with self._own_folder(), written(self.args.folder), warned, compiled(self.args):
+        main = self.accelerator.is_main_process
+        warned = kept_warnings(self.args.folder, lambda: self.global_step, main=main)
+        with (
+            own_folder(self.args, self._first_error, main=main),
+            written(self.args.folder),
+            warned,
+            compiled(self.args),
+        ):
             self._setup()
             try:
                 with Signals() as self._signals:
@@ -149,27 +156,6 @@ class Trainer(TrainerHooks[C]):
         self.models = dict(self._raw)
         leave_group(self.accelerator)
         return result
-
-    @contextmanager
-    def _own_folder(self) -> Iterator[None]:
-        """Create and lock the folder of the run, so that no other run writes to it."""
-        lock, problem = RunLock(self.args.folder), ""
-        try:
-            if self.accelerator.is_main_process:
-                if not self.args.folder.exists():  # check first: an impossible resume must not create a folder
-                    checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
-                self.args.folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
-        except OSError as error:
-            problem = f"output_dir {self.args.folder} cannot be created: {no_folder(self.args.folder, error)}."
-        except UserError as error:
-            problem = str(error)
-        try:
-            if problem := self._first_error(problem):
-                raise UserError(problem)
-            yield
-        finally:
-            lock.release()
 
     def _first_error(self, text: str) -> str:
         """Return the first non-empty text of all processes, by rank; every process must call this."""
@@ -198,6 +184,7 @@ class Trainer(TrainerHooks[C]):
             blocks = partial(self.shard_blocks, name)
             self.models[name] = prepare(module.train(), self.accelerator, fully=self.args.fully_shard, blocks=blocks)
         self._trained = trained_parameters(self._raw)
+        averages.check(self.args, self._trained)
         self.on_models_ready()
         self._parts = self._build_parts()
         # Separate random streams per process from here on, or those of the checkpoint.
@@ -238,6 +225,8 @@ class Trainer(TrainerHooks[C]):
         while self.global_step < args.max_steps:
             self._event("on_step_begin")
             self._step()
+            if rescued := self._spikes.rescue(self.global_step, self._parts, self.log, self.models):
+                self._log(rescued)
             self._event("on_step_end")
             self._after_step()
             # After the last step the reason is DONE, even if a stop was requested.
@@ -246,6 +235,10 @@ class Trainer(TrainerHooks[C]):
                 break
         if self._saved_step != self.global_step:
             self._save()
+        if args.merge_last and reason is not Reason.INTERRUPTED:
+            last = averages.LastCheckpoints(args, self._parts, self._measured, self.accelerator)
+            if merged := last.merge():
+                self._log(merged)
         self._export()
         if self.accelerator.is_main_process:
             new = "" if self.global_step > began_at else " (no step was trained in this call)"
@@ -263,6 +256,7 @@ class Trainer(TrainerHooks[C]):
                 loss, metrics = self.training_step()
                 self.backward(loss)
             self.log.add(loss, metrics, self.global_step + 1)
+            self._spikes.add(loss)
         self.on_gradients()
         # With an infinite limit, gradients are not clipped, but their norm is still returned for the log.
         norm = whole(self.accelerator.clip_grad_norm_(self._parts.parameters, self.args.max_grad_norm or float("inf")))
@@ -313,11 +307,14 @@ class Trainer(TrainerHooks[C]):
         self.callbacks.remember(self.global_step, values)
         self._event("on_log", logs=values)
 
-    def _evaluate(self) -> None:
+    def _measured(self) -> dict[str, float]:
+        self.on_trial = self._parts.merged is not None
         with self.for_inference():
             own = self.evaluate()
-        values = self.log.evaluation_means(own)
-        if values:
+        return self.log.evaluation_means(own)
+
+    def _evaluate(self) -> None:
+        if values := self._measured():
             self._log(values)
         self._event("on_evaluate", metrics=values)
         self.log.pause()
@@ -329,6 +326,7 @@ class Trainer(TrainerHooks[C]):
                 with replacing(self.args.folder / "export") as part:
                     part.mkdir()
                     self.export(part, weights)
+                    averages.write_report(part, self._parts)
         self.accelerator.wait_for_everyone()
 
     def _event(self, name: str, **extra: Any) -> None:
@@ -348,10 +346,11 @@ class Trainer(TrainerHooks[C]):
         }
         ranks = gather_object([own])
         meta = {"config": self.args.to_dict(), "seconds": self.log.seconds(), "torch": torch.__version__}
+        meta["spikes"] = self._spikes.state()
         snapshot = self._parts.snapshot(self.global_step, ranks, meta, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             checkpoint.write(self.args.folder, snapshot)
-            checkpoint.prune(self.args.folder, self.args.save_total_limit)
+            checkpoint.prune(self.args.folder, averages.kept(self.args))
         self.accelerator.wait_for_everyone()
         self._saved_step, self._saved_at = self.global_step, time.monotonic()
         self._event("on_save")
@@ -380,6 +379,7 @@ class Trainer(TrainerHooks[C]):
         changed = resume.check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
         self._parts.restore(snapshot, str(folder))
         self.log.restore(resume.averages_in(ranks, rank, count), float(snapshot.meta["seconds"]))
+        self._spikes.load(snapshot.meta.get("spikes", {}))
         states = [resume.section(each, "method.") for each in ranks]
         try:
             self.load_state_dict(states[rank] if len(ranks) == count else self.state_of_others(states, before))

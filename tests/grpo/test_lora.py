@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from postgen.errors import UserError
 from postgen.grpo.nft import DiffusionNFTConfig, DiffusionNFTTrainer
@@ -200,3 +201,25 @@ def test_grpo_reference_of_lora_is_the_model_without_it(tiny_wan, tmp_path):
         stock = denoiser.predict(x, run.sampler.schedule.sigmas[index].float(), condition)
     assert torch.equal(reference, stock)
     assert not torch.equal(trained, stock)
+
+
+def test_grpo_merges_its_last_checkpoints(tiny_wan, tmp_path):
+    """The exported LoRA is the mean of the changes of the checkpoints, and the pictures are those of the last step."""
+    settings = {"max_steps": 3, "save_steps": 1, "learning_rate": 3e-2, "eval_steps": 3}
+    run = video_run(tiny_wan, tmp_path, merge_last=3, merge_metric="eval_reward", merge_keep="always", **settings)
+    run.train()
+    export = load_file(tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors")
+    files = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "weights.safetensors") for step in (1, 2, 3)]
+    name = "transformer.blocks.1.attn1.to_q"
+    changes = [file[f"{name}.lora_B.default.weight"] @ file[f"{name}.lora_A.default.weight"] for file in files]
+    left, sigma, right = torch.linalg.svd(sum(changes).double() / 3)
+    best = (left[:, :2] * sigma[:2]) @ right[:2]
+    found = export[f"{name}.lora_B.weight"].double() @ export[f"{name}.lora_A.weight"].double()
+    assert (found - best).norm() < 1e-5 * best.norm()
+    row = lines(run)[-1]
+    assert row["merge/exported"] == 1
+    assert 0.9 < row["merge/retained"] <= 1
+    assert row["merge/last"] == next(line["eval_reward"] for line in lines(run) if "eval_reward" in line)
+    pictures = (tmp_path / "run" / "samples" / "step-000003.mp4").read_bytes()
+    video_run(tiny_wan, tmp_path / "plain", **settings).train()
+    assert (tmp_path / "plain" / "run" / "samples" / "step-000003.mp4").read_bytes() == pictures

@@ -60,11 +60,19 @@ class DistillTrainer(Trainer[TrainingConfig]):
         student.save_pretrained(folder / "student")
 
 
-def distill(folder: Path, **changes: Any) -> DistillTrainer:
+class SpikingTrainer(DistillTrainer):
+    """Its loss is wrong from the eighth step on."""
+
+    def training_step(self):
+        loss, metrics = super().training_step()
+        return loss * (1e6 if self.global_step >= 7 else 1), metrics
+
+
+def distill(folder: Path, kind: type[DistillTrainer] = DistillTrainer, **changes: Any) -> DistillTrainer:
     """Run the training; return the trainer."""
     values = {"max_steps": 4, "learning_rate": 0.05, "max_grad_norm": 0.0, "save_steps": 3, "save_total_limit": None}
     values |= {"device": "cpu", "disable_tqdm": True, "report_to": [], "logging_steps": 1, **changes}
-    run = DistillTrainer(TrainingConfig(output_dir=str(folder), **values))
+    run = kind(TrainingConfig(output_dir=str(folder), **values))
     run.train()
     return run
 
@@ -88,6 +96,20 @@ def cut(folder: Path) -> None:
 def resumed(folder: Path) -> None:
     source = str(folder / "cut" / "checkpoint-3")
     distill(folder / "resumed", fully_shard=True, resume_from_checkpoint=source, **CUT)
+
+
+MERGED = {"save_steps": 1, "merge_last": 3, "merge_metric": "loss", "merge_keep": "always", "ema_decay": 0.9}
+
+
+def merged(folder: Path) -> None:
+    distill(folder / "merged", fully_shard=True, **MERGED)
+
+
+RESCUED = {"max_steps": 8, "rescue_spike": 9.0, "rescue_patience": 1, "rescue_window": 5, "rescue_last": 2}
+
+
+def rescued(folder: Path) -> None:
+    distill(folder / "rescued", SpikingTrainer, fully_shard=True, **RESCUED, **CUT)
 
 
 def cut_by_accelerate(folder: Path) -> None:
@@ -158,4 +180,4 @@ def two_models_cut(folder: Path) -> None:
     TextToVideoTrainer(config).train()
 
 
-JOBS = [averaged, cut, resumed, cut_by_accelerate, nft_cut, nft_resumed, two_models_cut]
+JOBS = [averaged, cut, resumed, merged, rescued, cut_by_accelerate, nft_cut, nft_resumed, two_models_cut]

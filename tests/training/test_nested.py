@@ -60,8 +60,8 @@ def test_both_spellings_are_one_configuration(tmp_path):
 @pytest.mark.parametrize("config", [DanceGRPOConfig, DiffusionNFTConfig])
 def test_each_field_has_one_owner(config):
     parts = parts_of(config)
-    known = {"training", "model", "lora", "memory", "prompts", "sampling", "reward", "eval", "brakes", "method"}
-    assert set(parts) == known
+    common = {"training", "rescue", "merge", "model", "lora", "memory", "prompts", "sampling", "method"}
+    assert set(parts) == {*common, "reward", "eval", "brakes"}
     owned = [name for names in parts.values() for name in names]
     assert sorted([*owned, "method"]) == sorted(item.name for item in fields(config))
     assert len(owned) == len(set(owned))
@@ -76,7 +76,8 @@ def test_a_method_has_only_its_parts(tmp_path):
     assert load_recipe(path)[1].width == 5
     path = written(tmp_path, {"method": tiny, "output_dir": "run", "lora": {"r": 3}})
     with pytest.raises(
-        UserError, match=r"TinyConfig has no part 'lora' \(.*recipe.yaml\): its parts are training, method"
+        UserError,
+        match=r"TinyConfig has no part 'lora' \(.*recipe.yaml\): its parts are training, rescue, merge, method",
     ):
         load_recipe(path)
 
@@ -91,7 +92,7 @@ def test_a_method_has_only_its_parts(tmp_path):
         ({"lora": {"height": 3}}, "Unknown key 'height' in the part lora of here: it is a key of the part sampling."),
         ({"sampling": {"guidance": 3.0}}, "'guidance' in the part sampling .* Did you mean 'guidance_scale'"),
         ({"method": {"lora_r": 3}}, "Unknown key 'lora_r' in the part method of here: it is a key of the part lora."),
-        ({"lorra": {"r": 3}}, "DanceGRPOConfig has no part 'lorra' .*: its parts are training, model, lora"),
+        ({"lorra": {"r": 3}}, "DanceGRPOConfig has no part 'lorra' .*: its parts are training, rescue, merge, model"),
         ({"lora": 32}, r"lora in here is 32, it must be a mapping with the keys of this part \(use_peft, lora_r"),
         ({"sampling": ["height"]}, r"sampling in here is \['height'\], it must be a mapping"),
         ({"guidance_scal": 3}, "Unknown key 'guidance_scal' in here. Did you mean 'guidance_scale'?"),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from postgen.pretrain.autoencoder import new_autoencoder
-from tests.training.distill import CUT, distill, nft
+from tests.training.distill import CUT, MERGED, distill, nft
 from tests.training.pair import run_pair
 
 pytestmark = pytest.mark.slow
@@ -26,6 +26,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     distill(folder / "plain")
     distill(folder / "cut", **CUT)
+    distill(folder / "merged", **MERGED)
     nft(folder / "nft", gradient_accumulation_steps=2, steps_per_generation=4)
     return folder
 
@@ -78,6 +79,24 @@ def test_a_cut_model_is_exported_whole(pair):
     student = WanTransformer3DModel.from_pretrained(pair / "cut" / "export" / "student")
     average = saved(pair / "cut", 4, "ema")
     assert all(torch.equal(value, average[f"distillation.student.{key}"]) for key, value in student.named_parameters())
+
+
+def test_checkpoints_of_cut_weights_are_merged(pair, alone):
+    found, wanted = (load_file(next((run / "merged/export/student").glob("*.safetensors"))) for run in (pair, alone))
+    assert difference(found, wanted) < 1e-6
+    mean = [saved(pair / "merged", step) for step in (2, 3, 4)]
+    for name, value in found.items():
+        torch.testing.assert_close(value, sum(each[f"distillation.student.{name}"] for each in mean) / 3)
+    reports = [json.loads((run / "merged/export/merge.json").read_text()) for run in (pair, alone)]
+    assert reports[0]["merged"] == pytest.approx(reports[1]["merged"], rel=1e-4)
+    assert reports[0]["last"] == pytest.approx(reports[1]["last"], rel=1e-4)
+
+
+def test_cut_weights_are_rescued(pair):
+    mean = [saved(pair / "rescued", step) for step in (3, 6)]
+    found = saved(pair / "rescued", 8)
+    assert difference(found, {name: sum(each[name] for each in mean) / 2 for name in found}) < 1e-6
+    assert saved(pair / "rescued", 8, "optimizer") == {}
 
 
 def test_two_cut_models_are_exported_as_one_pipeline(pair):

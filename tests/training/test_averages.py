@@ -1,0 +1,274 @@
+"""Averages of checkpoints: the merge at the end of a run, greedy soups, LoRA adapters."""
+
+import json
+import math
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from postgen.errors import UserError
+from postgen.training import Reason
+from postgen.training.averages import average, greedy, kept, sound
+from postgen.training.averages_config import MergeConfig
+from postgen.training.checkpoint_head import DamagedCheckpoint
+from postgen.training.curves import KINDS, weights_of
+from tests.training.tiny import TinyConfig, TinyTrainer
+
+
+class MeasuredTrainer(TinyTrainer):
+    """Evaluates the error on fixed samples; `report` has the metrics of each evaluation."""
+
+    def evaluate(self):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        error = float((self.unwrap("net")(x) - x.sum(1, keepdim=True)).square().mean())
+        return {"loss": error, "score": -error}
+
+
+class LoraTrainer(MeasuredTrainer):
+    """Trains LoRA adapters; `layers` are those of the network."""
+
+    dora = False
+
+    def build(self):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        net = super().build()["net"].requires_grad_(False)
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=["0", "3"], use_dora=self.dora)
+        return {"net": inject_adapter_in_model(config, net)}
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    def make(name="run", kind=MeasuredTrainer, **settings):
+        settings = {"max_steps": 12, "learning_rate": 3e-2, "disable_tqdm": True, "report_to": [], **settings}
+        settings = {"save_steps": 3, "per_device_train_batch_size": 4, **settings}
+        return kind(TinyConfig(output_dir=str(tmp_path / name), device="cpu", **settings))
+
+    return make
+
+
+MERGE = {"merge_last": 3, "merge_metric": "eval_loss"}
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.args.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def report(run):
+    return json.loads((run.args.folder / "export" / "merge.json").read_text())
+
+
+def exported(run):
+    return load_file(run.args.folder / "export" / "net.safetensors")
+
+
+def stored(run, step):
+    return load_file(run.args.folder / f"checkpoint-{step}" / "weights.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["sma", "wma", "cosine"])
+def test_the_last_checkpoints_are_merged(trainer, kind):
+    run = trainer(**MERGE, merge_kind=kind, merge_keep="always", save_total_limit=1)
+    run.train()
+    weights = weights_of(kind, 3)
+    files = [stored(run, step) for step in (6, 9, 12)]  # kept although save_total_limit is 1
+    for name, value in exported(run).items():
+        wanted = sum(weight * file[f"net.{name}"].double() for weight, file in zip(weights, files, strict=True))
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+    found = report(run)
+    assert found["steps"] == [6, 9, 12]
+    assert found["weights"] == weights
+    assert found["exported"] == "merged"
+    row = lines(run)[-1]
+    assert row["merge/last"] == found["last"]
+    assert row["merge/merged"] == found["merged"]
+    assert row["merge/exported"] == 1
+
+
+def test_the_metric_decides(trainer, capsys):
+    outcomes = []
+    for metric in ("loss", "score"):
+        for rises in (False, True):
+            run = trainer(f"{metric}{rises}", merge_last=4, merge_metric=metric, merge_greater_is_better=rises)
+            run.train()
+            found = report(run)
+            better = found["merged"] >= found["last"] if rises else found["merged"] <= found["last"]
+            assert found["exported"] == ("merged" if better else "last")
+            same = all(torch.equal(value, stored(run, 12)[f"net.{name}"]) for name, value in exported(run).items())
+            assert same is not better
+            assert f"{'not worse' if better else 'worse'}; the export has the" in capsys.readouterr().err
+            outcomes.append(better)
+    assert outcomes == [outcomes[0], not outcomes[0], not outcomes[0], outcomes[0]]
+
+
+def test_smaller_losses_are_better_by_default():
+    made = {"merge_last": 2, "merge_metric": "x"}
+    assert MergeConfig(**made).metric_rises
+    assert not MergeConfig(**{**made, "merge_metric": "eval_fm_loss"}).metric_rises
+    assert MergeConfig(**{**made, "merge_metric": "eval_fm_loss"}, merge_greater_is_better=True).metric_rises
+
+
+def test_the_merge_competes_with_the_moving_average(trainer):
+    run = trainer(**MERGE, ema_decay=0.5)
+    run.train()
+    value = report(run)["last"]
+    alone = trainer("alone", ema_decay=0.5, eval_steps=12)
+    alone.train()
+    assert value == pytest.approx(next(row["eval_loss"] for row in lines(alone) if "eval_loss" in row))
+
+
+def test_a_killed_run_resumes_to_the_same_merge(trainer):
+    whole = trainer("whole", **MERGE)
+    whole.train()
+    trainer("cut", **MERGE, max_steps=7).train()
+    again = trainer("cut", **MERGE, resume_from_checkpoint="latest")
+    again.train()
+    # The first run ended with a checkpoint at step 7.
+    assert report(again)["steps"] == [7, 9, 12]
+    assert all(torch.equal(value, stored(whole, 12)[name]) for name, value in stored(again, 12).items())
+    last = trainer("whole", **MERGE, resume_from_checkpoint="latest")
+    before = exported(whole)
+    last.train()
+    assert all(torch.equal(value, before[name]) for name, value in exported(last).items())
+
+
+def test_an_interrupted_run_exports_its_last_weights(trainer):
+    run = trainer(**MERGE, signal_at=10, signal_name="SIGTERM")
+    assert run.train().reason is Reason.INTERRUPTED
+    assert not (run.args.folder / "export" / "merge.json").exists()
+    assert all(torch.equal(value, stored(run, 10)[f"net.{name}"]) for name, value in exported(run).items())
+
+
+def test_one_checkpoint_is_no_merge(trainer, capsys):
+    run = trainer(**MERGE, save_steps=100)
+    run.train()
+    assert "holds 1 checkpoint: nothing is merged" in capsys.readouterr().err
+    assert not (run.args.folder / "export" / "merge.json").exists()
+
+
+def test_a_damaged_checkpoint_is_left_out(trainer, capsys):
+    run = trainer(**MERGE)
+    run.train()
+    (run.args.folder / "checkpoint-9" / "weights.safetensors").write_bytes(b"")
+    assert [path.name for path in sound(run.args.folder, 3)] == ["checkpoint-3", "checkpoint-6", "checkpoint-12"][-2:]
+    assert "is left out of the average" in capsys.readouterr().err
+
+
+def test_an_unknown_metric_is_named(trainer):
+    run = trainer(merge_last=2, merge_metric="reward")
+    with pytest.raises(UserError, match="it has eval_loss, eval_score") as caught:
+        run.train()
+    assert "\n" not in str(caught.value)
+    again = trainer(**MERGE, resume_from_checkpoint="latest")  # the setting may change, nothing is trained again
+    again.train()
+    assert report(again)["metric"] == "eval_loss"
+
+
+def product(tensors, layer):
+    up, down = (tensors[f"net.{layer}.lora_{half}.default.weight"].double() for half in "BA")
+    return up @ down
+
+
+def test_adapters_are_merged_by_their_products(trainer):
+    run = trainer(kind=LoraTrainer, **MERGE, merge_keep="always")
+    run.train()
+    found = {f"net.{name}": value for name, value in exported(run).items()}
+    files = [stored(run, step) for step in (6, 9, 12)]
+    for layer in ("0", "3"):
+        mean = sum(product(file, layer) for file in files) / 3
+        left, sigma, right = torch.linalg.svd(mean, full_matrices=False)
+        best = (left[:, :2] * sigma[:2]) @ right[:2]
+        assert (product(found, layer) - best).norm() <= 1e-5 * best.norm()
+    assert 0.5 < report(run)["retained"] <= 1
+    assert not any(value.isnan().any() for value in found.values())
+
+
+def test_one_checkpoint_is_the_identity(trainer):
+    run = trainer(kind=LoraTrainer)
+    run.train()
+    newest = sound(run.args.folder, 1)
+    found = average(newest, [1.0], run.trained())
+    assert all(torch.equal(value, stored(run, 12)[name]) for name, value in found.tensors.items())
+    again = average(newest * 3, weights_of("wma", 3), run.trained())
+    assert all(
+        (product(again.tensors, layer) - product(found.tensors, layer)).norm()
+        < 1e-6 * product(found.tensors, layer).norm()
+        for layer in ("0", "3")
+    )
+    assert again.retained == pytest.approx(1)
+
+
+def test_dora_is_refused_before_the_first_step(trainer):
+    class Dora(LoraTrainer):
+        dora = True
+
+    for settings in (MERGE, {"rescue_spike": 5.0}):
+        with pytest.raises(UserError, match=r"DoRA, or of an embedding"):
+            trainer(kind=Dora, **settings).train()
+
+
+def test_nan_in_a_checkpoint_is_damage(trainer):
+    run = trainer()
+    run.train()
+    folder = run.args.folder / "checkpoint-12"
+    tensors = stored(run, 12)
+    tensors["net.0.weight"][0, 0] = math.nan
+    save_file(tensors, folder / "weights.safetensors")
+    with pytest.raises(DamagedCheckpoint, match=r"net\.0\.weight in weights\.safetensors holds NaN"):
+        average([folder], [1.0], run.trained())
+
+
+@pytest.mark.parametrize("rises", [False, True])
+def test_a_greedy_merge_is_at_least_as_good_as_the_best_checkpoint(trainer, rises):
+    metric = "score" if rises else "loss"
+    run = trainer(merge_last=4, merge_metric=metric, merge_kind="greedy", merge_keep="always")
+    run.train()
+    found = report(run)
+    assert set(found["steps"]) <= {3, 6, 9, 12}
+    sign = 1 if rises else -1
+    assert sign * found["merged"] >= sign * found["last"]
+
+
+def test_greedy_takes_what_does_not_harm():
+    values = {"a": 1.0, "b": 3.0, "c": math.nan, "d": -4.0, "e": 3.5}
+    asked = []
+
+    def score(members):
+        asked.append(list(members))
+        return -abs(sum(values[member] for member in members) / len(members))
+
+    chosen, best = greedy(["a", "b", "c", "d", "e"], score)
+    assert chosen == ["a"] or best > -1
+    assert best == score(chosen)
+    assert "c" not in chosen
+    assert greedy([7], lambda members: math.nan) == ([7], -math.inf)
+    with pytest.raises(UserError, match="at least one candidate"):
+        greedy([], score)
+
+
+def test_settings(tmp_path):
+    made = {"output_dir": str(tmp_path), "device": "cpu"}
+    for given, text in (
+        ({"merge_last": 1}, "merge_last is 1"),
+        ({"merge_last": 3}, "merge_metric is '', it must be a metric of the evaluation"),
+        ({"merge_kind": "wma"}, "merge_kind is 'wma', it must be left out without merge_last"),
+        ({"merge_kind": "mean"}, "merge_kind is 'mean'. Allowed: sma"),
+        ({**MERGE, "merge_alpha": 0.1}, "merge_alpha is 0.1, it must be left out without merge_kind: ema"),
+        ({**MERGE, "merge_kind": "ema", "merge_alpha": 0.0}, "above 0 and at most 1"),
+        ({**MERGE, "save_steps": 0}, "merge_last is 3, it must be 0 without save_steps"),
+        ({"merge_last": 2, "merge_keep": "always", "merge_greater_is_better": True}, "left out without merge_metric"),
+        ({"merge_last": 2, "merge_keep": "always", "merge_kind": "greedy"}, "greedy needs it"),
+    ):
+        with pytest.raises(UserError) as caught:
+            TinyConfig(**made, **given)
+        assert text in str(caught.value)
+    nested = TinyConfig.from_dict({**made, "merge": {"last": 3, "metric": "loss", "kind": "ema", "alpha": 0.1}})
+    assert (nested.merge_last, nested.merge_alpha) == (3, 0.1)
+    assert kept(nested) == 3
+    assert kept(TinyConfig(**made, rescue_spike=5.0, rescue_last=4)) == 5
+    assert kept(TinyConfig(**made, rescue_spike=5.0, rescue_last=4, save_steps=2)) == 6
+    assert kept(TinyConfig(**made)) == 2
+    assert kept(TinyConfig(**made, save_total_limit=0)) is None
+    assert set(get_args(get_type_hints(MergeConfig)["merge_kind"])) == {*KINDS, "greedy"}
