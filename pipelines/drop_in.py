@@ -28,11 +28,22 @@ _DOCUMENTATION = """
 """
 
 
+ENHANCER = "prompt_enhancer"
+"""Keyword argument of every drop-in pipeline that rewrites the prompt of a call."""
+_ENHANCER_DOCUMENTATION = f"""
+
+        {ENHANCER} (*optional*):
+            Rewrites `prompt` for this call: True for phrases of the model's family, a name such as "smollm2", a
+            [`postgen.prompt.PromptEnhancer`], or a function from a list of prompts to a list of prompts. None and
+            False change nothing.
+"""
+
+
 class DropIn:
     """First base class of a drop-in pipeline; the second base class is the diffusers class of the same name.
 
-    The drop-in pipeline has all call arguments of the diffusers class, and one keyword argument for each row of
-    `postgen.plug_ins`. A saved folder names the diffusers class, so it loads without postgen. The exception is a
+    The drop-in pipeline has all call arguments of the diffusers class, one keyword argument for each row of
+    `postgen.plug_ins`, and `prompt_enhancer`. A saved folder names the diffusers class, so it loads without postgen. The exception is a
     transformer whose structure postgen has changed: only `from_pretrained` of the drop-in class loads it.
     """
 
@@ -105,24 +116,44 @@ def _with_settings(call: Callable[..., Any], rows: tuple[PlugIn, ...]) -> Callab
     """Return the `__call__` of a pipeline with a keyword argument per plug-in, also in `inspect.signature`.
 
     Raises:
-        UserError: the pipeline already has an argument with the name of a plug-in.
+        UserError: the pipeline already has an argument with the name of a plug-in or of the enhancer.
     """
     signature = inspect.signature(call)
-    for row in rows:
-        if row.name in signature.parameters:
-            raise UserError(f"{call.__qualname__} already has an argument {row.name}: give the plug-in another name")
+    names = [*(row.name for row in rows), ENHANCER]
+    for name in names:
+        if name in signature.parameters or names.count(name) > 1:
+            raise UserError(f"{call.__qualname__} already has an argument {name}: give the plug-in another name")
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         settings = {row.name: kwargs.pop(row.name, None) for row in rows}
+        enhancer = kwargs.pop(ENHANCER, None)
+        if enhancer is not None and enhancer is not False:
+            args, kwargs = _enhanced(self, signature, enhancer, args, kwargs)
         with plug_ins_for_call(self, settings):
             return call(self, *args, **kwargs)
 
     theirs = list(signature.parameters.values())
-    ours = [inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=None) for row in rows]
+    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     at_end = [one for one in theirs if one.kind is one.VAR_KEYWORD]
     theirs = [one for one in theirs if one.kind is not one.VAR_KEYWORD]
     __call__.__signature__ = signature.replace(parameters=[*theirs, *ours, *at_end])  # type: ignore[attr-defined]
-    texts = [_DOCUMENTATION.format(row=row).rstrip() for row in rows]
+    texts = [*(_DOCUMENTATION.format(row=row).rstrip() for row in rows), _ENHANCER_DOCUMENTATION.rstrip()]
     __call__.__doc__ = (call.__doc__ or "").rstrip() + "".join(texts) + "\n"
     return __call__
+
+
+def _enhanced(
+    pipe: Any, signature: inspect.Signature, enhancer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the enhanced prompt.
+
+    Raises:
+        UserError: there is no prompt, or the enhancer cannot be used.
+    """
+    from postgen.prompt.calls import enhanced_for_call
+
+    place = list(signature.parameters).index("prompt") - 1  # without self
+    if place < len(args):
+        return (*args[:place], enhanced_for_call(pipe, enhancer, args[place]), *args[place + 1 :]), kwargs
+    return args, {**kwargs, "prompt": enhanced_for_call(pipe, enhancer, kwargs.get("prompt"))}

@@ -20,7 +20,7 @@ from postgen.commands.export_lora import export_lora
 from postgen.commands.generate import generate
 from postgen.commands.info import info
 from postgen.commands.merge import merge
-from postgen.commands.options import option_of, takes_settings
+from postgen.commands.options import option_of, takes_settings, with_optional_values
 from postgen.commands.recipes import recipes_commands
 from postgen.commands.score import score
 from postgen.commands.serve_reward import serve_reward
@@ -147,7 +147,7 @@ def _run(words: list[str], stop: Stop) -> int:
     """Run a command and return the exit code."""
     forget_standing()
     try:
-        result = app(args=words, prog_name="postgen", standalone_mode=False)
+        result = app(args=with_optional_values(words), prog_name="postgen", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(stop)
     except SystemExit as left:  # `train` has already printed its message

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import postgen
 from postgen.compat import execution_device, quiet_libraries
+from postgen.enhancing import enhanced_jobs
 from postgen.errors import UserError, shown
 from postgen.families.loading import inspect_model
 from postgen.families.model_folder import optional, small_files
@@ -134,6 +135,7 @@ def compare_videos(
     check_apart(paths.files, [file for job in (a, b) for file in read_by(job.config)])
     if a.config.seed != b.config.seed:
         raise UserError(f"both videos of a comparison must have one seed, got {a.config.seed} and {b.config.seed}")
+    a, b = enhanced_jobs((a, b))
     clips, notes = _both((a, b), on_step, lend or _loaded)
     told = None if paths.report is None else _report((a, b), clips, notes, paths, rewards)
     with all_written(paths.files) as parts:

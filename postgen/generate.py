@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import postgen
 from postgen.compat import execution_device
+from postgen.enhancing import enhanced
 from postgen.errors import SettingError, UserError
 from postgen.families.loading import ModelFacts, check_device, inspect_model, load_pipeline
 from postgen.families.lora import check_lora, load_loras, parse_lora
@@ -76,7 +77,9 @@ class Job:
         Raises:
             UserError: the prompt is empty, or the seed is out of range.
         """
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, prompt=prompt, seed=seed))
+        text = self.config.enhanced_prompt if prompt == self.config.prompt else None
+        config = dataclasses.replace(self.config, prompt=prompt, seed=seed, enhanced_prompt=text)
+        return dataclasses.replace(self, config=config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +167,8 @@ def output_paths(output: Path, format: str | None = None) -> tuple[Written, str]
         output = output.with_name(f"{output.name}{FORMATS[format]}")
     kind = check_target(output, format)
     base = output.with_suffix("") if FORMATS[kind] and output.suffix else output
-    paths = Written(video=output, sheet=_sibling(base, ".png"), sidecar=_sibling(base, ".json"))
+    sheet, sidecar = (base.with_name(base.name + suffix) for suffix in (".png", ".json"))
+    paths = Written(video=output, sheet=sheet, sidecar=sidecar)
     for path in (paths.sheet, paths.sidecar):
         check_place(path, folder=False)
     check_apart(paths.files)
@@ -272,8 +276,7 @@ def write_parts(
     if stopped_after is not None:  # the settings alone reproduce the complete video
         note["stopped_after"] = stopped_after
     video, sheet, sidecar = parts
-    comment = carried(note)
-    kept = comment if holds_comment(kind, comment) else None
+    kept = comment if holds_comment(kind, comment := carried(note)) else None
     write_video(video, clip, fps=config.fps or 8.0, format=kind, comment=kept)
     contact_sheet(clip, sheet, title=f"{config.prompt} (seed {config.seed})")
     sidecar.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
@@ -303,6 +306,7 @@ def generate_video(
     check_apart(paths.files, read_by(config))
     job = prepare(config)
     check_rate(job, kind)
+    job = enhanced(job)
     make_video(pipe if pipe is not None else load(job), job, paths, kind, on_step)
     return paths
 
@@ -394,7 +398,3 @@ def _check_negative(config: GenerateConfig, facts: ModelFacts) -> None:
         raise UserError(
             f"a negative prompt needs guidance above 1, got {guidance}: raise it or omit the negative prompt"
         )
-
-
-def _sibling(base: Path, suffix: str) -> Path:
-    return base.with_name(base.name + suffix)

@@ -111,7 +111,7 @@ def check_long_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         SettingError: such a setting has another value than its default.
     """
-    defaults = {"offload": "none", "lit": None, "num_frames": None}
+    defaults = {"offload": "none", "lit": None, "num_frames": None, "enhance_prompt": None}
     defaults |= {row.option: None for row in known_plug_ins()}
     for name, default in defaults.items():
         if settings.get(name, default) != default:

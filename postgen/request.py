@@ -18,7 +18,11 @@ from postgen.families.model_folder import DTYPES, is_hub_id
 from postgen.families.offload import OFFLOADS
 from postgen.families.video_calls import MOST_PIXELS, RANGES
 from postgen.plug_ins import known_plug_ins
+from postgen.prompt.naming import name_without_place, portable_name
 from postgen.reading import check_name, read_json
+
+NO_ENHANCER = "none"
+"""Name that switches prompt enhancement off, for `--from` and `--a` of a request that has an enhancer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,12 @@ class GenerateConfig:
     """Image file of the first frame, for image-to-video models; it is resized to the size of the clip."""
     fps: float | None = None
     """Frames per second of the written video; also an input of networks that are conditioned on the frame rate."""
+    enhance_prompt: str | None = None
+    """Prompt enhancer, as in `postgen.prompt.get_rewriter`: template, smollm2, chat:MODEL, api:MODEL@URL, or your own
+    function; None or `none`: the prompt is used as it is."""
+    enhanced_prompt: str | None = None
+    """Prompt of the enhancer, which the model receives instead of `prompt`; None: not made yet. A sidecar contains it,
+    so that a video is made again without the enhancer."""
     plug_ins: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Texts of plug-ins by option (`postgen.plug_ins`), such as {"enhance": "auto"}. A plug-in without a text is
     off."""
@@ -86,8 +96,11 @@ class GenerateConfig:
         _check_types(self)
         if self.model == EMBEDDED:
             object.__setattr__(self, "model", None)
+        if self.enhance_prompt == NO_ENHANCER:
+            object.__setattr__(self, "enhance_prompt", None)
         if not self.prompt.strip():
             raise UserError("the prompt is empty: say what the video shows")
+        _check_enhancer(self)
         check_text("the prompt", self.prompt)
         check_text("the negative prompt", self.negative_prompt or "")
         _check_choice("dtype", self.dtype, DTYPES)
@@ -118,6 +131,8 @@ def portable(config: GenerateConfig) -> dict[str, Any]:
     settings |= {row.option: texts.get(row.option) for row in known_plug_ins()}
     for name in ("model", "image", *(["lit"] if config.lit != EMBEDDED else [])):
         settings[name] = _absolute(settings[name])
+    if config.enhance_prompt is not None:
+        settings["enhance_prompt"] = portable_name(config.enhance_prompt)
     loras = map(parse_lora, config.lora)
     settings["lora"] = [str(dataclasses.replace(lora, path=_absolute(lora.path) or lora.path)) for lora in loras]
     return settings
@@ -140,6 +155,8 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = name_of(found[name])
     loras = map(parse_lora, found.get("lora", ()))
     found["lora"] = [str(dataclasses.replace(lora, path=name_of(lora.path) or lora.path)) for lora in loras]
+    if found.get("enhance_prompt") is not None:
+        found["enhance_prompt"] = name_without_place(found["enhance_prompt"])
     return found
 
 
@@ -254,6 +271,16 @@ def _absolute(name: str | None) -> str | None:
     if name is None or not Path(name).expanduser().exists():
         return name
     return str(Path(name).expanduser().resolve())
+
+
+def _check_enhancer(config: GenerateConfig) -> None:
+    if config.enhance_prompt is not None and not config.enhance_prompt.strip():
+        raise SettingError("enhance_prompt", " is empty: name an enhancer, such as template")
+    text = config.enhanced_prompt
+    check_text("the prompt enhancer", config.enhance_prompt or "")
+    check_text("the enhanced prompt", text or "")
+    if text is not None and (config.enhance_prompt is None or not text.strip()):
+        raise SettingError("enhanced_prompt", " must be a text that is not empty, and needs enhance_prompt")
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from postgen.compat import interrupt
+from postgen.enhancing import enhanced
 from postgen.errors import UserError
 from postgen.families.loading import RATES
 from postgen.plug_ins import plug_ins_for_call
@@ -78,6 +79,7 @@ def run(pipe: Any, job: Job, on_step: StepCallback | None = None, watch: Watch |
     """
     import torch
 
+    job = enhanced(job)
     config = job.config
     total = config.num_inference_steps or 0
     before: list[Tensor] = []
@@ -151,6 +153,8 @@ def _call(job: Job) -> dict[str, Any]:
     config, takes = job.config, job.facts.arguments
     call = {name: getattr(config, name) for name in ("prompt", "negative_prompt", *CALL) if name in takes}
     call = {name: value for name, value in call.items() if value is not None}
+    if config.enhanced_prompt is not None and "prompt" in takes:
+        call["prompt"] = config.enhanced_prompt
     rate = config.fps if config.fps is not None else job.facts.defaults.fps
     # A whole frame rate is passed as an int, like the pipelines' own defaults.
     call |= {name: int(rate) if rate == int(rate) else rate for name in RATES if name in takes}

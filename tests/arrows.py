@@ -22,7 +22,7 @@ LOWER = {
 }
 """Rooms that a method may import. A method uses `families` instead of `compat`."""
 TOP = {"", "__main__", "apps", "cli", "commands", "compare", "generate", "info", "optimize", "plug_ins", "posttrain"}
-TOP |= {"generate_long", "long_files", "request", "running", "train"}
+TOP |= {"enhancing", "generate_long", "long_files", "request", "running", "train"}
 """Rooms that may import any room."""
 
 ALLOWED = {
@@ -70,7 +70,7 @@ VIDEO_NAMES = {
 }
 MODEL_FREE = {"kernels", "video", "world", "metrics", *GROUND, "assets"}
 CLASS_FREE = {*METHODS, "reconstruct", "sampling", "training"}
-GENERIC_CLASSES = {"DiffusionPipeline", "EMAModel"}
+GENERIC_CLASSES = {"AutoModelForCausalLM", "DiffusionPipeline", "EMAModel"}
 
 
 def room(module: str) -> str:

@@ -149,6 +149,7 @@ def _make(
     reward: str | None,
 ) -> None:
     from postgen.compare import compare_videos, pair_paths, student
+    from postgen.enhancing import enhanced_jobs
     from postgen.generate import check_rate, prepare, read_by
     from postgen.request import GenerateConfig
 
@@ -162,6 +163,10 @@ def _make(
     first = prepare(configs[0])
     jobs = [first, prepare(configs[1]) if vs is None else student(first, vs)]
     check_rate(jobs[0], paths.kind)
+    jobs = enhanced_jobs(jobs)
+    for label, job in zip(labels, jobs, strict=True):
+        if job.config.enhanced_prompt is not None:
+            typer.echo(f"{label}: enhanced prompt: {job.config.enhanced_prompt}")
     runner = None if reward is None else _runner(reward, jobs[0].config.device)
 
     from postgen.commands.progress import steps

@@ -129,9 +129,12 @@ def generate(
         return
     if len(prompts or []) > 1:
         raise UserError("--prompts can be repeated only for a long video: give one file of prompts, or add --long")
-    if sidecar is not None:
-        given, place, format = _again(sidecar, given, place, format)
     file = Path(prompts[0]) if prompts else None
+    if sidecar is not None:
+        new = prompt is not None or file is not None or "enhance_prompt" in given
+        given, place, format = _again(sidecar, given, place, format)
+        if new:  # the enhanced prompt of the sidecar belongs to its prompt and enhancer
+            given.pop("enhanced_prompt", None)
     texts = _texts(prompt, file, given.pop("prompt", None))
     read = [each for each in (sidecar, file) if each is not None]
     _make(texts, given, count, place or Path(_file_name(texts[0])), format, read)
@@ -163,6 +166,7 @@ def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[st
 def _make(
     texts: list[str], given: dict[str, Any], count: int, output: Path, format: str | None, read: list[Path]
 ) -> None:
+    from postgen.enhancing import enhanced_jobs
     from postgen.generate import check_rate, load, output_paths, prepare, read_by
     from postgen.request import GenerateConfig
 
@@ -178,7 +182,10 @@ def _make(
     check_apart((file for files, _ in places for file in files.files), [*read, *read_by(config)])
     first = prepare(config)
     check_rate(first, places[0][1])
-    jobs = [first.again(prompt=text, seed=seed) for text, seed in wanted]
+    jobs = enhanced_jobs([first.again(prompt=text, seed=seed) for text, seed in wanted])
+    told = {job.config.prompt: job.config.enhanced_prompt for job in jobs}
+    for text in filter(None, told.values()):
+        typer.echo(f"Enhanced prompt: {text}")
 
     from postgen.commands.progress import waiting
     from postgen.compat import quiet_libraries
@@ -186,7 +193,7 @@ def _make(
     with waiting(f"Loading {first.facts.source}"), quiet_libraries():
         pipe = load(first)
     for text in texts:
-        _tell_unknown(pipe, first, text)
+        _tell_unknown(pipe, first, told[text] or text)
     made: list[Path] = []
     stack = ExitStack()
     if len(jobs) > 1:

@@ -10,6 +10,7 @@ import typer
 
 from postgen.errors import UserError, shown
 from postgen.plug_ins import PlugIn, known_plug_ins
+from postgen.prompt.naming import DEFAULT
 
 MODEL, LOOK, LONG, RUN, FILES = "Model", "Video", "Long videos", "Running", "Files"
 
@@ -84,6 +85,16 @@ Negative = Annotated[
     str | None,
     typer.Option("--negative-prompt", help="Description of what the video should not show.", rich_help_panel=LOOK),
 ]
+EnhancePrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--enhance-prompt",
+        metavar="[NAME]",
+        help="Rewrite the prompt for the model: template (also without a NAME) for phrases without a language model,"
+        " smollm2, chat:MODEL, api:MODEL@URL, or your own module:function; none for off. \\[default: off]",
+        rich_help_panel=LOOK,
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", help="Seed of the first video. \\[default: 0]", rich_help_panel=LOOK)
 ]
@@ -127,7 +138,7 @@ Format = Annotated[
 
 _OTHERS = (
     *("prompt", "prompts", "output", "format", "count", "sidecar", "from", "a", "b", "plug_ins", "help"),
-    *("long", "stream", "go_on", "continue", "depth", "adapter"),
+    *("enhanced_prompt", "prompt_enhancer", "long", "stream", "go_on", "continue", "depth", "adapter"),
 )
 """Names that commands and `GenerateConfig` use for other purposes, so that a plug-in cannot have them."""
 
@@ -143,6 +154,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "guidance": (Guidance, "guidance_scale"),
     "true_cfg": (TrueCfg, "true_cfg_scale"),
     "negative_prompt": (Negative, "negative_prompt"),
+    "enhance_prompt": (EnhancePrompt, "enhance_prompt"),
     "seed": (Seed, "seed"),
     "image": (Image, "image"),
     "fps": (Fps, "fps"),
@@ -185,6 +197,23 @@ def option_of(setting: str) -> str:
     names = {field: option for option, (_, field) in setting_options().items() if field not in ("width", "height")}
     name = names.get(setting, setting if setting in _CONVERT else None)
     return setting if name is None else f"--{name.replace('_', '-')}"
+
+
+def with_optional_values(words: list[str]) -> list[str]:
+    """Return the words of a command line with the default values of options that may stand without one.
+
+    >>> with_optional_values(["generate", "a", "--enhance-prompt", "--steps", "4"])
+    ['generate', 'a', '--enhance-prompt', 'template', '--steps', '4']
+    """
+    found: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[place:]]
+        found.append(word)
+        alone = place + 1 == len(words) or words[place + 1].startswith("-")
+        if word == "--enhance-prompt" and alone:
+            found.append(DEFAULT)
+    return found
 
 
 def _plug_in_option(row: PlugIn) -> Any:

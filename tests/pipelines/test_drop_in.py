@@ -67,7 +67,7 @@ def test_class_and_signature(name: str) -> None:
     assert (ours.__name__, ours.__module__) == (name, f"postgen.pipelines.{drop_ins._HOMES[name]}")
     assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
     wanted, found = (dict(inspect.signature(kind.__call__).parameters) for kind in (theirs, ours))
-    for keyword in ("enhance_a_video", "fp8_attention", "fp8_linears", "fused_ops"):
+    for keyword in ("enhance_a_video", "fp8_attention", "fp8_linears", "fused_ops", "prompt_enhancer"):
         setting = found.pop(keyword)
         assert setting.kind is setting.KEYWORD_ONLY
         assert setting.default is None
