@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 LAYERS = 6
 
 
-def made(*, adapted=True, checkpointing=True, device="cpu"):
+def made(*, adapted=True, checkpointing=True, device="cpu", layers=LAYERS):
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_layers=LAYERS, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16,
+        num_layers=layers, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=16, ffn_dim=64,
     )  # fmt: skip
     model.requires_grad_(False)
