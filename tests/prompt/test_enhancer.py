@@ -87,7 +87,7 @@ def test_the_template_keeps_everything_and_the_length(style: str) -> None:
 
 def test_the_template_leaves_out_what_the_prompt_says() -> None:
     text = PromptEnhancer()(["Anna dances slowly at sunset, aerial shot, anime"])[0]
-    assert text == "Anna dances slowly at sunset, aerial shot, anime."
+    assert text == "Anna dances slowly at sunset, aerial shot, anime"
 
 
 def test_phrases_contradict_no_prompt() -> None:

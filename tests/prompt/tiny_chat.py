@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+    "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """Without the system message, so that sequences stay short."""
 
@@ -19,9 +20,7 @@ def tiny_chat(texts: list[str], seed: int = 0) -> tuple[Any, Any]:
 
     from postgen.training.tokenizers import train_tokenizer
 
-    tokenizer = train_tokenizer(texts, 400)
-    # TRL adds the end itself.
-    tokenizer._tokenizer.post_processor = type(tokenizer._tokenizer.post_processor)(single="$A", special_tokens=[])
+    tokenizer = train_tokenizer([*texts, "user: assistant:"], 320)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -30,7 +29,7 @@ def tiny_chat(texts: list[str], seed: int = 0) -> tuple[Any, Any]:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -43,7 +43,7 @@ def to_sft_pairs(
         enhancer: the teacher; None: `source` has rows with both texts.
         target: the video model; None: that of the enhancer, or a model of unknown length.
         guard: settings of the guard for rows.
-        messages: whether prompts and completions are messages of a chat, as the chat model of `ChatRewriter` receives
+        messages: whether prompts and completions are messages of a chat, as `ChatRewriter(..., examples=False)` sends
             them; otherwise they are texts, for models without a chat template.
 
     Raises:
@@ -64,7 +64,7 @@ def to_sft_pairs(
         verdict = check(original, text, target, guard or (enhancer.config.guard if enhancer else None))
         if not verdict.ok:
             told[verdict.problems[0]] += 1
-        elif verdict.text == original:
+        elif verdict.text == " ".join(original.split()):
             told["unchanged"] += 1
         else:
             rows.append(_row(original, verdict.text, target, messages))
@@ -91,7 +91,7 @@ def to_rl_rows(
     for number, given in enumerate(source):
         row = {"prompt": given} if isinstance(given, str) else dict(given)
         text = _text(row.pop("prompt", None), f"the prompt of row {number}")
-        asked = messages_for(text, target or Target()) if messages else text + _SEPARATOR
+        asked = messages_for(text, target or Target(), examples=False) if messages else text + _SEPARATOR
         rows.append({**row, "prompt": asked, "original_prompt": text})
     if not rows:
         raise UserError("there are no prompts to train with: give at least one")
@@ -121,7 +121,10 @@ def _enhanced(given: list[Any], enhancer: PromptEnhancer) -> list[tuple[str, str
 def _row(original: str, text: str, target: Target, messages: bool) -> dict[str, Any]:
     if not messages:
         return {"prompt": original + _SEPARATOR, "completion": text}
-    return {"prompt": messages_for(original, target), "completion": [{"role": "assistant", "content": text}]}
+    return {
+        "prompt": messages_for(original, target, examples=False),
+        "completion": [{"role": "assistant", "content": text}],
+    }
 
 
 def _text(value: Any, what: str) -> str:
