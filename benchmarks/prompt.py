@@ -12,15 +12,15 @@ Rules, fixed before the runs:
 - Size 96, 17 frames, 10 steps, and the guidance scale with which users run the model.
 - The score of a clip of a short prompt is the mean of five values in [0, 1] for what the raw prompt asks: right count
   (0 or 1), colours, shapes (`Report.bodies`), steadiness of every body and nothing else in the picture (0 or 1), and
-  1 / (1 + exp(-judge)) of the learned `world_judge`, which sees no prompt and gives 0 to a typical render. `right` asks
-  all of the first four. Motion is not asked, so it is not scored; its ratio is reported beside, because an enhancer
-  that freezes videos must show.
+  1 / (1 + exp(-judge)) of the learned `world_judge`, which sees no prompt and gives 0 to a typical render. `right`
+  asks all of the first four. Motion is not asked, so it is not scored; its ratio is reported beside, because an
+  enhancer that freezes videos must show.
 - A long prompt is judged by everything that it says: the score of the exact judge.
 - `prompt_gain` is the lower end of the 95 % bootstrap interval of the paired difference of the score over the short
   prompts, and it must be above 0.
-- `entities_kept` is the share of all prompts, with a list of hard ones (numbers, quoted texts, names, negations), whose
-  listed words all appear in the enhanced prompt. The lists are written by hand or known from the scene; the guard of
-  the enhancer is not asked.
+- `entities_kept` is the share of all prompts, with a list of hard ones (numbers, quoted texts, names, negations),
+  whose listed words all appear in the enhanced prompt. The lists are written by hand or known from the scene; the
+  guard of the enhancer is not asked.
 
 On one core of a CPU, a clip takes 2 seconds: 11 minutes. On an H200, less than one minute.
 """

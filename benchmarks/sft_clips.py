@@ -116,7 +116,9 @@ def _written(folder: Path, wanted: list[Scene], size: int, frames: int, device: 
             clips = rendered(part, size, frames, device).cpu()
             files = [folder / f"{low + number:05d}.mp4" for number in range(len(part))]
             list(pool.map(lambda pair: write_video(pair[0], pair[1], fps=FPS), zip(files, clips, strict=True)))
-            yield from zip((f"{file.parent.name}/{file.name}" for file in files), (s.prompt for s in part), strict=True)
+            yield from zip(
+                (f"{file.parent.name}/{file.name}" for file in files), (s.prompt for s in part), strict=True
+            )
 
 
 def digest(folder: Path) -> str:
