@@ -23,7 +23,8 @@ USAGE = """usage: postgen train RECIPE [--key value ...] [--resume [auto]] [--dr
   --key value    replace a value of the recipe; give the values of a list one after the other: --key 0 2
   --resume       continue from the newest checkpoint in output_dir; --resume auto starts a new run if there is none,
                  --resume runs/x/checkpoint-50 continues from that checkpoint
-  --dry-run      load the model, print an estimate of memory and cost, and exit (dancegrpo, diffusion_nft)
+  --dry-run      load the model, print an estimate of memory and cost, and exit (dancegrpo,
+                 diffusion_nft, sft)
 
 `postgen recipes show NAME` prints a recipe with its keys; docs/configuration.md describes the keys of all methods.
 Example: postgen train fast-tiny --output_dir runs/a --max_steps 20
@@ -73,7 +74,8 @@ def _run(words: list[str]) -> int:
     if "--dry-run" in words:
         if not hasattr(config, "dry_run"):
             raise UserError(
-                f"--dry-run: method {config.method!r} has no cost estimate, only dancegrpo and diffusion_nft have one."
+                f"--dry-run: method {config.method!r} has no cost estimate, only dancegrpo, diffusion_nft and sft have"
+                " one."
             )
         trainer_class, config = load_recipe(recipes[0], [*overrides, "--dry_run", "true"])
     with when_stopped(lambda: _standing(config)):

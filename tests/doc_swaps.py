@@ -77,6 +77,14 @@ sys.argv = ["world_clips.py", "--count", "4", "--size", "96", "--num-frames", "1
 runpy.run_path(str(ROOT / "examples" / "world_clips.py"), run_name="__main__")
 """,
     "lora.md": _LORA + _PROMPTS + "lora('runs/my-run')\nlora('style')",
+    "merging.md": """
+from tests.doc_blocks import run_command
+from tests.doc_swaps import _REWARD
+
+for name, peft in (("my-run", "true"), ("full", "false")):
+    words = f"train fast-tiny {_REWARD} --use_peft {peft} --output_dir runs/{name} --sde_window_range 0 2"
+    run_command([*words.split(), "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "3"], "two runs")
+""",
     "own_model.md": _PROMPTS
     + """
 from benchmarks.docs_blocks import ROOT

@@ -12,6 +12,7 @@ rank r, is the SVD of the sum: its largest singular values are the best approxim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -113,3 +114,12 @@ def shaped(low: LowRank, rank: int, like: Layer) -> Layer:
         down.float().reshape(len(down), *like.down.shape[1:]).contiguous(),
         up.float().reshape(*up.shape, *more).contiguous(),
     )
+
+
+def padded(layer: Layer, rank: int) -> Layer:
+    """Return a layer with rows and columns of zeros up to a rank, which change nothing."""
+    if (more := rank - layer.rank) <= 0:
+        return layer
+    down = torch.cat([layer.down, layer.down.new_zeros(more, *layer.down.shape[1:])])
+    up = torch.cat([layer.up, layer.up.new_zeros(len(layer.up), more, *layer.up.shape[2:])], dim=1)
+    return replace(layer, down=down, up=up)

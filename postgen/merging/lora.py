@@ -11,6 +11,8 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from postgen.families.lora_export import find_lora, layers_of
 from postgen.families.lora_file import LoraFile, open_lora
 from postgen.families.lora_found import families_like
 from postgen.families.lora_layers import Layer, adapter_settings, adapter_state, shortened
-from postgen.families.lora_sums import LowRank, low_rank_of, low_rank_sum, matrices, shaped
+from postgen.families.lora_sums import LowRank, low_rank_of, low_rank_sum, matrices, padded, shaped
 
 from .lora_checks import Layers, check_alike, check_arguments
 from .lora_report import Energies, LoraMergeReport, retained_of
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """up (out, r) and down (r, in) of one layer in each file."""
+Merger = Callable[[Pairs], LowRank]
 Track = Callable[[Iterable[tuple[str, str]]], Iterable[tuple[str, str]]]
 DENSITY = 0.5
 """Default share of the values that TIES, DARE and magnitude pruning keep."""
@@ -37,7 +40,7 @@ _UNET_FAMILY = "stable_diffusion"
 """The family whose network is a UNet."""
 
 
-def _exact(pairs: Pairs, weights: Sequence[float], _: float) -> LowRank:
+def _exact(pairs: Pairs, weights: Sequence[float], density: float) -> LowRank:
     return low_rank_sum(pairs, weights)
 
 
@@ -62,14 +65,14 @@ def _of_peft(name: str, disjoint: bool) -> Callable[[Pairs, Sequence[float], flo
     return merge
 
 
-MERGERS: Mapping[str, Callable[[Pairs, Sequence[float], float], LowRank]] = {
+MERGERS: Mapping[str, Callable[..., LowRank]] = {
     "exact": _exact,
     "ties": _of_peft("ties", disjoint=True),
     "dare_linear": _of_peft("dare_linear", disjoint=False),
     "dare_ties": _of_peft("dare_ties", disjoint=True),
     "magnitude_prune": _of_peft("magnitude_prune", disjoint=False),
 }
-"""Methods for LoRA files: (up and down of one layer in each file, weights, density) -> the merged change."""
+"""Methods for LoRA files: (up and down of one layer in each file, weights=, density=) -> the merged change."""
 
 
 def merge_loras(
@@ -119,11 +122,9 @@ def merge_loras(
         _check_plain(opened, sources)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            lows = {
-                name: MERGERS[method]([matrices(own[name], name[1]) for own in sources], weights, density)
-                for name in track(sorted(sources[0]))
-            }
-        merged, energies = _cut(lows, rank or _rank(method, lows, ranks), sources, weights)
+            kept = rank if rank is not None else None if method == "exact" else max(ranks)
+            merge = partial(MERGERS[method], weights=weights, density=density)
+            merged, energies = _merged(sources, weights, merge, kept, track)
     tensors, metadata = _as_diffusers(merged)
     retained, weakest = retained_of(energies)
     return tensors, LoraMergeReport(
@@ -161,25 +162,38 @@ def _check_plain(files: Sequence[LoraFile], sources: Sequence[Layers]) -> None:
             )
 
 
-def _rank(method: str, lows: Mapping[tuple[str, str], LowRank], ranks: Sequence[int]) -> int:
-    """Return the rank of the result if the user chose none."""
-    return max(low.rank for low in lows.values()) if method == "exact" else max(ranks)
-
-
-def _cut(
-    lows: Mapping[tuple[str, str], LowRank], rank: int, sources: Sequence[Layers], weights: Sequence[float]
+def _merged(
+    sources: Sequence[Layers], weights: Sequence[float], merge: Merger, kept: int | None, track: Track
 ) -> tuple[Layers, Energies]:
-    """Return the layers of the result, and what they hold of the sums."""
+    """Return the layers of the result, and what they hold of the sums.
+
+    Args:
+        sources: the layers of each file.
+        weights: weight of each file.
+        merge: merges one layer.
+        kept: rank of the result; None keeps everything.
+        track: wraps the iteration.
+    """
     merged: dict[tuple[str, str], Layer] = {}
-    for name, low in lows.items():
-        layer = shaped(low, rank, sources[0][name])
-        biases = [own[name].bias for own in sources]
-        if biases[0] is not None:
-            pairs = zip(weights, biases, strict=True)
-            total = sum(weight * bias.double() for weight, bias in pairs if bias is not None)
-            layer = Layer(layer.down, layer.up, bias=torch.as_tensor(total).float())
-        merged[name] = layer
-    return merged, {".".join(name): low.energy(rank) for name, low in lows.items()}
+    widths: dict[tuple[str, str], int] = {}
+    energies: dict[str, tuple[float, float]] = {}
+    for name in track(sorted(sources[0])):
+        low = merge([matrices(own[name], name[1]) for own in sources])
+        rank = low.rank if kept is None else kept
+        merged[name] = replace(
+            shaped(low, rank, sources[0][name]), bias=_bias([own[name] for own in sources], weights)
+        )
+        widths[name], energies[".".join(name)] = len(low.sigma), low.energy(rank)
+    # One rank for all layers that are wide enough: without metadata, programs take the scale of the most common rank.
+    most = max(layer.rank for layer in merged.values())
+    return {name: padded(layer, min(most, widths[name])) for name, layer in merged.items()}, energies
+
+
+def _bias(layers: Sequence[Layer], weights: Sequence[float]) -> Tensor | None:
+    biases = [layer.bias.double() for layer in layers if layer.bias is not None]
+    if not biases:
+        return None
+    return torch.stack([weight * bias for weight, bias in zip(weights, biases, strict=True)]).sum(0).float()
 
 
 def _as_diffusers(merged: Layers) -> tuple[dict[str, Tensor], dict[str, str]]:

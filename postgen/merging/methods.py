@@ -1,7 +1,8 @@
 """Methods of merging, as factors of the merged tensors: averages, interpolation, task vectors, slerp.
 
-All methods but `slerp` are affine: one factor for each source and one for the base, with sum 1. `slerp` has its own
-factors for each tensor, because they depend on the angle between the two sources.
+The averages are those of Model Merging in Pre-training (arXiv:2505.12082). All methods but `slerp` are affine: one
+factor for each source and one for the base, with sum 1. `slerp` has its own factors for each tensor, because they
+depend on the angle between the two sources.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The average at step T with exponent gamma weights the weights of step t by the profile
 p(t) = (gamma + 1) t^gamma / T^(gamma + 1), 0 <= t <= T. Its relative width sigma_rel is the standard deviation of the
 profile divided by T. A run stores snapshots of one or two averages; a linear combination of the snapshots whose
-profiles come closest to a wanted profile (least squares) is an average that the run did not keep. Light to import
-until a function runs.
+profiles come closest to a wanted profile (least squares) is an average that the run did not keep. The module is
+light to import.
 """
 
 from __future__ import annotations

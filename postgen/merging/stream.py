@@ -159,11 +159,11 @@ def merged_blocks(
         values = [block.to(wide) for block in raw]
         merged = _finite(name, values, factors, measured.labels)
         out = merged.to(result)
-        if merged is not values[0] and not bool(torch.isfinite(out).all()):
+        if merged is not values[0] and not _is_finite(out):
             raise UserError(f"{name} overflows {result}: choose another dtype, or smaller weights")
         yield out
         # Infinite values, which are equal in all sources, have no distances.
-        if bool(torch.isfinite(merged).all()):
+        if _is_finite(merged):
             measured.add(key, values, merged)
 
 
@@ -197,7 +197,7 @@ def merge_tensors(
 
 def _finite(name: str, values: Sequence[Tensor], factors: Sequence[float], labels: Sequence[str]) -> Tensor:
     """Return the combination of a block, and refuse values that have none."""
-    if all(bool(torch.isfinite(value).all()) for value in values):
+    if all(map(_is_finite, values)):
         return combined(values, factors)
     for value, label in zip(values, labels, strict=True):
         if bool(value.isnan().any()):
@@ -236,6 +236,13 @@ def _spans(count: int, readers: int) -> Iterator[tuple[int, int]]:
     """Yield the bounds of the blocks of a tensor."""
     size = max(2**12, _VALUES // (readers + 3))
     return ((start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _is_finite(values: Tensor) -> bool:
+    # A sum is several times faster than `isfinite`, and is not finite if a value is not. It may also overflow.
+    return math.isfinite(values.sum(dtype=torch.float64 if values.itemsize == 8 else torch.float32)) or bool(
+        torch.isfinite(values).all()
+    )
 
 
 def _dot(first: Tensor, second: Tensor) -> float:

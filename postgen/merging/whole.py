@@ -20,6 +20,7 @@ from .checks import check_configs, check_no_lora, check_rows
 from .layout import Layout, layout_of
 from .methods import DTYPES, MergeConfig, source_factors
 from .posthoc_ema import Profile, gamma_of, solve
+from .power_average import GAMMA, STEP
 from .report import MergeReport, Progress, change_of, emulated, mean_cosine, measured_sources, settings_of
 from .sources import Source, WeightSet
 from .stream import Measured, Rule, merged_blocks
@@ -286,11 +287,11 @@ def _posthoc(sources: Sequence[Source], config: MergeConfig, readers: Sequence[T
     for source, reader in zip(sources, readers[-len(sources) :], strict=True):
         said = reader.metadata[0] if reader.metadata else {}
         try:
-            profiles.append(Profile(float(said["ema_gamma"]), float(said["ema_step"])))
+            profiles.append(Profile(float(said[GAMMA]), float(said[STEP])))
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"{source.label} is no stored average with a power-function profile (its metadata has no ema_gamma and"
-                " ema_step): use method power for plain checkpoints"
+                f"{source.label} is no stored average with a power-function profile (its metadata has no {GAMMA} and"
+                f" {STEP}): use method power for plain checkpoints"
             ) from error
     last = max(profile.step for profile in profiles)
     return solve(profiles, Profile(gamma_of(config.sigma_rel or 0.1), last))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,11 +23,40 @@ from postgen.training.run_folder import RunLock
 
 _NOTE = "postgen"
 """Metadata of a file: its checksum, and the rows of each encoding before zeros were removed."""
+_MEMORY = 2**30
+"""Bytes of the last used entries that stay in memory."""
 _STALE = 600.0
 """Age in seconds from which the unfinished file of a killed process is removed."""
 
+
+class _EntryLock(RunLock):
+    """Lock for writing entries. It warns once about a file system without locks, not for each entry."""
+
+    warned = False
+
+    def warn(self, message: str) -> None:
+        """Print a warning, if it is the first."""
+        if not _EntryLock.warned:
+            _EntryLock.warned = True
+            super().warn(message)
+
+
 Make = Callable[[], Mapping[str, Tensor]]
 """Makes the tensors of an entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Tensors as they are stored."""
+
+    tensors: dict[str, Tensor]
+    rows: dict[str, int]
+    """Rows of an encoding before zeros were removed, by name."""
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class Cache:
@@ -41,13 +72,15 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._warned = False
+        self._kept: OrderedDict[str, _Entry] = OrderedDict()
+        self._space = _MEMORY
 
     def place(self, key: str) -> Path:
         """Return the file of an entry."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def fill(self, entries: Sequence[tuple[str, Make]], *, part: int = 0, parts: int = 1, bar: str = "") -> int:
-        """Make the missing entries, and return how many this process made.
+        """Make the missing entries, and return how many were missing.
 
         A process makes its share, then entries that no other process is making, and waits for the rest.
 
@@ -63,25 +96,37 @@ class Cache:
         missing = [entry for entry in dict(entries).items() if not self._whole(entry[0])]
         progress = Progress(step=0, max_steps=len(missing), shown=bool(bar and missing), name=bar)
         others: list[tuple[str, Make]] = []
-        made = 0
         turns = [entry for turn in range(parts) for entry in missing[(part + turn) % parts :: parts]]
         for entries_now, wait in ((turns, False), (others, True)):
             for key, make in entries_now:
-                found = self._make(key, make, wait=wait)
-                if found is None:
+                if self._make(key, make, wait=wait):
+                    progress.step()
+                else:
                     others.append((key, make))
-                    continue
-                made += found
-                progress.step()
         progress.close()
-        return made
+        return len(missing)
 
     def get(self, key: str, make: Make) -> dict[str, Tensor]:
         """Return the tensors of an entry, on the CPU. A missing or damaged entry is made again, with a warning.
 
+        The last used entries stay in memory. Do not change the tensors.
+
         Raises:
             UserError: the folder cannot be written or read, or the entry cannot be made.
         """
+        if key not in self._kept:
+            self._keep(key, self._remade(key, make))
+        self._kept.move_to_end(key)
+        found = self._kept[key]
+        return {name: _with_zeros(value, found.rows.get(name, 0)) for name, value in found.tensors.items()}
+
+    def _keep(self, key: str, entry: _Entry) -> None:
+        self._kept[key] = entry
+        self._space -= entry.size
+        while self._space < 0 and len(self._kept) > 1:
+            self._space += self._kept.popitem(last=False)[1].size
+
+    def _remade(self, key: str, make: Make) -> _Entry:
         found = self._read(key)
         if found is None:
             self._warn(key)
@@ -92,26 +137,25 @@ class Cache:
             raise UserError(f"cache_dir: {self.place(key)} cannot be read right after it was written: check the disk")
         return found
 
-    def _make(self, key: str, make: Make, *, wait: bool) -> bool | None:
-        """Make a missing entry. Return whether it was made; None: another process is making one, and `wait` is off."""
+    def _make(self, key: str, make: Make, *, wait: bool) -> bool:
+        """Make an entry, if it is missing; return False if another process is making one and `wait` is off."""
         place = self.place(key)
         if self._whole(key):
-            return False
+            return True
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(place.parent, ".lock", "cache_dir")
+            lock = _EntryLock(place.parent, ".lock", "cache_dir")
             if wait:
                 lock.wait(say, "encodes clips")
             else:
                 try:
                     lock.acquire()
                 except UserError:
-                    return None
-            try:
-                if self._whole(key):
                     return False
-                _remove_stale(place.parent)
-                self._write(place, make())
+            try:
+                if not self._whole(key):
+                    _remove_stale(place.parent)
+                    self._write(place, make())
             finally:
                 lock.release()
         except (OSError, SafetensorError) as error:
@@ -137,8 +181,8 @@ class Cache:
             self.place(key).unlink(missing_ok=True)
             return False
 
-    def _read(self, key: str) -> dict[str, Tensor] | None:
-        """Return the tensors of an entry; None if the file is missing or damaged."""
+    def _read(self, key: str) -> _Entry | None:
+        """Return an entry; None if the file is missing or damaged."""
         try:
             with opened(self.place(key)) as content:
                 told = json.loads((content.metadata() or {}).get(_NOTE, "{}"))
@@ -147,7 +191,7 @@ class Cache:
             return None
         if told.get("crc32") != _checksum(found):
             return None
-        return {name: _with_zeros(value, told["rows"].get(name, 0)) for name, value in found.items()}
+        return _Entry(found, told["rows"])
 
     def _warn(self, key: str) -> None:
         if not self._warned:

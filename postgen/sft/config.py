@@ -70,10 +70,11 @@ class SftConfig(SftEvaluationConfig, NoiseConfig, SftDataConfig, MemoryConfig, T
         UserError: a value is outside its range, or two settings exclude each other.
     """
 
-    may_change: ClassVar[tuple[str, ...]] = ("fps", "dry_run")
+    may_change: ClassVar[tuple[str, ...]] = ("dry_run",)
 
     fps: float | None = None
-    """Frames per second of the samples. None uses the model's default."""
+    """Frames per second of the clips, for samples and for models that encode the time of a frame in seconds (LTX).
+    None uses the model's default."""
 
     dry_run: bool = False
     """Load the model, print an estimate of the memory of a step, and exit. No clip is encoded."""

@@ -19,12 +19,14 @@ from postgen.training.logging import say
 
 from .batches import Batches
 from .buckets import Bucket
+from .cache_note import changed_settings, note_settings
 from .clips import Clip
 from .data_config import SftDataConfig
 from .encoding import Encoder
 from .faults import Fault, write_faults
 from .reader import Reader, split
 
+_SIZES = ("height", "width", "num_frames", "frame_buckets", "aspects", "buckets", "frame_selection", "target_fps")
 SKIPPED = "skipped.jsonl"
 """File of the run with the files that are left out."""
 
@@ -156,7 +158,7 @@ class SftData:
             weights=torch.tensor([clip.weight for clip in clips], dtype=torch.float64),
             image_share=config.image_share,
         )
-        encoder.encode([*clips, *held_out], part=rank, parts=processes, shown=main)
+        _encode(encoder, [*clips, *held_out], config, reader.cache, rank, processes, main=main)
         if main:
             _tell(clips, held_out, reader.faults)
         return cls(config, encoder, clips, held_out, batches, device, rank)
@@ -205,6 +207,29 @@ class SftData:
 def _setting(config: SftDataConfig, name: str, given: int | None) -> int:
     """Return a given value, or else that of the configuration of a training run, or else 1."""
     return int(getattr(config, name, 1)) if given is None else given
+
+
+def _encode(
+    encoder: Encoder,
+    clips: Sequence[Clip],
+    config: SftDataConfig,
+    cache: Path,
+    rank: int,
+    processes: int,
+    *,
+    main: bool,
+) -> None:
+    """Encode the clips, and say why, if the cache was filled with other settings."""
+    settings = {name: getattr(config, name) for name in _SIZES} | encoder.settings()
+    changed = changed_settings(cache, settings) if main else []
+    new = {
+        what: count for what, count in encoder.encode(clips, part=rank, parts=processes, shown=main).items() if count
+    }
+    if main and new:
+        if changed:
+            told = ", ".join(f"{count} {what}" for what, count in new.items())
+            say(f"the cache {cache} was filled with other settings ({', '.join(changed)}): {told} encoded anew")
+        note_settings(cache, settings)
 
 
 def _tell(clips: Sequence[Clip], held_out: Sequence[Clip], faults: Sequence[Fault]) -> None:

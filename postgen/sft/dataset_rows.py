@@ -21,7 +21,8 @@ def holds_dataset(folder: Path) -> bool:
     """Return whether a folder is a data set of `datasets` in its own formats, and not one of image or video files."""
     if all((folder / name).is_file() for name in _SAVED[:2]) or (folder / _SAVED[2]).is_file():
         return True
-    return any(file.suffix in _TABLES for place in (folder, folder / "data") for file in place.glob("*"))
+    files = (file for place in (folder, folder / "data") for file in place.glob("*") if file.stem != "metadata")
+    return any(file.suffix in _TABLES for file in files)
 
 
 def saved_dataset(folder: Path, where: str) -> Any:

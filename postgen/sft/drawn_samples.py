@@ -72,7 +72,7 @@ class DrawnSamples:
         where = torch.device("cpu") if device.type == "mps" else device
         self.runner = RewardRunner(args.eval_reward_funcs, device=where) if args.eval_reward_funcs else None
 
-    def run(self, wanted: Sequence[Wanted], seed: int, folder: Path, step: int, *, main: bool) -> dict[str, float]:
+    def run(self, wanted: Sequence[Wanted], seed: int, folder: Path, step: int, *, writes: bool) -> dict[str, float]:
         """Draw and score samples, and write a grid of them; every process must call this.
 
         Args:
@@ -80,14 +80,14 @@ class DrawnSamples:
             seed: seed of the run.
             folder: folder of the pictures.
             step: steps of the run so far.
-            main: whether this process writes the grid, of its own samples.
+            writes: whether this process writes the grid, of its own samples.
 
         Returns:
             `rewards/NAME/mean` over the samples of all processes that have a score, and `rewards/NAME/failed`, the
             number of those without.
         """
         clips = {each.number: clip for part in _by_bucket(wanted) for each, clip in self._drawn(part, seed)}
-        if main and self.args.eval_grid:
+        if writes and self.args.eval_grid:
             shown = _alike([clips[each.number] for each in wanted])[: self.args.eval_grid]
             write_samples(folder, step, shown, [each.prompt for each in wanted], self.fps)
         if self.runner is None:

@@ -58,8 +58,14 @@ class Encoder:
         """Return the digest of a caption's encoding."""
         return digest([caption, *self._text])
 
-    def encode(self, clips: Sequence[Clip], *, part: int = 0, parts: int = 1, shown: bool = False) -> int:
-        """Encode what is missing in the cache for clips and for the empty caption; return the number of new entries.
+    def settings(self) -> dict[str, Any]:
+        """Return JSON values of all that entries depend on besides clips and captions, by name."""
+        parts = {"autoencoder": self._vae[2:-1], "image encoder": self._image, "text encoders": self._text[3:]}
+        plain = {"max_sequence_length": self.denoiser.max_sequence_length, "cache_dtype": self._dtype}
+        return {**plain, **{name: digest(value) for name, value in parts.items()}}
+
+    def encode(self, clips: Sequence[Clip], *, part: int = 0, parts: int = 1, shown: bool = False) -> dict[str, int]:
+        """Encode what is missing in the cache for clips and for the empty caption; return the numbers of new entries.
 
         Args:
             clips: the clips.
@@ -77,10 +83,10 @@ class Encoder:
         if self.takes_image:
             frames: list[tuple[str, Make]] = [(self._frame_key(clip), partial(self._frame_of, clip)) for clip in clips]
             jobs.append((self._frames, frames, "first frames"))
-        return sum(
-            cache.fill(entries, part=part, parts=parts, bar=f"encode {what}" if shown else "")
+        return {
+            what: cache.fill(entries, part=part, parts=parts, bar=f"encode {what}" if shown else "")
             for cache, entries, what in jobs
-        )
+        }
 
     def latents(self, clips: Sequence[Clip], seeds: Sequence[int] | None, device: torch.device) -> Tensor:
         """Return the normalised latents of clips of one bucket, (B, ...), float32.
@@ -163,7 +169,7 @@ def _text_key(pipe: Any, denoiser: Denoiser) -> list[Any]:
     encoders = [[name, *_part_key(part)] for name, part in _modules(parts) if name.startswith("text_encoder")]
     tokenizers = [[name, *_tokenizer_key(part)] for name, part in parts if name.startswith("tokenizer") and part]
     # Encodings have the dtype of the transformer.
-    kinds = [str(next(module.parameters()).dtype) for module in denoiser.transformers.values()]
+    kinds = [str(getattr(module, "dtype", "")) for module in denoiser.transformers.values()]
     return [type(pipe).__name__, encoders, tokenizers, kinds]
 
 

@@ -46,25 +46,24 @@ class HeldOut:
         """Losses in the first evaluation of the run; empty before."""
 
     def measure(
-        self, batches: Iterable[tuple[Sequence[int], Batch]], errors: Errors, step: int, main: bool
+        self, batches: Iterable[tuple[Sequence[int], Batch]], errors: Errors, step: int, *, writes: bool
     ) -> dict[str, float]:
         """Return the mean loss, and its change since the first evaluation with its standard error.
 
-        All processes must call this; each measures its share of the clips. The first process writes a table with the
-        loss of each clip.
+        All processes must call this; each measures its share of the clips.
 
         Args:
             batches: held-out clips of this process with their numbers in the whole data set.
             errors: computes the loss.
             step: steps of the run so far, for the name of the table.
-            main: whether this is the first process.
+            writes: whether this process writes the table.
         """
         own = [row for numbers, batch in batches for row in self._rows(numbers, batch, errors)]
         rows = {row["key"]: row for row in gather_object(own)}
         if not rows:
             return {}
         rows = {key: rows[key] for key in sorted(rows)}
-        if main:
+        if writes:
             with replacing(self.folder / f"loss-{step:06d}.jsonl") as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
         now = {key: row["losses"] for key, row in rows.items()}

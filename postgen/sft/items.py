@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from postgen.errors import UserError, check_text, shown
 from postgen.prompt_rows import FILES, read_rows
+from postgen.reading import check_name
 from postgen.training.prompts import made_rows
 from postgen.video import PICTURES
 
@@ -21,6 +22,9 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wm
 """Suffixes of video files."""
 CAPTIONS = ("prompt", "caption", "text")
 """Columns of the caption, in the order in which they are tried."""
+_PATHS = ("/", "./", "../", "~")
+"""Beginnings of paths, which no id of a data set has."""
+
 Kind = Literal["image", "video"]
 
 _MEDIA: dict[str, Kind | None] = {"video": "video", "image": "image", "file_name": None}
@@ -95,6 +99,7 @@ def _found(source: Any, where: str, files: Path | None) -> list[Found]:
     """Return the rows of a source, each with the name and folder of its file."""
     rows: Iterable[Any]
     if isinstance(source, str | Path):
+        check_name(str(source), where)
         path = Path(source).expanduser()
         if os.path.isdir(path):
             if not holds_dataset(path):
@@ -104,6 +109,8 @@ def _found(source: Any, where: str, files: Path | None) -> list[Found]:
             if path.suffix.lower() in (*PICTURES, *VIDEOS, ".txt"):
                 raise UserError(f"{where}: {path} is one file: give its folder, or a JSONL file with a row per clip")
             return [_row(row, place, path.parent) for place, row in read_rows(path, where)]
+        elif str(source).startswith(_PATHS) or path.suffix.lower() in (*PICTURES, *VIDEOS):
+            raise UserError(f"{where}: there is no file or folder {path}")  # it cannot be the id of a data set
         else:
             rows = made_rows(str(source), where)
     elif not isinstance(source, Iterable):
@@ -148,14 +155,15 @@ def _checked(found: list[Found], caption_column: str | None, faults: list[Fault]
             wrong = "there is no such file"
         if not wrong and kind is None:
             wrong = f"{each.path.suffix if each.path else ''} is not the suffix of an image or a video"
-        if not wrong and caption in used.get(each.key, ()):
+        place = os.path.abspath(each.path) if each.path else each.key
+        if not wrong and caption in used.get(place, ()):
             wrong = "this file is listed twice with the same caption: use a column of weights instead"
         if wrong or each.path is None or caption is None or kind is None:
             faults.append(Fault(each.key, wrong))
             continue
         # A file may have several captions: the items are numbered.
-        number = len(used.setdefault(each.key, set()))
-        used[each.key].add(caption)
+        number = len(used.setdefault(place, set()))
+        used[place].add(caption)
         items.append(Item(each.key + (f"@{number + 1}" if number else ""), each.path, kind, caption, each.row))
     return items
 

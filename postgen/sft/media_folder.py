@@ -79,7 +79,7 @@ def _file(file: Path, folder: Path, row: dict[str, Any] | None, shared: dict[Pat
         return Found(key, file, {}, str(error))
     if not caption:
         return Found(key, file, {}, f"its caption {beside.name} is empty: say what it shows")
-    return Found(key, file, {"prompt": caption}, "")
+    return Found(key, file, {"prompt": caption}, "", caption=caption)
 
 
 def _walk(folder: Path, where: str) -> Iterator[tuple[Path, list[str]]]:

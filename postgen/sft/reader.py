@@ -147,7 +147,10 @@ def _as_number(value: Any) -> Any:
 
 
 def split(clips: Sequence[Clip], share: float) -> tuple[list[Clip], list[Clip]]:
-    """Return training and held-out clips: all clips of a file, and of equal files, are on the same side.
+    """Return training and held-out clips.
+
+    All clips of a file, of equal files, and of the shots that `postgen curate` cut from one video are on the same
+    side.
 
     Args:
         clips: all clips.
@@ -155,21 +158,30 @@ def split(clips: Sequence[Clip], share: float) -> tuple[list[Clip], list[Clip]]:
             side, except that 0 holds out none.
 
     Raises:
-        UserError: there are fewer than two files.
+        UserError: there are fewer than two different files.
     """
     if not share:
         return list(clips), []
     names: dict[str, str] = {}
     for clip in clips:
-        key = re.sub(r"@\d+$", "", clip.item.key)  # several captions of a file
-        names[clip.content] = min(names.get(clip.content, key), key)
-    places = {content: _place(name) for content, name in names.items()}
+        names[clip.content] = min(names.get(clip.content, _origin(clip)), _origin(clip))
+    places = {name: _place(name) for name in names.values()}
     if len(places) < 2:
         raise UserError("eval_share needs at least two different files in train_dataset: add some, or set it to 0")
-    held = {content for content, place in places.items() if place < share}
-    held |= {min(places, key=lambda content: places[content])}
-    held -= {max(places, key=lambda content: places[content])}
-    return [clip for clip in clips if clip.content not in held], [clip for clip in clips if clip.content in held]
+    order = sorted(places, key=lambda name: places[name])
+    held = {order[0], *(name for name in order[:-1] if places[name] < share)}
+    sides: tuple[list[Clip], list[Clip]] = [], []
+    for clip in clips:
+        sides[names[clip.content] in held].append(clip)
+    return sides
+
+
+def _origin(clip: Clip) -> str:
+    """Return the name of the file of a clip, or of the video from which its file was cut."""
+    row = clip.item.row
+    if "first_frame" in row and isinstance(row.get("source"), str):
+        return str(row["source"])
+    return re.sub(r"@\d+$", "", clip.item.key)  # several captions of a file
 
 
 def _place(name: str) -> float:

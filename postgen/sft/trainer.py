@@ -34,8 +34,10 @@ from postgen.training.run_curves import Curves
 
 from .config import SftConfig
 from .data import Batch, SftData
+from .dataset_rows import holds_dataset
 from .drawn_samples import DrawnSamples, Wanted
 from .held_out import HeldOut
+from .items import read_items
 from .noise import NoiseLevels, loss_weight
 
 
@@ -91,6 +93,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode clips and captions; return the trained modules."""
+        self._check_captions()
         args, trained = self.args, self._load()
         denoiser = self.policy.denoiser
         self._held_out = HeldOut(self.levels, args.eval_noise_levels, args.seed, args.folder / "evaluation")
@@ -112,6 +115,18 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         if vae is not None and not args.eval_samples:  # nothing is decoded
             vae.to("cpu")
         return trained
+
+    def _check_captions(self) -> None:
+        """Check names and captions of the clips in files and folders, before a large model is loaded."""
+        args = self.args
+        for given, place, where in (
+            (self._given[0], args.train_dataset, "train_dataset"),
+            (self._given[1], args.eval_dataset, "eval_dataset"),
+        ):
+            path = Path(place or "").expanduser()
+            plain = path.is_file() or (path.is_dir() and not holds_dataset(path))
+            if given is None and place and plain and not args.skip_bad:
+                read_items(place, caption_column=args.caption_column, where=where)
 
     def _load(self) -> dict[str, nn.Module]:
         """Load the model, add adapters, check the settings against it, and return the trained networks."""
@@ -143,7 +158,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             print(memory_table(plan))
         return TrainResult(global_step=0, reason=Reason.DONE, metrics=numbers)
 
-    def _negative_condition(self) -> Condition:
+    def _negative_condition(self) -> dict[str, Tensor]:
         """Return the condition entries of the negative prompt, which only samples with guidance need."""
         if not self.args.eval_samples or self._samples.guidance <= 1:
             return {}
@@ -253,14 +268,13 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         """Return the loss of held-out clips at fixed noise, its change since the first evaluation, and rewards."""
         if not self.data.eval_count:
             return {}
-        args, main = self.args, self.accelerator.is_main_process
+        args, step = self.args, self.global_step
+        writes = self.accelerator.is_main_process and not self.on_trial
         with self._networks(wrapped=False):
-            found = self._held_out.measure(
-                self._own_batches(args.eval_clips), self._held_out_errors, self.global_step, main=main
-            )
+            batches = self._own_batches(args.eval_clips)
+            found = self._held_out.measure(batches, self._held_out_errors, step, writes=writes)
             if args.eval_samples:
-                folder = args.folder / "samples"
-                found |= self._samples.run(self._wanted(), args.seed, folder, self.global_step, main=main)
+                found |= self._samples.run(self._wanted(), args.seed, args.folder / "samples", step, writes=writes)
         return found
 
     def _own_batches(self, wanted: int) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -302,17 +316,28 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of micro-batches so far, what identifies the data, and the first held-out losses."""
-        return {"micro": self._micro, "data": digest(self.data.inputs()), "first_losses": self._held_out.first}
+        data, held_out = self._digests()
+        return {"micro": self._micro, "data": data, "held_out": held_out, "first_losses": self._held_out.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state.
+        """Restore the state. With another evaluation, its first losses are measured anew.
 
         Raises:
             UserError: the run was trained on other clips.
         """
-        self._check_data(state["data"])
+        data, held_out = self._digests()
+        if state["data"] != data:
+            raise UserError(
+                "the checkpoint was trained on other clips, captions or buckets: give the same data (train_dataset,"
+                " eval_share), or start a new run from its weights with init_from"
+            )
         self._micro = int(state["micro"])
-        self._held_out.first = state["first_losses"]
+        self._held_out.first = state["first_losses"] if state["held_out"] == held_out else {}
+
+    def _digests(self) -> tuple[str, str]:
+        """Return what identifies the training clips, and the held-out clips with their noise levels."""
+        inputs = self.data.inputs()
+        return inputs["train_dataset"], digest([inputs["eval_dataset"], self.args.eval_noise_levels])
 
     def state_of_others(self, states: Sequence[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state for another number of processes, which is possible with equal batches and steps.
@@ -332,13 +357,6 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             )
             raise UserError(f"its steps have {parts * len(states)} micro-batches of {size} clips: {way}")
         return {**states[0], "micro": states[0]["micro"] * len(states) // processes}
-
-    def _check_data(self, before: str) -> None:
-        if before != digest(self.data.inputs()):
-            raise UserError(
-                "the checkpoint was trained on other clips, captions or buckets: give the same data (train_dataset,"
-                " eval_dataset, eval_share), or start a new run from its weights with init_from"
-            )
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained networks, and a model card, into an export folder."""

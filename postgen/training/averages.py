@@ -20,7 +20,8 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from postgen.errors import UserError
-from postgen.families.lora_sums import low_rank_sum
+from postgen.families.lora_layers import Layer
+from postgen.families.lora_sums import low_rank_sum, padded, shaped
 from postgen.tensor_files import opened
 
 from . import checkpoint
@@ -29,14 +30,15 @@ from .config import TrainingConfig
 from .curves import weights_of
 from .logging import say
 from .run_state import RunState
-from .swap import WeightsCopy
+from .swap import HostCopy
 
 T = TypeVar("T")
-REPORT = "merge.json"
+REPORT = "merge_last.json"
 """Name of the report in an export."""
 _UP = ".lora_B."
-_INEXACT = ("lora_magnitude_vector", "lora_embedding_")
-"""Parts of the names of adapters whose average is not that of their effect."""
+_INEXACT = ("lora_magnitude_vector", "lora_embedding_", ".aux_up")
+"""Parts of the names of adapters whose average is not that of their effect: DoRA, adapters of embeddings, and branches
+of quantised layers, which have a gain for each component."""
 
 
 class Average(NamedTuple):
@@ -61,8 +63,8 @@ def check(args: TrainingConfig, trained: Iterable[str]) -> None:
     setting = "merge_last" if args.merge_last else "rescue_spike" if args.rescue_spike else ""
     if setting and (bad := next((name for name in trained if any(part in name for part in _INEXACT)), "")):
         raise UserError(
-            f"{setting} averages checkpoints, but {bad} is part of an adapter (DoRA, or of an embedding) whose effect"
-            f" cannot be averaged: leave {setting} out, or train a plain LoRA"
+            f"{setting} averages checkpoints, but {bad} is part of an adapter (DoRA, of an embedding, or a branch of a"
+            f" quantised layer) whose effect cannot be averaged: leave {setting} out, or train a plain LoRA"
         )
 
 
@@ -157,16 +159,11 @@ def _product(
     ups: Sequence[Tensor], downs: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Return up and down whose product is the weighted sum of the products, cut to their rank, and its energies."""
-    rank = len(downs[0])
-    pairs = [(up.flatten(1), down.flatten(1)) for up, down in zip(ups, downs, strict=True)]
-    low = low_rank_sum(pairs, weights)
-    up, down = low.factors(rank)
-    # A weight that is narrower than the rank has fewer singular values: the other rows are zeros.
-    wide = torch.zeros(ups[0].shape[0], rank, dtype=up.dtype)
-    wide[:, : up.shape[1]] = up
-    tall = torch.zeros(rank, down.shape[1], dtype=down.dtype)
-    tall[: len(down)] = down
-    return wide.reshape(ups[0].shape).to(ups[0]), tall.reshape(downs[0].shape).to(downs[0]), low.energy(rank)
+    rank, like = len(downs[0]), Layer(downs[0], ups[0])
+    low = low_rank_sum([(up.flatten(1), down.flatten(1)) for up, down in zip(ups, downs, strict=True)], weights)
+    # A weight that is narrower than the rank has fewer singular values.
+    merged = padded(shaped(low, rank, like), rank)
+    return merged.up.to(ups[0]), merged.down.to(downs[0]), low.energy(rank)
 
 
 def alike(found: Average, device: torch.device) -> Average:
@@ -269,7 +266,7 @@ class LastCheckpoints:
         """Make the average of some checkpoints the weights of evaluations and exports; return the retained energy."""
         found = alike(average(folders, weights, self.parts.named), self.accelerator.device)
         if self.parts.merged is None:
-            self.parts.merged = WeightsCopy(self.parts.modules)
+            self.parts.merged = HostCopy(self.parts.modules)
         self.parts.merged.load(found.tensors)
         return found.retained
 

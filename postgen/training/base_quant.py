@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from postgen.errors import UserError
 from postgen.families.quantization_configs import registered_config
@@ -56,3 +58,17 @@ def quantization_of(kind: BaseQuant, networks: Iterable[str], device: torch.devi
     else:
         config = registered_config("postgen")(weight=_OWN[kind])
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(networks, config))
+
+
+_CONSTANT: WeakSet[nn.Module] = WeakSet()
+
+
+def mark_constant(network: nn.Module) -> None:
+    """Note that the quantised layers of a network do not change, so that checkpoints leave them out."""
+    layers = (part for part in network.modules() if isinstance(part, nn.Linear))
+    _CONSTANT.update(layer for layer in layers if not layer.weight.is_floating_point())
+
+
+def constant_in(module: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes, with a dot at the end, of the names of tensors that `mark_constant` noted in a module."""
+    return tuple(f"{name}." for name, part in module.named_modules() if part in _CONSTANT)

@@ -90,14 +90,23 @@ class MemoryPlan:
             kept -= self.networks * max(0, saving.offload_blocks - 2) * block
         return int(kept)
 
-    def peak(self, saving: Saving) -> int:
-        """Return the largest number of bytes: of a step, or of the encoding of prompts and clips before the first."""
-        weights = self.weights(saving)
-        used = [size for name, size in self.others.items() if name not in self.unused]
-        step = weights + self.training(saving) + self.activations.get(saving.gradient_checkpointing, 0) + self.extra
-        if saving.offload_frozen:
-            return max(step, weights + max(self.others.values(), default=0))
-        return max(step + sum(used), weights + sum(self.others.values()))
+    def step(self, saving: Saving) -> int:
+        """Return the largest number of bytes during a step."""
+        used = 0 if saving.offload_frozen else sum(n for name, n in self.others.items() if name not in self.unused)
+        activations = self.activations.get(saving.gradient_checkpointing, 0)
+        return self.weights(saving) + self.training(saving) + used + activations + self.extra
+
+    def encoding(self, saving: Saving) -> int:
+        """Return the bytes of weights during the encoding of prompts and clips, before the first step.
+
+        With `offload_frozen` a component for which a card has too little memory runs in main memory.
+        """
+        sizes = self.others.values()
+        return self.weights(saving) + (max(sizes, default=0) if saving.offload_frozen else sum(sizes))
+
+    def needed(self, saving: Saving) -> int:
+        """Return the bytes that a card must have."""
+        return self.step(saving) if saving.offload_frozen else max(self.step(saving), self.encoding(saving))
 
     def ladder(self) -> dict[str, Saving]:
         """Return the configured settings, and then each further saving together with the ones before, by name."""
@@ -193,22 +202,22 @@ def memory_numbers(plan: MemoryPlan) -> dict[str, float]:
     }
     if plan.activations:
         found["bytes/activations"] = float(plan.activations[plan.now.gradient_checkpointing])
-        found["bytes/peak"] = float(plan.peak(plan.now))
+        found["bytes/step"] = float(plan.step(plan.now))
     return found
 
 
 def memory_table(plan: MemoryPlan) -> str:
     """Return a text table: the peak for the configured settings and for further savings, and the cards that have it.
 
-    A card has a peak if `RESERVE` bytes of it are free beside the peak.
+    A card is large enough if `RESERVE` bytes of it are free beside the peak.
     """
     if not plan.activations:
         return f"not counted: activations ({plan.reason})"
-    lines = [f"{'peak memory of a step':32s}{'GiB':>8s}" + "".join(f"{f'{size} GB':>8s}" for size in CARDS)]
+    lines = [f"{'peak memory':32s}{'GiB':>8s}" + "".join(f"{f'{size} GB':>8s}" for size in CARDS)]
     for name, saving in plan.ladder().items():
-        peak = plan.peak(saving)
-        fits = "".join(f"{'yes' if peak + RESERVE <= size * GIGA else '-':>8s}" for size in CARDS)
-        lines.append(f"{name:32s}{peak / GIGA:8.2f}{fits}")
+        needed = plan.needed(saving)
+        fits = "".join(f"{'yes' if needed + RESERVE <= size * GIGA else '-':>8s}" for size in CARDS)
+        lines.append(f"{name:32s}{needed / GIGA:8.2f}{fits}")
     return "\n".join(lines)
 
 

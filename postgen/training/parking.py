@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
@@ -21,7 +22,7 @@ class Parking:
 
     They stay there, for the next call, until another of these components is called or a network runs. The weights
     must not change: the device has a copy, which is dropped. A conversion of the pipeline (`pipe.to(device)`) does not
-    move them.
+    move them. A component for which the device has too little memory runs in main memory, with a warning.
 
     Args:
         parts: the components, such as text encoders and the autoencoder, in eval mode and frozen.
@@ -33,6 +34,7 @@ class Parking:
         self.device = device
         self.parts = list(parts)
         self._here: nn.Module | None = None
+        self._too_large: set[nn.Module] = set()
         self._home: list[tuple[Tensor, Tensor]] = []
         self._undo: list[Callable[[], None]] = []
         for part in self.parts:
@@ -45,15 +47,35 @@ class Parking:
             self._undo.append(network.register_forward_pre_hook(lambda *_: self.park()).remove)
 
     @torch.no_grad()
-    def bring(self, part: nn.Module) -> None:
-        """Move a component to the device, and the one there back to main memory."""
+    def bring(self, part: nn.Module) -> torch.device:
+        """Move a component to the device, and the one there back to main memory; return where the component is then.
+
+        It stays in main memory if the device has too little memory for its weights.
+        """
         if self._here is part:
-            return
+            return self.device
         self.park()
+        if part in self._too_large:
+            return torch.device("cpu")
         self._home = [(tensor, tensor.data) for tensor in (*part.parameters(), *part.buffers())]
-        for tensor, data in self._home:
-            tensor.data = data.to(self.device)
+        try:
+            for tensor, data in self._home:
+                tensor.data = self._moved(data)
+        except torch.OutOfMemoryError:
+            self.park()
+            self._too_large.add(part)
+            size = sum(tensor.nbytes for tensor in part.parameters()) / 2**30
+            warnings.warn(
+                f"the {type(part).__name__} needs {size:.1f} GiB, more than the device has free: it runs in main"
+                " memory, which is slower",
+                stacklevel=2,
+            )
+            return torch.device("cpu")
         self._here = part
+        return self.device
+
+    def _moved(self, data: Tensor) -> Tensor:
+        return data.to(self.device)
 
     @torch.no_grad()
     def park(self) -> None:
@@ -77,8 +99,8 @@ class Parking:
 
         @wraps(call)
         def brought(*args: Any, **kwargs: Any) -> Any:
-            self.bring(part)
-            args, kwargs = tree_map_only(Tensor, lambda each: each.to(self.device), (args, kwargs))
+            place = self.bring(part)
+            args, kwargs = tree_map_only(Tensor, lambda each: each.to(place), (args, kwargs))
             return call(*args, **kwargs)
 
         vars(part)[name] = brought

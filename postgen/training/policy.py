@@ -22,7 +22,7 @@ from postgen.families.lora import save_lora
 from postgen.families.model_folder import Defaults
 from postgen.sampling.schedule import shifted
 
-from .base_quant import quantization_of
+from .base_quant import mark_constant, quantization_of
 from .lora import AdapterConfig, add_adapters
 from .memory_config import MemoryConfig, place_frozen
 from .policy_config import ModelConfig
@@ -213,6 +213,8 @@ def load_model(
             before_placing=None if memory is None else lambda made: place_frozen(made, memory, device),
             quantization=quantization_of(quant, networks, device),
         )
+    for name in networks if quant != "none" else ():
+        mark_constant(getattr(pipe, name))
     pipe.set_progress_bar_config(disable=True)
     return pipe, facts.defaults
 

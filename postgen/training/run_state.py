@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from postgen.errors import UserError
 
+from .base_quant import constant_in
 from .checkpoint import Snapshot, check_names
 from .checkpoint_head import DamagedCheckpoint
 from .ema import Ema
 from .optimizer_state import OptimizerState
 from .sharding import cut_like, drop_gathered, gathered, whole
-from .swap import WeightsCopy, trained_parameters
+from .swap import HostCopy, WeightsCopy, trained_parameters
 
 Weights = dict[str, dict[str, Tensor]]
 """State dict of each model, by model name, with whole (not sharded) tensors."""
@@ -40,7 +41,7 @@ class RunState:
     copies: Mapping[str, WeightsCopy] = field(default_factory=dict)
     """Copies of the trained weights that the method keeps."""
 
-    merged: WeightsCopy | None = None
+    merged: HostCopy | None = None
     """Average of checkpoints that replaces the trained weights in evaluations and exports; None if there is none."""
 
     merge_report: dict[str, Any] = field(default_factory=dict)
@@ -152,11 +153,16 @@ class RunState:
         return {name: gathered(module.state_dict(), keep=keep) for name, module in self.modules.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the trained parameters, and the buffers in the state dicts, by `<model>.<name>`."""
+        """Return the trained parameters, and the buffers in the state dicts, by `<model>.<name>`.
+
+        Buffers of a quantised base (`base_quant`) are left out, because they never change.
+        """
         found: dict[str, Tensor] = dict(self.named)
         for name, module in self.modules.items():
             parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-            found |= {f"{name}.{key}": value for key, value in module.state_dict().items() if key not in parameters}
+            state, constant = module.state_dict(), constant_in(module)
+            buffers = [key for key in state if key not in parameters and not key.startswith(constant)]
+            found |= {f"{name}.{key}": state[key] for key in buffers}
         return found
 
     def _copies(self) -> dict[str, Tensor]:

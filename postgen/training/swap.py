@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .sharding import cut_like, drop_gathered, local
 
@@ -45,7 +46,7 @@ class StandIn:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Swap the values into the models; on exit, restore the trained weights bit by bit."""
-        trained = [local(parameter).clone() for parameter in self._parameters]
+        trained = [self._saved(parameter) for parameter in self._parameters]
         try:
             # Inside `try`, so that an interrupted write is undone as well.
             self._write(self.values)
@@ -62,6 +63,10 @@ class StandIn:
         """Set the values from whole (not sharded) tensors with the same names and shapes."""
         for name, value in self.tensors().items():
             value.copy_(cut_like(tensors[name], value))
+
+    def _saved(self, parameter: nn.Parameter) -> Tensor:
+        """Return a copy of the shard of this process of a trained weight."""
+        return local(parameter).clone()
 
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
@@ -83,3 +88,28 @@ class WeightsCopy(StandIn):
         """Move the copy towards the weights: decay * copy + (1 - decay) * weights."""
         for value, parameter in zip(self.values, self._parameters, strict=True):
             local(value).lerp_(local(parameter), 1 - decay)
+
+
+class HostCopy(StandIn):
+    """A copy of the trained weights in the memory of the CPU, for values that are swapped in rarely.
+
+    While the values are swapped in, the trained weights are in the memory of the CPU too. Sharded weights stay on
+    their devices.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        super().__init__(models)
+        self.values = [
+            parameter.detach().clone() if isinstance(parameter, DTensor) else self._saved(parameter)
+            for parameter in self._parameters
+        ]
+
+    def _saved(self, parameter: nn.Parameter) -> Tensor:
+        own = local(parameter)
+        return own.clone() if isinstance(parameter, DTensor) else own.to("cpu", copy=True)
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        drop_gathered(self._models)
+        for parameter, value in zip(self._parameters, values, strict=True):
+            local(parameter).copy_(local(value))

@@ -335,3 +335,24 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write_lora(tmp_path / "file" / "out.safetensors", tensors, report)
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "text"),
+    [
+        ({"rank": 2, "settings": None}, [], "has the ranks 4 and 2"),
+        ({"shapes": {"blocks.0.attn1.to_q": (24, 24)}}, [], "only one of the two changes these layers"),
+        ({"shapes": {**SHAPES, "blocks.0.attn1.to_k": (24, 32)}}, [], "has the shapes (24, 24) and (24, 32)"),
+        (DORA, [], "has DoRA magnitudes"),
+        ({"x.lora_A.weight": torch.full((4, 24), torch.nan)}, [], "NaN or infinity"),
+        ({}, ["--rank", "0"], "rank"),
+        ({}, ["--method", "ties", "--density", "2"], "density"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, cli, change, options, text):
+    files = [lora(tmp_path, "a"), lora(tmp_path, "b", **change)]
+    done = cli("merge", *files, "-o", tmp_path / "out", *options)
+    assert done.code == 2
+    assert text in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from postgen.errors import UserError
+from postgen.merging import MergeConfig, PowerAverage, merge
 from postgen.merging.posthoc_ema import Profile, beta, gamma_of, inner, power_weights, sigma_rel_of, solve
 
 
@@ -42,6 +46,43 @@ def test_an_average_is_rebuilt_from_two_others() -> None:
     nearest = min(float((kept[gamma, 1600] - true).norm()) for gamma in stored)
     assert float((rebuilt - true).norm()) < 0.05 * nearest
     assert float((weights[-1] - true).norm()) > nearest
+
+
+def test_stored_averages_of_a_training_give_one_that_was_not_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 4)
+    net.bias.requires_grad_(False)
+    kept = [PowerAverage(net, width) for width in (0.05, 0.1)]
+    wanted = PowerAverage(net, 0.07)
+    files = []
+    for step in range(1, 201):
+        with torch.no_grad():
+            net.weight += 0.1 * torch.randn(4, 4)
+        for average in (*kept, wanted):
+            average.update()
+        if step % 20 == 0:
+            files += [average.save(tmp_path) for average in kept]
+    assert files[0].name == "ema-0.05-20.safetensors"
+    merge(files, tmp_path / "out.safetensors", MergeConfig(method="posthoc_ema", sigma_rel=0.07))
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {"weight"}
+    error = (found["weight"] - wanted.values["weight"]).norm()
+    nearest = min((average.values["weight"] - wanted.values["weight"]).norm() for average in kept)
+    assert error < 0.2 * nearest
+    again = PowerAverage(net, 0.1)
+    again.load(tmp_path / "ema-0.1-200.safetensors")
+    again.update()
+    kept[1].update()
+    assert again.step == 201
+    assert torch.equal(again.values["weight"], kept[1].values["weight"])
+    with pytest.raises(UserError, match=r"is no average with sigma_rel 0\.05"):
+        kept[0].load(tmp_path / "ema-0.1-200.safetensors")
+    with pytest.raises(UserError, match=r"holds other parameters: 0\.weight is in one only"):
+        PowerAverage(torch.nn.Sequential(net), 0.1).load(tmp_path / "ema-0.1-200.safetensors")
+    with pytest.raises(UserError, match="step must be at least 1"):
+        PowerAverage(net, 0.1).save(tmp_path)
+    with pytest.raises(UserError, match="no trained parameters"):
+        PowerAverage(torch.nn.Identity(), 0.1)
 
 
 def test_a_stored_average_is_itself() -> None:

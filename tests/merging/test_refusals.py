@@ -205,6 +205,23 @@ def test_loras_that_cannot_be_merged(tmp_path: Path, tiny_wan: Path, cli: Any) -
     assert "the name" not in refused(cli, tmp_path, one, tmp_path / "absent", output="x.safetensors")
 
 
+def test_loras_of_two_experts(tmp_path: Path, tiny_wan: Path, cli: Any) -> None:
+    both = []
+    for name in ("one", "two"):
+        for expert in ("transformer", "transformer_2"):
+            folder = lora(tiny_wan, tmp_path / name / expert)
+            (folder / "lora.json").write_text(json.dumps({"pipeline": "WanPipeline", "network": expert}))
+        both.append(tmp_path / name)
+    assert cli("merge", *both, "-o", tmp_path / "merged").code == 0
+    report = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert report["lora"].keys() == {"transformer", "transformer_2"}
+    for expert in ("transformer", "transformer_2"):
+        assert json.loads((tmp_path / "merged" / expert / "lora.json").read_text())["network"] == expert
+    told = refused(cli, tmp_path, *both, output="x.safetensors")
+    assert "the LoRAs of two networks: give a folder" in told
+    assert "others have one LoRA only" in refused(cli, tmp_path, both[0], both[1] / "transformer")
+
+
 def test_runs_that_cannot_be_merged(tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
     (run / "checkpoint-3").mkdir(parents=True)

@@ -39,11 +39,11 @@ def captioned(path: Path, caption: str) -> Path:
     return path
 
 
-def folder_of_clips(folder: Path) -> Path:
-    """Write four videos of 9 frames and two pictures, with captions."""
-    for number in range(4):
+def folder_of_clips(folder: Path, videos: int = 4, pictures: int = 2) -> Path:
+    """Write videos of 9 frames and pictures, with captions."""
+    for number in range(videos):
         captioned(video(folder / f"clip{number}.mp4", seed=number), f"clip {number}")
-    for number in range(2):
+    for number in range(pictures):
         captioned(picture(folder / f"picture{number}.png", seed=number), f"picture {number}")
     return folder
 

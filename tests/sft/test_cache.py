@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 from functools import partial
@@ -74,8 +73,10 @@ def test_entries_are_made_once(tmp_path: Path, model: Any, clips: Path, written:
     assert same(first, again)
 
 
-def test_what_changed_is_encoded_again(tmp_path: Path, model: Any, clips: Path, written: list[str]) -> None:
-    source = shutil.copytree(clips, tmp_path / "clips")
+def test_what_changed_is_encoded_again(
+    tmp_path: Path, model: Any, written: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder_of_clips(tmp_path / "clips", 2, 0)
     base = settings(source, cache_dir=str(tmp_path / "cache"))
 
     def new(config: Any = base, other: Any = model) -> list[str]:
@@ -91,7 +92,9 @@ def test_what_changed_is_encoded_again(tmp_path: Path, model: Any, clips: Path, 
     assert new() == ["latents"]
     assert len(written) == 1
     assert new(settings(source, cache_dir=base.cache_dir, frame_selection="uniform")) == [], "9 frames of 9 are equal"
+    assert "other settings" not in capsys.readouterr().err
     assert new(settings(source, cache_dir=base.cache_dir, num_frames=5)) == ["latents"]
+    assert "was filled with other settings (num_frames): 2 clips encoded anew" in capsys.readouterr().err
     assert new(settings(source, cache_dir=base.cache_dir, cache_dtype="float16")) == ["latents"]
     os.rename(source / "clip1.mp4", source / "renamed.mp4")
     os.rename(source / "clip1.txt", source / "renamed.txt")
@@ -101,6 +104,7 @@ def test_what_changed_is_encoded_again(tmp_path: Path, model: Any, clips: Path, 
     with torch.no_grad():
         next(other[0].text_encoder.parameters()).add_(0.1)
     assert new(other=other) == ["captions"]
+    assert "text encoders): 3 captions encoded anew" in capsys.readouterr().err
     with torch.no_grad():
         next(other[0].vae.parameters()).add_(0.1)
     assert new(other=other) == ["latents"]
@@ -180,6 +184,26 @@ def test_zeros_at_the_end_of_an_encoding_are_not_stored(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], made[name]) and found[name].dtype == made[name].dtype for name in made)
     empty = {"prompt": torch.zeros(1, 5, 3)}
     assert torch.equal(cache.get("cd34", lambda: empty)["prompt"], empty["prompt"])
+
+
+def test_the_last_used_entries_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_MEMORY", 2 * 400)  # two entries of 100 values
+    cache, made = Cache(tmp_path), list[int]()
+
+    def make(number: int) -> dict[str, torch.Tensor]:
+        made.append(number)
+        return {"x": torch.full((100,), float(number))}
+
+    entries = [(f"{number:02}", partial(make, number)) for number in range(3)]
+    cache.fill(entries)
+    for number in (0, 1, 0, 2):
+        assert float(cache.get(*entries[number])["x"][0]) == number
+    for key, _ in entries:
+        cache.place(key).unlink()
+    assert [float(cache.get(*entries[number])["x"][0]) for number in (0, 2)] == [0, 2]
+    assert made == [0, 1, 2], "both are in memory"
+    cache.get(*entries[1])
+    assert made == [0, 1, 2, 1], "the one used the longest time ago is not"
 
 
 def test_a_held_entry_is_waited_for(tmp_path: Path) -> None:

@@ -112,6 +112,19 @@ def test_held_out_files_depend_on_their_keys(tmp_path: Path, model: Any, clips: 
     assert {"zcopy"} == {clip.key.partition(".")[0] for clip in again.held_out if clip.key not in held} - {"later"}
 
 
+def test_shots_of_one_video_are_on_the_same_side(tmp_path: Path, model: Any, clips: Path) -> None:
+    """The rows are those of `postgen curate`."""
+    rows = [
+        {"video": str(clips / f"clip{n}.mp4"), "prompt": f"{n}", "source": f"film{n % 2}", "first_frame": 9 * n}
+        for n in range(4)
+    ]
+    data = built(model, settings(None, eval_share=0.01), tmp_path, train=rows)
+    assert {clip.item.row["source"] for clip in data.held_out}.isdisjoint(c.item.row["source"] for c in data.clips)
+    assert len(data.held_out) == 2
+    with pytest.raises(UserError, match="at least two different files"):
+        built(model, settings(None, eval_share=0.5), tmp_path, train=rows[::2])
+
+
 def test_eval_dataset(tmp_path: Path, model: Any, clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     captioned(video(other / "a.mp4", seed=77), "held out")

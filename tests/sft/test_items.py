@@ -31,11 +31,15 @@ def test_folder_with_captions_beside_the_files(tmp_path: Path) -> None:
     captioned(empty(tmp_path / "more" / "c.webm"), "two balls")
     empty(tmp_path / ".hidden.mp4")
     (tmp_path / "notes.txt").write_text("not a caption")
-    assert told(tmp_path) == [
-        ("a.PNG", "image", "a cube"),
-        ("b.mp4", "video", "a ball"),
-        ("more/c.webm", "video", "two balls"),
-    ]
+    assert (
+        told(tmp_path)
+        == told(tmp_path, caption_column="title")
+        == [
+            ("a.PNG", "image", "a cube"),
+            ("b.mp4", "video", "a ball"),
+            ("more/c.webm", "video", "two balls"),
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -130,6 +134,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "clip is a number": (_rows({"video": 5, "prompt": "x"}), "video is 5, it must be the path"),
     "unknown suffix": (_rows({"file_name": "rows.jsonl", "prompt": "x"}), "not the suffix of an image or a video"),
     "listed twice": (_rows(*[{"video": "a.mp4", "prompt": "x"}] * 2), "listed twice with the same caption"),
+    "listed under two names": (
+        _rows({"video": "a.mp4", "prompt": "x"}, {"video": "./a.mp4", "prompt": "x"}),
+        "1 of 2 files or rows .* listed twice",
+    ),
     "not an object": (_rows(3), "it must be an object"),
     "not JSON": (_folder(rows_jsonl="{"), "holds no image or video"),
     "metadata without file_name": (_folder(a_mp4="", metadata_jsonl='{"text": "x"}'), "file_name is None"),

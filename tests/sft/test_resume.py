@@ -16,7 +16,7 @@ from postgen.errors import UserError
 from postgen.sft.trainer import SftTrainer
 from postgen.train import main
 from tests.children import Child
-from tests.sft.train_clips import RUN, lines_of, settings, trained, write_clips
+from tests.sft.train_clips import RUN, lines_of, settings, trained, two_experts, write_clips
 from tests.training.pair import run_pair
 
 PARTS = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -52,8 +52,8 @@ def parts(folder: Path, step: int = STEPS) -> dict[str, bytes]:
     return {name: (folder / f"checkpoint-{step}" / name).read_bytes() for name in PARTS}
 
 
-def exported(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "export" / "pytorch_lora_weights.safetensors")
+def exported(folder: Path, part: str = ".") -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / part / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize(("point", "step"), [("step", 3), ("checkpoint", 4)])
@@ -82,11 +82,20 @@ def test_other_clips_are_refused_on_resume(place: Path, capsys: pytest.CaptureFi
     assert "was trained on other clips, captions or buckets: give the same data" in last
 
 
+def test_other_held_out_clips_begin_a_new_comparison(place: Path) -> None:
+    shutil.copytree(place / "straight", place / "again")
+    write_clips(place / "others", videos=1, pictures=1)
+    words = ["--resume", "--max_steps", "7", "--eval_dataset", str(place / "others"), "--eval_steps", "7"]
+    assert main([str(recipe(place, "again")), *words]) == 0
+    last = [row for row in lines_of(place / "again") if "eval_loss" in row][-1]
+    assert (last["step"], last["eval_loss_change"], last["eval_loss_change_se"]) == (7, 0, 0)
+
+
 def test_another_number_of_processes_needs_equal_steps(place: Path) -> None:
     """One process continues the steps of two, with twice the accumulation; other numbers are refused."""
     run = SftTrainer(settings(place / "new", place / "clips", gradient_accumulation_steps=4))
     before = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    state = {"micro": 6, "data": "x", "first_losses": {}}
+    state = {"micro": 6, "data": "x", "held_out": "y", "first_losses": {}}
     assert run.state_of_others([state, state], before)["micro"] == 12
     for changes, message in (
         ({"gradient_accumulation_steps": 2}, "set per_device_train_batch_size 2 and gradient_accumulation_steps 4"),
@@ -108,18 +117,38 @@ def pair_changes(folder: Path, parts: int) -> dict[str, Any]:
     return {**held, "max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": parts}
 
 
-JOBS = [two]
+def sharded(folder: Path) -> None:
+    """Train with sharded weights, whose evaluation all processes share."""
+    words = {"fully_shard": True, "eval_samples": 2, "eval_guidance_scale": 2.0}
+    run = trained(str(folder / "model"), folder / "sharded", folder / "clips", **pair_changes(folder, 1), **words)
+    assert run.sharded
+
+
+def experts(folder: Path) -> None:
+    """Train two experts, of which a process calls only those that its noise levels need."""
+    trained(str(folder / "two"), folder / "experts", folder / "clips", **pair_changes(folder, 1), noise_shift=9.0)
+
+
+def refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="set train_experts high or low, or train without fully_shard"):
+        trained(str(folder / "two"), folder / "refused", folder / "clips", **pair_changes(folder, 1), fully_shard=True)
+
+
+JOBS = [two, sharded, experts, refused]
 
 
 def test_two_processes_train_like_one(place: Path) -> None:
     """Two processes draw the clips, noise and levels of one process with twice the gradient accumulation."""
+    two_experts(place / "model").save_pretrained(place / "two")
     run_pair("tests.sft.test_resume:JOBS", place, seconds=100)
-    trained(str(place / "model"), place / "alone", place / "clips", **pair_changes(place, 2))
-    pair, alone = (
-        load_file(place / name / "export" / "pytorch_lora_weights.safetensors") for name in ("pair", "alone")
-    )
-    assert pair.keys() == alone.keys()
-    for name, value in pair.items():
-        assert (value - alone[name]).abs().max() < 1e-5, name
-    losses = [[row["eval_loss"] for row in lines_of(place / name) if "eval_loss" in row] for name in ("pair", "alone")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    words = {"eval_samples": 2, "eval_guidance_scale": 2.0}
+    trained(str(place / "model"), place / "alone", place / "clips", **pair_changes(place, 2), **words)
+    trained(str(place / "two"), place / "experts-alone", place / "clips", **pair_changes(place, 2), noise_shift=9.0)
+    for name, other in (("pair", "alone"), ("sharded", "alone"), ("experts", "experts-alone")):
+        for part in ("transformer", "transformer_2") if name == "experts" else (".",):
+            found, alone = exported(place / name, part), exported(place / other, part)
+            assert found.keys() == alone.keys()
+            for key, value in found.items():
+                assert (value - alone[key]).abs().max() < 1e-5, (name, key)
+        losses = [[row["eval_loss"] for row in lines_of(place / run) if "eval_loss" in row] for run in (name, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)

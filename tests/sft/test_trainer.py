@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from postgen.sampling.seeds import normal, seed_of
 from postgen.sft.held_out import compared
 from postgen.sft.trainer import SftTrainer
 from tests.families.tiny_pipelines import tiny_pipeline
-from tests.sft.train_clips import lines_of, settings, trained, write_clips
+from tests.sft.train_clips import lines_of, settings, trained, two_experts, write_clips
 from tests.training.tiny import TinyConfig
 
 
@@ -34,15 +35,6 @@ def pipeline(folder: Path, **words: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(folder, **words)
-
-
-def two_experts(folder: Path) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    pipe = pipeline(folder, boundary_ratio=0.9)
-    torch.manual_seed(1)
-    pipe.register_modules(transformer_2=WanTransformer3DModel.from_config(pipe.transformer.config).eval())
-    return pipe
 
 
 def started(model: Any, folder: Path, clips: Path, **changes: Any) -> SftTrainer:
@@ -184,9 +176,30 @@ def test_samples_and_their_rewards(tiny_wan: Path, clips: Path, held: Path, tmp_
     assert "before.png" in card
     assert '"caption_dropout": 0.1' in card
     assert "decay 0.5" in card
-    assert run.policy.adapter is not None
+    # Plain diffusers with the LoRA file computes what the trained model computes.
     pipe = pipeline(tiny_wan)
+    before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
     pipe.load_lora_weights(tmp_path / "export")
+    x, told = torch.randn(1, 4, 2, 2, 4), run.data.batch(0, 0, 0).conditions["prompt"][:1]
+    call = {"hidden_states": x, "timestep": torch.tensor([500.0]), "encoder_hidden_states": told}
+    with run.for_inference():
+        wanted = run.unwrap("transformer")(**call).sample
+        torch.testing.assert_close(pipe.transformer(**call).sample, wanted)
+        pipe.unload_lora_weights()
+        assert not torch.allclose(pipe.transformer(**call).sample, wanted)
+    assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+
+
+def test_the_last_checkpoints_are_merged_on_request(tiny_wan: Path, clips: Path, held: Path, tmp_path: Path) -> None:
+    """The held-out loss decides; the table is that of the weights before the merge, not of the trial."""
+    words = {"eval_dataset": str(held), "save_steps": 1, "max_steps": 2, "merge_last": 2}
+    trained(tiny_wan, tmp_path, clips, **words, merge_metric="eval_loss", merge_keep="always")
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "loss-000002.jsonl").read_text().splitlines()]
+    losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
+    assert losses.mean().item() == pytest.approx(lines_of(tmp_path)[-1]["merge/last"])
+    assert (tmp_path / "export" / "merge_last.json").is_file()
+    assert "merge/merged" in lines_of(tmp_path)[-1]
+    pipeline(tiny_wan).load_lora_weights(tmp_path / "export")
 
 
 def brightness(completions: list[Tensor]) -> list[float]:
@@ -218,6 +231,13 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, clips:
         SftTrainer(settings(tmp_path, clips, **changes))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_captions_are_checked_before_the_model_is_loaded(clips: Path, tmp_path: Path) -> None:
+    shutil.copytree(clips, tmp_path / "clips")
+    (tmp_path / "clips" / "0.txt").unlink()
+    with pytest.raises(UserError, match=r"0\.mp4"):
+        trained("no/such-model", tmp_path / "run", tmp_path / "clips")
 
 
 def test_other_arguments_are_refused(tmp_path: Path) -> None:

@@ -62,6 +62,16 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("step_time", "seconds")} for row in rows]
 
 
+def two_experts(folder: Path) -> Any:
+    """Return a Wan pipeline with two experts, whose noise levels meet at 0.9."""
+    from diffusers import DiffusionPipeline, WanTransformer3DModel
+
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, boundary_ratio=0.9)
+    torch.manual_seed(1)
+    pipe.register_modules(transformer_2=WanTransformer3DModel.from_config(pipe.transformer.config).eval())
+    return pipe
+
+
 @dataclass(kw_only=True)
 class KilledConfig(SftConfig):
     may_change: ClassVar[tuple[str, ...]] = ("kill_at", "kill_step")

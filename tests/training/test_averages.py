@@ -2,28 +2,23 @@
 
 import json
 import math
+import signal
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from postgen.errors import UserError
+from postgen.train import main
 from postgen.training import Reason
-from postgen.training.averages import average, greedy, kept, sound
+from postgen.training.averages import average, check, greedy, kept, sound
 from postgen.training.averages_config import MergeConfig
 from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.curves import KINDS, weights_of
-from tests.training.tiny import TinyConfig, TinyTrainer
-
-
-class MeasuredTrainer(TinyTrainer):
-    """Evaluates the error on fixed samples; `report` has the metrics of each evaluation."""
-
-    def evaluate(self):
-        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-        error = float((self.unwrap("net")(x) - x.sum(1, keepdim=True)).square().mean())
-        return {"loss": error, "score": -error}
+from tests import children
+from tests.training.measured import MeasuredConfig, MeasuredTrainer
 
 
 class LoraTrainer(MeasuredTrainer):
@@ -44,7 +39,7 @@ def trainer(tmp_path):
     def make(name="run", kind=MeasuredTrainer, **settings):
         settings = {"max_steps": 12, "learning_rate": 3e-2, "disable_tqdm": True, "report_to": [], **settings}
         settings = {"save_steps": 3, "per_device_train_batch_size": 4, **settings}
-        return kind(TinyConfig(output_dir=str(tmp_path / name), device="cpu", **settings))
+        return kind(MeasuredConfig(output_dir=str(tmp_path / name), device="cpu", **settings))
 
     return make
 
@@ -57,7 +52,7 @@ def lines(run):
 
 
 def report(run):
-    return json.loads((run.args.folder / "export" / "merge.json").read_text())
+    return json.loads((run.args.folder / "export" / "merge_last.json").read_text())
 
 
 def exported(run):
@@ -134,10 +129,24 @@ def test_a_killed_run_resumes_to_the_same_merge(trainer):
     assert all(torch.equal(value, before[name]) for name, value in exported(last).items())
 
 
+def test_a_run_that_is_killed_while_it_merges_resumes_to_the_same_export(trainer, tmp_path):
+    whole = trainer("whole", **MERGE)
+    whole.train()
+    path, settings = tmp_path / "recipe.yaml", whole.args.to_dict() | {"output_dir": str(tmp_path / "run")}
+    settings |= {"method": "tests.training.measured:MeasuredTrainer", "kill_on_trial": True}
+    path.write_text(yaml.safe_dump(settings))
+    code, said = children.run("postgen.train", path)
+    assert code == -signal.SIGKILL, said
+    assert not (tmp_path / "run" / "export").exists()
+    assert main([str(path), "--resume", "--kill_on_trial", "false"]) == 0
+    for name in ("net.safetensors", "merge_last.json"):
+        assert (tmp_path / "run/export" / name).read_bytes() == (whole.args.folder / "export" / name).read_bytes()
+
+
 def test_an_interrupted_run_exports_its_last_weights(trainer):
     run = trainer(**MERGE, signal_at=10, signal_name="SIGTERM")
     assert run.train().reason is Reason.INTERRUPTED
-    assert not (run.args.folder / "export" / "merge.json").exists()
+    assert not (run.args.folder / "export" / "merge_last.json").exists()
     assert all(torch.equal(value, stored(run, 10)[f"net.{name}"]) for name, value in exported(run).items())
 
 
@@ -145,7 +154,7 @@ def test_one_checkpoint_is_no_merge(trainer, capsys):
     run = trainer(**MERGE, save_steps=100)
     run.train()
     assert "holds 1 checkpoint: nothing is merged" in capsys.readouterr().err
-    assert not (run.args.folder / "export" / "merge.json").exists()
+    assert not (run.args.folder / "export" / "merge_last.json").exists()
 
 
 def test_a_damaged_checkpoint_is_left_out(trainer, capsys):
@@ -205,8 +214,15 @@ def test_dora_is_refused_before_the_first_step(trainer):
         dora = True
 
     for settings in (MERGE, {"rescue_spike": 5.0}):
-        with pytest.raises(UserError, match=r"DoRA, or of an embedding"):
+        with pytest.raises(UserError, match=r"DoRA, of an embedding"):
             trainer(kind=Dora, **settings).train()
+
+
+def test_branches_of_quantised_layers_are_refused(tmp_path):
+    config = MeasuredConfig(output_dir=str(tmp_path), device="cpu", **MERGE)
+    check(config, ["net.0.weight", "net.0.lora_A.default.weight"])
+    with pytest.raises(UserError, match=r"merge_last averages checkpoints, but net\.0\.aux_up is part of"):
+        check(config, ["net.0.weight", "net.0.aux_up"])
 
 
 def test_nan_in_a_checkpoint_is_damage(trainer):
@@ -262,13 +278,13 @@ def test_settings(tmp_path):
         ({"merge_last": 2, "merge_keep": "always", "merge_kind": "greedy"}, "greedy needs it"),
     ):
         with pytest.raises(UserError) as caught:
-            TinyConfig(**made, **given)
+            MeasuredConfig(**made, **given)
         assert text in str(caught.value)
-    nested = TinyConfig.from_dict({**made, "merge": {"last": 3, "metric": "loss", "kind": "ema", "alpha": 0.1}})
+    nested = MeasuredConfig.from_dict({**made, "merge": {"last": 3, "metric": "loss", "kind": "ema", "alpha": 0.1}})
     assert (nested.merge_last, nested.merge_alpha) == (3, 0.1)
     assert kept(nested) == 3
-    assert kept(TinyConfig(**made, rescue_spike=5.0, rescue_last=4)) == 5
-    assert kept(TinyConfig(**made, rescue_spike=5.0, rescue_last=4, save_steps=2)) == 6
-    assert kept(TinyConfig(**made)) == 2
-    assert kept(TinyConfig(**made, save_total_limit=0)) is None
+    assert kept(MeasuredConfig(**made, rescue_spike=5.0, rescue_last=4)) == 5
+    assert kept(MeasuredConfig(**made, rescue_spike=5.0, rescue_last=4, save_steps=2)) == 6
+    assert kept(MeasuredConfig(**made)) == 2
+    assert kept(MeasuredConfig(**made, save_total_limit=0)) is None
     assert set(get_args(get_type_hints(MergeConfig)["merge_kind"])) == {*KINDS, "greedy"}

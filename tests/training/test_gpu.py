@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from postgen.training import TrainingConfig
 from postgen.training.trainer import Trainer
@@ -35,6 +36,16 @@ class WatchedTrainer(Trainer[TrainingConfig]):
         (folder / "done").touch()
 
 
+class ExportingTrainer(WatchedTrainer):
+    """The same, but steps may wait, and the export has the weights."""
+
+    def _step(self):
+        Trainer._step(self)
+
+    def export(self, folder, weights):
+        save_file(weights["net"], folder / "net.safetensors")
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_steps_do_not_wait_and_resume(tmp_path, bf16):
     settings = {
@@ -64,3 +75,17 @@ def test_steps_do_not_wait_and_resume(tmp_path, bf16):
 def _logged(trainer):
     trainer.train()
     return [line for line in trainer.callbacks.state.log_history if "loss" in line]
+
+
+def test_merged_weights_are_swapped_in_from_the_cpu(tmp_path):
+    settings = {"output_dir": str(tmp_path), "device": "cuda", "report_to": [], "disable_tqdm": True, "save_steps": 5}
+    settings |= {"merge_last": 2, "merge_metric": "norm", "merge_keep": "always", "rescue_spike": 50.0}
+    run = ExportingTrainer(TrainingConfig(max_steps=10, **settings))
+    run.train()
+    files = [load_file(tmp_path / f"checkpoint-{step}" / "weights.safetensors") for step in (5, 10)]
+    found = load_file(tmp_path / "export" / "net.safetensors")
+    for name, value in found.items():
+        torch.testing.assert_close(value, sum(file[f"net.{name}"] for file in files) / 2)
+    for name, parameter in run.unwrap("net").named_parameters():
+        assert torch.equal(parameter.detach().cpu(), files[1][f"net.{name}"])
+    assert all(not value.is_cuda for value in run._parts.merged.values)

@@ -8,6 +8,7 @@ from torch import nn
 import postgen  # noqa: F401 - registers the quantised layers
 from postgen.errors import UserError
 from postgen.grpo.nft import DiffusionNFTTrainer
+from postgen.tensor_files import read_tensors
 from postgen.training.base_quant import quantization_of
 from postgen.training.block_offload import offload_in
 from postgen.training.memory_config import MemoryConfig, place_frozen
@@ -58,6 +59,11 @@ def test_adapters_learn_on_quantised_weights(kind, tmp_path, quantisable_wan):
     assert all(bool(value.any()) for value in second)  # they start at 0
     stock = DiffusionPipeline.from_pretrained(quantisable_wan)
     stock.load_lora_weights(tmp_path / "run" / "export")
+    kept = read_tensors(tmp_path / "run" / "checkpoint-1" / "weights.safetensors")
+    assert {name for name in kept if "lora_" not in name} <= {
+        "transformer.rope.freqs_cos",
+        "transformer.rope.freqs_sin",
+    }
 
 
 def test_gradients_of_adapters_are_those_of_the_numbers_that_the_codes_represent(quantisable_wan):
@@ -123,6 +129,22 @@ def test_one_parked_component_is_on_the_device_at_a_time():
     assert not network._forward_pre_hooks
 
 
+def test_a_component_that_is_too_large_runs_in_main_memory(monkeypatch):
+    part, network = nn.Linear(2, 2), nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    wanted = part(x)
+    parking = Parking([part], [network], CPU)
+
+    def full(data):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(parking, "_moved", full)
+    with pytest.warns(UserWarning, match=r"the Linear needs 0\.0 GiB, more than the device has free: it runs in main"):
+        assert torch.equal(part(x), wanted)
+    assert torch.equal(part(x), wanted)  # without a second warning
+    assert parking._here is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -139,6 +161,24 @@ def test_one_parked_component_is_on_the_device_at_a_time():
 def test_settings_that_exclude_each_other_are_one_line(tiny_wan, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         video_run(tiny_wan, tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--offload_blocks", "2", "--use_peft", "true"), "gradient_checkpointing is False, it must be true with"),
+        (("--base_quant", "int3"), "base_quant"),
+        (("--optim", "adamw_4bit"), "optim"),
+        (("--optim", "adafactor", "--adam_beta1", "0.5"), "adam_beta1 is 0.5, it must be left out with optim"),
+        (("--base_quant", "nf4", "--use_peft", "false"), "base_quant is 'nf4', it must be none with use_peft: false"),
+    ],
+)
+def test_on_the_command_line_wrong_settings_are_one_line(cli, tmp_path, words, message):
+    told = cli("train", "nft-tiny", "--output_dir", tmp_path / "run", *words)
+    assert told.code == 2
+    assert told.err.count("\n") == 1
+    assert message in told.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_model_does_not_allow_is_one_line(tiny_wan, tmp_path, monkeypatch):

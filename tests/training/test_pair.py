@@ -87,7 +87,7 @@ def test_checkpoints_of_cut_weights_are_merged(pair, alone):
     mean = [saved(pair / "merged", step) for step in (2, 3, 4)]
     for name, value in found.items():
         torch.testing.assert_close(value, sum(each[f"distillation.student.{name}"] for each in mean) / 3)
-    reports = [json.loads((run / "merged/export/merge.json").read_text()) for run in (pair, alone)]
+    reports = [json.loads((run / "merged/export/merge_last.json").read_text()) for run in (pair, alone)]
     assert reports[0]["merged"] == pytest.approx(reports[1]["merged"], rel=1e-4)
     assert reports[0]["last"] == pytest.approx(reports[1]["last"], rel=1e-4)
 
