@@ -33,8 +33,12 @@ class Autoencoding:
         Raises:
             UserError: `encodes_video` is False, the clips have another shape, or the model cannot make their size.
         """
-        distribution = self._encoded(clips).latent_dist
-        raw: Tensor = (distribution.sample(generator) if sample else distribution.mode()).float()
+        encoded = self._encoded(clips)
+        distribution = getattr(encoded, "latent_dist", None)
+        if distribution is None:
+            raw = _alone(encoded)
+        else:
+            raw = (distribution.sample(generator) if sample else distribution.mode()).float()
         return self.from_raw(raw).to(self.model.device)
 
     def posterior(self, clips: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -53,8 +57,7 @@ class Autoencoding:
         encoded = self._encoded(clips)
         distribution = getattr(encoded, "latent_dist", None)
         if distribution is None:
-            raw: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-            return raw.float(), None
+            return _alone(encoded), None
         mean, std = distribution.mode().float(), distribution.std.float()
         return mean, std if bool(std.any()) else None
 
@@ -100,3 +103,9 @@ class Autoencoding:
     def _scale_and_shift(self) -> tuple[float, float | None]:
         config = self.pipe.vae.config
         return config.scaling_factor, config.get("shift_factor")
+
+
+def _alone(encoded: Any) -> Tensor:
+    """Return the latents of an autoencoder that gives no distribution, such as `AutoencoderTiny`."""
+    raw: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return raw.float()

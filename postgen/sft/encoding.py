@@ -47,7 +47,7 @@ class Encoder:
         )
         self._vae = [_VERSION, type(denoiser).__name__, *_part_key(pipe.vae), dtype]
         image = getattr(pipe, "image_encoder", None)
-        self._image = _part_key(image) if isinstance(image, nn.Module) else []
+        self._image = [*_kinds(denoiser), *(_part_key(image) if isinstance(image, nn.Module) else ())]
         self._text = [_VERSION, type(denoiser).__name__, denoiser.max_sequence_length, *_text_key(pipe, denoiser)]
 
     def clip_key(self, clip: Clip) -> str:
@@ -160,7 +160,8 @@ def _part_key(module: nn.Module) -> list[Any]:
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     told = {key: value for key, value in values.items() if not key.startswith("_")}
     kind = next((str(weight.dtype) for weight in module.parameters()), "")
-    return [type(module).__name__, weights_digest(module), kind, json.dumps(told, default=str, sort_keys=True)]
+    tiled = bool(getattr(module, "use_tiling", False))  # tiles of an autoencoder are blended
+    return [type(module).__name__, weights_digest(module), kind, tiled, json.dumps(told, default=str, sort_keys=True)]
 
 
 def _text_key(pipe: Any, denoiser: Denoiser) -> list[Any]:
@@ -168,9 +169,12 @@ def _text_key(pipe: Any, denoiser: Denoiser) -> list[Any]:
     parts = sorted(pipe.components.items())
     encoders = [[name, *_part_key(part)] for name, part in _modules(parts) if name.startswith("text_encoder")]
     tokenizers = [[name, *_tokenizer_key(part)] for name, part in parts if name.startswith("tokenizer") and part]
-    # Encodings have the dtype of the transformer.
-    kinds = [str(getattr(module, "dtype", "")) for module in denoiser.transformers.values()]
-    return [type(pipe).__name__, encoders, tokenizers, kinds]
+    return [type(pipe).__name__, encoders, tokenizers, _kinds(denoiser)]
+
+
+def _kinds(denoiser: Denoiser) -> list[str]:
+    """Return the dtypes of the networks, which are those of encodings."""
+    return [str(getattr(module, "dtype", "")) for module in denoiser.transformers.values()]
 
 
 def _modules(parts: Iterable[tuple[str, Any]]) -> list[tuple[str, nn.Module]]:

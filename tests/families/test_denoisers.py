@@ -157,6 +157,23 @@ def test_posterior_gives_what_encode_video_samples(built):
     assert torch.equal(denoiser.from_raw(mean + std * noise), drawn)
 
 
+@torch.no_grad()
+def test_autoencoder_without_a_distribution():
+    from diffusers import AutoencoderTiny
+
+    pipe, _ = tiny_pipeline("Stable Diffusion")
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    pipe.vae = AutoencoderTiny(
+        **widths, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4, upsample_fn="nearest"
+    ).eval()
+    denoiser, clips = denoiser_for(pipe), torch.rand(2, 1, 3, 16, 16, generator=noise_source())
+    mean, std = denoiser.posterior(clips)
+    assert std is None
+    latents = denoiser.from_raw(mean)
+    assert torch.equal(latents, denoiser.encode_video(clips))
+    assert torch.equal(latents, denoiser.encode_video(clips, sample=True))
+
+
 def test_denoiser_has_alpha_bars_unless_it_is_a_flow(built):
     denoiser = denoiser_for(built[0])
     sigma = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.75, 0.1]])

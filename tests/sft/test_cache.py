@@ -110,6 +110,8 @@ def test_what_changed_is_encoded_again(
     assert new(other=other) == ["latents"]
     other[0].vae.register_to_config(latents_mean=[0.0] * 4)
     assert new(other=other) == ["latents"]
+    other[0].vae.enable_tiling()
+    assert new(other=other) == ["latents"]
     other[1].max_sequence_length = 64
     assert new(other=other) == ["captions"]
     assert new() == [], "the entries of the first settings are still there"
