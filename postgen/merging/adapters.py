@@ -115,6 +115,7 @@ def _files(source: Source, scratch: Path) -> Mapping[str | None, Path]:
     if source.kind == "lora":
         return source.loras
     tensors = read_tensors(source.path / CHECKPOINT)
+    _check_only_adapters(source.path, tensors)
     alone = len(source.sets) == 1
     files: dict[str | None, Path] = {}
     for network in source.sets:
@@ -131,6 +132,20 @@ def _files(source: Source, scratch: Path) -> Mapping[str | None, Path]:
             (home / NOTE).write_text(note, encoding="utf-8")
         files[None if alone else network] = home / WEIGHTS
     return files
+
+
+def _check_only_adapters(checkpoint: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint of a run that trains more than adapters, which a LoRA file cannot hold.
+
+    Other tensors of a checkpoint are buffers, for which the optimiser has no state.
+    """
+    with opened(checkpoint / "optimizer.safetensors", framework="numpy") as content:
+        trained = {name.partition("|")[0] for name in content.keys()}  # noqa: SIM118
+    if others := sorted(name for name in names if name in trained and not _ADAPTER.fullmatch(name)):
+        raise UserError(
+            f"the run of {checkpoint} trains more than a LoRA, such as {others[0]}, which a LoRA file cannot hold:"
+            " merge while training, with merge_last"
+        )
 
 
 def _described(source: Source, network: str | None, part: str) -> tuple[str, str]:

@@ -16,8 +16,9 @@ from postgen.tensor_files import TensorRow
 from .methods import ORDERED
 from .sources import Source
 
-_FREE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
-"""Entries of configs that may differ between sources."""
+_FREE = ("transformers_version", "torch_dtype", "dtype")
+"""Entries of configs that may differ between sources; so may paths and versions, which begin with an underscore."""
+_CLASS = "_class_name"
 
 
 def check_rows(rows: Sequence[Mapping[str, TensorRow]], labels: Sequence[str], *, any_dtype: bool = False) -> None:
@@ -81,7 +82,7 @@ def check_configs(groups: Sequence[Sequence[Path]]) -> None:
         found = [(path, _entries(path)) for path in group if path.is_file()]
         for path, entries in found[1:]:
             before, first = found[0]
-            differ = [key for key in {**first, **entries} if first.get(key) != entries.get(key) and key not in _FREE]
+            differ = [key for key in {**first, **entries} if first.get(key) != entries.get(key) and not _is_free(key)]
             if differ:
                 key = differ[0]
                 raise UserError(
@@ -120,6 +121,10 @@ def check_order(sources: Sequence[Source], method: str) -> None:
                 f"method {method} needs the checkpoints in the order of their steps: {early.label} is before"
                 f" {late.label}; give the older one first"
             )
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE or (key.startswith("_") and key != _CLASS)
 
 
 def _entries(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .whole import WholeMerge, check_base, copy_others, prepare
 
 
 def merge(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     output: str | Path,
     config: MergeConfig | None = None,
     *,
@@ -37,7 +37,7 @@ def merge(
 
     Args:
         sources: folders of models in diffusers' format, of single networks, of runs (their checkpoints) or of LoRAs;
-            safetensors files. Checkpoints of one run must be in the order of their steps.
+            safetensors files; or one of them. Checkpoints of one run must be in the order of their steps.
         output: folder of the merged model or LoRA, or a .safetensors file if the sources are single files or LoRAs.
         config: the settings; None is the mean (`sma`).
         base: the model that the sources began from, for `eta`, `add`, `negate` and `slerp`.
@@ -52,26 +52,35 @@ def merge(
             output cannot be written. Then nothing is written.
     """
     config = config or MergeConfig()
-    found = find_sources(sources, last)
+    found = find_sources([sources] if isinstance(sources, str | Path) else sources, last)
     check_models(found)
     check_order(found, config.method)
     root = find_base(base) if base is not None else None
     target = Path(output)
     _check_output(target, found, root)
-    if found[0].is_lora:
-        check_loras(config, root)
-    elif config.method in LORA_ONLY:
-        raise UserError(f"method {config.method} is for LoRA files, the sources hold full weights")
-    elif config.rank is not None:
-        raise UserError("rank is for LoRA files, the sources hold full weights")
-    else:
-        check_base(config, root)
+    _check_settings(config, found[0].is_lora, root)
     with ExitStack() as stack:
         ready = None if found[0].is_lora else prepare(found, root, config, stack)
         try:
             return _write(found, target, config, ready, progress)
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _check_settings(config: MergeConfig, lora: bool, base: Source | None) -> None:
+    """Check that the settings fit the kind of the sources.
+
+    Raises:
+        UserError: they do not.
+    """
+    if lora:
+        check_loras(config, base)
+    elif config.method in LORA_ONLY:
+        raise UserError(f"method {config.method} is for LoRA files, the sources hold full weights")
+    elif config.rank is not None:
+        raise UserError("rank is for LoRA files, the sources hold full weights")
+    else:
+        check_base(config, base)
 
 
 def _write(

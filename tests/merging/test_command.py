@@ -143,6 +143,19 @@ def test_a_merged_lora_loads_and_keeps_its_strength(lora_run: Path, tiny_wan: Pa
     assert cli("generate", "a", "--lora", tmp_path / "half", *words).code == 0
 
 
+def test_loras_are_added_without_a_base(lora_run: Path, tmp_path: Path, cli: Any) -> None:
+    both = [lora_run / "checkpoint-3", lora_run / "checkpoint-4"]
+    assert cli("merge", *both, "-o", tmp_path / "sum", "--method", "add", "--weights", "1,-0.5").code == 0
+    assert cli("merge", both[0], "-o", tmp_path / "less", "--method", "negate").code == 0
+    for step in (3, 4):
+        assert cli("merge", lora_run / f"checkpoint-{step}", "-o", tmp_path / str(step)).code == 0
+    three, four = change(tmp_path / "3"), change(tmp_path / "4")
+    total, less = change(tmp_path / "sum"), change(tmp_path / "less")
+    for name, value in three.items():
+        torch.testing.assert_close(total[name], value - 0.5 * four[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(less[name], -value, atol=1e-5, rtol=1e-5)
+
+
 def test_the_angles_of_loras_are_those_of_dense_changes(lora_run: Path, tmp_path: Path, cli: Any) -> None:
     assert cli("merge", lora_run, "-o", tmp_path / "out", "--method", "wma").code == 0
     every = []
@@ -166,6 +179,23 @@ def test_methods_of_peft_for_loras(lora_run: Path, tmp_path: Path, cli: Any, met
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "out.merge.json").read_text())
     assert [source["weight"] for source in report["sources"]] == [0.5, 0.25, 0.25]
+
+
+def test_a_run_that_trains_more_than_a_lora_is_refused(lora_run: Path, tmp_path: Path, cli: Any) -> None:
+    from postgen.training import checkpoint as files
+
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    snapshot = files.read(run / "checkpoint-4")
+    snapshot.weights["transformer.buffer"] = torch.ones(2)
+    shutil.rmtree(run / "checkpoint-4")
+    files.write(run, snapshot)
+    assert cli("merge", run, "-o", tmp_path / "out", "--last", "1").code == 0
+    snapshot.weights["transformer.more.weight"] = torch.ones(2)
+    snapshot.optimizer["transformer.more.weight|exp_avg"] = torch.ones(2)
+    shutil.rmtree(run / "checkpoint-4")
+    files.write(run, snapshot)
+    done = cli("merge", run, "-o", tmp_path / "more")
+    assert (done.code, "such as transformer.more.weight" in done.err, done.err.count("\n")) == (2, True, 1)
 
 
 def test_power_weights_use_the_steps_of_the_checkpoints(full_run: Path, tmp_path: Path, cli: Any) -> None:
