@@ -246,6 +246,8 @@ def form_of(app: App, settings: Mapping[str, Any]) -> tuple[Form, list[str]]:
     picture = _own_picture(app, settings.get("image"), missing)
     if settings.get("lit") is not None:  # the page has no control for LiT adapters
         missing.append("the linear-attention adapter")
+    if isinstance(better := settings.get("enhanced_prompt"), str):
+        prompt = better  # the page has no enhancer, and the video was made from these words
     rest = {name: _number_or_text(settings.get(setting)) for name, setting in _SETTINGS.items()}
     texts = {row.option: text for row in known_plug_ins() if isinstance(text := settings.get(row.option), str)}
     form = Form(

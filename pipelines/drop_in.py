@@ -43,8 +43,9 @@ class DropIn:
     """First base class of a drop-in pipeline; the second base class is the diffusers class of the same name.
 
     The drop-in pipeline has all call arguments of the diffusers class, one keyword argument for each row of
-    `postgen.plug_ins`, and `prompt_enhancer`. A saved folder names the diffusers class, so it loads without postgen. The exception is a
-    transformer whose structure postgen has changed: only `from_pretrained` of the drop-in class loads it.
+    `postgen.plug_ins`, and `prompt_enhancer`. A saved folder names the diffusers class, so it loads without postgen.
+    The exception is a transformer whose structure postgen has changed: only `from_pretrained` of the drop-in class
+    loads it.
     """
 
     @classmethod

@@ -44,7 +44,25 @@ _HOMES = {
     "target_of": "target",
 }
 """Public name -> its module, which is imported when the name is first used."""
-__all__ = sorted(_HOMES)
+__all__ = [
+    "STYLES",
+    "ApiRewriter",
+    "ChatRewriter",
+    "Enhanced",
+    "EnhancerConfig",
+    "GuardConfig",
+    "PromptCache",
+    "PromptEnhancer",
+    "Rewriter",
+    "Style",
+    "Target",
+    "TemplateRewriter",
+    "Verdict",
+    "check",
+    "get_rewriter",
+    "smollm2",
+    "target_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from postgen.errors import UserError, check_number, shown
 from postgen.prompt.guard import sentences_of
 from postgen.prompt.instructions import messages_for
 from postgen.prompt.target import Target
+from postgen.training.digests import weights_digest
 
 
 class ChatRewriter:
@@ -58,7 +59,8 @@ class ChatRewriter:
             check_number("sentences", sentences, 1, 1000, whole=True)
         self.sentences, self.generation = sentences, dict(generation or {})
         self.seeded = temperature > 0
-        self._model, self._tokenizer, self._device, self._dtype = None, tokenizer, device, dtype
+        self._model: Any = None
+        self._tokenizer, self._device, self._dtype = tokenizer, device, dtype
         self._source: str | None = None
         if isinstance(model, str | Path):
             self._source = str(model)
@@ -124,7 +126,7 @@ class ChatRewriter:
 
     def _fingerprint(self) -> str:
         if self._source is None:
-            return self.name
+            return weights_digest(self._model)
         folder = Path(self._source).expanduser()
         if not folder.is_dir():
             return self._source

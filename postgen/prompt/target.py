@@ -97,6 +97,7 @@ def target_of_model(source: str, pipeline: str, call_limit: int | None = None) -
 
 def target_for(pipeline: str, tokenizer: Any, limit: int | None) -> Target:
     """Return the target for the class name of a pipeline, its tokenizer, and the tokens that its call reads."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # Kandinsky has a processor of pictures and text
     closed = _is_closed(tokenizer)
     own = getattr(tokenizer, "model_max_length", None)
     limits = [most for most in (limit, own) if isinstance(most, int) and 0 < most < _LONGEST]

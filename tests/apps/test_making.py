@@ -143,6 +143,9 @@ def test_settings_of_a_result_give_its_job_again(app, tiny_lora):
     again, missing = form_of(app, json.loads(json.dumps(portable(job.config))))
     assert missing == []
     assert job_of(app, again).config == job.config
+    enhanced = portable(job.config) | {"enhance_prompt": "template", "enhanced_prompt": "A red ball. Soft light."}
+    again, missing = form_of(app, enhanced)
+    assert (again.prompt, missing) == ("A red ball. Soft light.", [])
 
 
 def test_settings_of_a_stranger_open_nothing(app, tmp_path):

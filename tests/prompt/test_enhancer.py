@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from postgen.prompt import (
 )
 from postgen.prompt.calls import enhanced_for_call
 from postgen.prompt.styles import STYLES, style_for
-from postgen.prompt.target import target_of_model
+from postgen.prompt.target import target_for, target_of_model
 from postgen.prompt.templates import TemplateRewriter, phrases_of
 from postgen.world import parse
 from tests.offline_assets import installed
@@ -115,6 +116,8 @@ def test_styles_and_lengths_of_families(pipe: Any) -> None:
     same = target_of_model(str(postgen.embedded_model()), "WanPipeline")
     assert same.settings() == target.settings()
     assert Target().count("a red ball rolls") == 6  # 1.4 tokens per word, rounded up
+    processor = SimpleNamespace(tokenizer=pipe.tokenizer)  # as in Kandinsky, a processor of pictures and text
+    assert target_for("Kandinsky5T2VPipeline", processor, None).count("a red ball") == target.count("a red ball")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,7 @@ def test_a_chat_model_is_asked_and_guarded(tmp_path: Path) -> None:
     answers = greedy(PROMPTS[:2], target, 0)
     assert answers == [greedy([prompt], target, 5)[0] for prompt in PROMPTS[:2]]
     drawn = ChatRewriter(model, tokenizer, max_new_tokens=8, temperature=1.0)
+    assert greedy.settings() != ChatRewriter(tiny_chat(PROMPTS, 1)[0], tokenizer, max_new_tokens=8).settings()
     state = torch.random.get_rng_state()
     first = drawn(PROMPTS[:1], target, 1)
     assert first == drawn(PROMPTS[:1], target, 1) != drawn(PROMPTS[:1], target, 2)

@@ -86,6 +86,8 @@ def test_scores_are_against_the_original_prompt(pipe: Any) -> None:
 
 
 def test_scores_are_cached_by_text_seed_and_settings(pipe: Any, tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
     counting, path = Counting(pipe), tmp_path / "scores.jsonl"
     given: dict[str, Any] = {"original_prompt": ["red ball"] * 3}
     first = VideoGenerationReward(counting, [brightness], cache=path, **PREVIEW)
@@ -100,6 +102,12 @@ def test_scores_are_cached_by_text_seed_and_settings(pipe: Any, tmp_path: Path) 
         before = len(counting.calls)
         other(None, GOOD[:1], original_prompt=["red ball"])
         assert len(counting.calls) == before + 1
+    tuned = WanPipeline(**wan_components())
+    tuned.transformer.proj_out.weight.data.mul_(2)
+    tuned.set_progress_bar_config(disable=True)
+    other = VideoGenerationReward(tuned, [brightness], cache=path, **PREVIEW)
+    other(None, GOOD[:1], original_prompt=["red ball"])
+    assert (other.counts.videos, other.counts.cached) == (1, 0)
     first(None, GOOD[:1], original_prompt=["a red ball"])
     first(None, GOOD[:1], original_prompt=["red ball"], hint=["x"])
     assert first.counts.videos == 3

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.errors import UserError, check_number, first_line, named_error, shown
 from postgen.prompt.cache import PromptCache, key_of
 from postgen.prompt.cleaning import clean
 from postgen.prompt.training.answers import answer_of, originals_of
 from postgen.rewards import RewardRunner
+from postgen.training.digests import weights_digest
 
 _log = logging.getLogger(__name__)
 _NO_COLUMNS = frozenset(
@@ -109,6 +110,7 @@ class VideoGenerationReward:
         self.pipeline = _loaded(pipeline) if isinstance(pipeline, str | Path) else pipeline
         if not callable(self.pipeline):
             raise UserError(f"pipeline must be a pipeline of diffusers or its folder, got {shown(pipeline)}")
+        self._generator = _fingerprint(self.pipeline)
         self._warned: set[str] = set()
 
     def __call__(
@@ -164,7 +166,7 @@ class VideoGenerationReward:
                 "seed": self.seed,
                 "call": repr(sorted({**self.settings, **self.call}.items())),
                 "rewards": [list(self.runner.names), list(self.runner.weights)],
-                "model": _model_name(self.pipeline),
+                "model": self._generator,
                 "row": repr(sorted(row.items())),
             }
         )
@@ -235,10 +237,10 @@ class VideoGenerationReward:
             _log.warning("%s: %s", self.__name__, text)
 
 
-def _model_name(pipe: Any) -> str:
-    """Return what identifies a pipeline in a cache of scores: its class and the folder that it was loaded from."""
-    source = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    return f"{type(pipe).__name__} {source}"
+def _fingerprint(pipe: Any) -> str:
+    """Return what identifies a generator in a cache of scores: its class and the weights of its networks."""
+    networks = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
+    return f"{type(pipe).__name__} {' '.join(weights_digest(networks[name]) for name in sorted(networks))}"
 
 
 def _loaded(model: str | Path) -> Any:
