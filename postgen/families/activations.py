@@ -34,7 +34,8 @@ def training_memory(
     The memory of workspaces inside kernels is not counted. The network keeps its mode, adapters and checkpointing.
 
     Args:
-        network: a network with trained parameters. On the meta device it has no memory, and counts as on the CPU.
+        network: a network with trained parameters. On the meta device it has no memory, and counts as on the CPU, as
+            does a network on a GPU whose functions cannot be counted.
         arguments: keyword arguments of its `forward`, on any device.
         passes: number of forward passes before the backward pass, 2 for guidance.
         autocast: dtype of autocast; None for none.
@@ -44,21 +45,38 @@ def training_memory(
         UserError: the network computes shapes from values, so they cannot be known, or it does not take the arguments.
     """
     own = next(network.parameters()).device
-    device = torch.device("cpu") if own.type == "meta" else own
+    # Fake tensors of a GPU need no GPU, but some of its functions read values, such as the random state.
+    places = [torch.device("cpu")] if own.type in ("meta", "cpu") else [own, torch.device("cpu")]
+    for place in places:
+        try:
+            return _counted(network, arguments, passes, autocast, around, place)
+        except UserError:
+            raise
+        except Exception as error:  # fake tensors raise many types of errors
+            problem = first_line(error)
+    raise UserError(
+        f"the activations of a {type(network).__name__} cannot be counted without computing them: {problem}"
+    )
+
+
+def _counted(
+    network: nn.Module,
+    arguments: Mapping[str, Any],
+    passes: int,
+    autocast: torch.dtype | None,
+    around: Callable[[], AbstractContextManager[Any]],
+    place: torch.device,
+) -> int:
+    """Return the result of `training_memory` with fake tensors of the device `place`."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     live = _Live()
-    try:
-        with _fake_weights(network, fake, live), around(), fake:
-            given = tree_map_only(Tensor, lambda each: fake.from_tensor(each.to(device)), dict(arguments))
-            with live:
-                _step(network, given, passes, autocast, device)
-    except UserError:
-        raise
-    except Exception as error:  # fake tensors raise many types of errors
-        raise UserError(
-            f"the activations of a {type(network).__name__} cannot be counted without computing them:"
-            f" {first_line(error)}"
-        ) from error
+    with _fake_weights(network, fake, live, place), around(), fake:
+        given = tree_map_only(Tensor, lambda each: torch.empty_like(each, device=place), dict(arguments))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, Tensor):
+                live.ignore(tensor)
+        with live:
+            _step(network, given, passes, autocast, place)
     return live.peak
 
 
@@ -112,18 +130,19 @@ class _Live(TorchDispatchMode):
 
 
 @contextmanager
-def _fake_weights(network: nn.Module, fake: FakeTensorMode, live: _Live) -> Iterator[None]:
+def _fake_weights(network: nn.Module, fake: FakeTensorMode, live: _Live, place: torch.device) -> Iterator[None]:
     """Replace all weights of a network by fake ones with gradients that are not counted."""
     places: list[tuple[nn.Module, str, Any]] = []
     made: dict[int, Tensor] = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.append((module, name, parameter))
+            if type(parameter) is nn.Parameter:  # weights of other libraries keep their own data
+                places.append((module, name, parameter))
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             places.append((module, name, buffer))
     for _, _, tensor in places:
         if id(tensor) not in made:
-            made[id(tensor)] = _as_fake(tensor, fake, live)
+            made[id(tensor)] = _as_fake(tensor, fake, live, place)
     try:
         for module, name, tensor in places:
             setattr(module, name, made[id(tensor)])
@@ -133,12 +152,9 @@ def _fake_weights(network: nn.Module, fake: FakeTensorMode, live: _Live) -> Iter
             setattr(module, name, tensor)
 
 
-def _as_fake(tensor: Tensor, fake: FakeTensorMode, live: _Live) -> Tensor:
-    if tensor.is_meta:
-        with fake:
-            found: Tensor = torch.empty_like(tensor, device="cpu")
-    else:
-        found = fake.from_tensor(tensor.detach())
+def _as_fake(tensor: Tensor, fake: FakeTensorMode, live: _Live, place: torch.device) -> Tensor:
+    with fake:
+        found: Tensor = torch.empty_like(tensor, device=place, requires_grad=False)
     live.ignore(found)
     if not isinstance(tensor, nn.Parameter):
         return found

@@ -15,10 +15,10 @@ from postgen.families.quantization_configs import registered_config
 
 BaseQuant = Literal["none", "int8", "fp8", "int4", "nf4"]
 """Formats of frozen weights."""
-_OWN = {"int8": "int8", "fp8": "fp8", "int4": "int4:g64"}
+_OWN = {"int8": "int8", "fp8": "fp8", "int4": "int4:g32"}
 """Format -> the weight format of postgen's quantised layers, which have no inputs in low precision here."""
-BITS: dict[str, float] = {"int8": 8, "fp8": 8, "int4": 4.5, "nf4": 4.5}
-"""Format -> bits of a weight, with its scales if groups of 64 weights have one."""
+BITS: dict[str, float] = {"int8": 8, "fp8": 8, "int4": 5, "nf4": 4.5}
+"""Format -> bits of a weight, with its scales: one for 32 weights of int4, for 64 of nf4."""
 
 
 def check_base_quant(kind: BaseQuant) -> None:
