@@ -11,12 +11,12 @@ from typing import Any
 from benchmarks import docs_tables
 from benchmarks.dancegrpo_arms import complete
 from benchmarks.dancegrpo_stats import BASE, Bootstrap, column, interval, stacked
-from benchmarks.gates import gate, largest, write_result
+from benchmarks.gates import gate, gate_lines, largest, write_result
 from benchmarks.merging_hacked import row_of
 from benchmarks.merging_lora import FILE
 from benchmarks.sft_arms import MERGED, SEEDS
 from benchmarks.sft_measure import MERGES
-from benchmarks.sft_report import gate_lines, measured_gate, read_runs, spread
+from benchmarks.sft_report import measured_gate, read_runs, spread
 from postgen.errors import UserError
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "merging_results.md"
@@ -33,7 +33,7 @@ def points_of(constant: Mapping[str, Any], annealed: Mapping[str, Any]) -> dict[
     rights = {name: points[name]["valid"]["right"].count("1") for name in steps}
     best = max(steps, key=lambda name: (rights[name], _step(name)))
     found = {ANNEALED: annealed["points"]["last"], LAST: points[steps[-1]], BEST: points[best]}
-    return {**found, **{name: points[name] for name in MERGES}}
+    return {**found, **{name: points[name] for name in MERGES if name in points}}
 
 
 def _step(name: str) -> int:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from benchmarks import docs_tables
 from benchmarks.embedded_sheets import sheet
-from benchmarks.gates import gate, read_result, write_result
+from benchmarks.gates import gate, gate_lines, read_result, write_result
 from postgen.metrics.bootstrap import bootstrap
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "prompt_results.md"
@@ -138,6 +138,7 @@ TABLES = {
     "prompt_gain": lambda result: _measures(result["short"]),
     "prompt_forms": _forms,
     "prompt_examples": _examples,
+    "prompt_gates": gate_lines,
 }
 
 

@@ -72,7 +72,7 @@ GATED = "full_replay"
 """The arm that the gates of sft.json read, named before the runs."""
 
 TINY = {"height": 32, "width": 32, "num_frames": 5, "per_device_train_batch_size": 2, "bf16": False, "eval_clips": 2}
-_ONLY_TINY = {"steps": 4, "fork": 2, "every": 1}
+_ONLY_TINY = {"steps": 3, "fork": 1, "every": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

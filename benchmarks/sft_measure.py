@@ -38,7 +38,7 @@ from postgen.training.run_curves import read_metrics
 PROTOCOL = 1
 COUNTS = {"new": 128, "old": 512, "valid": 64}
 """Number of prompts of each group. `valid` chooses among checkpoints; its scenes are those of the loss, too."""
-TINY_COUNTS = {"new": 3, "old": 4, "valid": 2}
+TINY_COUNTS = {"new": 2, "old": 2, "valid": 2}
 MERGES = ("linear", "wma", "ema", "cosine", "1-sqrt")
 """Averages of the checkpoints. `linear` is `sma`: the decay of the annealed run, which the gate compares with it."""
 SHOWN, FRAMES_SHOWN = 6, 9
@@ -55,7 +55,8 @@ class SftBench(Bench):
     def __init__(self, device_name: str, *, tiny: bool = False) -> None:
         usual = Sizes.of(tiny=tiny)
         # Users run a fine-tuned model with the guidance scale and steps of its folder.
-        sizes = replace(usual, guidance=usual.guided, steps=usual.guided_steps, test=1, valid=1)
+        guidance = 1.0 if tiny else usual.guided
+        sizes = replace(usual, guidance=guidance, steps=usual.guided_steps, test=1, valid=1)
         super().__init__(sizes, device_name)
         counts = TINY_COUNTS if tiny else COUNTS
         groups = {"new": ("test", True), "old": ("test", False), "valid": ("valid", True)}

@@ -12,7 +12,7 @@ from benchmarks import docs_tables
 from benchmarks.dancegrpo_arms import complete
 from benchmarks.dancegrpo_measure import read_file
 from benchmarks.dancegrpo_stats import Bootstrap, change, column, interval, ratio, stacked
-from benchmarks.gates import RESULTS, gate, read_result, write_result
+from benchmarks.gates import RESULTS, gate, gate_lines, read_result, write_result
 from benchmarks.sft_arms import ARMS, BASE, GATED, SEEDS, TUNED
 from postgen.errors import UserError
 
@@ -161,15 +161,6 @@ def _worlds(result: Mapping[str, Any]) -> Iterable[str]:
         cells = [spread(new["right"]), spread(old["right"]), spread(old["drop"])]
         cells += [f"{each['motion']['value']:.2f}" for each in (new, old)]
         yield f"| {arm.what} | {' | '.join(cells)} | {loss:.4f} |"
-
-
-def gate_lines(result: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the lines of a table of the gates."""
-    yield "| gate | measured | target | |"
-    yield "|---|---|---|---|"
-    for row in result["gates"]:
-        value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
-        yield f"| `{row['name']}` | {value} | {row['op']} {row['target']:g} | {'met' if row['ok'] else 'missed'} |"
 
 
 TABLES = {"sft_worlds": _worlds, "sft_gates": gate_lines}
