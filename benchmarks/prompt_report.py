@@ -23,6 +23,8 @@ LEAST_MOTION = 1e-4
 """Smallest motion of a clip in a logarithm."""
 _ABOVE = 1e-6
 """`prompt_gain` must be above 0; operators of gates are not strict."""
+_SHEET, _FRAMES = 8, 3
+"""Prompts in the contact sheet, and frames of each clip."""
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -80,15 +82,14 @@ def write(rows: Rows, hard: Rows, settings: Mapping[str, Any], output: str) -> P
 
 
 def sheet_of(out: Path, target: Path) -> Path:
-    """Draw the kept clips: each prompt as it is, and below it enhanced, from the same noise."""
+    """Draw the first clips of each form: the prompt as it is, and enhanced beside it, from the same noise."""
     clips, said = [], []
-    for place in sorted((out / "clips").glob("*.safetensors")):
+    for place in sorted((out / "clips").glob("*.safetensors"))[:_SHEET]:
         with safe_open(place, "pt") as file:
             for arm in ("raw", "enhanced"):
                 clips.append(file.get_tensor(arm))
                 said.append(f"{arm}: {file.metadata()[arm]}")
-    order = [2 * pair + arm for pair in range(len(clips) // 2) for arm in (0, 1)]
-    return sheet([clips[each] for each in order], [said[each] for each in order], target, columns=2)
+    return sheet(clips, said, target, columns=2, shown=_FRAMES)
 
 
 # Tables.

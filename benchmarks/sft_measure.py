@@ -41,7 +41,7 @@ COUNTS = {"new": 128, "old": 512, "valid": 64}
 TINY_COUNTS = {"new": 2, "old": 2, "valid": 2}
 MERGES = ("linear", "wma", "ema", "cosine", "1-sqrt")
 """Averages of the checkpoints. `linear` is `sma`: the decay of the annealed run, which the gate compares with it."""
-SHOWN, FRAMES_SHOWN = 6, 9
+SHOWN, FRAMES_SHOWN = 4, 5
 
 
 class SftBench(Bench):
