@@ -16,6 +16,7 @@ Rules, fixed before the runs:
 - The new world has two colours of `postgen.world.Palette`, lime and emerald; in the captions of the base model these
   words mean green. 512 training clips and 128 held-out clips of it, 512 clips of the old world for the arms with
   replay; one or two bodies, static camera. The clips are video files, as those of users.
+- Prompts and training clips have separate scenes. Two colours make few captions of one body, so captions may recur.
 - Every run has 400 steps of 32 clips. No run is stopped, chosen or repeated because of its results; the exported
   (averaged) weights of the last step count. Learning rates: 5e-4 for a LoRA, 1e-4 for all weights.
 - The gates read the arm `full_replay`, named before the runs; the other arms are rows of the tables. Seeds 0, 1, 2.

@@ -28,7 +28,7 @@ FIRST = {
     "test": 960_000,
     "valid": 970_000,
 }
-"""Seed of the first scene of each group; the pretraining of the base model begins at 2,000,000."""
+"""Seed of the first scene of each group; trainings on the world begin at 1,000,000."""
 _AT_ONCE = 64
 
 
