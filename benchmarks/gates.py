@@ -58,6 +58,15 @@ def passes(value: float | None, op: str, target: float) -> bool:
     return value is not None and bool(OPERATORS[op](value, target))
 
 
+def gate_lines(result: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the lines of a Markdown table of the gates of a result."""
+    yield "| gate | measured | target | |"
+    yield "|---|---|---|---|"
+    for row in result["gates"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
+        yield f"| `{row['name']}` | {value} | {row['op']} {row['target']:g} | {'met' if row['ok'] else 'missed'} |"
+
+
 def largest(rows: Iterable[Mapping[str, Any]], key: str) -> float | None:
     """Return the largest number of a column; None, which misses every gate, if there are no rows."""
     return max((row[key] for row in rows), default=None)

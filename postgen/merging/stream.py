@@ -87,7 +87,9 @@ class Measured:
 
     def __post_init__(self) -> None:
         """Prepare the digests: for each reader one per tensor."""
-        self._hashes: list[dict[str, Any]] = [{} for _ in self.labels]
+        self._hashes: list[Any] = []
+        self._name = ""
+        self._digests: list[dict[str, str]] = [{} for _ in self.labels]
 
     def add(self, name: str, values: Sequence[Tensor], merged: Tensor) -> None:
         """Add a block: the values of all readers and of the merge, in the dtype of the calculation."""
@@ -110,18 +112,28 @@ class Measured:
 
     def begin(self, name: str, rows: Sequence[TensorRow]) -> None:
         """Begin the digests of a tensor, with its name, dtype and shape in each reader."""
-        for hashes, row in zip(self._hashes, rows, strict=True):
-            hashes[name] = hashlib.sha256(f"{name} {row.dtype} {list(row.shape)}\n".encode())
+        self._end()
+        self._name = name
+        self._hashes = [hashlib.sha256(f"{name} {row.dtype} {list(row.shape)}\n".encode()) for row in rows]
 
     def told(self, name: str, blocks: Sequence[Tensor]) -> None:
-        """Add a block of each reader to the digests of a tensor."""
-        for hashes, block in zip(self._hashes, blocks, strict=True):
-            hashes[name].update(raw_bytes(block))
+        """Add a block of each reader to the digests of a tensor, the last one that has begun."""
+        assert name == self._name
+        for each, block in zip(self._hashes, blocks, strict=True):
+            each.update(raw_bytes(block))
 
     def digest(self, reader: int) -> str:
         """Return the digest of all tensors of a reader, which does not depend on their order."""
-        every = (self._hashes[reader][name].hexdigest() for name in sorted(self._hashes[reader]))
+        self._end()
+        every = (value for _, value in sorted(self._digests[reader].items()))
         return hashlib.sha256("\n".join(every).encode()).hexdigest()
+
+    def _end(self) -> None:
+        # The contexts of a hash are small objects of the C heap. If thousands of them stayed, each could lie in the
+        # space of a freed block and spoil it for the next block, and the memory would grow with the model.
+        for digests, each in zip(self._digests, self._hashes, strict=False):
+            digests[self._name] = each.hexdigest()
+        self._hashes = []
 
     def _sum(self, kind: str, number: int, first: Tensor, second: Tensor) -> None:
         self.squares[kind, number] = self.squares.get((kind, number), 0.0) + _dot(first, second)

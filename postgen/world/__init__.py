@@ -5,6 +5,7 @@ A clip is a pure function of its spec, and a spec is a pure function of its seed
 
 from .grammar import caption, simple_caption
 from .long import caption_at, sample_long
+from .palette import Palette
 from .parse import parse, read
 from .plan import Wish, arrange, eligible_events, sample
 from .reading import Clause, Reading
@@ -15,6 +16,7 @@ __all__ = [
     "Body",
     "Clause",
     "Frames",
+    "Palette",
     "Reading",
     "Spec",
     "Wish",

@@ -1,0 +1,162 @@
+"""Supervised fine-tuning of the embedded model on colours that it has never seen, and what it forgets.
+
+    python -m benchmarks.sft train --gpus 0 --each 4 --seconds 560 --back back/sft     # repeat while it exits with 3
+    python -m benchmarks.sft exact                                                     # resume, on the CPU
+    python -m benchmarks.sft report --docs                                             # result, sheets, tables
+    python -m benchmarks.sft table                                                     # the arms
+
+`train` writes a folder of clips and captions, measures the base model, trains the arms of `benchmarks.sft_arms`
+several at a time and measures each run. After `--seconds` the runs save a checkpoint; the exit code is 0 if all is
+done, 1 if a job failed, and 3 if the command has to be repeated. `--back FOLDER` keeps the measurements in a few small
+files, `--unpack FOLDER` restores them. With `--tiny --gpus` (no number) everything runs on a CPU, to show that it
+runs: give such runs an `--out` of their own.
+
+Rules, fixed before the runs:
+
+- The new world has two colours of `postgen.world.Palette`, lime and emerald; in the captions of the base model these
+  words mean green. 512 training clips and 128 held-out clips of it, 512 clips of the old world for the arms with
+  replay; one or two bodies, static camera. The clips are video files, as those of users.
+- Prompts and training clips have separate scenes. Two colours make few captions of one body, so captions may recur.
+- Every run has 400 steps of 32 clips. No run is stopped, chosen or repeated because of its results; the exported
+  (averaged) weights of the last step count. Learning rates: 5e-4 for a LoRA, 1e-4 for all weights.
+- The gates read the arm `full_replay`, named before the runs; the other arms are rows of the tables. Seeds 0, 1, 2.
+- `sft_new_world_right`: share of wholly right clips (`Report.all_right`) of 128 new prompts, mean over the seeds. A
+  clip is unpainted before the judge sees it, so an old colour is wrong. The exact clips give the ceiling.
+- `sft_old_world_drop`: base minus tuned share of wholly right clips of 512 old prompts with the same noise; the gate
+  reads the upper end of the 95 % interval over seeds and prompts. `world_judge`, which no run trains on, and the
+  motion ratio stand beside.
+- Guidance scale and steps are those with which users run the model. 96 px, 17 frames.
+- `sft_wan_1p3b_peak_gb` is the measured peak of `benchmarks.small_cards` at the shape of Wan 1.3B.
+
+Calls, with estimates for one H200 (12 runs of 400 steps, four at a time, and 12 measurements of 640 clips):
+
+    train --arms full_replay                                  3 min
+    train                                                     8 min, all four arms
+    exact                                                     2 min on one core
+    report --docs                                             seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import job_queue, sft_exact, sft_report
+from benchmarks.command import ended
+from benchmarks.dancegrpo import GRACE, check_gpus
+from benchmarks.lit_video_files import pack_files, unpack
+from benchmarks.sft_arms import ARMS, BASE, SEEDS, Run, data_job, measure_job, named_arms
+
+
+def jobs_of(runs: Sequence[Run], words: Sequence[str]) -> list[job_queue.Job]:
+    """Return the unfinished jobs of some runs, with those that they need."""
+    out = runs[0].out
+    jobs = [data_job(out, words), measure_job(out, BASE, words, ("data",))]
+    for run in runs:
+        jobs += [run.job(words), run.measure_job(words)]
+    every = {job.name: job for job in jobs}
+    # Runs that fork need their first run even if only the fork is asked for.
+    for run in runs:
+        if forks := ARMS[run.arm].forks:
+            first = Run(arm=forks, seed=run.seed, out=out, tiny=run.tiny)
+            every.setdefault(first.name, first.job(words))
+    return job_queue.wanted(every, list(every))
+
+
+def kept_files(out: Path) -> Iterator[Path]:
+    """Yield the files of a folder to bring back, the most important ones first."""
+    yield from sorted((out / "measured").glob("*.json"))
+    yield from sorted(out.glob("*.json"))
+    yield from sorted((out / "measured").glob("*.0.*.png"))
+    yield from sorted((out / "logs").glob("*.log"))
+
+
+def work_on(options: argparse.Namespace) -> int:
+    """Train and measure, and return the exit code."""
+    check_gpus(options.gpus)
+    runs = [
+        Run(arm=arm, seed=seed, out=options.out, tiny=options.tiny)
+        for seed in options.seeds
+        for arm in named_arms(options.arms)
+    ]
+    words = ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]
+    words += [] if options.gpus else ["--device", "cpu"]
+    jobs = jobs_of(runs, words)
+    left = job_queue.run_jobs(
+        jobs,
+        job_queue.places_on(options.gpus, options.each),
+        seconds=options.seconds,
+        tick=lambda: keep(options),
+        grace=GRACE,
+    )
+    failed = job_queue.told(left)
+    print(f"{len(jobs) - len(left)} of {len(jobs)} jobs done", flush=True)
+    return 1 if failed else 3 if left else 0
+
+
+def keep(options: argparse.Namespace) -> None:
+    """Bring the measurements back, if `--back` is given and there are any."""
+    files = [*kept_files(options.out)] if options.back is not None else []
+    if files:
+        pack_files(files, options.out, options.back)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the options about folders."""
+    parser.add_argument("--out", type=Path, default=Path("runs/sft"), help="output folder")
+    parser.add_argument("--back", type=Path, metavar="FOLDER", help="keep the measurements here, in small files")
+    parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="first restore what --back has kept")
+
+
+def add_queue(parser: argparse.ArgumentParser, arms: str) -> None:
+    """Add the options of the queue; `arms` are the default arms."""
+    add = parser.add_argument
+    add("--arms", nargs="+", default=[arms], metavar="ARM", help="arms or groups of arms (see table)")
+    add("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds of the training")
+    add("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
+    add("--each", type=int, default=4, help="jobs at the same time on a GPU (default: 4)")
+    add("--seconds", type=float, default=0.0, help="save and end after this time; 0: no limit")
+    add("--tiny", action="store_true", help="tiny sizes, only to show that everything runs")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = made.add_subparsers(dest="command", required=True)
+    for name in ("train", "exact", "report"):
+        add_places(commands.add_parser(name))
+    add_queue(commands.choices["train"], "tuned")
+    commands.choices["report"].add_argument("-o", "--output", default="sft", help="name or path of the result")
+    commands.choices["report"].add_argument("--docs", action="store_true", help="write the tables of the page")
+    commands.add_parser("table")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the command line names."""
+    options = parser().parse_args(argv)
+
+    def work() -> int:
+        if options.command == "table":
+            print("\n".join(sft_report.arms()))
+            return 0
+        if options.unpack is not None:
+            unpack(options.unpack, options.out)
+        if options.command == "train":
+            return work_on(options)
+        if options.command == "exact":
+            options.out.mkdir(parents=True, exist_ok=True)
+            print(json.dumps(sft_exact.exact(options.out)))
+            keep(options)
+        else:
+            sft_report.write(options.out, options.output, docs=options.docs)
+        return 0
+
+    return ended("benchmarks.sft", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

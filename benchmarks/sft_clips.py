@@ -1,0 +1,127 @@
+"""Clips, captions and prompts of `python -m benchmarks.sft`: a world in new colours, and the old world.
+
+The base model has never seen the new colours (`postgen.world.Palette`): their names are synonyms of `green` in its
+captions. `train` and `held-out` clips, and the prompts of the evaluation, come from separate ranges of seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from postgen import world
+from postgen.files import replacing
+from postgen.video import write_video
+from postgen.world.spec import FPS, Spec
+
+PALETTE = world.Palette()
+FIRST = {
+    "train": 930_000,
+    "held-out": 950_000,
+    "test": 960_000,
+    "valid": 970_000,
+}
+"""Seed of the first scene of each group; trainings on the world begin at 1,000,000."""
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """A scene with a prompt. `spec` and `plain` have the colours of the world, also for the new world."""
+
+    spec: Spec
+    new: bool
+    """Whether it is shown in the new colours."""
+    plain: str
+    """Caption in the colours of the world, for the judge."""
+
+    @property
+    def prompt(self) -> str:
+        """Caption for the model."""
+        return PALETTE.rename(self.plain) if self.new else self.plain
+
+
+def scenes(group: str, count: int, frames: int, *, new: bool) -> list[Scene]:
+    """Return scenes with different captions that the judge reads completely.
+
+    Args:
+        group: a key of `FIRST`.
+        count: number of scenes.
+        frames: frames of a clip.
+        new: whether the scenes are those of the new colours; otherwise of all colours of the world, one or two bodies.
+    """
+    found: dict[str, Scene] = {}
+    seed = FIRST[group]
+    while len(found) < count:
+        number, seed = seed, seed + 1
+        if new:
+            spec = PALETTE.sample(number, num_frames=frames)
+        else:
+            spec = world.sample(number, num_frames=frames, num_bodies=1 + number % 2, camera="static")
+        plain = world.simple_caption(spec)
+        # Few captions exist of one body in two colours: the scenes of one caption differ in layout and noise.
+        key = f"{plain} {number}" if new else plain
+        reading = world.read(plain)
+        if reading is not None and key not in found and all(clause.readable for clause in reading.clauses):
+            found[key] = Scene(spec=spec, new=new, plain=plain)
+    return list(found.values())
+
+
+def rendered(wanted: list[Scene], size: int, frames: int, device: str = "cpu") -> Tensor:
+    """Return the exact clips (B,F,3,H,W) of scenes of one world."""
+    clips = world.render(
+        [scene.spec for scene in wanted], num_frames=frames, size=size, geometry=False, device=device
+    ).rgb_BF3HW
+    return PALETTE.paint(clips) if wanted[0].new else clips
+
+
+def write_folder(folder: Path, *, count: int, held_out: int, size: int, frames: int, device: str) -> None:
+    """Write the training clips of both worlds as video files, and lists of rows for each mixture.
+
+    Args:
+        folder: gets `new/NNNNN.mp4`, `old/NNNNN.mp4`, `held-out/NNNNN.mp4` and `NAME.jsonl` for `new`, `mixed` and
+            `held-out`. `ready.json` is written last.
+        count: number of training clips of each world.
+        held_out: number of held-out clips of the new world.
+        size: height and width in pixels.
+        frames: frames of a clip.
+        device: where the scenes are rendered.
+    """
+    groups = {
+        "new": scenes("train", count, frames, new=True),
+        "old": scenes("train", count, frames, new=False),
+        "held-out": scenes("held-out", held_out, frames, new=True),
+    }
+    rows = {name: list(_written(folder / name, wanted, size, frames, device)) for name, wanted in groups.items()}
+    for name, content in (("new", rows["new"]), ("mixed", rows["new"] + rows["old"]), ("held-out", rows["held-out"])):
+        text = "".join(json.dumps({"video": f"{file}", "prompt": prompt}) + "\n" for file, prompt in content)
+        with replacing(folder / f"{name}.jsonl") as part:
+            part.write_text(text, encoding="utf-8")
+    with replacing(folder / "ready.json") as part:
+        part.write_text(json.dumps({"count": count, "held_out": held_out, "size": size, "frames": frames}) + "\n")
+
+
+def _written(folder: Path, wanted: list[Scene], size: int, frames: int, device: str) -> Iterator[tuple[str, str]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
+        for low in range(0, len(wanted), _AT_ONCE):
+            part = wanted[low : low + _AT_ONCE]
+            clips = rendered(part, size, frames, device).cpu()
+            files = [folder / f"{low + number:05d}.mp4" for number in range(len(part))]
+            list(pool.map(lambda pair: write_video(pair[0], pair[1], fps=FPS), zip(files, clips, strict=True)))
+            yield from zip(
+                (f"{file.parent.name}/{file.name}" for file in files), (s.prompt for s in part), strict=True
+            )
+
+
+def digest(folder: Path) -> str:
+    """Return a digest of the lists of rows, which name all clips and captions."""
+    lists = sorted(folder.glob("*.jsonl"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()[:12]
