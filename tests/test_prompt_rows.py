@@ -8,6 +8,7 @@ from postgen import UserError
 from postgen.commands.generate import _file_name
 from postgen.prompt_rows import read_prompts
 from postgen.reading import read_text
+from postgen.training.prompts import made_rows
 
 MARK = b"\xef\xbb\xbf"
 RED, BLUE = {"prompt": "a red ball"}, {"prompt": "a blue cube"}
@@ -127,3 +128,11 @@ def test_the_file_that_may_have_been_meant(tmp_path, monkeypatch):
     for given in ("prompts.json", "quite-another.txt", "absent/prompts.txt"):
         with pytest.raises(UserError, match=r"No such file or directory$"):
             read_text(given, "it cannot be read")
+
+
+def test_a_data_set_that_is_neither_a_file_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped folder is taken as the id of a data set; the message says that there is no such folder."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="train_dataset elsewhere cannot be loaded: there is no such file or folder"):
+        made_rows("elsewhere", "train_dataset")

@@ -12,7 +12,7 @@ import typer
 from postgen.commands import options as o
 from postgen.commands.errors import when_stopped
 from postgen.commands.generate_long import LongWords, make_long
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.files import check_apart, named
 from postgen.prompt_rows import read_prompts
 from postgen.reading import check_name
@@ -135,7 +135,7 @@ def generate(
         given, place, format = _again(sidecar, given, place, format)
         if new:  # the enhanced prompt of the sidecar belongs to its prompt and enhancer
             given.pop("enhanced_prompt", None)
-    texts = _texts(prompt, file, given.pop("prompt", None))
+    texts = _texts(prompt, file, given.pop("prompt", None), given.get("enhance_prompt"))
     read = [each for each in (sidecar, file) if each is not None]
     _make(texts, given, count, place or Path(_file_name(texts[0])), format, read)
 
@@ -152,14 +152,16 @@ def _again(
     return old | given, output, format or (None if output.suffix else old_format)
 
 
-def _texts(prompt: str | None, prompts: Path | None, old: str | None) -> list[str]:
+def _texts(prompt: str | None, prompts: Path | None, old: str | None, enhancer: str | None) -> list[str]:
     if prompt is not None and prompts is not None:
         raise UserError("give either a prompt or --prompts FILE, not both")
     if prompts is not None:
         return [str(row["prompt"]) for row in read_prompts(prompts)]
     text = prompt if prompt is not None else old
     if text is None:
-        raise UserError('there is no prompt: postgen generate "a red ball rolls left" -o out.mp4')
+        taken = enhancer is not None and " " in enhancer  # a prompt, in the place of the optional name
+        hint = f". {shown(enhancer)} is the name of --enhance-prompt: put the prompt before it" if taken else ""
+        raise UserError(f'there is no prompt: postgen generate "a red ball rolls left" -o out.mp4{hint}')
     return [text]
 
 

@@ -36,7 +36,11 @@ Method = Annotated[
     ),
 ]
 Base = Annotated[
-    str | None, typer.Option("--base", help="The model that the sources began from, for --eta, add, negate, slerp.")
+    str | None,
+    typer.Option(
+        "--base",
+        help="Folder of the model that the sources began from, or embedded; for --eta, add, negate, slerp.",
+    ),
 ]
 Last = Annotated[
     int | None, typer.Option("--last", help="Use the last N checkpoints of each run. \\[default: all]", min=1)
@@ -93,7 +97,9 @@ Rank = Annotated[
 Density = Annotated[
     float | None,
     typer.Option(
-        "--density", help="Share of the values that ties, dare and magnitude_prune keep.", rich_help_panel=LORA
+        "--density",
+        help="Share of the values that ties, dare_linear, dare_ties and magnitude_prune keep.",
+        rich_help_panel=LORA,
     ),
 ]
 Seed = Annotated[

@@ -91,7 +91,8 @@ EnhancePrompt = Annotated[
         "--enhance-prompt",
         metavar="[NAME]",
         help="Rewrite the prompt for the model: template (also without a NAME) for phrases without a language model,"
-        " smollm2, chat:MODEL, api:MODEL@URL, or your own module:function; none for off. \\[default: off]",
+        " smollm2, chat:MODEL, api:MODEL@URL, or your own module:function; none for off. A word after this option is"
+        " its NAME, so put the prompt before it. \\[default: off]",
         rich_help_panel=LOOK,
     ),
 ]

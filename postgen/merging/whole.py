@@ -127,7 +127,8 @@ def prepare(sources: Sequence[Source], base: Source | None, config: MergeConfig,
     for source in sources[1:]:
         if source.sets.keys() != networks:
             raise UserError(
-                f"{sources[0].label} has the networks {_names(networks)}, {source.label} has {_names(source.sets)}"
+                f"{sources[0].label} has the networks {_names(networks)}, {source.label} has {_names(source.sets)}:"
+                " give the folder of one network of each (MODEL/transformer), or the whole model as the base"
             )
     everything = {
         name: [*([_set_of(base, name, sources)] if base else []), *(source.sets[name] for source in sources)]

@@ -112,7 +112,10 @@ class PromptEnhancer:
 
             rewriter = get_rewriter(rewriter)
         if not isinstance(rewriter, Rewriter):
-            raise UserError(f"rewriter must be a name, or have name, settings() and a call, got {shown(rewriter)}")
+            raise UserError(
+                "rewriter must be a name, or have name, settings() and a call; name a function as module:name or"
+                f" file.py:name; got {shown(rewriter)}"
+            )
         self.rewriter, self.config, self.target = rewriter, config or EnhancerConfig(), target
         self.cache = cache if isinstance(cache, PromptCache) else PromptCache(cache)
 

@@ -125,7 +125,9 @@ def _weight(item: Item, config: SftDataConfig) -> float | str:
     """Return the weight of an item, or what is wrong with it: its weight times its number of repeats."""
     weight, repeats = 1.0, 1
     if config.weight_column is not None:
-        given = _as_number(item.row.get(config.weight_column))
+        if config.weight_column not in item.row:
+            return f"it has no column {config.weight_column}, which weight_column names"
+        given = _as_number(item.row[config.weight_column])
         if not is_number(given) or not 0 <= given < 1e9:
             return f"its {config.weight_column} is {shown(given)}, it must be a number of at least 0"
         weight = float(given)

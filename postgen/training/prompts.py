@@ -136,5 +136,7 @@ def _load_dataset(source: str, name: str) -> Iterable[Mapping[str, Any]]:
             location or split, split=split if location else "train"
         )
     except Exception as error:  # `datasets` and the hub raise many kinds of exceptions
-        raise UserError(f"{name} {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        place = "" if Path(location or split).exists() else "there is no such file or folder, and as a data set: "
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} {source} cannot be loaded: {place}{reason}") from error
     return rows

@@ -178,6 +178,8 @@ def test_pipelines_of_other_classes_or_bases(tmp_path: Path, tiny_wan: Path, cli
         (export / "base.json").write_text(json.dumps({"base": base, "parts": ["transformer"]}))
         exports.append(export)
     assert "differ in base (base: 'Wan2.1-T2V' and 'Wan2.2-TI2V')" in refused(cli, tmp_path, *exports)
+    told = refused(cli, tmp_path, exports[0], tiny_wan)
+    assert "give the folder of one network of each (MODEL/transformer), or the whole model as the base" in told
 
 
 def test_loras_that_cannot_be_merged(tmp_path: Path, tiny_wan: Path, cli: Any) -> None:

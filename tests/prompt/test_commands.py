@@ -118,6 +118,12 @@ def test_a_wrong_enhancer_is_one_line(capfd: pytest.CaptureFixture[str], words: 
     _refused(capfd, words, message)
 
 
+def test_a_prompt_in_the_place_of_the_name(capfd: pytest.CaptureFixture[str]) -> None:
+    """The word after the option is its name, also if it was meant as the prompt."""
+    assert run("generate", "--enhance-prompt", "red ball", *SMALL, "-o", "z.mp4") == 2
+    assert "'red ball' is the name of --enhance-prompt: put the prompt before it" in capfd.readouterr().err
+
+
 def _refused(capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     before = set(Path().iterdir())
     size = () if "--long" in words else SMALL

@@ -163,6 +163,9 @@ def test_weights_and_repeats_of_rows(tmp_path: Path, model: Any, clips: Path) ->
     rows[1]["weight"] = -1
     with pytest.raises(UserError, match=r"1 of 4 .*its weight is -1, it must be a number of at least 0"):
         built(model, settings(None, weight_column="weight"), tmp_path, train=rows)
+    del rows[1]["weight"]
+    with pytest.raises(UserError, match=r"1 of 4 .*it has no column weight, which weight_column names"):
+        built(model, settings(None, weight_column="weight"), tmp_path, train=rows)
     rows[1]["repeats"] = 0.5
     with pytest.raises(UserError, match=r"its repeats is 0.5, it must be a whole number"):
         built(model, settings(None, repeats_column="repeats"), tmp_path, train=rows)

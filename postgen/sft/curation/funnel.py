@@ -237,14 +237,9 @@ def _remove_overlaps(funnel: Funnel, config: CurationConfig, prompts: Sequence[s
         if (same := found.get(one.item.caption)) is not None:
             one.removed, one.value = "overlap", same.distance
             one.why = f"its caption is at the distance {same.distance:.3f} from the prompt {prompts[same.prompt]!r}"
-    funnel.steps.append(
-        Step(
-            name="overlap",
-            before=len(kept),
-            after=len(funnel.kept),
-            threshold=f"distance > {config.caption_distance:g} to {len(prompts)} prompts",
-        )
-    )
+    others = "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+    threshold = f"distance > {config.caption_distance:g} from {others}"
+    funnel.steps.append(Step(name="overlap", before=len(kept), after=len(funnel.kept), threshold=threshold))
 
 
 def _weigh(kept: Sequence[Candidate], config: CurationConfig, embed: CaptionEmbed, device: str) -> None:

@@ -28,7 +28,7 @@ from .store import MeasureStore
 Report = Callable[[str, int, int], None]
 """Called with the work ("Measuring", "Cutting", "Drawing"), the finished and the total number of files."""
 
-ADVICE = "or leave out --strict, and name at least one that is right"
+ADVICE = "or leave out --strict; at least one must be usable"
 """Advice about files that cannot be used."""
 _OWN = (
     "video",
