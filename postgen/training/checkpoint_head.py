@@ -148,7 +148,11 @@ def _is_spikes(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("window", []), list):
         return False
     losses = [one for one in value.get("window", []) if not isinstance(one, int | float) or isinstance(one, bool)]
-    return not losses and all(_is_count(value.get(name, 0)) for name in ("row", "rescues"))
+    spans = value.get("spiked", [])
+    if not isinstance(spans, list) or not all(isinstance(span, list) and len(span) == 2 for span in spans):
+        return False
+    counts = [value.get(name, 0) for name in ("row", "rescues")] + [step for span in spans for step in span]
+    return not losses and all(map(_is_count, counts))
 
 
 def _is_number(value: Any) -> bool:
