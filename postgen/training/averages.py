@@ -25,7 +25,7 @@ from postgen.families.lora_sums import low_rank_sum, padded, shaped
 from postgen.tensor_files import opened
 
 from . import checkpoint
-from .checkpoint_head import DamagedCheckpoint, check_contents, read_head
+from .checkpoint_head import DamagedCheckpoint, Span, check_contents, in_spans, read_head
 from .config import TrainingConfig
 from .curves import weights_of
 from .logging import say
@@ -33,8 +33,6 @@ from .run_state import RunState
 from .swap import HostCopy
 
 T = TypeVar("T")
-Span = Sequence[int]
-"""First and last step of a span of steps."""
 WEIGHTS = "weights.safetensors"
 """File of the trained weights in a checkpoint."""
 REPORT = "merge_last.json"
@@ -142,11 +140,6 @@ def sound(
             if main:
                 say(f"postgen: warning: {error}; it is left out of the average.")
     return found
-
-
-def in_spans(step: int, spans: Iterable[Span]) -> bool:
-    """Return whether a step is in one of several spans."""
-    return any(first <= step <= last for first, last in spans)
 
 
 def _check_values(folder: Path) -> None:

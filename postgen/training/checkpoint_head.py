@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from postgen.errors import UserError, first_line
 from postgen.tensor_files import opened
 
 FORMAT = 1
+Span = Sequence[int]
+"""First and last step of a span of steps."""
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 
 
@@ -36,6 +38,16 @@ class Head:
     """Digest (`contents_of`) of each other file, by name; empty for checkpoints of versions without digests."""
     meta: dict[str, Any]
     """See `Snapshot.meta`."""
+
+    @property
+    def spiked(self) -> list[Span]:
+        """Spans of steps whose checkpoints belong to a spike of the loss from which the run was rescued."""
+        return list(self.meta.get("spikes", {}).get("spiked", ()))
+
+
+def in_spans(step: int, spans: Iterable[Span]) -> bool:
+    """Return whether a step is in one of several spans."""
+    return any(first <= step <= last for first, last in spans)
 
 
 def read_head(folder: Path) -> Head:
