@@ -112,11 +112,12 @@ class TensorBlocks:
                 found, metadata = _rows(file, number)
                 self.metadata.append(metadata)
                 for name, row in found.items():
+                    if not name.startswith(prefix):
+                        continue
                     short = name.removeprefix(prefix)
                     if short in self.rows:
                         raise UserError(f"{path} cannot be read: {name} is also in {files[self.rows[short].file]}")
-                    if name.startswith(prefix):
-                        self.rows[short] = row
+                    self.rows[short] = row
         except BaseException:
             self.close()
             raise

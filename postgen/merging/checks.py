@@ -19,6 +19,8 @@ from .sources import Source
 _FREE = ("transformers_version", "torch_dtype", "dtype")
 """Entries of configs that may differ between sources; so may paths and versions, which begin with an underscore."""
 _CLASS = "_class_name"
+_FACTORS = (".lora_", ".lokr_", ".loha_", ".hada_", ".aux_up", ".branch_up")
+"""Parts of the names of factors of LoRAs, and of branches of quantised layers, in training and in exports."""
 
 
 def check_rows(rows: Sequence[Mapping[str, TensorRow]], labels: Sequence[str], *, any_dtype: bool = False) -> None:
@@ -52,20 +54,21 @@ def check_rows(rows: Sequence[Mapping[str, TensorRow]], labels: Sequence[str], *
             *(f"{name} is {one.dtype} and {two.dtype}" for name, one, two in dtypes[:1]),
         ]
         if parts:
-            only = " (--dtype merges different dtypes)" if not (missing or extra or shapes) else ""
+            floats = not any_dtype and all(one.is_float and two.is_float for _, one, two in dtypes)
+            only = " (--dtype merges different dtypes)" if floats and not (missing or extra or shapes) else ""
             raise UserError(f"{said} and {label} do not fit: {'; '.join(parts)}{only}")
 
 
 def check_no_lora(rows: Mapping[str, TensorRow], label: str) -> None:
-    """Refuse the factors of a LoRA inside of a model: the mean of factors is not the mean of their products.
+    """Refuse the factors of a LoRA or branch inside of a model: their mean is not the mean of their products.
 
     Raises:
         UserError: the tensors hold such factors.
     """
-    if name := next((name for name in rows if ".lora_" in name or ".lokr_" in name or ".loha_" in name), ""):
+    if name := next((name for name in rows if any(part in name for part in _FACTORS)), ""):
         raise UserError(
-            f"{label} holds LoRA factors, such as {name}: the mean of factors is not the mean of their products. Merge"
-            " the LoRA files, or models into which the LoRA is fused"
+            f"{label} holds factors of a LoRA or of a branch, such as {name}: the mean of factors is not the mean of"
+            " their products. Merge the LoRA files, or models into which the LoRA or branch is fused"
         )
 
 

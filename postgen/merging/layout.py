@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from .report import NAME as REPORT
 from .sources import OTHER_FORMATS, Source
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = re.compile(r".*\.safetensors\.index(\.[^.]+)?\.json")
+"""Name of an index of shards, with the name of a variant such as fp16."""
 _LARGEST = 2**28
 """Largest size of an index file in bytes."""
 
@@ -74,7 +77,7 @@ def _of_folder(number: int, first: Source, folders: Sequence[Source], dtype_chan
             if str(place.parent) not in homes:  # a copy of the merged weights in another format would not be merged
                 _check_equal(place, folders)
                 layout.copies[str(place)] = file
-        elif dtype_changes and file.name.endswith(".safetensors.index.json"):
+        elif dtype_changes and _INDEX.fullmatch(file.name):
             layout.texts[str(place)] = _without_size(file)
         else:
             layout.copies[str(place)] = file

@@ -14,7 +14,7 @@ from postgen.families.lora_file import EXPERTS, find_loras
 from postgen.reading import check_name
 from postgen.tensor_files import opened
 from postgen.training.checkpoint import find, named
-from postgen.training.checkpoint_head import NAME, check_contents, read_head
+from postgen.training.checkpoint_head import NAME, check_contents, in_spans, read_head
 
 Kind = Literal["folder", "file", "checkpoint", "lora"]
 
@@ -121,13 +121,18 @@ def _place(text: str | Path) -> Path:
 
 
 def _checkpoints(path: Path) -> list[Path] | None:
-    """Return the complete checkpoints in the folder of a run; None if the folder is not one."""
+    """Return the complete checkpoints in the folder of a run; None if the folder is not one.
+
+    Those of spikes from which the run was rescued are left out.
+    """
     if not path.is_dir() or not (every := named(path)):
         return None
     complete = find(path)
     if not complete:
         raise UserError(f"{path} has no complete checkpoint: {every[-1].name} lacks files")
-    return complete
+    spiked = read_head(complete[-1]).spiked
+    sound = [folder for folder in complete if not in_spans(int(folder.name.rpartition("-")[2]), spiked)]
+    return sound or complete
 
 
 def _source(path: Path) -> Source:
@@ -163,6 +168,8 @@ def _loras(path: Path) -> dict[str | None, Path]:
     try:
         found = find_loras(path)
     except UserError:
+        if sum(map(_keys_of_lora, path.glob("*.safetensors"))) > 1:
+            raise UserError(f"{path} holds several LoRA files: give one of them, or each as a source") from None
         return {}
     return found if all(_keys_of_lora(file) for file in found.values()) else {}
 

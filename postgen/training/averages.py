@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from postgen.errors import UserError
+from postgen.errors import UserError, did_you_mean
 from postgen.families.lora_layers import Layer
 from postgen.families.lora_sums import low_rank_sum, padded, shaped
 from postgen.tensor_files import opened
 
 from . import checkpoint
-from .checkpoint_head import DamagedCheckpoint, check_contents, read_head
+from .checkpoint_head import DamagedCheckpoint, Span, check_contents, in_spans, read_head
 from .config import TrainingConfig
 from .curves import weights_of
 from .logging import say
@@ -33,6 +33,8 @@ from .run_state import RunState
 from .swap import HostCopy
 
 T = TypeVar("T")
+WEIGHTS = "weights.safetensors"
+"""File of the trained weights in a checkpoint."""
 REPORT = "merge_last.json"
 """Name of the report in an export."""
 _UP = ".lora_B."
@@ -68,6 +70,41 @@ def check(args: TrainingConfig, trained: Iterable[str]) -> None:
         )
 
 
+def asks_anew(args: TrainingConfig, step: int, changed: Collection[str]) -> bool:
+    """Return whether a resumed run must check `merge_metric` again before it goes on.
+
+    Args:
+        args: the configuration.
+        step: optimiser steps done.
+        changed: names of the settings that differ from those of the checkpoint.
+    """
+    anew = any(name.startswith(("merge_", "eval_")) for name in changed)
+    return bool(args.merge_metric) and anew and step < args.max_steps
+
+
+def check_metric(args: TrainingConfig, values: Mapping[str, float], remedy: str = "") -> None:
+    """Check that an evaluation has the metric that decides about the merge, if there is one.
+
+    Args:
+        args: the configuration.
+        values: metrics of the evaluation.
+        remedy: what the user can do; by default for the start of a run.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not args.merge_metric or _metric(args) in values:
+        return
+    known = f"it has {', '.join(values)}" if values else "this run has no evaluation: give held-out data"
+    near = did_you_mean(_metric(args), values)
+    remedy = remedy or "Correct merge_metric, or leave it out with merge_keep: always."
+    raise UserError(f"merge_metric is {args.merge_metric!r}, which the evaluation lacks ({known}).{near} {remedy}")
+
+
+def _metric(args: TrainingConfig) -> str:
+    return f"eval_{args.merge_metric.removeprefix('eval_')}"
+
+
 def kept(args: TrainingConfig) -> int | None:
     """Return the number of checkpoints to keep: `save_total_limit`, or more if averages need them; None keeps all."""
     if args.save_total_limit is None:
@@ -77,13 +114,16 @@ def kept(args: TrainingConfig) -> int | None:
     return max(args.save_total_limit, args.merge_last, args.rescue_last + during if args.rescue_spike else 0)
 
 
-def sound(folder: Path, count: int, before: int | None = None, *, main: bool = True) -> list[Path]:
+def sound(
+    folder: Path, count: int, before: int | None = None, *, spiked: Sequence[Span] = (), main: bool = True
+) -> list[Path]:
     """Return the newest undamaged checkpoints of a run, the oldest first.
 
     Args:
         folder: folder of the run.
         count: largest number of checkpoints.
         before: only checkpoints of earlier steps than this one; None takes all.
+        spiked: spans of steps whose checkpoints are left out.
         main: whether this process prints a warning for each damaged checkpoint.
     """
     found: list[Path] = []
@@ -92,13 +132,26 @@ def sound(folder: Path, count: int, before: int | None = None, *, main: bool = T
             break
         try:
             head = read_head(path)
-            if before is None or head.step < before:
+            if (before is None or head.step < before) and not in_spans(head.step, spiked):
                 check_contents(path, head)
+                _check_values(path)
                 found.insert(0, path)
         except DamagedCheckpoint as error:
             if main:
                 say(f"postgen: warning: {error}; it is left out of the average.")
     return found
+
+
+def _check_values(folder: Path) -> None:
+    """Check that the weights of a checkpoint can be read and hold no NaN: a step may break them with a finite loss."""
+    try:
+        with opened(folder / WEIGHTS) as file:
+            for name in file.keys():  # noqa: SIM118
+                _read(folder, file, name)
+    except DamagedCheckpoint:
+        raise
+    except UserError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from error
 
 
 def average(folders: Sequence[Path], weights: Sequence[float], names: Iterable[str]) -> Average:
@@ -120,7 +173,7 @@ def average(folders: Sequence[Path], weights: Sequence[float], names: Iterable[s
     tensors: dict[str, Tensor] = {}
     held: list[tuple[float, float]] = []
     with ExitStack() as stack:
-        files = [stack.enter_context(opened(folder / "weights.safetensors")) for folder in folders]
+        files = [stack.enter_context(opened(folder / WEIGHTS)) for folder in folders]
         places = list(zip(folders, files, strict=True))
         for name in names:
             if list(weights) == [1] or name not in {*pairs, *pairs.values()}:
@@ -134,16 +187,17 @@ def average(folders: Sequence[Path], weights: Sequence[float], names: Iterable[s
 
 
 def _each(places: Sequence[tuple[Path, Any]], name: str) -> list[Tensor]:
-    found = []
-    for folder, file in places:
-        try:
-            tensor = file.get_tensor(name)
-        except Exception as error:  # safetensors raises its own error type
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be read") from error
-        if bool(tensor.isnan().any()):
-            raise DamagedCheckpoint(f"{folder} is damaged: {name} in weights.safetensors holds NaN")
-        found.append(tensor)
-    return found
+    return [_read(folder, file, name) for folder, file in places]
+
+
+def _read(folder: Path, file: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except Exception as error:  # safetensors raises its own error type
+        raise DamagedCheckpoint(f"{folder} is damaged: {name} cannot be read") from error
+    if tensor.is_floating_point() and tensor.itemsize > 1 and bool(tensor.isnan().any()):
+        raise DamagedCheckpoint(f"{folder} is damaged: {name} in {WEIGHTS} holds NaN")
+    return tensor
 
 
 def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -217,12 +271,14 @@ class LastCheckpoints:
         parts: the state of the run; the merged weights become its `merged`.
         evaluate: evaluates the weights that would be exported; every process calls it.
         accelerator: the processes of the run; the main one prints messages.
+        spiked: spans of steps in which the loss had spiked before a rescue: their checkpoints are left out.
     """
 
     args: TrainingConfig
     parts: RunState
     evaluate: Callable[[], Mapping[str, float]]
     accelerator: Accelerator
+    spiked: Sequence[Span] = ()
 
     def merge(self) -> dict[str, float]:
         """Merge, compare and decide; return metrics for the log, empty if there is nothing to merge.
@@ -233,7 +289,7 @@ class LastCheckpoints:
             UserError: the evaluation does not have the metric.
         """
         args, parts = self.args, self.parts
-        folders = sound(args.folder, args.merge_last, main=self.accelerator.is_main_process)
+        folders = sound(args.folder, args.merge_last, spiked=self.spiked, main=self.accelerator.is_main_process)
         if len(folders) < 2:
             self._say(f"merge_last: {args.folder} holds {len(folders)} checkpoint: nothing is merged")
             return {}
@@ -275,15 +331,10 @@ class LastCheckpoints:
         return self._measured() * (1 if self.args.metric_rises else -1)
 
     def _measured(self) -> float:
-        name = f"eval_{self.args.merge_metric.removeprefix('eval_')}"
         values = self.evaluate()
-        if name not in values:
-            known = f"it has {', '.join(values)}" if values else "this run has no evaluation"
-            raise UserError(
-                f"merge_metric is {self.args.merge_metric!r}, which the evaluation does not have ({known}). The last"
-                " checkpoint is complete: correct merge_metric or set merge_last 0, and continue with --resume"
-            )
-        return values[name]
+        remedy = "The last checkpoint is complete: correct merge_metric or set merge_last 0, and use --resume."
+        check_metric(self.args, values, remedy)
+        return values[_metric(self.args)]
 
     def _better(self, after: float, before: float) -> bool:
         if math.isnan(after):

@@ -42,7 +42,8 @@ class MergeConfig(Part):
 
     merge_metric: str = ""
     """Metric of the run's evaluation that decides, such as eval_loss. Needed with `merge_keep: better` and with
-    "greedy"; with `merge_keep: always` it is only reported."""
+    "greedy"; with `merge_keep: always` it is only reported. The run is then also evaluated before its first step, to
+    find an unknown metric."""
 
     merge_greater_is_better: bool | None = None
     """Whether larger values of `merge_metric` are better. None: smaller values are, if its name ends in loss or
@@ -84,9 +85,10 @@ class RescueConfig(Part):
 
     rescue_spike: float = 0.0
     """A loss is a spike if it is above the median of the last `rescue_window` losses by this many standard deviations
-    (estimated from the median of the absolute deviations), or not finite. After `rescue_patience` spikes in a row the
-    run loads the mean of the `rescue_last` checkpoints before them, resets the moments of the optimiser, and goes on
-    with the next data. 0 disables this. Every step then waits for the device; 10 is a usual value."""
+    (estimated from the median of the absolute deviations), or not finite. After `rescue_patience` spikes in a row, or
+    when the weights are not finite, the run loads the mean of the `rescue_last` checkpoints before them, resets the
+    moments of the optimiser, and goes on with the next data. 0 disables this. Every step then waits for the device; 10
+    is a usual value."""
 
     rescue_patience: int = 3
     """Number of spikes in a row; one loss that is not finite is enough. At least 1."""

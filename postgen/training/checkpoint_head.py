@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from postgen.errors import UserError, first_line
 from postgen.tensor_files import opened
 
 FORMAT = 1
+Span = Sequence[int]
+"""First and last step of a span of steps."""
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,14})")
 
 
@@ -36,6 +38,16 @@ class Head:
     """Digest (`contents_of`) of each other file, by name; empty for checkpoints of versions without digests."""
     meta: dict[str, Any]
     """See `Snapshot.meta`."""
+
+    @property
+    def spiked(self) -> list[Span]:
+        """Spans of steps whose checkpoints belong to a spike of the loss from which the run was rescued."""
+        return list(self.meta.get("spikes", {}).get("spiked", ()))
+
+
+def in_spans(step: int, spans: Iterable[Span]) -> bool:
+    """Return whether a step is in one of several spans."""
+    return any(first <= step <= last for first, last in spans)
 
 
 def read_head(folder: Path) -> Head:
@@ -148,7 +160,11 @@ def _is_spikes(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("window", []), list):
         return False
     losses = [one for one in value.get("window", []) if not isinstance(one, int | float) or isinstance(one, bool)]
-    return not losses and all(_is_count(value.get(name, 0)) for name in ("row", "rescues"))
+    spans = value.get("spiked", [])
+    if not isinstance(spans, list) or not all(isinstance(span, list) and len(span) == 2 for span in spans):
+        return False
+    counts = [value.get(name, 0) for name in ("row", "rescues")] + [step for span in spans for step in span]
+    return not losses and all(map(_is_count, counts))
 
 
 def _is_number(value: Any) -> bool:

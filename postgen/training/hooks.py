@@ -45,8 +45,8 @@ class TrainerHooks(ABC, Generic[C]):
     sharded: bool
     """Whether the weights of the models are sharded over processes."""
     on_trial: bool = False
-    """Whether `evaluate` measures an average of checkpoints that the run may discard: such an evaluation writes no
-    pictures and decides nothing else."""
+    """Whether `evaluate` measures an average of checkpoints that the run may discard, or only shows which metrics it
+    has: such an evaluation writes no pictures and decides nothing else."""
     callbacks: Callbacks
     """The callbacks with their shared state and control."""
     _raw: dict[str, nn.Module]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,9 +51,15 @@ def check_equal(checksum: float) -> None:
     """Check that all processes have the same checksum of the trained weights; every process must call this.
 
     Raises:
+        FloatingPointError: the weights are not finite.
         RuntimeError: the weights differ, so the processes do not average their gradients.
     """
     sums = gather_object([checksum])
+    if not all(map(math.isfinite, sums)):
+        raise FloatingPointError(
+            "the trained weights are not finite, so nothing is saved; lower learning_rate or max_grad_norm, or resume"
+            " from the last checkpoint"
+        )
     if any(other != sums[0] for other in sums):
         raise RuntimeError(
             "the processes hold different weights: forward passes with gradients must call self.models[name], not "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class Spikes:
         self._window: list[float] = []
         self._row = 0
         self.rescues = 0
+        self.spiked: list[list[int]] = []
+        """First and last step of each span of checkpoints whose weights belong to a spike that was rescued."""
 
     def add(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch, without waiting for the device."""
@@ -49,15 +52,19 @@ class Spikes:
 
     def state(self) -> dict[str, Any]:
         """Return the state for checkpoints, JSON values."""
-        return {"window": list(self._window), "row": self._row, "rescues": self.rescues}
+        spiked = [list(span) for span in self.spiked]
+        return {"window": list(self._window), "row": self._row, "rescues": self.rescues, "spiked": spiked}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore the return value of `state`; an empty mapping is the state of a new run."""
         self._window = [float(value) for value in state.get("window", ())]
         self._row, self.rescues = int(state.get("row", 0)), int(state.get("rescues", 0))
+        self.spiked[:] = [list(span) for span in state.get("spiked", ())]
 
     def rescue(self, step: int, parts: RunState, log: RunLog, models: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Act after a step: rescue the run if the last losses were spikes. Every process must call this.
+        """Act after a step: rescue the run if the last losses were spikes, or the weights are not finite.
+
+        Every process must call this.
 
         Args:
             step: optimiser steps done.
@@ -68,24 +75,34 @@ class Spikes:
         Returns:
             Metrics for the log; empty without a rescue.
         """
-        if not self._args.rescue_spike or not self._is_due():
+        if not self._args.rescue_spike:
+            return {}
+        # A gradient that is not finite breaks the weights of a step whose loss is finite.
+        due, broken = self._is_due(), not math.isfinite(parts.checksum())
+        if not (due or broken):
             return {}
         first, self._row = step - self._row + 1, 0
-        folders = sound(self._args.folder, self._args.rescue_last, first, main=self._main)
+        what = f"the loss has spiked since step {first}" if due else f"the weights of step {step} are not finite"
+        # The loss of the first spike is that of the weights of the step before it, so they are the last choice.
+        for before in (first - 1, first):
+            if folders := self._sound(before):
+                break
         if not folders or self.rescues >= self._args.rescue_limit:
             reason = f"rescue_limit is {self.rescues}" if folders else "there is no earlier checkpoint"
-            self._say(f"postgen: warning: the loss has spiked since step {first}; {reason}, so the run goes on")
+            self._say(f"postgen: warning: {what}; {reason}, so the run goes on")
             return {}
         self.rescues += 1
+        self.spiked.append([before, step - 1])
         found = average(folders, [1 / len(folders)] * len(folders), parts.named)
         parts.rewind(checkpoint.read(folders[-1]), alike(found, self._device).tensors, step, models)
         log.forget()
         names = ", ".join(folder.name for folder in folders)
-        self._say(
-            f"step {step}: the loss has spiked since step {first}: the run goes on from the mean of {names} with new"
-            " moments of the optimiser"
-        )
+        self._say(f"step {step}: {what}: the run goes on from the mean of {names} with new moments of the optimiser")
         return {"rescue/first_spike": first, "rescue/count": self.rescues}
+
+    def _sound(self, before: int) -> list[Path]:
+        args = self._args
+        return sound(args.folder, args.rescue_last, before, spiked=self.spiked, main=self._main)
 
     def _is_due(self) -> bool:
         """Take in the mean loss of the step, over processes and micro-batches; return whether to rescue the run."""

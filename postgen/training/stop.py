@@ -1,4 +1,4 @@
-"""Ways to stop a run between two steps: Ctrl-C, a termination signal, a deadline."""
+"""What happens between two steps: ways to stop a run (Ctrl-C, a signal, a deadline), and what is due."""
 
 import os
 import signal
@@ -35,6 +35,11 @@ class TrainResult:
 
     signal: int = 0
     """Number of the signal that this process received; 0 for none."""
+
+
+def due(step: int, every: int) -> bool:
+    """Return whether something is due after a step that is done every `every` steps; 0 is never."""
+    return bool(every) and step % every == 0
 
 
 class Signals:

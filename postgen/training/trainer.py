@@ -30,7 +30,7 @@ from .run_folder import own_folder, written
 from .run_log import RunLog
 from .run_state import RunState
 from .sharding import no_sync, prepare, whole
-from .stop import Reason, Signals, TrainResult
+from .stop import Reason, Signals, TrainResult, due
 from .swap import trained_parameters
 from .warning_log import kept_warnings
 
@@ -99,6 +99,7 @@ class Trainer(TrainerHooks[C]):
         self._spikes = Spikes(args, self.accelerator)
         self._saved_step = -1
         self._checked = False
+        self._changed: dict[str, str] = {}
 
     @classmethod
     def from_config(cls, args: C) -> Self:
@@ -219,8 +220,10 @@ class Trainer(TrainerHooks[C]):
             self._evaluate()
             return TrainResult(global_step=self.global_step, reason=Reason.DONE, metrics=self.log.newest)
         self._event("on_train_begin")
-        if args.eval_on_start and self.global_step == 0:
-            self._evaluate()
+        if self.global_step == 0 and (args.eval_on_start or args.merge_metric):
+            averages.check_metric(args, self._evaluate())
+        elif averages.asks_anew(args, self.global_step, self._changed):
+            averages.check_metric(args, self._measured(trial=True))
         reason, began_at = Reason.DONE, self.global_step
         while self.global_step < args.max_steps:
             self._event("on_step_begin")
@@ -236,7 +239,7 @@ class Trainer(TrainerHooks[C]):
         if self._saved_step != self.global_step:
             self._save()
         if args.merge_last and reason is not Reason.INTERRUPTED:
-            last = averages.LastCheckpoints(args, self._parts, self._measured, self.accelerator)
+            last = averages.LastCheckpoints(args, self._parts, self._measured, self.accelerator, self._spikes.spiked)
             if merged := last.merge():
                 self._log(merged)
         self._export()
@@ -276,9 +279,9 @@ class Trainer(TrainerHooks[C]):
         args, step, take = self.args, self.global_step, self.callbacks.take
         if take("should_log") or step % args.logging_steps == 0 or step == args.max_steps:
             self._log(self.log.training_means(float(self._parts.scheduler.get_last_lr()[0])))
-        if take("should_evaluate") or _due(step, args.eval_steps):
+        if take("should_evaluate") or due(step, args.eval_steps):
             self._evaluate()
-        if take("should_save") or _due(step, args.save_steps):
+        if take("should_save") or due(step, args.save_steps):
             self._save()
         elif args.save_seconds and self._agree(time.monotonic() - self._saved_at >= args.save_seconds):
             self._save()
@@ -307,17 +310,18 @@ class Trainer(TrainerHooks[C]):
         self.callbacks.remember(self.global_step, values)
         self._event("on_log", logs=values)
 
-    def _measured(self) -> dict[str, float]:
-        self.on_trial = self._parts.merged is not None
+    def _measured(self, trial: bool = False) -> dict[str, float]:
+        self.on_trial = trial or self._parts.merged is not None
         with self.for_inference():
             own = self.evaluate()
         return self.log.evaluation_means(own)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         if values := self._measured():
             self._log(values)
         self._event("on_evaluate", metrics=values)
         self.log.pause()
+        return values
 
     def _export(self) -> None:
         with self.for_inference():
@@ -376,7 +380,7 @@ class Trainer(TrainerHooks[C]):
         snapshot = checkpoint.read(folder)
         ranks, rank, count = snapshot.ranks, self.accelerator.process_index, self.accelerator.num_processes
         before = snapshot.meta["config"]
-        changed = resume.check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
+        self._changed = resume.check_settings(folder, before, self.args, shared_anew=len(ranks) != count)
         self._parts.restore(snapshot, str(folder))
         self.log.restore(resume.averages_in(ranks, rank, count), float(snapshot.meta["seconds"]))
         self._spikes.load(snapshot.meta.get("spikes", {}))
@@ -393,8 +397,4 @@ class Trainer(TrainerHooks[C]):
             rng.restore(resume.section(ranks[rank], "rng."), self.generator)
         self.global_step = self._saved_step = snapshot.step
         if self.accelerator.is_main_process:
-            resume.announce(folder, snapshot.step, changed, self.args)
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
+            resume.announce(folder, snapshot.step, self._changed, self.args)

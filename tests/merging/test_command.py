@@ -217,6 +217,17 @@ def test_checkpoints_in_another_order_and_too_few(full_run: Path, tmp_path: Path
     assert (done.code, "give one of its checkpoints" in done.err) == (2, True)
 
 
+def test_checkpoints_of_a_rescued_spike_are_left_out(full_run: Path, tmp_path: Path, cli: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    head = json.loads((run / "checkpoint-4" / "state.json").read_text())
+    head["meta"]["spikes"]["spiked"] = [[3, 3]]
+    (run / "checkpoint-4" / "state.json").write_text(json.dumps(head))
+    assert cli("merge", run, "-o", tmp_path / "out").code == 0
+    report = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert [source["step"] for source in report["sources"]] == [2, 4]
+
+
 def test_stored_averages_are_combined(tmp_path: Path, cli: Any) -> None:
     for number, (gamma, step) in enumerate([(6.94, 100), (16.97, 100), (6.94, 50)]):
         metadata = {"ema_gamma": str(gamma), "ema_step": str(step)}

@@ -80,7 +80,7 @@ def _missing_shard(folder: Path) -> None:
         (_weights(scale=torch.tensor(math.nan)), "holds NaN in scale: it is damaged, leave it out"),
         (_weights(scale=torch.tensor(math.inf)), "scale holds infinite values that differ"),
         (_weights(number=torch.tensor([1, 2])), "number is I64 and differs"),
-        (_weights(**{"x.lora_A.weight": torch.zeros(1)}), "holds LoRA factors, such as x.lora_A.weight|only in the"),
+        (_weights(**{"x.lora_A.weight": torch.zeros(1)}), "holds factors of a LoRA|only in the"),
         (_config(width=8), "differ in width (width: 7 and 8)"),
         (_config(quantization_config={"bits": 4}), "differ in quantization_config"),
         (lambda folder: (folder / "config.json").write_text("["), "config.json: it is not valid JSON"),
@@ -98,8 +98,9 @@ def test_networks_that_cannot_be_merged(tmp_path: Path, cli: Any, change: Change
     assert any(part in told for part in message.split("|")), told
 
 
-def test_factors_of_loras_are_not_averaged(tmp_path: Path, cli: Any) -> None:
-    both = [network(tmp_path / name, {"x.lora_A.weight": torch.randn(2, 3)}) for name in ("a", "b")]
+@pytest.mark.parametrize("factor", ["lora_A.weight", "hada_w1_a", "aux_up", "branch_up"])
+def test_factors_of_loras_and_branches_are_not_averaged(tmp_path: Path, cli: Any, factor: str) -> None:
+    both = [network(tmp_path / name, {f"x.{factor}": torch.randn(2, 3)}) for name in ("a", "b")]
     assert "the mean of factors is not the mean of their products" in refused(cli, tmp_path, *both)
 
 
@@ -158,6 +159,23 @@ def test_outputs_that_are_refused(tmp_path: Path, cli: Any) -> None:
     assert "give the name of a .safetensors file" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["n0", "n1"]
     assert sorted(path.name for path in one.iterdir()) == ["config.json", FILE]
+
+
+def test_what_a_dtype_cannot_merge_does_not_advise_it(tmp_path: Path, cli: Any) -> None:
+    one, two = networks(tmp_path, 2)
+    save_file({**tensors(1), "scale": torch.tensor(1.0).to(torch.float8_e4m3fn)}, two / FILE)
+    told = refused(cli, tmp_path, one, two)
+    assert told.endswith("scale is F32 and F8_E4M3")
+    assert refused(cli, tmp_path, one, two, "--dtype", "float32") == told
+
+
+def test_a_folder_with_several_loras(tmp_path: Path, tiny_wan: Path, cli: Any) -> None:
+    one = lora(tiny_wan, tmp_path / "one")
+    file = one / "pytorch_lora_weights.safetensors"
+    (tmp_path / "more").mkdir()
+    for name in "ab":
+        shutil.copy(file, tmp_path / "more" / f"{name}.safetensors")
+    assert "more holds several LoRA files" in refused(cli, tmp_path, one, tmp_path / "more")
 
 
 def test_a_full_disk_is_found_before_the_merge(tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

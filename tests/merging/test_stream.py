@@ -79,6 +79,30 @@ def test_shards_are_those_of_the_first_source(tmp_path: Path, tiny_wan: Path) ->
     assert "total_size" not in index["metadata"]
 
 
+def test_shards_of_a_variant(tmp_path: Path, tiny_wan: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    model: Any = WanTransformer3DModel.from_pretrained(tiny_wan, subfolder="transformer", torch_dtype=torch.float16)
+    for place in ("one", "two"):
+        model.save_pretrained(tmp_path / place, max_shard_size="30KB", variant="fp16")
+    merge([tmp_path / "one", tmp_path / "two"], tmp_path / "half")
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert sorted(file.name for file in (tmp_path / "half").iterdir()) == sorted([*names, "merge.json"])
+    merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out", MergeConfig(dtype="float32"))
+    index = json.loads((tmp_path / "out" / f"{FILE}.index.fp16.json").read_text())
+    assert "total_size" not in index["metadata"]
+    again: Any = WanTransformer3DModel.from_pretrained(tmp_path / "out", variant="fp16")
+    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_network_may_have_a_part_of_its_own_name(tmp_path: Path) -> None:
+    save_file({"a.b.x": torch.zeros(2), "b.x": torch.ones(3)}, tmp_path / "a.safetensors")
+    for prefix, name, count in (("a.", "b.x", 2), ("b.", "x", 3)):
+        blocks = TensorBlocks([tmp_path / "a.safetensors"], prefix)
+        assert {key: row.count for key, row in blocks.rows.items()} == {name: count}
+        blocks.close()
+
+
 def test_a_merged_pipeline_generates(tmp_path: Path, tiny_wan: Path, cli: Any) -> None:
     first, second = (moved(tiny_wan, tmp_path / name, seed) for seed, name in enumerate(("a", "b")))
     (first / "README.md").write_text("# A model\n")

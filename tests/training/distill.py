@@ -122,6 +122,7 @@ def cut_by_accelerate(folder: Path) -> None:
         fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", cpu_ram_efficient_loading=False
     )
     accelerator = SimpleNamespace(
+        num_processes=2,
         is_fsdp2=True,
         state=SimpleNamespace(fsdp_plugin=plugin),
         torch_device_mesh=None,

@@ -165,14 +165,51 @@ def test_a_damaged_checkpoint_is_left_out(trainer, capsys):
     assert "is left out of the average" in capsys.readouterr().err
 
 
-def test_an_unknown_metric_is_named(trainer):
-    run = trainer(merge_last=2, merge_metric="reward")
-    with pytest.raises(UserError, match="it has eval_loss, eval_score") as caught:
+def test_an_unknown_metric_is_named_before_the_first_step(trainer):
+    wrong = {**MERGE, "merge_metric": "eval_los"}
+    run = trainer(**wrong)
+    with pytest.raises(UserError, match=r"it has eval_loss, eval_score\)\. Did you mean 'eval_loss'") as caught:
         run.train()
     assert "\n" not in str(caught.value)
-    again = trainer(**MERGE, resume_from_checkpoint="latest")  # the setting may change, nothing is trained again
+    assert run.global_step == 0
+    trainer(**MERGE).train()  # the folder is free
+    assert report(run)["metric"] == "eval_loss"
+
+
+def test_an_evaluation_without_metrics_cannot_judge(trainer):
+    class Silent(MeasuredTrainer):
+        def evaluate(self):
+            return {}
+
+    run = trainer(kind=Silent, **MERGE)
+    with pytest.raises(UserError, match="this run has no evaluation: give held-out data"):
+        run.train()
+    assert run.global_step == 0
+
+
+def test_the_metric_is_measured_once_before_the_first_step(trainer):
+    run = trainer(**MERGE, max_steps=6)
+    run.train()
+    assert [row["step"] for row in lines(run) if "eval_loss" in row] == [0]
+    again = trainer(**MERGE, resume_from_checkpoint="latest")
     again.train()
-    assert report(again)["metric"] == "eval_loss"
+    assert [row["step"] for row in lines(again) if "eval_loss" in row] == [0]
+    plain = trainer("plain")
+    plain.train()  # the evaluation changes nothing
+    assert all(torch.equal(value, stored(plain, 12)[name]) for name, value in stored(again, 12).items())
+
+
+def test_a_metric_that_changes_is_checked_when_a_run_resumes(trainer):
+    trainer(**MERGE, max_steps=6).train()
+    wrong = {**MERGE, "merge_metric": "reward", "resume_from_checkpoint": "latest"}
+    run = trainer(**wrong)
+    with pytest.raises(UserError, match="which the evaluation lacks"):
+        run.train()
+    assert run.global_step == 6
+    done = trainer(**wrong, max_steps=6)  # a finished run evaluates at once
+    with pytest.raises(UserError, match="The last checkpoint is complete: correct merge_metric"):
+        done.train()
+    trainer(**MERGE, resume_from_checkpoint="latest").train()
 
 
 def product(tensors, layer):
@@ -225,7 +262,7 @@ def test_branches_of_quantised_layers_are_refused(tmp_path):
         check(config, ["net.0.weight", "net.0.aux_up"])
 
 
-def test_nan_in_a_checkpoint_is_damage(trainer):
+def test_nan_in_a_checkpoint_is_damage(trainer, capsys):
     run = trainer()
     run.train()
     folder = run.args.folder / "checkpoint-12"
@@ -234,6 +271,8 @@ def test_nan_in_a_checkpoint_is_damage(trainer):
     save_file(tensors, folder / "weights.safetensors")
     with pytest.raises(DamagedCheckpoint, match=r"net\.0\.weight in weights\.safetensors holds NaN"):
         average([folder], [1.0], run.trained())
+    assert [path.name for path in sound(run.args.folder, 1)] == ["checkpoint-9"]
+    assert "checkpoint-12 is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rises", [False, True])

@@ -19,6 +19,8 @@ SETTINGS = {
     **{"ema_decay": 0.5, "disable_tqdm": True, "report_to": [], "device": "cpu"},
 }
 
+OFF = {"rescue_spike": 0.0, "rescue_window": 50, "rescue_patience": 3, "rescue_last": 3}
+
 
 def make(folder, **settings):
     return SpikingTrainer(SpikingConfig(output_dir=str(folder), **{**SETTINGS, **settings}))
@@ -68,15 +70,51 @@ def test_a_loss_that_is_not_finite_is_a_spike_at_once(tmp_path):
     assert len(losses) == 19  # that of step 8 is gone
     assert all(loss is not None for loss in losses)
     with pytest.raises(FloatingPointError, match="the loss of step 8 is not finite"):
-        make(tmp_path / "off", nan_at=8, spike_at=99, rescue_spike=0.0, rescue_window=50, rescue_patience=3,
-             rescue_last=3).train()  # fmt: skip
+        make(tmp_path / "off", nan_at=8, spike_at=99, **OFF).train()
+
+
+def test_weights_that_are_not_finite_are_rescued_before_they_are_saved(tmp_path, capsys):
+    """The gradient of step 9 is NaN and its loss is finite."""
+    broken = {"nan_gradient_at": 9, "spike_at": 99, "max_steps": 9}
+    run = make(tmp_path, **broken, save_total_limit=None)
+    run.train()
+    check_mean(run, [stored(tmp_path, step) for step in (3, 6)])
+    assert "the weights of step 9 are not finite: the run goes on from the mean of checkpoint-3, checkpoint-6" in (
+        capsys.readouterr().err
+    )
+    again = make(tmp_path / "every", **broken, save_steps=1)
+    again.train()
+    check_mean(again, [stored(tmp_path / "every", step) for step in (7, 8)])
+    for name, settings in (("none", {"save_steps": 50}), ("off", OFF)):
+        with pytest.raises(FloatingPointError, match="the trained weights are not finite, so nothing is saved"):
+            make(tmp_path / name, **broken, **settings).train()
+    assert "there is no earlier checkpoint" in capsys.readouterr().err
+
+
+def test_checkpoints_of_a_spike_are_not_used_later(tmp_path):
+    settings = {"save_steps": 1, "second_spike_at": 15, "max_steps": 17, "save_total_limit": None, "rescue_last": 4}
+    last = {"merge_last": 9, "merge_keep": "always"}
+    run = make(tmp_path, **settings, **last)
+    run.train()
+    # The first rescue, after step 13, leaves out the checkpoints 11 and 12; the second one 14 and 15.
+    found = [row for row in rows(tmp_path) if "rescue/count" in row]
+    assert [(row["step"], row["rescue/first_spike"]) for row in found] == [(13, 12), (16, 15)]
+    report = json.loads((tmp_path / "export" / "merge_last.json").read_text())
+    assert report["steps"] == [5, 6, 7, 8, 9, 10, 13, 16, 17]
+    kept = [stored(tmp_path, step) for step in (8, 9, 10, 13)]
+    found = stored(tmp_path, 16)
+    for name, value in found.items():
+        mean = sum(folder[name].double() for folder in kept) / 4
+        torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-7)
+    again = make(tmp_path, **settings, **{**last, "merge_last": 3}, resume_from_checkpoint="latest")
+    again.train()
+    assert json.loads((tmp_path / "export" / "merge_last.json").read_text())["steps"] == [13, 16, 17]
 
 
 def test_one_bad_batch_is_no_spike_and_off_changes_nothing(tmp_path):
     make(tmp_path / "on", spike_steps=1, rescue_window=9).train()
     assert not [row for row in rows(tmp_path / "on") if "rescue/count" in row]
-    off = {"rescue_spike": 0.0, "rescue_window": 50, "rescue_patience": 3, "rescue_last": 3}
-    make(tmp_path / "off", spike_steps=1, **off).train()
+    make(tmp_path / "off", spike_steps=1, **OFF).train()
     kept = stored(tmp_path / "off", 13)
     assert all(torch.equal(value, kept[name]) for name, value in stored(tmp_path / "on", 13).items())
     assert rows(tmp_path / "on") == rows(tmp_path / "off")
