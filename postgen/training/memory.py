@@ -69,6 +69,8 @@ class MemoryPlan:
     """Why the activations are not known."""
     extra: int = 0
     """Data on the device, such as the latents and clips of a rollout."""
+    excluded: frozenset[str] = frozenset()
+    """Names of the savings that other settings of the run exclude."""
 
     @property
     def gradients(self) -> int:
@@ -85,7 +87,7 @@ class MemoryPlan:
         if saving.base_quant != self.now.base_quant and self.now.base_quant == "none":
             saved = self.linear - self.linear_values * BITS[saving.base_quant] / 8
         kept = self.network - saved
-        if saving.offload_blocks and self.blocks:
+        if saving.offload_blocks and self.blocks:  # two of them are in the buffers
             block = max(self.blocks) * (1 - saved / (self.networks * sum(self.blocks)))
             kept -= self.networks * max(0, saving.offload_blocks - 2) * block
         return int(kept)
@@ -117,7 +119,7 @@ class MemoryPlan:
         wanted["offload_blocks"] = len(self.blocks) if self.linear or self.now.base_quant != "none" else 0
         for name, value in wanted.items():
             plain = getattr(self.now, name) in (False, 0, "none", "adamw")
-            if plain and value:
+            if plain and value and name not in self.excluded:
                 saving = replace(saving, **{name: value})
                 found[f"+ {name}: {str(value).lower()}"] = saving
         return found
@@ -162,7 +164,9 @@ def memory_plan(
         extra: bytes of data on the device.
     """
     networks = dict(denoiser.transformers)
-    first = next(iter(networks.values()))
+    # Of two experts, one may be frozen (`train_experts`): its pass keeps no activations.
+    learns = (each for each in networks.values() if any(weight.requires_grad for weight in each.parameters()))
+    first = next(learns, next(iter(networks.values())))
     blocks = _blocks(first)
     linear = [weight for network in networks.values() for block in _blocks(network) for weight in _linear(block)]
     others = {name: bytes_of([part]) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -191,6 +195,7 @@ def memory_plan(
         activations=activations,
         reason=reason,
         extra=extra,
+        excluded=_excluded(memory),
     )
 
 
@@ -219,6 +224,14 @@ def memory_table(plan: MemoryPlan) -> str:
         fits = "".join(f"{'yes' if needed + RESERVE <= size * GIGA else '-':>8s}" for size in CARDS)
         lines.append(f"{name:32s}{needed / GIGA:8.2f}{fits}")
     return "\n".join(lines)
+
+
+def _excluded(memory: MemoryConfig) -> frozenset[str]:
+    """Return the names of the savings that the configuration of a run, or several processes, exclude."""
+    sharded = getattr(memory, "fully_shard", False)
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    alone = not (sharded or several or getattr(memory, "torch_compile", False))
+    return frozenset((*(["optim"] if sharded else []), *([] if alone else ["offload_blocks"])))
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
