@@ -177,6 +177,16 @@ def test_answers_are_cached_by_prompt_model_and_settings(tmp_path: Path) -> None
     assert (entry["prompt"], entry["by"]) == ("a red ball", "answering")
 
 
+def test_an_edited_cache_is_guarded(tmp_path: Path) -> None:
+    path, rewriter = tmp_path / "prompts.jsonl", Answering("A shiny red ball rolls.")
+    PromptEnhancer(rewriter, cache=path)(["a red ball"])
+    path.write_text(path.read_text().replace("A shiny red ball rolls.", "A blue ball rolls."))
+    again = PromptEnhancer(rewriter, cache=path)
+    found = again.enhance(["a red ball"])[0]
+    assert (found.cached, found.text, rewriter.asked) == (False, "A shiny red ball rolls.", 2)
+    assert again.enhance(["a red ball"])[0].cached
+
+
 def test_damaged_lines_of_the_cache_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     PromptCache(path).put("a", "one")
