@@ -13,7 +13,7 @@ from postgen.families import blocks_of
 from postgen.training.block_offload import BlockOffload, offload_in, spread
 
 CPU = torch.device("cpu")
-LAYERS = 6
+LAYERS = 4
 
 
 def made(*, adapted=True, checkpointing=True, device="cpu", layers=LAYERS):

@@ -154,8 +154,9 @@ def test_every_saving_needs_less(loaded):
     ]
 
 
-def test_the_estimate_of_a_saving_is_that_of_the_model_with_it(loaded, tiny_wan):
+def test_the_estimate_of_a_saving_is_that_of_the_model_with_it(loaded, tiny_wan, monkeypatch):
     plan, _ = loaded
+    monkeypatch.setattr("postgen.training.memory._activations", lambda *given: {})  # only weights are compared
     real, _ = plan_of(tiny_wan, base_quant="int8")
     guessed, found = plan.weights(dataclasses.replace(plan.now, base_quant="int8")), real.weights(real.now)
     assert guessed == pytest.approx(found, rel=0.1)
