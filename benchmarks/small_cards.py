@@ -80,7 +80,7 @@ def measure(folder: Path, *, tiny: bool) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = write_model(folder / "model", device, tiny=tiny)
     size = {"num_frames": 5, "height": 32, "width": 32} if tiny else {"num_frames": 33, "height": 480, "width": 832}
-    blocks = 3 if tiny else 30
+    blocks = 2 if tiny else 30
     rows, skipped = [], {}
     for name, settings in ROWS.items():
         missing = {PACKAGES[value] for value in settings.values() if isinstance(value, str) and value in PACKAGES}

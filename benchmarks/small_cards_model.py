@@ -77,14 +77,15 @@ def write_model(folder: Path, device: torch.device, *, tiny: bool) -> Path:
     shape: dict[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
     text: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     vae: dict[str, Any] = {}
+    words = 512 if tiny else 256384
     if tiny:
-        shape = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "num_layers": 3, "text_dim": 64}
+        shape = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "num_layers": 2, "text_dim": 64}
         text = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
         vae = {"base_dim": 8, "num_res_blocks": 1}
     tokenizer = _tokenizer()
     parts: dict[str, Any] = {
         "transformer": WanTransformer3DModel(**shape) if tiny else _drawn(WanTransformer3DModel, shape, device),
-        "text_encoder": _drawn(UMT5EncoderModel, UMT5Config(vocab_size=256384, **text), device),
+        "text_encoder": _drawn(UMT5EncoderModel, UMT5Config(vocab_size=words, **text), device),
         "vae": AutoencoderKLWan(**vae),
     }
     for part in parts.values():

@@ -154,6 +154,11 @@ def _enhanced(
     """
     from postgen.prompt.calls import enhanced_for_call
 
+    if kwargs.get("prompt_segments"):
+        raise UserError(
+            "prompt_enhancer cannot change prompt_segments, which replace prompt: omit one of the two, or give the"
+            " texts as prompt, separated by |"
+        )
     place = list(signature.parameters).index("prompt") - 1  # without self
     if place < len(args):
         return (*args[:place], enhanced_for_call(pipe, enhancer, args[place]), *args[place + 1 :]), kwargs

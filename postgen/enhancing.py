@@ -29,6 +29,8 @@ def enhanced_jobs(jobs: Sequence[Job]) -> list[Job]:
     Raises:
         UserError: an enhancer is unknown, cannot be loaded or cannot be asked; or the pipeline takes no text.
     """
+    from postgen.prompt.calls import by_segment, takes_segments
+
     waiting: dict[tuple[str, str, str], list[int]] = {}
     for place, job in enumerate(jobs):
         name = job.config.enhance_prompt
@@ -40,8 +42,12 @@ def enhanced_jobs(jobs: Sequence[Job]) -> list[Job]:
     found = list(jobs)
     for (name, source, pipeline), places in waiting.items():
         first = jobs[places[0]]
+        import diffusers  # only here, because it takes seconds
+
         enhancer = _enhancer(name, source, pipeline, first.config.device)
-        texts = enhancer([jobs[place].config.prompt for place in places])
+        asked = [jobs[place].config.prompt for place in places]
+        kind = getattr(diffusers, pipeline, None)
+        texts = by_segment(enhancer, asked, kind is not None and takes_segments(kind))
         release = getattr(enhancer.rewriter, "release", None)
         if release is not None:
             release()

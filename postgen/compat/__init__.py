@@ -45,6 +45,11 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
     return tuple(model._keep_in_fp32_modules or ())
 
 
+def recomputes(model: Any) -> bool:
+    """Return whether a diffusers model supports gradient checkpointing."""
+    return bool(getattr(model, "_supports_gradient_checkpointing", False))
+
+
 def command_error(error: BaseException) -> tuple[str, int, str] | None:
     """Return message, exit code and command of a usage error of the command line (unknown option, bad value).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from postgen.errors import UserError, shown
@@ -33,13 +35,41 @@ def enhanced_for_call(pipe: Any, setting: Any, prompt: Any) -> Any:
         )
     enhance = _callable(pipe, setting)
     asked = [text for text in texts if text.strip()]
-    answers = enhance(asked) if asked else []
+    answers = by_segment(enhance, asked, takes_segments(type(pipe)))
     right = isinstance(answers, list | tuple) and len(answers) == len(asked)
     if not right or not all(isinstance(text, str) and text.strip() for text in answers):
         raise UserError(f"prompt_enhancer must return {len(asked)} texts that are not empty, got {shown(answers)}")
     left = iter(answers)
     found = [next(left) if text.strip() else text for text in texts]
     return found[0] if single else found
+
+
+def takes_segments(kind: type) -> bool:
+    """Return whether pipelines of a class split a prompt at `|` into prompts of successive segments."""
+    return "prompt_segments" in inspect.signature(kind.__call__).parameters
+
+
+def by_segment(enhance: Callable[[list[str]], Any], texts: Sequence[str], segmented: bool) -> Any:
+    """Return the enhanced texts; those of a segmented video keep their segments, each of which is enhanced.
+
+    Args:
+        enhance: function from a list of prompts to a list of prompts.
+        texts: prompts that are not empty.
+        segmented: whether `|` separates the segments of a prompt.
+
+    Raises:
+        UserError: there is not one answer for each segment.
+    """
+    if not texts:
+        return []
+    if not segmented:
+        return enhance(list(texts))
+    parts = [[part.strip() for part in text.split("|") if part.strip()] for text in texts]
+    answers = enhance([part for row in parts for part in row])
+    if not isinstance(answers, list | tuple) or len(answers) != sum(map(len, parts)):
+        raise UserError(f"prompt_enhancer must return a text for each of {sum(map(len, parts))} segments")
+    left = iter(answers)
+    return [" | ".join(str(next(left)) for _ in row) for row in parts]
 
 
 def _callable(pipe: Any, setting: Any) -> Any:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+from typing import Any
 
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"```[\w-]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _TAG = re.compile(r"<\|[^|<>]*\|>|</?[A-Za-z][\w-]*(?:\s[^<>]*)?/?>")
 _OPENING = re.compile(
     r"^(?:(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|great|yes)\s*[,:!.]\s*)?"
-    r"(?:(?:here(?:'s|\u2019s| is| are)|below is|this is|the following is)\b[^\n:]{0,120}:\s*)?",
+    r"(?:(?:here(?:'s|\u2019s| is| are| it is| you go)|below is|this is|the following is)\b[^\n:]{0,120}:\s*)?",
     re.IGNORECASE,
 )
 _LABEL = re.compile(
     r"^(?:the )?(?:enhanced|rewritten|improved|expanded|refined|detailed|final|revised|new|better|video)?[ _-]*"
-    r"(?:video[ _-]*)?(?:prompt|description|caption|version|output|answer|result|rewrite)\s*:\s*",
+    r"(?:video[ _-]*)?(?:prompt|description|caption|version|output|answer|result|rewrite)"
+    r"(?:\s*:\s*|\s+[-\u2013\u2014]\s+)",
     re.IGNORECASE,
 )
 _REMARK = re.compile(
@@ -25,8 +28,11 @@ _REMARK = re.compile(
 )
 _BULLET = re.compile(r"^\s*(?:[-*+\u2022]\s+|\d{1,2}[.)]\s+|#{1,6}\s+|>\s+)")
 _MARKS = re.compile(r"\*\*|__|`|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)")
+_RULE = re.compile(r"\s*(?:[-*_=~]\s*){3,}")
+_PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)")
+_LINK = re.compile(r"\[([^\]]+)\]\([^)\s]*\)")
 _PAIRS = {'"': '"', "'": "'", "\u201c": "\u201d", "\u00ab": "\u00bb"}
-_KEYS = ("prompt", "enhanced_prompt", "rewritten_prompt", "video_prompt", "description", "caption", "output")
+_KEYS = ("prompt", "enhanced_prompt", "rewritten_prompt", "video_prompt", "description", "caption", "output", "text")
 _REFUSAL = re.compile(
     r"\b(?:i(?:'|\u2019)?m (?:sorry|unable|afraid|not able)|i am (?:sorry|unable|not able)"
     r"|i (?:can(?:'|\u2019)t|cannot|can not) "
@@ -52,13 +58,15 @@ def clean(answer: str) -> str:
     'A red ball rolls left.'
     """
     text = _THOUGHT.sub(" ", answer)
-    text = re.split(r"</think(?:ing)?>", text, flags=re.IGNORECASE)[-1]
+    text = re.split(r"</think(?:ing)?>|\[/INST\]", text, flags=re.IGNORECASE)[-1]
     if fenced := _FENCE.search(text):
         text = fenced[1]
     text = _from_json(text.strip())
-    text = _TAG.sub(" ", text)
+    text = html.unescape(_TAG.sub(" ", _LINK.sub(r"\1", _PICTURE.sub(" ", text))))
     lines: list[str] = []
     for line in text.splitlines():
+        if _RULE.fullmatch(line):
+            continue
         line = _MARKS.sub("", _BULLET.sub("", line)).strip()
         if not lines:
             line = _LABEL.sub("", _OPENING.sub("", line).strip()).strip()
@@ -89,15 +97,28 @@ def is_meta(text: str) -> bool:
 
 
 def _from_json(text: str) -> str:
-    """Return the prompt of a JSON object with one of the usual keys; return any other text unchanged."""
-    if not text.startswith("{"):
+    """Return the prompt of a JSON value with one of the usual keys, or of a list of one; else the text unchanged."""
+    if not text.startswith(("{", "[")):
         return text
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    given = next((found[key] for key in _KEYS if isinstance(found.get(key), str)), None)
+    given = _prompt_in(found)
     return text if given is None else given
+
+
+def _prompt_in(found: Any, depth: int = 3) -> str | None:
+    """Return the prompt in a JSON value, up to a depth; None if there is none, or more than one."""
+    if isinstance(found, str):
+        return found
+    if not depth:
+        return None
+    if isinstance(found, list):
+        return _prompt_in(found[0], depth - 1) if len(found) == 1 else None
+    if not isinstance(found, dict):
+        return None
+    return next((text for key in _KEYS if (text := _prompt_in(found.get(key), depth - 1)) is not None), None)
 
 
 def _unquoted(text: str) -> str:

@@ -141,7 +141,7 @@ class PromptEnhancer:
         for prompt in dict.fromkeys(prompts):
             if len(prompt.split()) > self.config.most_words or target.count(prompt) >= target.most_tokens:
                 found[prompt] = Enhanced(original=prompt, text=prompt, by="original")
-            elif (text := self.cache.get(self._key(prompt, target))) is not None:
+            elif (text := self._kept(prompt, target)) is not None:
                 found[prompt] = Enhanced(original=prompt, text=text, by=self.rewriter.name, cached=True)
         left = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         problems: dict[str, tuple[str, ...]] = {}
@@ -189,6 +189,12 @@ class PromptEnhancer:
             stacklevel=4,
         )
         return Enhanced(original=prompt, text=text, by=by, problems=problems)
+
+    def _kept(self, prompt: str, target: Target) -> str | None:
+        """Return the text in the cache; None if there is none, or if the guard refuses it, as after an edit."""
+        text = self.cache.get(self._key(prompt, target))
+        refused = text is not None and not check(prompt, text, target, self.config.guard, plain=True).ok
+        return None if refused else text
 
     def _key(self, prompt: str, target: Target) -> str:
         config = {"seed": self.config.seed, "attempts": self.config.attempts, "guard": asdict(self.config.guard)}

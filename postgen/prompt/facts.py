@@ -11,11 +11,26 @@ import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 
-from postgen.prompt.words import ACTIONS, ARTICLES, COLOURS, COPULAS, NEGATIONS, NUMBERS, SMALL, VAGUE
+from postgen.prompt.words import (
+    ACTIONS,
+    ARTICLES,
+    CAMERA,
+    COLOURS,
+    COPULAS,
+    NEGATIONS,
+    NUMBERS,
+    SMALL,
+    STYLE,
+    VAGUE,
+)
 
 _QUOTED = re.compile(r'"([^"\n]+)"|\u201c([^\u201d\n]+)\u201d|\u00ab([^\u00bb\n]+)\u00bb|(?<!\w)\'([^\'\n]+)\'(?!\w)')
 _TOKEN = re.compile(r"\d+(?:[.,:/]\d+)*(?![\w])|\w+(?:['\u2019.-]\w+)*|[^\w\s]")
 _KINDS = ("colour", "number")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
+_COMPOUND = re.compile(r"(twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)-(\w+)")
+_NO_SYMBOLS = "\u00a9\u00ae\u2122\u00b0"
+"""Copyright and trade marks and the degree sign, which are no pictures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,8 @@ class Token:
     """In lower case, with straight apostrophes; `gray` is `grey`."""
     first: bool
     """Whether it is the first word of a sentence."""
+    joined: bool = False
+    """Whether a hyphen joins it to the token before: the second part of `red-haired`."""
 
     @property
     def is_word(self) -> bool:
@@ -42,7 +59,7 @@ class Token:
             return ""
         if word in COLOURS or word.removesuffix("ish") in COLOURS:
             return "colour"
-        if word in NUMBERS or word[0].isdigit():
+        if word in NUMBERS or word[0].isdigit() or _compound(word):
             return "number"
         if word in NEGATIONS or word.endswith("n't"):
             return "negation"
@@ -77,10 +94,15 @@ class Facts:
     """Colours and numbers."""
     negations: tuple[str, ...]
     """Negations, in lower case."""
+    negated: tuple[frozenset[str], ...] = ()
+    """Stems of the words that each negation negates."""
+    symbols: tuple[str, ...] = ()
+    """Emoji and other pictures of one character."""
 
     def __len__(self) -> int:
         """Return the number of facts."""
-        return len(self.quotes) + len(self.names) + len(self.words) + len(self.bonds) + len(self.negations)
+        lists = (self.quotes, self.names, self.words, self.bonds, self.negations, self.symbols)
+        return sum(map(len, lists))
 
 
 def facts_of(prompt: str) -> Facts:
@@ -92,7 +114,9 @@ def facts_of(prompt: str) -> Facts:
     """
     text = unicodedata.normalize("NFC", prompt)
     quotes = tuple(" ".join(next(filter(None, found.groups())).split()) for found in _QUOTED.finditer(text))
-    tokens = tokens_of(_QUOTED.sub(" ; ", text))
+    quotes = tuple(quote.replace("\u2019", "'") for quote in quotes)
+    rest = _QUOTED.sub(" ; ", text)
+    tokens = tokens_of(rest)
     names = [t.text for t in tokens if t.kind == "word" and t.text[0].isupper() and not t.first]
     names = [name.removesuffix("'s").removesuffix("\u2019s") for name in names]
     named = {name.lower() for name in names}
@@ -111,17 +135,41 @@ def facts_of(prompt: str) -> Facts:
         singular=frozenset(singular),
         bonds=_bonds(tokens),
         negations=tuple(dict.fromkeys(t.word for t in tokens if t.kind == "negation")),
+        negated=tuple(_negated(tokens, place + 1) for place, token in enumerate(tokens) if token.kind == "negation"),
+        symbols=tuple(dict.fromkeys(c for c in rest if unicodedata.category(c) == "So" and c not in _NO_SYMBOLS)),
     )
 
 
 def tokens_of(text: str) -> list[Token]:
-    """Return the words and punctuation marks of a text."""
-    tokens, first = [], True
-    for found in _TOKEN.finditer(text):
-        word = found[0].lower().replace("\u2019", "'").removesuffix("'s")
-        tokens.append(Token(found[0], {"gray": "grey"}.get(word, word), first))
-        first = found[0] in ".!?:;" or (first and not tokens[-1].is_word)
+    """Return the words and punctuation marks of a text.
+
+    A word with a hyphen is one token, unless a part of it is a colour or a number: `dark-blue` and `dark blue` are
+    the same.
+    """
+    tokens: list[Token] = []
+    first = True
+    for found in _TOKEN.finditer(unicodedata.normalize("NFC", text)):
+        for number, part in enumerate(_parts(found[0])):
+            word = part.lower().replace("\u2019", "'").removesuffix("'s")
+            word = word.replace(",", "") if _THOUSANDS.fullmatch(word) else {"gray": "grey"}.get(word, word)
+            tokens.append(Token(part, word, first, joined=number > 0))
+            first = part in ".!?:;" or (first and not tokens[-1].is_word)
     return tokens
+
+
+def _parts(text: str) -> list[str]:
+    """Return the tokens of a word: the parts of a word with hyphens if one of them is a colour or a number."""
+    word = text.lower()
+    parts = [part for part in text.split("-") if part]
+    whole = len(parts) < 2 or word in CAMERA or word in STYLE or _compound(word)
+    return [text] if whole or not any(part.lower() in COLOURS or part.lower() in NUMBERS for part in parts) else parts
+
+
+def _compound(word: str) -> str:
+    """Return the value of a number such as twenty-one in digits; empty for other words."""
+    found = _COMPOUND.fullmatch(word)
+    value = NUMBERS.get(found[2], "") if found else ""
+    return str(int(NUMBERS[found[1]]) + int(value)) if found and value in list("123456789") else ""
 
 
 def stem(word: str) -> str:
@@ -139,7 +187,7 @@ def stem(word: str) -> str:
 
 def value_of(token: Token) -> str:
     """Return the value of a colour or number: two, 2 and a pair are the same."""
-    return NUMBERS.get(token.word, token.word)
+    return NUMBERS.get(token.word) or _compound(token.word) or token.word
 
 
 def bonds_of(text: str) -> tuple[Bond, ...]:
@@ -151,7 +199,10 @@ def _bonds(tokens: list[Token]) -> tuple[Bond, ...]:
     found = []
     for place, token in enumerate(tokens):
         if token.kind in _KINDS:
-            words = frozenset(stem(each.word) for each in _run(tokens, place + 1) if each.kind == "word")
+            after = tokens[place + 1 : place + 2]
+            # The woman of "a red-haired woman" is not red.
+            run = after if after and after[0].joined and after[0].kind == "word" else _run(tokens, place + 1)
+            words = frozenset(stem(each.word) for each in run if each.kind == "word")
             found.append((token.kind, value_of(token), words or _before(tokens, place)))
     return tuple(Bond(*bond) for bond in _told_apart(found))
 
@@ -172,6 +223,19 @@ def _run(tokens: list[Token], place: int) -> list[Token]:
             break
         place += 1
     return run
+
+
+def _negated(tokens: list[Token], place: int) -> frozenset[str]:
+    """Return the stems of the words after a negation, up to the next verb, small word or punctuation mark."""
+    found: list[str] = []
+    for token in tokens[place:]:
+        if token.kind == "word" and not (found and token.word in ACTIONS):
+            found.append(stem(token.word))
+        elif token.kind in _KINDS:
+            found.append(value_of(token))
+        elif token.kind != "small" or (found and token.word not in ("a", "an", "the", "or")):
+            break
+    return frozenset(found)
 
 
 def _before(tokens: list[Token], place: int) -> frozenset[str]:

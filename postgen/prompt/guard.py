@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, fields
 
 from postgen.errors import UserError, is_number, shown
@@ -12,6 +13,10 @@ from postgen.prompt.target import Target
 from postgen.prompt.words import ACTIONS
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_MARKUP = re.compile(r"https?://|www\.|\]\(|\\\w+\{|[{}|]")
+"""What no prompt has: addresses, links, formulas, JSON, tables."""
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Characters of scripts that write no spaces between words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +81,15 @@ def check(
     """
     target, config = target or Target(), config or GuardConfig()
     text = " ".join(answer.split()) if plain else fitted(clean(answer), target)
-    if not any(map(str.isalnum, text)):
+    if not any(map(str.isalnum, text)) and not facts_of(text).symbols:
         return Verdict("", ("the answer contains no prompt",))
     problems = []
     if is_refusal(text) and not is_refusal(original):
         problems.append("the answer is a refusal or speaks of the language model")
     if is_meta(text) and not is_meta(original):
         problems.append("the answer speaks about the prompt")
+    if marks := [mark for mark in _MARKUP.findall(text) if mark not in original]:
+        problems.append(f"it has markup: {marks[0]}")
     facts = facts_of(original)
     problems += [f"{fact} is missing" for fact in missing(facts, text, keep_actions=config.keep_actions)]
     if config.own_facts:
@@ -130,22 +137,24 @@ def missing(facts: Facts, text: str, *, keep_actions: bool = True) -> list[str]:
         text: the enhanced prompt.
         keep_actions: whether common verbs of movement must survive.
     """
-    tokens = [token for token in tokens_of(text) if token.is_word]
-    exact = {token.word for token in tokens}
-    stems = {stem(token.word) for token in tokens}
-    plain = " ".join(text.split()).replace("\u2019", "'")
+    exact = _words_in(text)
+    stems = {stem(word) for word in exact}
+    plain = " ".join(unicodedata.normalize("NFC", text).split()).replace("\u2019", "'")
     lost = [f'"{quote}"' for quote in facts.quotes if quote.replace("\u2019", "'") not in plain]
     lost += [name for name in facts.names if name.lower().removesuffix("'s") not in exact]
     for word in facts.words:
         if (word in ACTIONS and not keep_actions) or word in exact:
             continue
-        if stem(word) not in stems:
+        parts = [part for part in word.split("-") if part]
+        whole = word.replace("-", "") in exact or (_UNSPACED.search(word) and word in plain.lower())
+        if not whole and not all(stem(part) in stems for part in parts):
             lost.append(word)
         elif word in facts.singular and _plural_only(word, exact):
             lost.append(f"a single {word}")
     there = bonds_of(text)
     counted = [bond for bond in facts.bonds if (bond.kind, bond.value) != ("number", "1")]  # "a" is as good as "one"
     lost += list(dict.fromkeys(bond.value for bond in counted if not any(_keeps(bond, each) for each in there)))
+    lost += [symbol for symbol in facts.symbols if symbol not in text]
     return lost + [word for word in facts.negations if word not in exact]
 
 
@@ -166,9 +175,25 @@ def contradictions(facts: Facts, text: str) -> list[str]:
                 break
     if facts.negations != told.negations and set(told.negations) - set(facts.negations):
         found.append("it negates something that the prompt does not negate")
+    found += _negates_others(facts, told)
     if added := [quote for quote in told.quotes if quote not in facts.quotes]:
         found.append(f'it adds the quoted text "{added[0]}"')
     return list(dict.fromkeys(found))
+
+
+def _negates_others(facts: Facts, told: Facts) -> list[str]:
+    """Return what a text negates instead of what the prompt negates: "a zebra, not a horse" for the opposite."""
+    denied = frozenset().union(*facts.negated)
+    shown_words = {stem(word) for word in facts.words} - denied
+    wrong = sorted(shown_words & frozenset().union(*told.negated))
+    moved = any(group and not any(group & other for other in told.negated) for group in facts.negated)
+    return ["it negates another word"] if wrong or (moved and any(told.negated)) else []
+
+
+def _words_in(text: str) -> set[str]:
+    """Return the words of a text, and the parts of words with hyphens."""
+    words = {token.word for token in tokens_of(text) if token.is_word}
+    return words | {part for word in words if "-" in word for part in word.split("-") if part}
 
 
 def _plural_only(word: str, exact: set[str]) -> bool:

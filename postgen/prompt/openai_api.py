@@ -5,8 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -137,14 +140,16 @@ class ApiRewriter:
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key.strip()}"
         try:
-            try:
-                connection.request("POST", f"{path}/chat/completions", body, headers)
-            except (ValueError, UnicodeError):  # the message of http.client would show the key
-                raise UserError(
-                    f"the key in {self.key_variable} cannot be sent: it has characters that no key has"
-                ) from None
-            answer = connection.getresponse()
-            data = answer.read(_LARGEST + 1)
+            connection.connect()
+            with _Deadline(connection.sock, self.timeout):
+                try:
+                    connection.request("POST", f"{path}/chat/completions", body, headers)
+                except (ValueError, UnicodeError):  # the message of http.client would show the key
+                    raise UserError(
+                        f"the key in {self.key_variable} cannot be sent: it has characters that no key has"
+                    ) from None
+                answer = connection.getresponse()
+                data = answer.read(_LARGEST + 1)
         finally:
             connection.close()
         if len(data) > _LARGEST:
@@ -174,6 +179,32 @@ class ApiRewriter:
         """Return a text without the key, which some servers repeat in their messages."""
         key = (os.environ.get(self.key_variable) or "").strip()
         return text.replace(key, "***") if key else text
+
+
+class _Deadline:
+    """Ends the use of a socket after some seconds: a timeout of a socket begins again with each byte that arrives.
+
+    Raises:
+        TimeoutError: the enclosed code did not end in time.
+    """
+
+    def __init__(self, sock: socket.socket, seconds: float) -> None:
+        self._sock, self._late = sock, False
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._late:
+            raise TimeoutError
+
+    def _end(self) -> None:
+        self._late = True
+        with suppress(OSError):  # the connection may have ended just now
+            self._sock.shutdown(socket.SHUT_RDWR)
 
 
 def _reason(told: bytes) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from postgen.training.drawn import DrawnConfig
+from postgen.training.optimizers import check_optim
 from postgen.training.updates import UpdatesConfig
 
 from .loss import Loss
@@ -54,7 +55,7 @@ class ReconstructConfig(UpdatesConfig):
     `gradient_accumulation_steps` records. `learning_rate` applies to inherited parameters.
 
     Raises:
-        UserError: a value has the wrong type or lies outside its range.
+        UserError: a value has the wrong type or lies outside its range, or the package of the optimiser is missing.
     """
 
     may_change: ClassVar[tuple[str, ...]] = ("output_dir", "resume", "save_steps", "device")
@@ -80,6 +81,7 @@ class ReconstructConfig(UpdatesConfig):
         self.require(bool(self.output_dir), "output_dir", "the name of a folder")
         self.require(self.learning_rate_new is None or self.learning_rate_new > 0, "learning_rate_new", "above 0")
         self.require(self.save_steps >= 0, "save_steps", "at least 0")
+        check_optim(self)
 
     @property
     def folder(self) -> Path:

@@ -25,6 +25,11 @@ from torch import Tensor, nn
 from postgen.compat.placement import stays
 from postgen.errors import UserError
 
+ONE_PROCESS = (
+    "offload_blocks works in one process only, because processes exchange weights that are on their devices: set it to"
+    " 0, or shard the weights with fully_shard"
+)
+"""Message of the error for several processes."""
 _ALIGNMENT = 256
 """Every weight begins at a multiple of this number of bytes, as kernels need."""
 _BUFFERS = 2
@@ -104,8 +109,9 @@ class BlockOffload:
         pinned = device.type == "cuda"
         self._homes = [_moved_home(block, found, pinned) for block, found in zip(blocks, weights, strict=True)]
         self._buffers: list[Tensor] = []
-        self._held: list[int | None] = [None] * _BUFFERS
-        self._copied: list[torch.cuda.Event | None] = [None] * _BUFFERS
+        count = min(_BUFFERS, len(self._homes))  # with one block, a second buffer would only take memory
+        self._held: list[int | None] = [None] * count
+        self._copied: list[torch.cuda.Event | None] = [None] * count
         self._stream = torch.cuda.Stream(device) if pinned else None
         self._last, self._step = -1, 1
         self._paused = False
@@ -126,7 +132,7 @@ class BlockOffload:
     @property
     def device_bytes(self) -> int:
         """Bytes of the buffers on the device, which the first forward pass allocates."""
-        return _BUFFERS * max(home.memory.numel() for home in self._homes)
+        return len(self._held) * max(home.memory.numel() for home in self._homes)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -180,7 +186,7 @@ class BlockOffload:
         """Copy a block into a buffer other than `keep`; the block in the buffer returns to main memory."""
         if not self._buffers:
             size = max(home.memory.numel() for home in self._homes)
-            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(_BUFFERS)]
+            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in self._held]
         buffer = self._free(keep)
         if (before := self._held[buffer]) is not None:
             self._homes[before].buffer = None
@@ -202,7 +208,7 @@ class BlockOffload:
 
     def _free(self, keep: int | None) -> int:
         """Return the buffer to overwrite: an empty one, or else not that of the block that ran last."""
-        choices = [number for number in range(_BUFFERS) if number != keep]
+        choices = [number for number in range(len(self._held)) if number != keep]
         return next((number for number in choices if self._held[number] is None), choices[0])
 
 

@@ -28,6 +28,7 @@ from .digests import digest, weights_digest
 from .distillation import Distillation
 from .drawn import Drawn, DrawnConfig, Given, stacked
 from .latent_files import wait_until
+from .modes import checkpoint_gradients
 from .policy import ModelConfig, frozen, load_model, park_text_encoders
 from .prompts import Prompts, PromptsConfig
 from .trainer import Trainer
@@ -167,7 +168,7 @@ class DistillationTrainer(Trainer[C]):
         student = self.make_student(teacher, name)
         made = self.distillation(student, teacher, name)
         if args.gradient_checkpointing:
-            student.enable_gradient_checkpointing()  # type: ignore[operator]
+            checkpoint_gradients(student)
         self._draw(teacher, given)
         return {MODEL: made}
 

@@ -16,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from postgen.errors import UserError
 
+from .block_offload import ONE_PROCESS
 from .config import TrainingConfig
 from .logging import available_trackers
 from .optimizers import check_optim
@@ -48,17 +49,19 @@ def check_launch(args: TrainingConfig) -> None:
         args: the configuration.
 
     Raises:
-        UserError: the optimiser cannot be used; the launcher requests unsupported parallelism (DeepSpeed, Megatron-LM,
-            FSDP 1, FSDP on a CPU, ...); its precision, compilation or accumulation differs from the configuration; it
-            started one process instead of several; the device is absent, or launcher and configuration name different
-            devices; or `init_from` is not a folder.
+        UserError: the optimiser or `offload_blocks` cannot be used; the launcher requests unsupported parallelism
+            (DeepSpeed, Megatron-LM, FSDP 1, FSDP on a CPU, ...); its precision, compilation or accumulation differs
+            from the configuration; it started one process instead of several; the device is absent, or launcher and
+            configuration name different devices; or `init_from` is not a folder.
     """
     for name, message in _OTHERS.items():
         if _asked(name):
             raise UserError(message)
     if args.init_from is not None and not Path(args.init_from).is_dir():
         raise UserError(f"init_from: {args.init_from} is not a folder. Give a folder with safetensors weights.")
-    check_optim(args, sharded=args.fully_shard)
+    check_optim(args, sharded=args.fully_shard or _asked("ACCELERATE_USE_FSDP"))
+    if getattr(args, "offload_blocks", 0) and (_processes_asked() > 1 or _asked("ACCELERATE_USE_FSDP")):
+        raise UserError(ONE_PROCESS)
     _check_numbers(args)
     _check_processes()
     if args.device == "cuda" and _asked("ACCELERATE_USE_CPU"):

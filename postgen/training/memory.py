@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from postgen.compat import recomputes
 from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.activations import training_memory
@@ -64,11 +65,14 @@ class MemoryPlan:
     copies: int
     """Number of copies of the trained parameters (average, reference)."""
     activations: Mapping[bool, int] = field(default_factory=dict)
-    """Activations of a micro-batch, without and with gradient checkpointing; empty if they are not known."""
+    """Activations of a micro-batch without gradient checkpointing, and with it if the network supports it; empty if
+    they are not known."""
     reason: str = ""
     """Why the activations are not known."""
     extra: int = 0
     """Data on the device, such as the latents and clips of a rollout."""
+    excluded: frozenset[str] = frozenset()
+    """Names of the savings that other settings of the run exclude."""
 
     @property
     def gradients(self) -> int:
@@ -85,7 +89,7 @@ class MemoryPlan:
         if saving.base_quant != self.now.base_quant and self.now.base_quant == "none":
             saved = self.linear - self.linear_values * BITS[saving.base_quant] / 8
         kept = self.network - saved
-        if saving.offload_blocks and self.blocks:
+        if saving.offload_blocks and self.blocks:  # two of them are in the buffers
             block = max(self.blocks) * (1 - saved / (self.networks * sum(self.blocks)))
             kept -= self.networks * max(0, saving.offload_blocks - 2) * block
         return int(kept)
@@ -117,7 +121,7 @@ class MemoryPlan:
         wanted["offload_blocks"] = len(self.blocks) if self.linear or self.now.base_quant != "none" else 0
         for name, value in wanted.items():
             plain = getattr(self.now, name) in (False, 0, "none", "adamw")
-            if plain and value:
+            if plain and value and name not in self.excluded:
                 saving = replace(saving, **{name: value})
                 found[f"+ {name}: {str(value).lower()}"] = saving
         return found
@@ -162,7 +166,9 @@ def memory_plan(
         extra: bytes of data on the device.
     """
     networks = dict(denoiser.transformers)
-    first = next(iter(networks.values()))
+    # Of two experts, one may be frozen (`train_experts`): its pass keeps no activations.
+    learns = (each for each in networks.values() if any(weight.requires_grad for weight in each.parameters()))
+    first = next(learns, next(iter(networks.values())))
     blocks = _blocks(first)
     linear = [weight for network in networks.values() for block in _blocks(network) for weight in _linear(block)]
     others = {name: bytes_of([part]) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -191,6 +197,7 @@ def memory_plan(
         activations=activations,
         reason=reason,
         extra=extra,
+        excluded=_excluded(memory, first),
     )
 
 
@@ -221,6 +228,16 @@ def memory_table(plan: MemoryPlan) -> str:
     return "\n".join(lines)
 
 
+def _excluded(memory: MemoryConfig, network: nn.Module) -> frozenset[str]:
+    """Return the names of the savings that the network, the configuration of a run, or several processes exclude."""
+    sharded = getattr(memory, "fully_shard", False)
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    alone = not (sharded or several or getattr(memory, "torch_compile", False))
+    # Blocks can be moved only with gradient checkpointing.
+    again = ["gradient_checkpointing", "offload_blocks"] if not recomputes(network) else []
+    return frozenset((*again, *(["optim"] if sharded else []), *([] if alone else ["offload_blocks"])))
+
+
 def _blocks(network: nn.Module) -> list[nn.Module]:
     try:
         return [block.module for block in blocks_of(network)]
@@ -244,7 +261,7 @@ def _activations(
     rows: int,
     passes: int,
 ) -> dict[bool, int]:
-    """Return the activations of a micro-batch without and with gradient checkpointing."""
+    """Return the activations of a micro-batch without gradient checkpointing, and with it if the network has it."""
     model: Any = network
     kind = registered_name(type(model))
     shape = denoiser.latent_shape(**size)
@@ -262,8 +279,9 @@ def _activations(
     arguments = {**call_arguments(kind, model.config, place), "return_dict": False}
     offload = offload_in(network)
     found: dict[bool, int] = {}
-    for checkpointing in (False, True):
-        (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
+    for checkpointing in (False, True) if recomputes(network) else (False,):
+        if recomputes(network):
+            (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
         training = network.training
         network.train()
         try:
@@ -272,6 +290,6 @@ def _activations(
             found[checkpointing] = training_memory(network, arguments, passes=passes, autocast=autocast, **options)
         finally:
             network.train(training)
-            if not memory.gradient_checkpointing:
+            if recomputes(network) and not memory.gradient_checkpointing:
                 model.disable_gradient_checkpointing()
     return found

@@ -12,9 +12,9 @@ from postgen.families import blocks_of, denoiser_for
 from postgen.settings import Part
 
 from .base_quant import BaseQuant, check_base_quant
-from .block_offload import BlockOffload, spread
+from .block_offload import BlockOffload, offload_in, spread
 from .lora import AdapterConfig
-from .parking import Parking
+from .parking import Parking, parking_of
 from .policy_config import ModelConfig
 
 
@@ -61,6 +61,8 @@ class MemoryConfig(AdapterConfig, ModelConfig, Part):
 def place_frozen(pipe: Any, memory: MemoryConfig, device: torch.device) -> None:
     """Arrange that frozen weights stay in main memory as configured, before the pipeline is moved to its device.
 
+    Placements of an earlier training with the same pipeline are undone first.
+
     Args:
         pipe: the pipeline, whose weights are all frozen here.
         memory: the settings.
@@ -77,9 +79,13 @@ def place_frozen(pipe: Any, memory: MemoryConfig, device: torch.device) -> None:
             part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name not in networks
         ]
         for part in others:
+            if (earlier := parking_of(part)) is not None:
+                earlier.remove()
             part.requires_grad_(False).eval()
         Parking(others, networks.values(), device)
     for network in networks.values() if memory.offload_blocks else ():
+        if (before := offload_in(network)) is not None:
+            before.remove()
         network.requires_grad_(False)
         blocks = [block.module for block in blocks_of(network)]
         BlockOffload(network, spread(blocks, memory.offload_blocks), device)

@@ -118,7 +118,8 @@ class OptimizerState:
         if values.get("kind", self._kind) != self._kind or len(groups) != len(self.optimizer.param_groups):
             raise UserError(
                 f"the checkpoint was written with {values['kind']} and {len(groups)} groups of parameters, this run "
-                f"has {self._kind} and {len(self.optimizer.param_groups)}: use the trainer that wrote it."
+                f"has {self._kind} and {len(self.optimizer.param_groups)}: use the same optimiser and trainer, "
+                "or start a new run from its weights with init_from."
             )
         place = f"{location} is damaged: its optimiser state"
         tensors = _packed(dict(tensors), values.get("packed", {}), place)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Parking:
             for name in _METHODS:
                 if callable(getattr(part, name, None)):
                     self._wrap(part, name)
+            _PARKINGS[part] = self
         for network in networks:
             self._undo.append(network.register_forward_pre_hook(lambda *_: self.park()).remove)
 
@@ -91,6 +93,7 @@ class Parking:
             undo()
         self._undo = []
         for part in self.parts:
+            _PARKINGS.pop(part, None)
             part.to(self.device)
 
     def _wrap(self, part: nn.Module, name: str) -> None:
@@ -111,3 +114,12 @@ class Parking:
                 del vars(part)[name]
 
         self._undo.append(undo)
+
+
+_PARKINGS: WeakKeyDictionary[nn.Module, Parking] = WeakKeyDictionary()
+"""Component -> what keeps it in main memory."""
+
+
+def parking_of(part: nn.Module) -> Parking | None:
+    """Return what keeps a component in main memory, or None."""
+    return _PARKINGS.get(part)

@@ -25,6 +25,7 @@ from postgen.sampling.schedule import shifted
 from .base_quant import mark_constant, quantization_of
 from .lora import AdapterConfig, add_adapters
 from .memory_config import MemoryConfig, place_frozen
+from .modes import checkpoint_gradients
 from .policy_config import ModelConfig
 from .run_state import Weights
 from .sharding import uncut
@@ -67,9 +68,8 @@ class Policy:
                 check_not_quantized(module, "be trained as a whole: train a LoRA, or load the exact model")
                 # In half precision, rounding would cancel most updates at usual learning rates.
                 module.requires_grad_(True).float()
-        for module in self.modules.values():
-            if model.gradient_checkpointing:
-                module.enable_gradient_checkpointing()
+        for module in self.modules.values() if model.gradient_checkpointing else ():
+            checkpoint_gradients(module)
 
     def rate(self, fps: float | None) -> float:
         """Return the frames per second of clips, and set the frame rate of denoisers that use one.

@@ -21,7 +21,7 @@ from postgen.errors import UserError
 from postgen.families import blocks_of
 from postgen.families.own_format import empty_noted
 
-from .block_offload import offload_in
+from .block_offload import ONE_PROCESS, offload_in
 
 Blocks = Callable[[], Sequence[nn.Module]]
 """Returns the modules inside a model that are sharded one by one; called only if the model is sharded."""
@@ -72,10 +72,7 @@ def prepare(module: nn.Module, accelerator: Accelerator, *, fully: bool, blocks:
             processes train a module whose blocks are offloaded.
     """
     if (accelerator.num_processes > 1 or accelerator.is_fsdp2) and offload_in(module) is not None:
-        raise UserError(
-            "offload_blocks works in one process only, because processes exchange weights that are on their devices:"
-            " set it to 0, or shard the weights with fully_shard"
-        )
+        raise UserError(ONE_PROCESS)
     if accelerator.is_fsdp2:
         return _prepare_fsdp2(module, accelerator, blocks)
     if not fully:

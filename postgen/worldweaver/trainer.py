@@ -24,6 +24,7 @@ from postgen.sampling.seeds import seed_of
 from postgen.training import Trainer, TrainingConfig, Weights
 from postgen.training.logging import say
 from postgen.training.lora import add_adapters
+from postgen.training.modes import checkpoint_gradients
 from postgen.training.policy import frozen, load_model, park_text_encoders
 from postgen.training.updates import decay_groups
 
@@ -125,7 +126,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         for name in (wide.widths.first, wide.widths.last):
             model.get_submodule(name).requires_grad_(True).float()
         if args.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            checkpoint_gradients(model)
         self._new = (f"transformer.{wide.widths.first}.", f"transformer.{wide.widths.last}.", f"{EMBEDDER}.")
         made: LevelEmbedder = LevelEmbedder.for_transformer(
             self.pipe, skip=bool(args.aux), refine=args.refine if args.aux else 0

@@ -13,7 +13,7 @@ from postgen import cli
 from postgen.errors import UserError
 from postgen.request import GenerateConfig, carried, portable, without_places
 
-SMALL = ("--size", "32x32", "--frames", "5", "--steps", "2")
+SMALL = ("--size", "32x32", "--frames", "5", "--steps", "1")
 ENHANCED = "a red ball stays still, static camera"
 
 

@@ -28,7 +28,7 @@ from postgen.prompt import (
     smollm2,
     target_of,
 )
-from postgen.prompt.calls import enhanced_for_call
+from postgen.prompt.calls import by_segment, enhanced_for_call, takes_segments
 from postgen.prompt.styles import STYLES, style_for
 from postgen.prompt.target import target_for, target_of_model
 from postgen.prompt.templates import TemplateRewriter, phrases_of
@@ -177,6 +177,16 @@ def test_answers_are_cached_by_prompt_model_and_settings(tmp_path: Path) -> None
     assert (entry["prompt"], entry["by"]) == ("a red ball", "answering")
 
 
+def test_an_edited_cache_is_guarded(tmp_path: Path) -> None:
+    path, rewriter = tmp_path / "prompts.jsonl", Answering("A shiny red ball rolls.")
+    PromptEnhancer(rewriter, cache=path)(["a red ball"])
+    path.write_text(path.read_text().replace("A shiny red ball rolls.", "A blue ball rolls."))
+    again = PromptEnhancer(rewriter, cache=path)
+    found = again.enhance(["a red ball"])[0]
+    assert (found.cached, found.text, rewriter.asked) == (False, "A shiny red ball rolls.", 2)
+    assert again.enhance(["a red ball"])[0].cached
+
+
 def test_damaged_lines_of_the_cache_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     PromptCache(path).put("a", "one")
@@ -313,6 +323,26 @@ def test_a_wrong_argument_is_refused(pipe: Any, setting: Any, prompt: Any, messa
     with pytest.raises(UserError, match=message):
         enhanced_for_call(pipe, setting, prompt)
     assert enhanced_for_call(pipe, True, "") == ""
+
+
+def test_segments_of_a_prompt_are_enhanced_one_by_one() -> None:
+    from postgen.pipelines import LTXI2VLongMultiPromptPipeline, WanPipeline
+
+    assert takes_segments(LTXI2VLongMultiPromptPipeline)
+    assert not takes_segments(WanPipeline)
+
+    def louder(prompts: list[str]) -> list[str]:
+        return [f"{prompt}!" for prompt in prompts]
+
+    assert by_segment(louder, ["a | b||c ", "d"], True) == ["a! | b! | c!", "d!"]
+    assert by_segment(louder, ["a | b"], False) == ["a | b!"]
+    assert by_segment(louder, [], True) == []
+    bare = LTXI2VLongMultiPromptPipeline.__new__(LTXI2VLongMultiPromptPipeline)
+    assert enhanced_for_call(bare, louder, "a|b") == "a! | b!"
+    with pytest.raises(UserError, match="a text for each of 2 segments"):
+        enhanced_for_call(bare, lambda prompts: ["one"], "a|b")
+    with pytest.raises(UserError, match="cannot change prompt_segments, which replace prompt"):
+        bare(prompt="a", prompt_segments=[{"text": "b"}], prompt_enhancer=True)
 
 
 @pytest.mark.parametrize("prompts", ["a", [""], [1], ["\ud800"], None])

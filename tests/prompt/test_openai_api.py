@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -24,6 +25,8 @@ class Server(ThreadingHTTPServer):
     status: list[int]
     body: bytes
     wait = 0.0
+    drips = False
+    """Whether the body is sent in single bytes, one each 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -50,7 +53,13 @@ class Handler(BaseHTTPRequestHandler):
         if 300 <= status < 400:
             self.send_header("Location", "http://127.0.0.1:1/v1")
         self.end_headers()
-        self.wfile.write(self.server.body)
+        if not self.server.drips:
+            self.wfile.write(self.server.body)
+            return
+        with suppress(OSError):
+            for byte in self.server.body:
+                self.wfile.write(bytes((byte,)))
+                time.sleep(0.02)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -115,6 +124,16 @@ def test_a_slow_or_absent_server_is_one_line(server: Server) -> None:
         asked(server, timeout=0.05, retries=0)
     with pytest.raises(UserError, match="cannot be asked"):
         ApiRewriter("m", "http://127.0.0.1:1/v1", retries=0)(["a"], Target(), 0)
+
+
+def test_a_server_that_never_ends_its_answer_is_one_line(server: Server) -> None:
+    server.drips = True
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer within 0\.2 seconds"):
+        asked(server, timeout=0.2, retries=0)
+    assert time.monotonic() - began < 1
+    server.drips = False
+    assert asked(server, timeout=5) == ["Sure: A shiny red ball rolls."]
 
 
 def test_no_content_is_an_empty_answer(server: Server) -> None:

@@ -13,7 +13,7 @@ from postgen.families import blocks_of
 from postgen.training.block_offload import BlockOffload, offload_in, spread
 
 CPU = torch.device("cpu")
-LAYERS = 6
+LAYERS = 4
 
 
 def made(*, adapted=True, checkpointing=True, device="cpu", layers=LAYERS):
@@ -86,6 +86,11 @@ def test_memory_on_the_device_is_that_of_two_blocks():
     offload = BlockOffload(model, blocks(model), CPU)
     assert 2 * weights <= offload.device_bytes < 2.5 * weights
     assert offload.home_bytes == LAYERS * offload.device_bytes / 2
+    # A second buffer for one block would need more memory than no offload.
+    alone = BlockOffload(model := made(), blocks(model)[2:3], CPU)
+    assert alone.device_bytes == alone.home_bytes == offload.device_bytes / 2
+    call(model).square().mean().backward()
+    assert len(alone._buffers) == 1
 
 
 def test_conversions_of_the_model_do_not_move_the_weights():

@@ -13,9 +13,11 @@ from postgen.grpo.nft import DiffusionNFTTrainer
 from postgen.training.block_offload import BlockOffload
 from postgen.training.memory import CARDS, GIGA, Saving, memory_plan, memory_table
 from postgen.training.memory_config import MemoryConfig
+from postgen.training.modes import checkpoint_gradients
 from postgen.training.policy import load_policy
 from postgen.training.updates import UpdatesConfig
 from tests.grpo.test_lora import video_run
+from tests.toy_diffusers import ToyTransformer3DModel
 from tests.training.test_block_offload import blocks, call, gradients, made
 
 CPU = torch.device("cpu")
@@ -56,36 +58,41 @@ def test_activations_are_those_that_autograd_keeps():
     assert halves < 0.7 * found[0]
 
 
-def test_counting_computes_nothing_and_changes_nothing():
-    model = made(layers=3)
+ARGUMENTS = {
+    "hidden_states": torch.zeros(1, 4, 3, 8, 8),
+    "timestep": torch.full((1,), 500.0),
+    "encoder_hidden_states": torch.zeros(1, 5, 16),
+}
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """The count of a network of two blocks."""
+    return training_memory(made(layers=2), ARGUMENTS)
+
+
+def test_counting_computes_nothing_and_changes_nothing(counted):
+    model = made(layers=2)
     before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
-    x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 16)
-    arguments = {"hidden_states": x, "timestep": torch.tensor([500.0]), "encoder_hidden_states": text}
-    small = training_memory(model, arguments)
-    assert training_memory(model, {**arguments, "hidden_states": torch.randn(4, 4, 3, 8, 8)} | wide(4)) > 2 * small
+    wide = {name: value.repeat(4, *[1] * (value.dim() - 1)) for name, value in ARGUMENTS.items()}
+    assert training_memory(model, wide) > 2 * counted
     after = {name: (id(value), value) for name, value in model.named_parameters()}
     assert all(before[name][0] == after[name][0] and torch.equal(before[name][1], after[name][1]) for name in before)
     assert all(value.grad is None for value in model.parameters())
-    assert torch.equal(call(model), call(made(layers=3)))
+    assert torch.equal(call(model), call(made(layers=2)))
 
 
-def wide(rows):
-    return {"timestep": torch.full((rows,), 500.0), "encoder_hidden_states": torch.randn(rows, 5, 16)}
+def test_a_network_without_memory_counts_the_same(counted):
+    assert training_memory(made(layers=2).to("meta"), ARGUMENTS) == counted
 
 
-def test_a_network_without_memory_counts_the_same():
-    arguments = {"hidden_states": torch.randn(1, 4, 3, 8, 8), **wide(1)}
-    assert training_memory(made(layers=3).to("meta"), arguments) == training_memory(made(layers=3), arguments)
-
-
-def test_offloaded_blocks_do_not_disturb_the_count():
-    arguments = {"hidden_states": torch.randn(1, 4, 3, 8, 8), **wide(1)}
-    model = made(layers=3)
+def test_offloaded_blocks_do_not_disturb_the_count(counted):
+    model = made(layers=2)
     offload = BlockOffload(model, blocks(model), CPU)
-    assert training_memory(model, arguments, around=offload.paused) == training_memory(made(layers=3), arguments)
+    assert training_memory(model, ARGUMENTS, around=offload.paused) == counted
     assert offload.copies == 0
     assert all(
-        torch.equal(a, b) for a, b in zip(gradients(model).values(), gradients(made(layers=3)).values(), strict=True)
+        torch.equal(a, b) for a, b in zip(gradients(model).values(), gradients(made(layers=2)).values(), strict=True)
     )
 
 
@@ -149,8 +156,9 @@ def test_every_saving_needs_less(loaded):
     ]
 
 
-def test_the_estimate_of_a_saving_is_that_of_the_model_with_it(loaded, tiny_wan):
+def test_the_estimate_of_a_saving_is_that_of_the_model_with_it(loaded, tiny_wan, monkeypatch):
     plan, _ = loaded
+    monkeypatch.setattr("postgen.training.memory._activations", lambda *given: {})  # only weights are compared
     real, _ = plan_of(tiny_wan, base_quant="int8")
     guessed, found = plan.weights(dataclasses.replace(plan.now, base_quant="int8")), real.weights(real.now)
     assert guessed == pytest.approx(found, rel=0.1)
@@ -165,11 +173,42 @@ def test_the_table_names_the_cards(loaded):
     assert memory_table(dataclasses.replace(plan, activations={}, reason="why")) == "not counted: activations (why)"
 
 
-@pytest.mark.parametrize("settings", [{}, {"offload_blocks": 2, "gradient_checkpointing": True, "base_quant": "fp8"}])
-def test_a_dry_run_prints_it(tiny_wan, tmp_path, capsys, settings):
+def test_savings_that_the_run_excludes_are_not_proposed(loaded):
+    plan, _ = loaded
+    assert not plan.excluded
+    proposed = dataclasses.replace(plan, excluded=frozenset(("optim", "offload_blocks"))).ladder()
+    assert [name.split(":")[0] for name in proposed] == [
+        "as configured",
+        "+ gradient_checkpointing",
+        "+ offload_frozen",
+        "+ base_quant",
+    ]
+
+
+def test_the_expert_that_is_trained_is_counted(loaded, monkeypatch):
+    plan, policy = loaded
+    found = []
+    monkeypatch.setattr("postgen.training.memory._activations", lambda *given: found.append(given[1]) or {})
+    networks = policy.denoiser.transformers
+    experts = {"transformer": made(layers=1, adapted=False), "transformer_2": networks["transformer"]}
+    monkeypatch.setattr(policy.denoiser, "transformers", experts)
+    memory = MemoryConfig(lora_r=2, max_sequence_length=16)
+    memory_plan(policy.pipe, policy.denoiser, memory, UpdatesConfig(), size=SIZE, rows=2)
+    assert found == [networks["transformer"]]
+    assert plan.activations
+
+
+def test_a_dry_run_prints_it(tiny_wan, tmp_path, capsys):
+    settings = {"offload_blocks": 2, "gradient_checkpointing": True, "base_quant": "fp8"}
     found = video_run(tiny_wan, tmp_path, DiffusionNFTTrainer, dry_run=True, **settings).train()
     told = capsys.readouterr().out
     assert "peak memory " in told
     assert "as configured" in told
     assert found.metrics["bytes/step"] > found.metrics["bytes/activations"] > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_checkpointing_is_told_at_once():
+    model = ToyTransformer3DModel()
+    with pytest.raises(UserError, match="a ToyTransformer3DModel does not support it: set it to false"):
+        checkpoint_gradients(model)

@@ -5,6 +5,7 @@ import torch
 from transformers.optimization import Adafactor
 
 from postgen.errors import UserError
+from postgen.reconstruct.config import ReconstructConfig
 from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.optimizers import PACKAGES, state_bytes
 from tests.training.tiny import TinyConfig, TinyTrainer
@@ -154,6 +155,21 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(tmp_path, 
     monkeypatch.setattr("postgen.training.optimizers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="optim adamw_8bit needs torchao, which is not installed: pip install torchao"):
         run_of(tmp_path, "adamw_8bit")
+    with pytest.raises(UserError, match="optim adamw_8bit needs torchao"):
+        ReconstructConfig(output_dir=str(tmp_path), optim="adamw_8bit")
+
+
+def test_sharding_by_the_launcher_needs_adamw(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="optim adafactor cannot be combined with sharded weights"):
+        run_of(tmp_path, "adafactor")
+
+
+def test_another_optimiser_cannot_resume_and_the_message_says_what_can(tmp_path):
+    run_of(tmp_path / "first", "adamw").train()
+    changed = {"resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-3"), "allow_changed": ["optim"]}
+    with pytest.raises(UserError, match=r"with AdamW and .* has Adafactor .* from its weights with init_from"):
+        run_of(tmp_path / "second", "adafactor", **changed).train()
 
 
 def test_settings_that_an_optimiser_does_not_have_are_refused(tmp_path):
