@@ -14,10 +14,13 @@ from postgen.assets import EMBEDDED, embedded_model
 from postgen.errors import UserError
 from postgen.families.exports import NOTE
 from postgen.reading import read_json
+from postgen.training.averages import REPORT as OWN_MERGE
 
 from .report import NAME as REPORT
 from .sources import OTHER_FORMATS, Source
 
+_REPORTS = (REPORT, OWN_MERGE)
+"""Reports about earlier merges, which are not copied."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = re.compile(r".*\.safetensors\.index(\.[^.]+)?\.json")
 """Name of an index of shards, with the name of a variant such as fp16."""
@@ -71,7 +74,12 @@ def _of_folder(number: int, first: Source, folders: Sequence[Source], dtype_chan
     layout = Layout(shards=shards, like=number)
     for file in sorted(root.rglob("*")):
         place = file.relative_to(root)
-        if not file.is_file() or str(place) in merged or str(place) == REPORT or any(p[0] == "." for p in place.parts):
+        if (
+            not file.is_file()
+            or str(place) in merged
+            or str(place) in _REPORTS
+            or any(p[0] == "." for p in place.parts)
+        ):
             continue
         if file.suffix in OTHER_FORMATS:
             if str(place.parent) not in homes:  # a copy of the merged weights in another format would not be merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from .power_average import GAMMA, STEP
 from .report import MergeReport, Progress, change_of, emulated, mean_cosine, measured_sources, settings_of
 from .sources import Source, WeightSet
 from .stream import Measured, Rule, merged_blocks
+
+_FRONT = re.compile(r"---\n.*?\n---\n\n?", re.DOTALL)
+"""The YAML block at the beginning of a model card."""
 
 
 @dataclass(kw_only=True)
@@ -173,7 +177,7 @@ def check_base(config: MergeConfig, base: object) -> None:
 
 
 def copy_others(layout: Layout, folder: Path, report: MergeReport) -> None:
-    """Copy the other files of a merged folder; the model card, if there is one, gets a section about the merge.
+    """Copy the other files of a merged folder; the model card, if there is one, begins with the merge.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -188,8 +192,11 @@ def copy_others(layout: Layout, folder: Path, report: MergeReport) -> None:
         lines = [titles, tuple("---" for _ in titles), *rows]
         table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
         settings = json.dumps(dict(report.settings))
-        text = f"\n\n## Merge\n\nThese weights are a merge with the settings {settings}:\n\n{table}\n"
-        card.write_text(card.read_text(encoding="utf-8") + text, encoding="utf-8")
+        about = f"## Merge\n\nThese weights are a merge with the settings {settings}:\n\n{table}\n\n"
+        about += "The rest of this card, with its pictures and numbers, is about the first source alone.\n\n"
+        old = card.read_text(encoding="utf-8")
+        head = found[0] if (found := _FRONT.match(old)) else ""
+        card.write_text(f"{head}{about}{old[len(head) :].lstrip()}", encoding="utf-8")
 
 
 def _configs(sources: Sequence[Source], base: Source | None) -> list[list[Path]]:
