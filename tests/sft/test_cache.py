@@ -175,6 +175,23 @@ def test_damaged_entries_are_made_again_with_one_warning(
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"crc32", b"crc33"), (b"512", b"513"), (b'{\\"crc', b'(\\"crc'), (b"[1,7,64]", b"[7,1,64]"), (b"F32", b"I32")],
+)
+def test_a_damaged_header_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: bytes, after: bytes
+) -> None:
+    text = torch.zeros(1, 512, 64)
+    text[:, :7] = 1.5
+    Cache(tmp_path).fill([("ab", lambda: {"x": text})])
+    (place,) = tmp_path.rglob("*.safetensors")
+    assert place.read_bytes().count(before) == 1
+    place.write_bytes(place.read_bytes().replace(before, after))
+    assert torch.equal(Cache(tmp_path).get("ab", lambda: {"x": text})["x"], text)
+    assert capsys.readouterr().err.count("missing or damaged") == 1
+
+
 def test_zeros_at_the_end_of_an_encoding_are_not_stored(tmp_path: Path) -> None:
     text = torch.zeros(1, 512, 64)
     text[:, :7] = 1.5
