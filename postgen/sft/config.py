@@ -25,7 +25,7 @@ class SftEvaluationConfig(Part):
     part: ClassVar[str] = "held_out"
 
     eval_clips: int = 64
-    """Largest number of held-out clips whose loss is measured, from the first on."""
+    """Largest number of held-out clips whose loss is measured, evenly spaced among them."""
 
     eval_noise_levels: int = 4
     """Number of noise levels at which the loss of each held-out clip is measured, evenly spaced over the schedule."""
