@@ -7,6 +7,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,16 +96,16 @@ class Cache:
             UserError: the folder cannot be written, or an entry cannot be made.
         """
         missing = [entry for entry in dict(entries).items() if not self._whole(entry[0])]
-        progress = Progress(step=0, max_steps=len(missing), shown=bool(bar and missing), name=bar)
         others: list[tuple[str, Make]] = []
         turns = [entry for turn in range(parts) for entry in missing[(part + turn) % parts :: parts]]
-        for entries_now, wait in ((turns, False), (others, True)):
-            for key, make in entries_now:
-                if self._make(key, make, wait=wait):
-                    progress.step()
-                else:
-                    others.append((key, make))
-        progress.close()
+        bars = Progress(step=0, max_steps=len(missing), shown=bool(bar and missing), name=bar)
+        with closing(bars) as progress:
+            for entries_now, wait in ((turns, False), (others, True)):
+                for key, make in entries_now:
+                    if self._make(key, make, wait=wait):
+                        progress.step()
+                    else:
+                        others.append((key, make))
         return len(missing)
 
     def get(self, key: str, make: Make) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,13 @@ class Inspector:
         files = dict.fromkeys((str(item.path), item.kind) for item in items)
         stamps = {file: _stamp(*file) for file in files}
         missing = [file for file in stamps if stamps[file] not in self._known]
-        bar = Progress(step=0, max_steps=len(missing), shown=self._shown and bool(missing), name="check files")
+        shown = self._shown and bool(missing)
+        with closing(Progress(step=0, max_steps=len(missing), shown=shown, name="check files")) as bar:
+            self._measure(missing, stamps, bar)
+        own = [stamps[str(item.path), item.kind] for item in items]
+        return [self._known.get(stamp) or self._wrong[stamp] for stamp in own]
+
+    def _measure(self, missing: Sequence[_File], stamps: Mapping[_File, str], bar: Progress) -> None:
         for turn in range(self._processes):
             share = missing[(self._rank + turn) % self._processes :: self._processes]
             self._refresh()
@@ -85,9 +92,6 @@ class Inspector:
                 else:
                     self._note(stamps[file], found)
                 bar.step()
-        bar.close()
-        own = [stamps[str(item.path), item.kind] for item in items]
-        return [self._known.get(stamp) or self._wrong[stamp] for stamp in own]
 
     def _measured(self, files: Sequence[_File]) -> Iterator[tuple[_File, MediaInfo | str]]:
         threads = min(_THREADS, max(1, (os.cpu_count() or 1) // self._processes))
