@@ -32,6 +32,7 @@ from postgen.training.policy import load_policy
 from postgen.training.processes import check_same, counted
 from postgen.training.run_curves import Curves
 
+from .buckets import Bucket
 from .config import SftConfig
 from .data import Batch, SftData
 from .drawn_samples import DrawnSamples, Wanted
@@ -139,14 +140,21 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         check_half(self.policy.modules, bf16=args.bf16)
         self.fps = self.policy.rate(args.fps)
         self.levels = NoiseLevels(args, self.policy.denoiser, args.seed)
+        bucket = self._largest_bucket()
+        shape = self.policy.denoiser.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+        self.levels.draw([0], shape)  # a range without levels is an error before clips are encoded
         return self._trained_networks()
+
+    def _largest_bucket(self) -> Bucket:
+        buckets: Iterable[Bucket] = buckets_of(self.args, self.policy.pipe, self.policy.denoiser)
+        return max(buckets, key=lambda bucket: bucket.pixels)
 
     def _dry_run(self) -> TrainResult:
         """Load the model, print the estimate of the memory, and return without training."""
         args, modules = self.args, self._load()
         pipe, denoiser = self.policy.pipe, self.policy.denoiser
         others = [name for name in pipe.components if name not in denoiser.transformers]
-        most = max(buckets_of(args, pipe, denoiser), key=lambda bucket: bucket.pixels)
+        most = self._largest_bucket()
         plan = memory_plan(
             pipe,
             denoiser,

@@ -255,6 +255,23 @@ def test_data_are_checked_before_the_model_is_loaded(
         trained("no/such-model", tmp_path / "run", tmp_path / "clips", **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_min": 0.9999999, "noise_levels": "logit_normal"}, "draws no level from 1 to 1"),
+        ({"buckets": ["16x32x5", "16x24x5"]}, "bucket 16x24x5 does not suit"),
+    ],
+)
+def test_settings_are_checked_before_clips_are_encoded(
+    changes: dict[str, Any], message: str, tiny_wan: Path, clips: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trained(tiny_wan, tmp_path / "run", clips, **changes)
+    assert not (tmp_path / "run" / "cache" / "latents").exists()
+    with pytest.raises(UserError, match=message):
+        trained(tiny_wan, tmp_path / "run", clips, **changes, dry_run=True)
+
+
 def test_held_out_clips_come_from_one_place(clips: Path, tmp_path: Path) -> None:
     row = {"video": str(clips / "0.mp4"), "prompt": "a wall"}
     with pytest.raises(UserError, match=r"eval_share is 0\.5, it must be 0 with eval_dataset"):
