@@ -337,10 +337,11 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             UserError: the run was trained on other clips.
         """
         data, held_out = self._digests()
-        if state["data"] != data:
+        if state["data"] != data and not self.args.takes_other_clips:
             raise UserError(
                 "the checkpoint was trained on other clips, captions, weights or buckets: give the same data"
-                " (train_dataset, eval_share), or start a new run from its weights with init_from"
+                " (train_dataset, eval_share), start a new run from its weights with init_from, or allow other ones"
+                " with --allow_changed train_dataset"
             )
         self._micro = int(state["micro"])
         self._held_out.first = state["first_losses"] if state["held_out"] == held_out else {}

@@ -80,6 +80,14 @@ def test_other_clips_are_refused_on_resume(place: Path, capsys: pytest.CaptureFi
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("postgen: error: ")
     assert "was trained on other clips, captions, weights or buckets: give the same data" in last
+    path = recipe(place, "other")
+    assert main([str(path), *words, "--evaluate_only", "true"]) == 0, "its clips do not matter"
+    assert main([str(path), *words, "--allow_changed", "train_dataset"]) == 0
+    # The advice of the refusal works: other latents are other clips, too.
+    words = [*words, "--max_steps", "9", "--cache_dtype", "float16"]
+    assert main([str(path), *words]) == 2
+    assert "--allow_changed cache_dtype" in capsys.readouterr().err
+    assert main([str(path), *words, "--allow_changed", "cache_dtype"]) == 0
 
 
 def test_other_weights_are_refused_on_resume(place: Path) -> None:
