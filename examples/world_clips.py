@@ -31,8 +31,14 @@ def main() -> None:
     parser.add_argument("--num-frames", type=int, default=17, help="frames of a video")
     args = parser.parse_args()
     shape = {"size": args.size, "num_frames": args.num_frames}
-    write_clips(args.out / "world-clips", FIRST_TRAINING_SEED, args.count, **shape)
-    write_clips(args.out / "world-held-out", 0, max(1, args.count // 4), **shape)
+    counts = {args.out / "world-clips": args.count, args.out / "world-held-out": max(1, args.count // 4)}
+    if args.count < 1:
+        parser.error(f"--count is {args.count}, it must be at least 1")
+    for folder, count in counts.items():
+        if len(list(folder.glob("*.mp4"))) > count:  # they would be trained on, too
+            parser.error(f"{folder} has more clips, of an earlier call: remove it, or name another folder with -o")
+    for (folder, count), seed in zip(counts.items(), (FIRST_TRAINING_SEED, 0), strict=True):
+        write_clips(folder, seed, count, **shape)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -94,16 +96,16 @@ class Cache:
             UserError: the folder cannot be written, or an entry cannot be made.
         """
         missing = [entry for entry in dict(entries).items() if not self._whole(entry[0])]
-        progress = Progress(step=0, max_steps=len(missing), shown=bool(bar and missing), name=bar)
         others: list[tuple[str, Make]] = []
         turns = [entry for turn in range(parts) for entry in missing[(part + turn) % parts :: parts]]
-        for entries_now, wait in ((turns, False), (others, True)):
-            for key, make in entries_now:
-                if self._make(key, make, wait=wait):
-                    progress.step()
-                else:
-                    others.append((key, make))
-        progress.close()
+        bars = Progress(step=0, max_steps=len(missing), shown=bool(bar and missing), name=bar)
+        with closing(bars) as progress:
+            for entries_now, wait in ((turns, False), (others, True)):
+                for key, make in entries_now:
+                    if self._make(key, make, wait=wait):
+                        progress.step()
+                    else:
+                        others.append((key, make))
         return len(missing)
 
     def get(self, key: str, make: Make) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ class Cache:
         rows = {name: len(tensor[0]) for name, tensor in tensors.items() if tensor.dim() == 3}
         with replacing(place) as part:
             # One entry: safetensors writes several in any order, and equal content should give equal files.
-            save_file(kept, part, {_NOTE: json.dumps({"crc32": _checksum(kept), "rows": rows})})
+            save_file(kept, part, {_NOTE: json.dumps({"crc32": _checksum(kept, rows), "rows": rows})})
 
     def _whole(self, key: str) -> bool:
         """Return whether the file of an entry exists and has its full length."""
@@ -185,11 +187,11 @@ class Cache:
         """Return an entry; None if the file is missing or damaged."""
         try:
             with opened(self.place(key)) as content:
-                told = json.loads((content.metadata() or {}).get(_NOTE, "{}"))
+                told = dict(json.loads((content.metadata() or {}).get(_NOTE, "{}")))
                 found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        except UserError:
+        except (UserError, ValueError, TypeError):  # TypeError: the note is no object
             return None
-        if told.get("crc32") != _checksum(found):
+        if told.get("crc32") != _checksum(found, told.get("rows")):
             return None
         return _Entry(found, told["rows"])
 
@@ -202,8 +204,10 @@ class Cache:
             )
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    found = 0
+def _checksum(tensors: Mapping[str, Tensor], rows: Any) -> int:
+    """Return a checksum of tensors with names, shapes and dtypes, and of their rows before zeros were removed."""
+    kinds = {name: (str(value.dtype), list(value.shape)) for name, value in tensors.items()}
+    found = zlib.crc32(json.dumps([kinds, rows], sort_keys=True).encode())
     for name in sorted(tensors):
         values = tensors[name].contiguous().reshape(-1).view(torch.uint8)
         found = zlib.crc32(values.numpy().data, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from postgen.families.video_calls import RANGES
@@ -25,7 +25,7 @@ class SftEvaluationConfig(Part):
     part: ClassVar[str] = "held_out"
 
     eval_clips: int = 64
-    """Largest number of held-out clips whose loss is measured, from the first on."""
+    """Largest number of held-out clips whose loss is measured, evenly spaced among them."""
 
     eval_noise_levels: int = 4
     """Number of noise levels at which the loss of each held-out clip is measured, evenly spaced over the schedule."""
@@ -87,6 +87,11 @@ class SftConfig(SftEvaluationConfig, NoiseConfig, SftDataConfig, MemoryConfig, T
     def evaluates(self) -> bool:
         """Whether a setting asks for evaluations."""
         return bool(self.eval_steps or self.eval_on_start or self.evaluate_only)
+
+    @property
+    def takes_other_clips(self) -> bool:
+        """Whether a checkpoint of other clips may be used: to evaluate it, or because a data setting may change."""
+        return self.evaluate_only or any(item.name in self.allow_changed for item in fields(SftDataConfig))
 
     @property
     def held_out(self) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
 from postgen.sampling.seeds import seed_of
 from postgen.training.digests import digest
@@ -24,7 +23,7 @@ from .clips import Clip
 from .data_config import SftDataConfig
 from .encoding import Encoder
 from .faults import Fault, write_faults
-from .reader import Reader, split
+from .reader import Sources, batches_of, buckets_of, cache_folder, read_sources
 
 _SIZES = ("height", "width", "num_frames", "frame_buckets", "aspects", "buckets", "frame_selection", "target_fps")
 SKIPPED = "skipped.jsonl"
@@ -111,6 +110,7 @@ class SftData:
         train: Any = None,
         evaluation: Any = None,
         weights: Tensor | None = None,
+        sources: Sources | None = None,
     ) -> Self:
         """Read, check and encode the clips. All processes call this; they share the work through the cache.
 
@@ -131,36 +131,32 @@ class SftData:
             evaluation: a source or rows instead of `config.eval_dataset`.
             weights: (N,) sampling weight of each row of the training data, for data without faults; None:
                 `config.weight_column`.
+            sources: data sets that `read_sources` has read already, instead of the last arguments.
 
         Raises:
             UserError: files cannot be used (one message about all of them), the model cannot make a bucket, a weight
                 is wrong, or the cache cannot be written.
         """
-        reader = Reader(config, pipe, denoiser, folder, main=main, processes=processes, rank=rank)
-        given = (train, config.train_dataset), (evaluation, config.eval_dataset)
-        sources = [setting if own is None else own for own, setting in given]
-        if sources[0] is None:
-            raise UserError("train_dataset is missing: name a folder of images and videos with captions")
-        skip = config.skip_bad if skip is None else skip
-        clips = reader.clips(sources[0], "train_dataset", skip, weights)
-        held_out = [] if sources[1] is None else reader.clips(sources[1], "eval_dataset", skip, weighed=False)
+        buckets = buckets_of(config, pipe, denoiser)
+        if sources is None:
+            words: dict[str, Any] = {"skip": skip, "train": train, "evaluation": evaluation, "weights": weights}
+            sources = read_sources(config, folder, main=main, processes=processes, rank=rank, **words)
         if main:
-            write_faults(folder / SKIPPED, reader.faults)
-        if sources[1] is None:
-            clips, held_out = split(clips, config.eval_share)
-        encoder = Encoder(pipe, denoiser, reader.cache, config.cache_dtype)
-        batches = Batches(
-            [clip.bucket for clip in clips],
+            write_faults(folder / SKIPPED, sources.faults)
+        clips, held_out = sources.clips(buckets)
+        cache = cache_folder(config, folder)
+        encoder = Encoder(pipe, denoiser, cache, config.cache_dtype)
+        batches = batches_of(
+            clips,
+            config,
             batch_size=_setting(config, "per_device_train_batch_size", batch_size),
             seed=seed,
             processes=processes,
             accumulation=_setting(config, "gradient_accumulation_steps", accumulation),
-            weights=torch.tensor([clip.weight for clip in clips], dtype=torch.float64),
-            image_share=config.image_share,
         )
-        _encode(encoder, [*clips, *held_out], config, reader.cache, rank, processes, main=main)
+        _encode(encoder, [*clips, *held_out], config, cache, rank, processes, main=main)
         if main:
-            _tell(clips, held_out, reader.faults)
+            _tell(clips, held_out, sources.faults)
         return cls(config, encoder, clips, held_out, batches, device, rank)
 
     def batch(self, step: int, micro: int = 0, rank: int | None = None) -> Batch:
@@ -182,6 +178,10 @@ class SftData:
         """Number of evaluation batches; 0 without held-out clips."""
         return len(self._evaluation)
 
+    def eval_size(self, number: int) -> int:
+        """Return the number of clips of an evaluation batch."""
+        return len(self._evaluation[number])
+
     def eval_batch(self, number: int) -> Batch:
         """Return an evaluation batch, the same in every evaluation and run: latents are modes of the autoencoder."""
         return self._batch(self._evaluation[number], None)
@@ -189,8 +189,9 @@ class SftData:
     def inputs(self) -> Mapping[str, Any]:
         """Return JSON values that all processes must share, for `Trainer.inputs`: digests of the clips."""
         parts = {"train_dataset": self.clips, "eval_dataset": self.held_out}
+        # Weights choose the clips of a step.
         return {
-            name: digest([[clip.key, self._encoder.clip_key(clip), clip.item.caption] for clip in clips])
+            name: digest([[clip.key, self._encoder.clip_key(clip), clip.item.caption, clip.weight] for clip in clips])
             for name, clips in parts.items()
         }
 

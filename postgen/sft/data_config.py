@@ -107,6 +107,7 @@ class SftDataConfig(Part):
         self.require(share is None or 0 <= share <= 1, "image_share", "from 0 to 1")
         self.require(all(count >= 1 for count in self.frame_buckets), "frame_buckets", "numbers of at least 1")
         self.require(self.target_fps is None or math.inf > self.target_fps > 0, "target_fps", "above 0")
+        self.require(not (self.buckets and self.frame_buckets), "frame_buckets", "left out with buckets")
         for text in self.buckets:
             parsed_bucket(text)
         for text in self.aspects:

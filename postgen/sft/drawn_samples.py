@@ -88,8 +88,11 @@ class DrawnSamples:
         """
         clips = {each.number: clip for part in _by_bucket(wanted) for each, clip in self._drawn(part, seed)}
         if writes and self.args.eval_grid:
-            shown = _alike([clips[each.number] for each in wanted])[: self.args.eval_grid]
-            write_samples(folder, step, shown, [each.prompt for each in wanted], self.fps)
+            first = next((clips[each.number].shape for each in wanted), None)
+            # A grid has places of one size.
+            shown = [each for each in wanted if clips[each.number].shape == first][: self.args.eval_grid]
+            pictures, prompts = [clips[each.number] for each in shown], [each.prompt for each in shown]
+            write_samples(folder, step, pictures, prompts, self.fps)
         if self.runner is None:
             return {}
         scores = self._scored(wanted, [clips[each.number] for each in wanted]) if wanted else {}
@@ -128,11 +131,6 @@ def _by_bucket(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
     for each in wanted:
         found.setdefault(each.bucket, []).append(each)
     return list(found.values())
-
-
-def _alike(clips: list[Tensor]) -> list[Tensor]:
-    """Return the clips of the shape of the first one: a grid has places of one size."""
-    return [clip for clip in clips if clip.shape == clips[0].shape]
 
 
 def _means(names: Sequence[str], parts: Sequence[dict[str, list[float]]]) -> dict[str, float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from postgen.errors import UserError, first_line
 from postgen.training.logging import Progress
 from postgen.video import iter_video, probe, read_picture
 
-from .items import Item
+from .items import Item, Kind
 
+_File = tuple[str, Kind]
+"""Path and kind, image or video."""
 _LEDGER = "files.jsonl"
 _PIECE = 2**20
 _AT_ONCE = 8
@@ -68,28 +71,33 @@ class Inspector:
         A process begins with its share of the files, and then takes over those that others have not noted.
         """
         self._refresh()
-        stamps = {str(item.path): _stamp(item.path) for item in items}
-        kinds = {str(item.path): item.kind for item in items}
-        missing = [path for path in stamps if stamps[path] not in self._known]
-        bar = Progress(step=0, max_steps=len(missing), shown=self._shown and bool(missing), name="check files")
+        # A GIF file may be an image in one row and a video in another one.
+        files = dict.fromkeys((str(item.path), item.kind) for item in items)
+        stamps = {file: _stamp(*file) for file in files}
+        missing = [file for file in stamps if stamps[file] not in self._known]
+        shown = self._shown and bool(missing)
+        with closing(Progress(step=0, max_steps=len(missing), shown=shown, name="check files")) as bar:
+            self._measure(missing, stamps, bar)
+        own = [stamps[str(item.path), item.kind] for item in items]
+        return [self._known.get(stamp) or self._wrong[stamp] for stamp in own]
+
+    def _measure(self, missing: Sequence[_File], stamps: Mapping[_File, str], bar: Progress) -> None:
         for turn in range(self._processes):
             share = missing[(self._rank + turn) % self._processes :: self._processes]
             self._refresh()
-            todo = [path for path in share if stamps[path] not in self._known]
-            for path, found in self._measured([(path, kinds[path]) for path in todo]):
+            todo = [file for file in share if stamps[file] not in self._known]
+            for file, found in self._measured(todo):
                 if isinstance(found, str):
-                    self._wrong[stamps[path]] = found
+                    self._wrong[stamps[file]] = found
                 else:
-                    self._note(stamps[path], found)
+                    self._note(stamps[file], found)
                 bar.step()
-        bar.close()
-        return [self._known.get(stamp := stamps[str(item.path)]) or self._wrong[stamp] for item in items]
 
-    def _measured(self, files: Sequence[tuple[str, str]]) -> Iterator[tuple[str, MediaInfo | str]]:
+    def _measured(self, files: Sequence[_File]) -> Iterator[tuple[_File, MediaInfo | str]]:
         threads = min(_THREADS, max(1, (os.cpu_count() or 1) // self._processes))
         pool = ThreadPoolExecutor(threads)
         try:
-            yield from zip((path for path, _ in files), pool.map(_inspected, files), strict=True)
+            yield from zip(files, pool.map(_inspected, files), strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -124,11 +132,12 @@ class Inspector:
                 continue
 
 
-def _stamp(path: Path) -> str:
+def _stamp(name: str, kind: str) -> str:
     """Return a text that changes if a file, or a file in a folder of frames, changes."""
+    path = Path(name)
     try:
         files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-        told: list[Any] = [os.path.abspath(path)]
+        told: list[Any] = [os.path.abspath(path), kind]
         for file in files:
             found = file.stat()
             told.append([file.name, found.st_size, found.st_mtime_ns])
@@ -137,7 +146,7 @@ def _stamp(path: Path) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
-def _inspected(file: tuple[str, str]) -> MediaInfo | str:
+def _inspected(file: _File) -> MediaInfo | str:
     path, kind = Path(file[0]), file[1]
     try:
         content = _content(path)

@@ -100,7 +100,7 @@ def _found(source: Any, where: str, files: Path | None) -> list[Found]:
     rows: Iterable[Any]
     if isinstance(source, str | Path):
         check_name(str(source), where)
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if os.path.isdir(path):
             if not holds_dataset(path):
                 return folder_files(path, where, (*PICTURES, *VIDEOS))
@@ -136,7 +136,7 @@ def _row(row: Any, place: str, base: Path | None) -> Found:
     name = told[column]
     if not isinstance(name, str | Path) or not str(name).strip() or "\0" in str(name):
         return Found(place, None, told, f"{column} is {shown(name)}, it must be the path of a file")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     # Paths are relative to the file of the rows, as in `metadata.jsonl`, or else to the current folder.
     if base is not None and (os.path.exists(base / path) or not os.path.exists(path)):
         path = base / path
@@ -153,6 +153,8 @@ def _checked(found: list[Found], caption_column: str | None, faults: list[Fault]
             caption, wrong = _caption(each.row, caption_column)
         if not wrong and (each.path is None or not os.path.exists(each.path)):
             wrong = "there is no such file"
+        if not wrong and each.path and not (os.path.isfile(each.path) or os.path.isdir(each.path)):
+            wrong = "it is not a file"  # reading a named pipe would wait for a writer
         if not wrong and kind is None:
             wrong = f"{each.path.suffix if each.path else ''} is not the suffix of an image or a video"
         place = os.path.abspath(each.path) if each.path else each.key

@@ -88,14 +88,17 @@ def _walk(folder: Path, where: str) -> Iterator[tuple[Path, list[str]]]:
     def failed(error: OSError) -> None:
         raise UserError(f"{where}: {error.filename} cannot be read: {error.strerror}")
 
-    seen: set[str] = set()
+    seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, onerror=failed, followlinks=True):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in seen
-        )
-        seen.update(os.path.realpath(os.path.join(place, name)) for name in folders)
+        targets = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
+        # A folder itself comes before links to it, so that a link that is added does not change names.
+        order = sorted(targets, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        folders.clear()
+        for name in order:
+            if targets[name] not in seen:
+                seen.add(targets[name])
+                folders.append(name)
+        folders.sort()
         yield Path(place), sorted(name for name in names if not name.startswith("."))
 
 

@@ -101,6 +101,15 @@ class NoiseConfig(Part):
         for name in ("noise_min", "noise_max", "frame_noise_share", "caption_dropout"):
             self.require(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         self.require(self.noise_min < self.noise_max, "noise_max", f"above noise_min, {self.noise_min:g}")
+        for used, names, other in (
+            (self.noise_levels == "logit_normal", ("logit_mean", "logit_std"), "noise_levels: logit_normal"),
+            (self.noise_levels == "mode", ("mode_scale",), "noise_levels: mode"),
+            (self.loss_weighting == "min_snr", ("snr_gamma",), "loss_weighting: min_snr"),
+            (self.frame_noise != "clip", ("frame_noise_share",), "frame_noise: first_frame or each"),
+        ):
+            for name in names:
+                unchanged = getattr(self, name) == getattr(type(self), name)
+                self.require(used or unchanged, name, f"left out without {other}")
 
 
 class NoiseLevels:

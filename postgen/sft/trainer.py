@@ -32,13 +32,13 @@ from postgen.training.policy import load_policy
 from postgen.training.processes import check_same, counted
 from postgen.training.run_curves import Curves
 
+from .buckets import Bucket
 from .config import SftConfig
 from .data import Batch, SftData
-from .dataset_rows import holds_dataset
 from .drawn_samples import DrawnSamples, Wanted
 from .held_out import HeldOut
-from .items import read_items
 from .noise import NoiseLevels, loss_weight
+from .reader import Sources, buckets_of, read_sources
 
 
 class SftTrainer(PolicyTrainer[SftConfig]):
@@ -77,6 +77,10 @@ class SftTrainer(PolicyTrainer[SftConfig]):
                 "eval_steps, eval_on_start, evaluate_only and eval_samples need held-out clips: give eval_dataset or"
                 " eval_share"
             )
+        if eval_dataset is not None and args.eval_share:
+            raise UserError(f"eval_share is {args.eval_share:g}, it must be 0 with eval_dataset")
+        if args.eval_samples and not args.evaluates:
+            raise UserError("eval_samples are drawn in evaluations: set eval_steps, eval_on_start or evaluate_only")
         self._micro = 0
         self._curves = Curves(args.folder / "metrics.jsonl", _is_drawn)
 
@@ -93,8 +97,8 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     def build(self) -> Mapping[str, nn.Module]:
         """Load the model, add adapters, encode clips and captions; return the trained modules."""
-        self._check_captions()
-        args, trained = self.args, self._load()
+        args, sources = self.args, self._read_sources()
+        trained = self._load()
         denoiser = self.policy.denoiser
         self._held_out = HeldOut(self.levels, args.eval_noise_levels, args.seed, args.folder / "evaluation")
         usual = self.policy.defaults.guidance_scale
@@ -109,24 +113,25 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             state=self.callbacks.state,
         )
         self._negative = self._negative_condition()
-        self.data = self._read_data()
+        self.data = self._encoded(sources)
         self.policy.park_text_encoders()
         vae = getattr(self.policy.pipe, "vae", None)
         if vae is not None and not args.eval_samples:  # nothing is decoded
             vae.to("cpu")
         return trained
 
-    def _check_captions(self) -> None:
-        """Check names and captions of the clips in files and folders, before a large model is loaded."""
-        args = self.args
-        for given, place, where in (
-            (self._given[0], args.train_dataset, "train_dataset"),
-            (self._given[1], args.eval_dataset, "eval_dataset"),
-        ):
-            path = Path(place or "").expanduser()
-            plain = path.is_file() or (path.is_dir() and not holds_dataset(path))
-            if given is None and place and plain and not args.skip_bad:
-                read_items(place, caption_column=args.caption_column, where=where)
+    def _read_sources(self) -> Sources:
+        """Read and check the data sets, before a large model is loaded."""
+        process, (train, evaluation) = self.accelerator, self._given
+        return read_sources(
+            self.args,
+            self.args.folder,
+            main=process.is_main_process,
+            processes=process.num_processes,
+            rank=process.process_index,
+            train=train,
+            evaluation=evaluation,
+        )
 
     def _load(self) -> dict[str, nn.Module]:
         """Load the model, add adapters, check the settings against it, and return the trained networks."""
@@ -135,19 +140,27 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         check_half(self.policy.modules, bf16=args.bf16)
         self.fps = self.policy.rate(args.fps)
         self.levels = NoiseLevels(args, self.policy.denoiser, args.seed)
+        bucket = self._largest_bucket()
+        shape = self.policy.denoiser.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+        self.levels.draw([0], shape)  # a range without levels is an error before clips are encoded
         return self._trained_networks()
+
+    def _largest_bucket(self) -> Bucket:
+        buckets: Iterable[Bucket] = buckets_of(self.args, self.policy.pipe, self.policy.denoiser)
+        return max(buckets, key=lambda bucket: bucket.pixels)
 
     def _dry_run(self) -> TrainResult:
         """Load the model, print the estimate of the memory, and return without training."""
         args, modules = self.args, self._load()
         pipe, denoiser = self.policy.pipe, self.policy.denoiser
         others = [name for name in pipe.components if name not in denoiser.transformers]
+        most = self._largest_bucket()
         plan = memory_plan(
             pipe,
             denoiser,
             args,
             args,
-            size={"num_frames": args.num_frames, "height": args.height, "width": args.width},
+            size={"num_frames": most.num_frames, "height": most.height, "width": most.width},
             rows=args.per_device_train_batch_size,
             copies=int(args.ema_decay > 0),
             unused=[name for name in others if name != "vae" or not args.eval_samples],
@@ -166,9 +179,8 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             both = self.policy.denoiser.encode_prompt([""], [self.args.eval_negative_prompt], guidance=True)
         return {name: value.to(self.device) for name, value in both.items() if name.startswith("negative")}
 
-    def _read_data(self) -> SftData:
+    def _encoded(self, sources: Sources) -> SftData:
         args, process = self.args, self.accelerator
-        train, evaluation = self._given
         data = SftData.build(
             args,
             self.policy.pipe,
@@ -179,8 +191,7 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             processes=process.num_processes,
             rank=process.process_index,
             seed=args.seed,
-            train=train,
-            evaluation=evaluation,
+            sources=sources,
         )
         check_same(args, data.inputs())
         return data
@@ -288,11 +299,11 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         first, total, process = 0, len(self.data.held_out), self.accelerator
         chosen = {place * total // min(wanted, total) for place in range(min(wanted, total))}
         for number in range(self.data.eval_count):
-            batch = self.data.eval_batch(number)
-            rows = [row for row in range(len(batch.keys)) if first + row in chosen]
+            size = self.data.eval_size(number)
+            rows = [row for row in range(size) if first + row in chosen]
             if rows and (self.sharded or number % process.num_processes == process.process_index):
-                yield [first + row for row in rows], batch.rows(rows)
-            first += len(batch.keys)
+                yield [first + row for row in rows], self.data.eval_batch(number).rows(rows)
+            first += size
 
     def _held_out_errors(self, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         return self._errors(clean, noise, sigma, condition)[0][:, 0]
@@ -326,10 +337,11 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             UserError: the run was trained on other clips.
         """
         data, held_out = self._digests()
-        if state["data"] != data:
+        if state["data"] != data and not self.args.takes_other_clips:
             raise UserError(
-                "the checkpoint was trained on other clips, captions or buckets: give the same data (train_dataset,"
-                " eval_share), or start a new run from its weights with init_from"
+                "the checkpoint was trained on other clips, captions, weights or buckets: give the same data"
+                " (train_dataset, eval_share), start a new run from its weights with init_from, or allow other ones"
+                " with --allow_changed train_dataset"
             )
         self._micro = int(state["micro"])
         self._held_out.first = state["first_losses"] if state["held_out"] == held_out else {}
@@ -364,7 +376,8 @@ class SftTrainer(PolicyTrainer[SftConfig]):
         # The expert that is not trained is exported too, so that the folder can be loaded like that of both.
         rest = {name: module.state_dict() for name, module in policy.modules.items() if name not in weights}
         policy.save(folder, {**weights, **rest})
-        clips = f"Clips: {len(data.clips)} of {args.train_dataset or 'rows given in Python'}"
+        source = args.train_dataset if self._given[0] is None else "rows given in Python"
+        clips = f"Clips: {len(data.clips)} of {source}"
         card = Card(
             source=self.source,
             pipeline=type(policy.pipe).__name__,

@@ -23,7 +23,7 @@ from postgen.sft.buckets import (
 from postgen.sft.clips import Clip, clips_of, read_clip
 from postgen.sft.inspection import MediaInfo
 from postgen.sft.items import Item
-from postgen.sft.reader import Reader
+from postgen.sft.reader import buckets_of
 from postgen.video import read_video
 from tests.families.tiny_pipelines import PIPELINES, tiny_pipeline
 from tests.sft.media import picture, settings, tiny, video
@@ -142,4 +142,4 @@ def test_the_model_refuses_other_sizes(tmp_path: Path) -> None:
         ({"frame_buckets": [3]}, "bucket 32x32x3 does not suit"),
     ):
         with pytest.raises(UserError, match=message):
-            Reader(settings("x", **values), *model, tmp_path)
+            buckets_of(settings("x", **values), *model)

@@ -19,9 +19,12 @@ from postgen.sft import cache as cache_module
 from postgen.sft.cache import Cache
 from postgen.sft.clips import read_clip
 from postgen.sft.data import SftData
+from postgen.sft.inspection import Inspector
+from postgen.sft.items import Item
 from postgen.training.run_folder import RunLock
 from tests.children import Child, run
-from tests.sft.media import CPU, built, captioned, folder_of_clips, settings, tiny, video
+from tests.full_disk import files_of_at_most
+from tests.sft.media import CPU, built, captioned, folder_of_clips, picture, settings, tiny, video
 
 CHILD = "tests.sft.encode_killed"
 
@@ -173,6 +176,41 @@ def test_damaged_entries_are_made_again_with_one_warning(
     assert all(torch.equal(latents, again.batch(step).latents) for step, latents in enumerate(expected))
     assert capsys.readouterr().err.count("missing or damaged") == 1
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"crc32", b"crc33"), (b"512", b"513"), (b'{\\"crc', b'(\\"crc'), (b"[1,7,64]", b"[7,1,64]"), (b"F32", b"I32")],
+)
+def test_a_damaged_header_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: bytes, after: bytes
+) -> None:
+    text = torch.zeros(1, 512, 64)
+    text[:, :7] = 1.5
+    Cache(tmp_path).fill([("ab", lambda: {"x": text})])
+    (place,) = tmp_path.rglob("*.safetensors")
+    assert place.read_bytes().count(before) == 1
+    place.write_bytes(place.read_bytes().replace(before, after))
+    assert torch.equal(Cache(tmp_path).get("ab", lambda: {"x": text})["x"], text)
+    assert capsys.readouterr().err.count("missing or damaged") == 1
+
+
+def test_an_error_begins_its_own_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The progress bar is closed first."""
+
+    def fail() -> dict[str, torch.Tensor]:
+        raise UserError("it cannot be made")
+
+    with pytest.raises(UserError, match="it cannot be made"):
+        Cache(tmp_path).fill([("ab", fail)], bar="encode clips")
+    paths = [picture(tmp_path / f"{number}.png", seed=number) for number in range(9)]
+    inspector = Inspector(tmp_path / "cache", shown=True)
+    with files_of_at_most(400), pytest.raises(UserError, match="cannot be written"):
+        inspector.inspect([Item(path.name, path, "image", "x") for path in paths])
+    said = capsys.readouterr().err
+    assert "encode clips" in said
+    assert "check files" in said
+    assert said.endswith("\n")
 
 
 def test_zeros_at_the_end_of_an_encoding_are_not_stored(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a wrong word": ({"frame_noise": "frame"}, "Allowed: clip, first_frame, each"),
     "experts": ({"train_experts": "low"}, "has one network, leave train_experts out"),
     "an unknown reward": (
-        {"eval_share": 0.5, "eval_samples": 1, "eval_reward_funcs": ["sharpnes"]},
+        {"eval_share": 0.5, "eval_samples": 1, "eval_reward_funcs": ["sharpnes"], "eval_steps": 1},
         "sharpnes",
     ),
     "a layer that does not exist": (
@@ -86,9 +86,9 @@ def test_wrong_settings(name: str, call: Any) -> None:
     ended = call(**changes)
     assert ended.code == 2
     assert ended.out == ""
-    assert ended.err.startswith("postgen: error: ")
-    assert ended.err.count("\n") == 1, ended.err
-    assert message in ended.err
+    (line,) = [line for line in ended.err.splitlines() if line and "check files" not in line]  # a progress bar
+    assert line.startswith("postgen: error: ")
+    assert message in line
 
 
 def test_a_nested_recipe(call: Any, clips: Path, tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_other_families(tmp_path: Path, clips: Path, name: str) -> None:
         ({"aspects": ["wide"]}, "WIDTH:HEIGHT"),
         ({"frame_selection": "last"}, "Allowed: first, uniform, chunks"),
         ({"cache_dir": ""}, "cache_dir"),
+        ({"buckets": ["32x32x9"], "frame_buckets": [5]}, "it must be left out with buckets"),
     ],
 )
 def test_bad_settings(values: dict[str, Any], message: str) -> None:
@@ -255,3 +256,7 @@ def test_bad_runs(tmp_path: Path, model: Any, clips: Path) -> None:
         built(model, settings(None, eval_share=0.5), tmp_path, train=one)
     with pytest.raises(UserError, match="has no images"):
         built(model, settings(None, image_share=0.5), tmp_path, train=one)
+    with pytest.raises(UserError, match="repeats_column: no row has a column 'repeat'"):
+        built(model, settings(None, repeats_column="repeat"), tmp_path, train=one)
+    with pytest.raises(UserError, match="caption_column 'title': all captions are text files"):
+        built(model, settings(clips, caption_column="title"), tmp_path)

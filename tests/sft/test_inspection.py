@@ -9,8 +9,10 @@ import pytest
 
 from postgen.sft import inspection
 from postgen.sft.inspection import Inspector, MediaInfo
-from postgen.sft.items import Item
+from postgen.sft.items import Item, Kind
 from tests.sft.media import picture, video
+
+KINDS: tuple[Kind, ...] = ("image", "video")
 
 
 @pytest.fixture
@@ -64,3 +66,13 @@ def test_damaged_files_are_described(tmp_path: Path) -> None:
     items = [Item(path.name, path, "image" if path == text else "video", "x") for path in paths]
     found = Inspector(tmp_path / "cache").inspect(items)
     assert all(isinstance(reason, str) and "\n" not in reason for reason in found), found
+
+
+def test_a_file_may_be_an_image_and_a_video(tmp_path: Path) -> None:
+    """In one data set, and in two runs with one cache."""
+    video(tmp_path / "a.gif", 12)
+    image, clip = (Item("a", tmp_path / "a.gif", kind, "x") for kind in KINDS)
+    both = Inspector(tmp_path / "cache").inspect([image, clip])
+    assert [info.frames for info in both if isinstance(info, MediaInfo)] == [1, 12]
+    for item in (image, clip):
+        assert Inspector(tmp_path / "another").inspect([item]) == Inspector(tmp_path / "cache").inspect([item])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def test_folder_with_captions_beside_the_files(tmp_path: Path) -> None:
             ("more/c.webm", "video", "two balls"),
         ]
     )
+
+
+def test_links(tmp_path: Path) -> None:
+    """A folder that links lead to again is read once, under its own name; a file may be a link."""
+    captioned(empty(tmp_path / "clips" / "b" / "c.mp4"), "a ball")
+    captioned(empty(tmp_path / "stored"), "a cube")
+    (tmp_path / "clips" / "d.mp4").symlink_to(tmp_path / "stored")
+    (tmp_path / "clips" / "d.txt").symlink_to(tmp_path / "stored.txt")
+    for name, target in (("a", "b"), ("also", "b"), ("loop", "."), ("b/up", "..")):
+        (tmp_path / "clips" / name).symlink_to(target)
+    assert told(tmp_path / "clips") == [("d.mp4", "video", "a cube"), ("b/c.mp4", "video", "a ball")]
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(captioned(tmp_path / "a.mp4", "a ball"))
+    with pytest.raises(UserError, match=r"a\.mp4: it is not a file"):
+        read_items(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])

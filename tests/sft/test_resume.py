@@ -79,7 +79,31 @@ def test_other_clips_are_refused_on_resume(place: Path, capsys: pytest.CaptureFi
     assert main([str(recipe(place, "other")), *words]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("postgen: error: ")
-    assert "was trained on other clips, captions or buckets: give the same data" in last
+    assert "was trained on other clips, captions, weights or buckets: give the same data" in last
+    path = recipe(place, "other")
+    assert main([str(path), *words, "--evaluate_only", "true"]) == 0, "its clips do not matter"
+    assert main([str(path), *words, "--allow_changed", "train_dataset"]) == 0
+    # The advice of the refusal works: other latents are other clips, too.
+    words = [*words, "--max_steps", "9", "--cache_dtype", "float16"]
+    assert main([str(path), *words]) == 2
+    assert "--allow_changed cache_dtype" in capsys.readouterr().err
+    assert main([str(path), *words, "--allow_changed", "cache_dtype"]) == 0
+
+
+def test_other_weights_are_refused_on_resume(place: Path) -> None:
+    """Weights decide which clips a step has."""
+    rows = [{"video": str(place / "clips" / f"{n}.mp4"), "prompt": "a wall", "weight": n + 1} for n in range(3)]
+    words: dict[str, Any] = {"weight_column": "weight", "save_steps": 1, "train_dataset": None}
+    for steps, weight in ((1, 1), (2, 1), (3, 9)):
+        rows[0]["weight"] = weight
+        resume = {} if steps == 1 else {"resume_from_checkpoint": True}
+        args = settings(place / "weighed", place, **words, **resume, max_steps=steps)
+        run = SftTrainer(args, place / "model", train_dataset=rows)
+        if weight == 9:
+            with pytest.raises(UserError, match="other clips, captions, weights or buckets"):
+                run.train()
+        else:
+            run.train()
 
 
 def test_other_held_out_clips_begin_a_new_comparison(place: Path) -> None:

@@ -221,6 +221,7 @@ def test_a_change_has_the_error_of_pairs() -> None:
         ({"train_dataset": None}, "there is nothing to train on: give train_dataset"),
         ({"eval_steps": 1}, "need held-out clips: give eval_dataset or eval_share"),
         ({"eval_samples": 1}, "need held-out clips: give eval_dataset or eval_share"),
+        ({"eval_samples": 1, "eval_share": 0.5}, "eval_samples are drawn in evaluations: set eval_steps"),
         ({"eval_reward_funcs": ["sharpness"]}, "eval_samples is 0, it must be at least 1 with eval_reward_funcs"),
         ({"eval_noise_levels": 0}, "eval_noise_levels is 0, it must be at least 1"),
         ({"eval_num_inference_steps": 1}, "eval_num_inference_steps is 1, it must be at least 2"),
@@ -233,11 +234,48 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, clips:
     assert "\n" not in str(error.value)
 
 
-def test_captions_are_checked_before_the_model_is_loaded(clips: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "changes", "message"),
+    [
+        ("0.txt", {}, r"1 of 6 files or rows cannot be used: 0\.mp4: its caption 0\.txt is empty"),
+        ("0.mp4", {}, r"1 of 6 files or rows cannot be used: 0\.mp4: "),
+        ("", {"num_frames": 9}, "it has 5 frames, the shortest bucket has 9"),
+        ("", {"weight_column": "weight"}, "its weight is None"),
+        ("5.png", {"skip_bad": True, "image_share": 1.0, "repeats_column": "x"}, "no row has a column 'x'"),
+        ("", {"train_dataset": "./nowhere"}, "there is no file or folder nowhere"),
+    ],
+)
+def test_data_are_checked_before_the_model_is_loaded(
+    damaged: str, changes: dict[str, Any], message: str, clips: Path, tmp_path: Path
+) -> None:
     shutil.copytree(clips, tmp_path / "clips")
-    (tmp_path / "clips" / "0.txt").unlink()
-    with pytest.raises(UserError, match=r"0\.mp4"):
-        trained("no/such-model", tmp_path / "run", tmp_path / "clips")
+    if damaged:
+        (tmp_path / "clips" / damaged).write_text(" ")
+    with pytest.raises(UserError, match=message):
+        trained("no/such-model", tmp_path / "run", tmp_path / "clips", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_min": 0.9999999, "noise_levels": "logit_normal"}, "draws no level from 1 to 1"),
+        ({"buckets": ["16x32x5", "16x24x5"]}, "bucket 16x24x5 does not suit"),
+    ],
+)
+def test_settings_are_checked_before_clips_are_encoded(
+    changes: dict[str, Any], message: str, tiny_wan: Path, clips: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trained(tiny_wan, tmp_path / "run", clips, **changes)
+    assert not (tmp_path / "run" / "cache" / "latents").exists()
+    with pytest.raises(UserError, match=message):
+        trained(tiny_wan, tmp_path / "run", clips, **changes, dry_run=True)
+
+
+def test_held_out_clips_come_from_one_place(clips: Path, tmp_path: Path) -> None:
+    row = {"video": str(clips / "0.mp4"), "prompt": "a wall"}
+    with pytest.raises(UserError, match=r"eval_share is 0\.5, it must be 0 with eval_dataset"):
+        SftTrainer(settings(tmp_path, clips, eval_share=0.5), eval_dataset=[row])
 
 
 def test_other_arguments_are_refused(tmp_path: Path) -> None:
