@@ -161,6 +161,8 @@ class _Reader:
             source, caption_column=config.caption_column, where=where, faults=faults, files=self.cache / "files"
         )
         total = len(items) + len(faults)
+        if weighed and weights is None:
+            _check_weights(items, config)
         if weights is not None:
             check_faults(faults, total, where)  # the weights of further rows would belong to other items
             if len(weights) != total:
@@ -186,6 +188,13 @@ def _clips(files: Sequence[Checked], buckets: Buckets, config: SftDataConfig) ->
         assert not isinstance(made, str), made
         found += [replace(clip, weight=file.weight) for clip in made]
     return found
+
+
+def _check_weights(items: Sequence[Item], config: SftDataConfig) -> None:
+    """Check that some row has the column of weights: without it, every file would be wrong for the same reason."""
+    name = config.weight_column
+    if name is not None and items and not any(name in item.row for item in items):
+        raise UserError(f"weight_column: no row has a column {shown(name)}: correct it, or leave it out")
 
 
 def _check_columns(train: Sequence[Checked], evaluation: Sequence[Checked], config: SftDataConfig) -> None:

@@ -153,7 +153,7 @@ def test_a_long_run_is_thinned_and_only_new_lines_are_read(tmp_path, monkeypatch
     assert [777, 9.0, "0"] in data
     assert (data[0][0], data[-1][0]) == (1, 20_000)
 
-    from postgen.grpo import curves
+    from postgen.training import run_curves as curves
 
     read = []
     monkeypatch.setattr(curves, "metrics_row", lambda line: read.append(line) or json.loads(line))

@@ -240,7 +240,7 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, clips:
         ("0.txt", {}, r"1 of 6 files or rows cannot be used: 0\.mp4: its caption 0\.txt is empty"),
         ("0.mp4", {}, r"1 of 6 files or rows cannot be used: 0\.mp4: "),
         ("", {"num_frames": 9}, "it has 5 frames, the shortest bucket has 9"),
-        ("", {"weight_column": "weight"}, "its weight is None"),
+        ("", {"weight_column": "weight"}, "weight_column: no row has a column 'weight'"),
         ("5.png", {"skip_bad": True, "image_share": 1.0, "repeats_column": "x"}, "no row has a column 'x'"),
         ("", {"train_dataset": "./nowhere"}, "there is no file or folder nowhere"),
     ],
