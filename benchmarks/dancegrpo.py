@@ -53,7 +53,7 @@ from typing import Any
 
 from benchmarks import dancegrpo_exact, dancegrpo_pictures, dancegrpo_report, dancegrpo_tables, job_queue
 from benchmarks.command import ended
-from benchmarks.dancegrpo_arms import Run, base_job, check_arms, named_arms, table
+from benchmarks.dancegrpo_arms import OUT, Run, base_job, check_arms, named_arms, table
 from benchmarks.lit_video_files import pack_files, unpack
 from postgen.errors import UserError
 from postgen.training.run_curves import read_metrics
@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
         add = commands.add_parser(name).add_argument
         if name == "table":
             continue
-        add("--out", type=Path, default=Path("runs/dancegrpo"), help="output folder")
+        add("--out", type=Path, default=Path(OUT), help="output folder")
         add("--back", type=Path, metavar="FOLDER", help="keep the measurements here, in files of less than 16 MiB")
         add("--unpack", type=Path, metavar="FOLDER", help="first restore what --back has kept in this folder")
         if name == "report":

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks import job_queue
+from benchmarks.arm_runs import ArmRun
 from postgen.errors import UserError, did_you_mean
 from postgen.rewards.registry import get_rewards
 from postgen.training import load_recipe
@@ -148,40 +149,22 @@ TINY_BUDGET = 24.0
 _WINDOW: dict[str, dict[str, Any]] = {"fast-tiny": {"sde_window_range": (0, 2)}}
 
 
+OUT = "runs/dancegrpo"
+"""Default output folder."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class Run(ArmRun):
     """Training of an arm with one seed."""
 
-    arm: str
-    seed: int
-    out: Path
-    tiny: bool = False
-
     @classmethod
-    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Run:
-        """Return the run with a name ARM.SEED."""
-        arm, _, seed = name.rpartition(".")
-        return cls(arm=arm, seed=int(seed), out=out, tiny=tiny)
+    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Self:
+        """Return the run with a name ARM.SEED.
 
-    @property
-    def name(self) -> str:
-        """Its name, ARM.SEED."""
-        return f"{self.arm}.{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the training."""
-        return self.out / "runs" / self.name
-
-    @property
-    def done(self) -> Path:
-        """File that exists once the run has used its budget."""
-        return self.folder / "done.json"
-
-    @property
-    def measured(self) -> Path:
-        """File with its measurements."""
-        return self.out / "measured" / f"{self.name}.json"
+        Raises:
+            UserError: the arm is unknown.
+        """
+        return cls.of_name(name, ARMS, out, tiny=tiny)
 
     @property
     def budget(self) -> float:

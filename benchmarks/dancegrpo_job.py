@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from benchmarks.arm_runs import add_job_options
 from benchmarks.command import ended
-from benchmarks.dancegrpo_arms import ARMS, ROOT, Run
+from benchmarks.dancegrpo_arms import ARMS, OUT, ROOT, Run
 from benchmarks.gates import device
 from postgen.files import replacing
 from postgen.info import versions
@@ -107,19 +108,11 @@ def train(run: Run, device_name: str) -> None:
         part.write_text(json.dumps(row, default=str) + "\n", encoding="utf-8")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all jobs share."""
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--out", type=Path, default=Path("runs/dancegrpo"), help="output folder")
-    parser.add_argument("--device", default=usual, choices=["cpu", "cuda"], help="device of the models")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, only to show that everything runs")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the run, ARM.SEED")
-    add_options(parser)
+    add_job_options(parser, OUT)
     options = parser.parse_args(argv)
     run = Run.named(options.name, options.out, tiny=options.tiny)
 

@@ -24,10 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.arm_runs import add_job_options
 from benchmarks.command import ended
-from benchmarks.dancegrpo_arms import ARMS, Run
+from benchmarks.dancegrpo_arms import ARMS, OUT, Run
 from benchmarks.dancegrpo_clips import Bench, Rows, Sizes
-from benchmarks.dancegrpo_job import RAW, add_options, head_of
+from benchmarks.dancegrpo_job import RAW, head_of
 from benchmarks.embedded_sheets import bytes_of, sheet
 from benchmarks.gates import device
 from postgen.assets import embedded_model
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the run, ARM.SEED, or base")
-    add_options(parser)
+    add_job_options(parser, OUT)
     options = parser.parse_args(argv)
 
     def work() -> int:

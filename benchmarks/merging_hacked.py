@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks import job_queue
+from benchmarks.arm_runs import add_job_options
 from benchmarks.command import ended
 from benchmarks.dancegrpo_arms import ARMS, HACK, Run, complete
 from benchmarks.dancegrpo_clips import Bench, Sizes
 from benchmarks.dancegrpo_measure import motion_ratio, read_file, settings_of, write_file
 from benchmarks.gates import device
-from benchmarks.sft_job import add_options
+from benchmarks.sft_arms import OUT
 from postgen.errors import UserError
 from postgen.info import versions
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the hacked run, ARM.SEED")
     parser.add_argument("--hacked", type=Path, default=Path("runs/dancegrpo"), help="output of benchmarks.dancegrpo")
-    add_options(parser)
+    add_job_options(parser, OUT)
     options = parser.parse_args(argv)
 
     def work() -> int:

@@ -48,7 +48,7 @@ from benchmarks import job_queue, sft_exact, sft_report
 from benchmarks.command import ended
 from benchmarks.dancegrpo import GRACE, check_gpus
 from benchmarks.lit_video_files import pack_files, unpack
-from benchmarks.sft_arms import ARMS, BASE, SEEDS, Run, data_job, measure_job, named_arms
+from benchmarks.sft_arms import ARMS, BASE, OUT, SEEDS, Run, data_job, measure_job, named_arms
 
 
 def jobs_of(runs: Sequence[Run], words: Sequence[str]) -> list[job_queue.Job]:
@@ -106,7 +106,7 @@ def keep(options: argparse.Namespace) -> None:
 
 def add_places(parser: argparse.ArgumentParser) -> None:
     """Add the options about folders."""
-    parser.add_argument("--out", type=Path, default=Path("runs/sft"), help="output folder")
+    parser.add_argument("--out", type=Path, default=Path(OUT), help="output folder")
     parser.add_argument("--back", type=Path, metavar="FOLDER", help="keep the measurements here, in small files")
     parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="first restore what --back has kept")
 

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from benchmarks import job_queue
+from benchmarks.arm_runs import ArmRun
 from benchmarks.dancegrpo_arms import ROOT, complete
 from postgen.errors import UserError, did_you_mean
 from postgen.files import replacing
@@ -75,48 +76,22 @@ TINY = {"height": 32, "width": 32, "num_frames": 5, "per_device_train_batch_size
 _ONLY_TINY = {"steps": 3, "fork": 1, "every": 1}
 
 
+OUT = "runs/sft"
+"""Default output folder."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class Run(ArmRun):
     """Training of an arm with one seed."""
 
-    arm: str
-    seed: int
-    out: Path
-    tiny: bool = False
-
     @classmethod
-    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Run:
+    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Self:
         """Return the run with a name ARM.SEED.
 
         Raises:
             UserError: the arm is unknown.
         """
-        arm, _, seed = name.rpartition(".")
-        if arm not in ARMS or not seed.isdigit():
-            raise UserError(
-                f"unknown run {name!r}.{did_you_mean(arm, ARMS)} Give ARM.SEED with an arm of {', '.join(ARMS)}"
-            )
-        return cls(arm=arm, seed=int(seed), out=out, tiny=tiny)
-
-    @property
-    def name(self) -> str:
-        """Its name, ARM.SEED."""
-        return f"{self.arm}.{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the training."""
-        return self.out / "runs" / self.name
-
-    @property
-    def done(self) -> Path:
-        """File that exists once the run is trained."""
-        return self.folder / "done.json"
-
-    @property
-    def measured(self) -> Path:
-        """File with its measurements."""
-        return self.out / "measured" / f"{self.name}.json"
+        return cls.of_name(name, ARMS, out, tiny=tiny)
 
     @property
     def steps(self) -> int:

@@ -7,14 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.arm_runs import add_job_options
 from benchmarks.command import ended
 from benchmarks.gates import device
-from benchmarks.sft_arms import ARMS, Run
+from benchmarks.sft_arms import ARMS, OUT, Run
 from benchmarks.sft_clips import write_folder
 from postgen.files import replacing
 from postgen.info import versions
@@ -49,19 +49,11 @@ def train(run: Run, device_name: str) -> None:
         part.write_text(json.dumps(row, default=str) + "\n", encoding="utf-8")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all jobs share."""
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--out", type=Path, default=Path("runs/sft"), help="output folder")
-    parser.add_argument("--device", default=usual, choices=["cpu", "cuda"], help="device of the models")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, only to show that everything runs")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the run, ARM.SEED, or data")
-    add_options(parser)
+    add_job_options(parser, OUT)
     options = parser.parse_args(argv)
 
     def work() -> int:

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.arm_runs import add_job_options
 from benchmarks.command import ended
 from benchmarks.dancegrpo_clips import Bench, Rows, Sizes
 from benchmarks.dancegrpo_measure import read_file, write_file
 from benchmarks.embedded_sampling import load
 from benchmarks.embedded_sheets import bytes_of, sheet
 from benchmarks.gates import device
-from benchmarks.sft_arms import ARMS, BASE, Run
+from benchmarks.sft_arms import ARMS, BASE, OUT, Run
 from benchmarks.sft_clips import PALETTE, Scene, digest, rendered, scenes
-from benchmarks.sft_job import add_options
 from postgen.assets import embedded_model
 from postgen.files import replacing
 from postgen.info import versions
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the run, ARM.SEED, or base")
-    add_options(parser)
+    add_job_options(parser, OUT)
     options = parser.parse_args(argv)
 
     def work() -> int:
