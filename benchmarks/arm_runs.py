@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -17,22 +17,25 @@ from postgen.errors import UserError, did_you_mean
 class ArmRun:
     """Training of an arm with one seed."""
 
+    arms: ClassVar[Collection[str]]
+    """Names of the experiment's arms."""
     arm: str
     seed: int
     out: Path
     tiny: bool = False
 
     @classmethod
-    def of_name(cls, name: str, arms: Collection[str], out: Path, *, tiny: bool = False) -> Self:
+    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Self:
         """Return the run with a name ARM.SEED.
 
         Raises:
             UserError: the arm is unknown.
         """
         arm, _, seed = name.rpartition(".")
-        if arm not in arms or not seed.isdigit():
+        if arm not in cls.arms or not seed.isdigit():
             raise UserError(
-                f"unknown run {name!r}.{did_you_mean(arm, arms)} Give ARM.SEED with an arm of {', '.join(arms)}"
+                f"unknown run {name!r}.{did_you_mean(arm, cls.arms)} Give ARM.SEED with an arm of"
+                f" {', '.join(cls.arms)}"
             )
         return cls(arm=arm, seed=int(seed), out=out, tiny=tiny)
 

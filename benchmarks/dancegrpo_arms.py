@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from benchmarks import job_queue
 from benchmarks.arm_runs import ArmRun
@@ -147,8 +147,6 @@ TINY |= {"bf16": False, "share_initial_noise": False, "eval_prompts": 2}
 """Settings of `--tiny`, which only shows that everything runs."""
 TINY_BUDGET = 24.0
 _WINDOW: dict[str, dict[str, Any]] = {"fast-tiny": {"sde_window_range": (0, 2)}}
-
-
 OUT = "runs/dancegrpo"
 """Default output folder."""
 
@@ -157,14 +155,7 @@ OUT = "runs/dancegrpo"
 class Run(ArmRun):
     """Training of an arm with one seed."""
 
-    @classmethod
-    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Self:
-        """Return the run with a name ARM.SEED.
-
-        Raises:
-            UserError: the arm is unknown.
-        """
-        return cls.of_name(name, ARMS, out, tiny=tiny)
+    arms = ARMS
 
     @property
     def budget(self) -> float:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
 
@@ -74,8 +74,6 @@ GATED = "full_replay"
 
 TINY = {"height": 32, "width": 32, "num_frames": 5, "per_device_train_batch_size": 2, "bf16": False, "eval_clips": 2}
 _ONLY_TINY = {"steps": 3, "fork": 1, "every": 1}
-
-
 OUT = "runs/sft"
 """Default output folder."""
 
@@ -84,14 +82,7 @@ OUT = "runs/sft"
 class Run(ArmRun):
     """Training of an arm with one seed."""
 
-    @classmethod
-    def named(cls, name: str, out: Path, *, tiny: bool = False) -> Self:
-        """Return the run with a name ARM.SEED.
-
-        Raises:
-            UserError: the arm is unknown.
-        """
-        return cls.of_name(name, ARMS, out, tiny=tiny)
+    arms = ARMS
 
     @property
     def steps(self) -> int:
