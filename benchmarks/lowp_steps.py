@@ -4,13 +4,16 @@
 measures the models whose names begin with a given text and keeps the rows of the other models in the file. `--tiny`
 runs a small model once on any device, with simulated FP8 attention, and writes nothing (its times have no meaning).
 Shapes are the published ones, and weights are random, because time does not depend on them. All forms run in one
-process on the same inputs. Times are medians of five calls, or of two long calls. Every form is timed without and with
-torch.compile, but if a stock step takes more than `LONG` seconds, the FP8 forms are timed with torch.compile only.
+process on the same inputs. Times are medians of five calls, of two long calls, or of one very long call. Every form is
+timed without and with torch.compile, but if a stock step takes more than `LONG` seconds, the FP8 forms are timed with
+torch.compile only. The times of an unfinished model are kept in `lowp_steps.partial.json`, and a repeated command
+continues there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -26,6 +29,7 @@ import postgen
 from benchmarks.fused_step import Case, built, cogvideox, flash_attention_4, free, wait, wan
 from benchmarks.gates import RESULTS, gate, read_result, write_result
 from postgen.families import layout_of
+from postgen.files import replacing
 from postgen.kernels.attention_fp8 import graphs
 from postgen.kernels.fp8_rows.ops import why_not_fp8
 
@@ -36,6 +40,8 @@ QUIET = postgen.FP8LinearConfig(simulate=True)
 REPEATS = 5
 LONG = 1.5
 """Steps of more than so many seconds are timed in two calls only."""
+VERY_LONG = 20.0
+"""Steps of more than so many seconds are timed in one call."""
 
 
 def hunyuan_video() -> Case:
@@ -97,7 +103,15 @@ def fp8_attention(simulate: bool = False) -> Apply:
 
 
 @torch.no_grad()
-def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply | None = None) -> dict[str, Any]:
+def step_row(
+    case: Case,
+    device: str,
+    repeats: int = REPEATS,
+    attention: Apply | None = None,
+    *,
+    before: Mapping[str, Any] | None = None,
+    keep: Callable[[Mapping[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
     """Time a whole step of a model with random weights, in every form, without and with torch.compile.
 
     Args:
@@ -105,6 +119,8 @@ def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply |
         device: the device of the model.
         repeats: the number of timed calls of each form.
         attention: the function that applies FP8 attention; None is `fp8_attention()`.
+        before: forms that an earlier call has timed, which are not timed again.
+        keep: called with the row after each form.
 
     Returns:
         Milliseconds by form, `<form>_ms` and `<form>_compiled_ms`, and `<form>_difference`, relative to stock.
@@ -120,21 +136,31 @@ def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply |
         out: Tensor = transformer(**arguments, return_dict=False)[0]
         return out
 
-    row: dict[str, Any] = {"model": case.name}
-    stock = step().double()
+    row: dict[str, Any] = {"model": case.name, **(before or {})}
+    first, stock = _seconds(step, device)
+    stock = stock.double()
+    if first > VERY_LONG:  # a second call would cost another minute and differ by little
+        row |= {"stock_difference": 0.0, "stock_ms": 1000 * first}
     for compiled in (False, True):
         if compiled:
             for block in layout_of(transformer).block_modules(transformer).values():
                 block.compile(fullgraph=True)
         for form, puts in forms_of(attention or fp8_attention()).items():
-            if not compiled and form not in ("stock", "exact") and row["stock_ms"] > 1000 * LONG:
+            name = f"{form}_compiled" if compiled else form
+            skipped = not compiled and form not in ("stock", "exact") and row["stock_ms"] > 1000 * LONG
+            if skipped or f"{name}_ms" in row:
                 continue
             handles = [put(transformer) for put in puts]
-            name = f"{form}_compiled" if compiled else form
-            row[f"{name}_difference"] = _error(step(), stock)
-            row[f"{name}_ms"] = timed(step, device, repeats)
+            difference = _error(step(), stock)
+            row |= {f"{name}_difference": difference, f"{name}_ms": timed(step, device, repeats)}
             for handle in reversed(handles):
                 handle.remove()
+            keep(row)
+    return _compared(row)
+
+
+def _compared(row: dict[str, Any]) -> dict[str, Any]:
+    """Add the speeds relative to the best exact form and to stock, and print the row."""
     row["best_exact_ms"] = best(row, "exact")
     for form in ("fp8_linears", "fp8_attention", "fp8_both"):
         row[f"{form}_vs_exact"] = row["best_exact_ms"] / best(row, form)
@@ -143,16 +169,22 @@ def step_row(case: Case, device: str, repeats: int = REPEATS, attention: Apply |
     return row
 
 
-def timed(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Return the median milliseconds of a call that has run once before; two calls if one takes more than `LONG`."""
+def timed(call: Callable[[], Tensor], device: str, repeats: int) -> float:
+    """Return the median milliseconds of a call that has run once before; fewer calls if one takes more than `LONG`."""
     times: list[float] = []
-    while len(times) < (2 if times and times[0] > LONG else repeats):
-        wait(device)
-        start = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - start)
+    wanted = repeats
+    while len(times) < wanted:
+        times.append(_seconds(call, device)[0])
+        wanted = repeats if times[0] <= LONG else 2 if times[0] <= VERY_LONG else 1
     return 1000 * statistics.median(times)
+
+
+def _seconds(call: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
+    wait(device)
+    start = time.perf_counter()
+    found = call()
+    wait(device)
+    return time.perf_counter() - start, found
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -200,18 +232,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmarks.lowp_steps needs a GPU with FP8 and a model: {reason}", file=sys.stderr)
         return 2
     rows = {row["model"]: row for row in _before(options.output)} if options.only else {}
+    partial = _place(options.output).with_suffix(".partial.json")
     for case in cases:
-        rows[case.name] = step_row(case, device)
+        before = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
+
+        def keep(row: Mapping[str, Any]) -> None:
+            print(f"{row['model']}: {', '.join(key for key in row if key.endswith('_ms'))}", flush=True)
+            with replacing(partial) as part:
+                part.write_text(json.dumps(row), encoding="utf-8")
+
+        found = before if before.get("model") == case.name else None
+        rows[case.name] = step_row(case, device, before=found, keep=keep)
         free(device)
         ordered = [rows[each.name] for each in CASES if each.name in rows]
         told = {"flash_attn_4": flash_attention_4(), "steps": ordered, "gates": gates(ordered)}
         print(write_result(options.output, told))
+        partial.unlink(missing_ok=True)
     return 0
 
 
+def _place(output: str) -> Path:
+    return Path(output) if output.endswith(".json") else RESULTS / f"{output}.json"
+
+
 def _before(output: str) -> list[dict[str, Any]]:
-    there = (Path(output) if output.endswith(".json") else RESULTS / f"{output}.json").is_file()
-    return list(read_result(output)["steps"]) if there else []
+    return list(read_result(output)["steps"]) if _place(output).is_file() else []
 
 
 if __name__ == "__main__":

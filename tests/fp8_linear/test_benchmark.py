@@ -46,7 +46,14 @@ def test_steps() -> None:
 
 def test_forms_in_eight_bits_of_a_long_step_are_compiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowp_steps, "LONG", 0.0)
-    row = step_row(tiny(), "cpu", 3, lowp_steps.fp8_attention(simulate=True))
+    monkeypatch.setattr(lowp_steps, "VERY_LONG", 0.0)
+    kept: list[dict[str, float]] = []
+    before = {"exact_ms": 7.0, "exact_difference": 0.001, "fp8_linears_compiled_ms": 9.0}
+    attention = lowp_steps.fp8_attention(simulate=True)
+    row = step_row(tiny(), "cpu", 3, attention, before=before, keep=lambda row: kept.append(dict(row)))
+    assert (row["exact_ms"], row["fp8_linears_compiled_ms"]) == (7.0, 9.0)  # an earlier call timed them
+    timed = ["stock_compiled_ms", "exact_compiled_ms", "fp8_attention_compiled_ms", "fp8_both_compiled_ms"]
+    assert [[*each][-1] for each in kept] == timed
     assert {"stock_ms", "exact_ms", "fp8_both_compiled_ms"} <= row.keys()
     assert not {"fp8_linears_ms", "fp8_attention_ms", "fp8_both_ms"} & row.keys()
     assert row["exact_difference"] < row["fp8_attention_compiled_difference"] < 0.1
