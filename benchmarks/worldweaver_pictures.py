@@ -80,7 +80,9 @@ def film(clips: Sequence[Tensor], titles: Sequence[str], target: Path, scale: in
     return target.stat().st_size
 
 
-def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Sequence[int] = (0, 1)) -> None:
+def sheet(
+    out: Path, names: Sequence[str], target: Path, frames: int, worlds: Sequence[int] = (0, 1), step: int = 1
+) -> None:
     """Draw the clips of some scenes over time, with one row per arm below the true clip.
 
     Args:
@@ -89,24 +91,29 @@ def sheet(out: Path, names: Sequence[str], target: Path, frames: int, worlds: Se
         target: path of the picture, .webp.
         frames: number of frames of the clips.
         worlds: numbers of the scenes; scenes without a row in the strips are skipped.
+        step: 2 draws every second picture of the strips, and so on.
     """
     places = {name: out / "sheets" / f"{name}.png" for name in ("truth", *names)}
     strips = {name: Image.open(place).convert("RGB") for name, place in places.items() if place.is_file()}
     if not strips:
         return
-    width, whole = next(iter(strips.values())).size
-    side = width // len(range(0, frames, EVERY))
+    whole_width, whole = next(iter(strips.values())).size
+    columns = range(0, len(range(0, frames, EVERY)), step)
+    side = whole_width // len(range(0, frames, EVERY))
+    width = side * len(columns)
     there = [number for number in worlds if (number + 1) * side <= whole]
     height = _LINE + len(there) * (len(strips) * (side + 2) + 2 * _GAP)
     picture, font = Image.new("RGB", (_LEFT + width, height), "white"), ImageFont.load_default(12)
     pen = ImageDraw.Draw(picture)
-    for column in range(width // side):
-        pen.text((_LEFT + column * side + 2, 1), f"{column * EVERY / FPS:g} s", "black", font)
+    for place, column in enumerate(columns):
+        pen.text((_LEFT + place * side + 2, 1), f"{column * EVERY / FPS:g} s", "black", font)
     y = _LINE
     for number in there:
         for name, strip in strips.items():
             pen.text((4, y + side // 2 - 6), name, "black", font)
-            picture.paste(strip.crop((0, number * side, width, (number + 1) * side)), (_LEFT, y))
+            for place, column in enumerate(columns):
+                cut = strip.crop((column * side, number * side, (column + 1) * side, (number + 1) * side))
+                picture.paste(cut, (_LEFT + place * side, y))
             y += side + 2
         y += 2 * _GAP
     _save(picture, target, "WEBP", quality=80)

@@ -4,7 +4,8 @@
 
 OUT has the files of `benchmarks.worldweaver`, OUT_LONG those of 1,000 frames. The file of `--cpu` is from
 `benchmarks.worldweaver_cpu`. Speed is read from `results/worldweaver_speed.json`. A missing file makes its gates fail.
-The rows of the committed result are in `benchmarks/data/worldweaver_rows.tar.xz`; unpack it into OUT to add arms.
+The rows of the committed result are in `benchmarks/data/worldweaver_rows.tar.xz`; unpack it into OUT to add arms. Its
+folder `long` is OUT_LONG.
 The file of `--cpu` that was used is `benchmarks/data/worldweaver_cpu.json`.
 Our arm is e (three groups in flight, depth in memory). This was fixed before any measurement.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gates import RESULTS, Gate, gate, write_result
-from benchmarks.worldweaver_pictures import PLOTS, plots, sheet
+from benchmarks.worldweaver_pictures import EVERY, PLOTS, plots, sheet
 from benchmarks.worldweaver_stats import Runs, bands, compared, interval, pooled, read_runs
 from benchmarks.worldweaver_tables import COMPARED, OURS, PAGE, PARTS, filled
 from postgen.errors import UserError
@@ -40,6 +41,8 @@ NUMBERS = (
 SHOWN = ("truth", CHUNK_AR, "d", OURS, f"{OURS}.depth", "j", "sliding", "sliding_pixels")
 """Rows of the contact sheet, if they exist; of several seeds the first."""
 PLOTTED = (OURS, CHUNK_AR, "d", "j", "sliding", "sliding_pixels")
+MOMENTS = 12
+"""Number of pictures of a clip with 1,000 frames, about."""
 THESIS = (("c", "c"), ("d", "d"), (OURS, OURS), ("d", CHUNK_AR), (OURS, CHUNK_AR))
 """Pairs of (arm whose depth is used, arm whose RGB is used)."""
 
@@ -178,6 +181,18 @@ def result(
     return payload | ({"cpu": dict(cpu)} if cpu else {})
 
 
+def long_picture(longer: Mapping[str, Runs], out: Path, target: Path) -> Path:
+    """Draw the contact sheet of the clips with 1,000 frames, and return its path."""
+    kept = out / "sheets"
+    names = [
+        name if (kept / f"{name}.png").is_file() else f"{name}.{next(iter(longer[name].files))}" for name in longer
+    ]
+    place = target / "worldweaver_long.webp"
+    frames = next(iter(longer.values())).first["settings"]["frames"]
+    sheet(out, names, place, frames, step=max(1, len(range(0, frames, EVERY)) // MOMENTS))
+    return place
+
+
 def pictures(found: Mapping[str, Runs], out: Path, target: Path) -> Iterator[Path]:
     """Draw the contact sheet and the plots over time, and yield their paths."""
     first = {
@@ -223,8 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = filled(PAGE.read_text(encoding="utf-8"), payload)
             with replacing(PAGE) as part:
                 part.write_text(text, encoding="utf-8")
-        for place in pictures(found, options.out, options.images) if options.images else ():
+        for place in pictures(found, options.out, options.images) if options.images and found else ():
             print(place)
+        if options.images and longer:
+            print(long_picture(longer, options.long, options.images))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

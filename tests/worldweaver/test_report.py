@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.worldweaver_along import along, rounded
-from benchmarks.worldweaver_report import gates_of, main, slopes
-from benchmarks.worldweaver_stats import interval, read_runs
+from benchmarks.worldweaver_report import gates_of, long_picture, main, slopes
+from benchmarks.worldweaver_stats import Runs, interval, read_runs
 from benchmarks.worldweaver_tables import PAGE, TABLES, filled
 from postgen import world
 from postgen.errors import UserError
@@ -54,6 +55,24 @@ def files(folder: Path) -> None:
     for name, how in arms.items():
         file = {"settings": SETTINGS, **told, "adapter_mb": 5.0 if name[0] == "e" else None, "rows": rows(*how)}
         (folder / f"{name}.json").write_text(json.dumps(file))
+
+
+def test_sheet_of_long_clips_has_every_arm_and_every_second_picture(tmp_path: Path) -> None:
+    """Strips have a picture every 20 frames; the sheet shows every second one, and one seed of an arm."""
+    (tmp_path / "sheets").mkdir()
+    runs = {name: Runs(name, {"0": {"settings": {"frames": 481}}}) for name in ("e", "sliding")}
+    side, shades = 16, (10, 90, 170)
+    for name, shade in zip(("truth", "e.0", "sliding"), shades, strict=True):
+        strip = Image.new("RGB", (25 * side, side))
+        for place in range(25):
+            strip.paste((shade, 10 * place, 0), (place * side, 0, (place + 1) * side, side))
+        strip.save(tmp_path / "sheets" / f"{name}.png")
+    with Image.open(long_picture(runs, tmp_path, tmp_path)) as picture:
+        assert picture.width == 110 + 13 * side
+        pixels = [[picture.getpixel((118 + k * side, 24 + 18 * j)) for k in range(13)] for j in range(3)]
+    for j, shade in enumerate(shades):
+        for k, (red, green, _) in enumerate(pixels[j]):
+            assert max(abs(red - shade), abs(green - 20 * k)) < 12
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
