@@ -24,6 +24,7 @@ from .hooks import C, TrainerHooks
 from .launch import check_launch, make_accelerator
 from .logging import say
 from .modes import evaluating
+from .precision import fast_matmul
 from .processes import check_equal, check_group, check_same, counted, leave_group
 from .rescue import Spikes
 from .run_folder import own_folder, written
@@ -89,8 +90,6 @@ class Trainer(TrainerHooks[C]):
         self.accelerator = make_accelerator(args)
         self.sharded: bool = args.fully_shard or self.accelerator.is_fsdp2
         self.device: torch.device = self.accelerator.device
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
         self.generator = torch.Generator(self.device)
         self.callbacks = Callbacks(callbacks, args, is_main=self.accelerator.is_main_process)
         self._raw: dict[str, nn.Module] = {}
@@ -146,6 +145,7 @@ class Trainer(TrainerHooks[C]):
             written(self.args.folder),
             warned,
             compiled(self.args),
+            fast_matmul(self.device),
         ):
             self._setup()
             try:

@@ -70,6 +70,7 @@ def test_steps_do_not_wait_and_resume(tmp_path, bf16):
     result = again.train()
     assert result.global_step == 80
     assert result.metrics["loss"] < losses[0]
+    assert torch.get_float32_matmul_precision() == "highest"  # TF32 only while a trainer runs
 
 
 def _logged(trainer):

@@ -11,7 +11,7 @@ from torch import nn
 
 from postgen.errors import UserError
 from postgen.training.launch import make_accelerator
-from postgen.training.precision import OwnPrecision
+from postgen.training.precision import OwnPrecision, fast_matmul
 from tests.training.tiny import TinyConfig, TinyTrainer
 
 
@@ -151,3 +151,19 @@ def test_what_accelerate_keeps_for_a_whole_process_is_refused(tmp_path, monkeypa
     with pytest.raises(UserError, match="another device, fp16 or fp8, and accelerate uses the same") as caught:
         make_accelerator(TinyConfig(output_dir=str(tmp_path), report_to=[], **now))
     assert "\n" not in str(caught.value)
+
+
+def test_fast_products_end_with_the_training():
+    """The setting belongs to the process: models that run afterwards compute as before, also after an error."""
+    before, seen = torch.get_float32_matmul_precision(), []
+
+    def train(device):
+        with fast_matmul(torch.device(device)):
+            seen.append(torch.get_float32_matmul_precision())
+            raise KeyError(device)
+
+    for device in ("cpu", "cuda"):
+        with pytest.raises(KeyError):
+            train(device)
+        assert torch.get_float32_matmul_precision() == before
+    assert seen == [before, "high"]
