@@ -19,6 +19,9 @@ from postgen.kernels.dispatch import warn_once
 
 WORTH_TIMING = 1e9
 """Calls with fewer multiplications than this are not timed: their time is that of the launch with every kernel."""
+WORTH_READING = 1e12
+"""Calls with at least so many multiplications per sample read key lengths from the GPU. They take 4 ms and more; the
+wait costs less than kernels with key lengths do: on an H200 without FlashAttention-4 these take a third longer."""
 
 _BY_NAME = {backend.name: backend for backend in (*TIMED, *LAST_RESORTS, *ASKED_FOR)}
 
@@ -58,8 +61,10 @@ def attention(
         value: (B, M, Hk, D).
         scale: factor of the logits; None is D ** -0.5.
         key_lengths: (B,) integers from 1 to M: sample b attends to its first `key_lengths[b]` keys only. With lengths
-            on the CPU, each sample is cut to its keys before the launch and no mask is needed. With lengths on the
-            device of the query, nothing waits for the GPU, and a CUDA graph reads them again at every replay.
+            on the CPU, each sample is cut to its keys before the launch and no mask is needed. Large calls
+            (`WORTH_READING`) read lengths on the device of the query for this, and so wait for the GPU. Smaller calls
+            do not wait. Calls that are recorded in a CUDA graph do not wait either: the graph reads the lengths again
+            at every replay.
         return_lse: also return the LSE.
         backend: one of `backend_names()`; None is the fastest one. If the named backend cannot run, the fastest one
             runs, with one warning that names the reason. `cudnn_fp8` computes in 8 bits
@@ -144,7 +149,7 @@ def _attention(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     call = Call(query, key, value, scale, key_lengths, return_lse)
-    lengths = None if key_lengths is None or key_lengths.device.type != "cpu" else key_lengths.tolist()
+    lengths = _read_lengths(call, backend)
     if lengths is None:
         out, lse = _run(call, backend)
         return out.contiguous(), query.new_empty(0) if lse is None else lse.contiguous()
@@ -180,6 +185,20 @@ def _run(call: Call, name: str | None) -> Result:
     if name is None and (not call.query.is_cuda or call.work < WORTH_TIMING):
         return router().last_resort(call).compute(call)
     return router().run(call, name)
+
+
+def _read_lengths(call: Call, name: str | None) -> list[int] | None:
+    """Return the key lengths to which the samples are cut, or None if the kernel gets the lengths as they are."""
+    if call.key_lengths is None:
+        return None
+    if call.key_lengths.is_cuda:
+        small = call.work < WORTH_READING * call.query.shape[0]
+        # A named backend that takes lengths may prepare much for each new number of keys.
+        named = name is not None and _BY_NAME[name].takes_lengths
+        if small or named or torch.cuda.is_current_stream_capturing():
+            return None
+    lengths: list[int] = call.key_lengths.tolist()
+    return lengths
 
 
 def _first_keys(call: Call, samples: slice, keys: int) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,6 +67,28 @@ def test_fp8_attention_is_traced_where_processors_call_torch_themselves() -> Non
             torch.testing.assert_close(model(), plain)
     finally:
         torch.compiler.reset()
+
+
+def test_each_class_of_blocks_has_its_own_limit_of_recompilations() -> None:
+    """torch counts by code object. HunyuanVideo has two classes of blocks, and the first block gets other strides."""
+    model = tiny_model("HunyuanVideo", layers=2)
+    blocks = layout_of(model.transformer).block_modules(model.transformer).values()
+    config = postgen.FP8AttentionConfig(first_exact_steps=0, last_exact_steps=0, simulate=True)
+    fused, linears = postgen.apply_fused_ops, PLUG_INS["fp8_linears"][0]
+    attention = partial(postgen.apply_fp8_attention, config=config)
+    torch.compiler.reset()
+    try:
+        for block in blocks:
+            block.compile(fullgraph=True, backend="eager")
+        for form in ((), (fused,), (fused, linears), (fused, attention), (fused, attention, linears)):
+            handles = [apply(model.transformer) for apply in form]
+            with torch.no_grad():
+                model()
+            for handle in reversed(handles):
+                handle.remove()
+    finally:
+        torch.compiler.reset()
+    assert len({type(block) for block in blocks}) == 2
 
 
 def test_settings_of_attention_that_come_back_are_not_compiled_again() -> None:

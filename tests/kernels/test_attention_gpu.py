@@ -23,6 +23,7 @@ from postgen.kernels.attention.backends import (
     TIMED,
     Backend,
     Call,
+    last_backend,
 )
 from postgen.kernels.attention.ops import attention
 from postgen.kernels.attention.router import Problem, Router
@@ -142,6 +143,21 @@ def test_key_lengths(where: str, lengths: list[int]) -> None:
     assert float((lse.double() - divisor).abs().max()) < 2e-3
 
 
+@pytest.mark.parametrize("lengths", [[2000, 2000], [1, 1999], [1337, 64]])
+def test_large_calls_read_their_lengths(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample is cut to its keys, so also kernels without key lengths run; named kernels get the lengths."""
+    monkeypatch.setattr(attention_ops, "WORTH_READING", 0)
+    query, key, value = drawn(2000, 2000, heads=24, key_heads=24)
+    given = torch.tensor(lengths, device="cuda")
+    expected, _ = naive.attention(query.double(), key.double(), value.double(), key_lengths=given)
+    for backend in (None, "cudnn", "flash"):
+        out = attention(query, key, value, key_lengths=given, backend=backend)
+        assert relative_error(out, expected) <= 4e-3
+        assert backend in (None, last_backend())
+    with pytest.raises(ValueError, match="key_lengths must be from 1 to 2000"):
+        attention(query, key, value, key_lengths=given + 2000)
+
+
 def test_two_halves_of_the_keys_make_the_whole() -> None:
     query, key, value = drawn(4000, 4000, heads=24, key_heads=24)
     parts = [
@@ -185,7 +201,9 @@ def test_records_repeats_and_compiles() -> None:
         assert_compiles_whole(lambda *x, options=options: attention(*x, **options), *tensors)
 
 
-def test_a_graph_reads_key_lengths_at_every_replay() -> None:
+@pytest.mark.parametrize("worth", [0, 1e12])
+def test_a_graph_reads_key_lengths_at_every_replay(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_ops, "WORTH_READING", worth)
     query, key, value = drawn(2048, 2048, heads=24, key_heads=24)
     lengths = torch.tensor([2048, 900], device="cuda")
     attention(query, key, value, key_lengths=lengths)
