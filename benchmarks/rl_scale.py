@@ -8,7 +8,7 @@
 Each run is a launch of its own with a time limit. FILE is written after each run; a further call with the same FILE
 measures only the runs that it lacks for this machine (`--again` repeats all). Runs for which the time of a call does
 not suffice are left out, and the exit code is 3: repeat the call. Run it from the root of a checkout, because it uses
-the tiny models of the tests.
+the tiny models of the tests. On GPUs, `--tiny` with a FILE of its own shows in a few minutes whether all parts start.
 
 equal   all weights of a tiny Wan in float32, 4 updates, both trainers: largest difference from one GPU with averaged
         gradients (DDP), FSDP2 by accelerate and `fully_shard`, and of runs that resume on another number of GPUs:

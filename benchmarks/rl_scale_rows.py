@@ -13,7 +13,7 @@ RECIPES = {
     ("wan", "diffusion_nft"): "nft-video",
 }
 """(part, method) -> name of the shipped recipe that the run changes; `wan14` uses those of `wan`."""
-ALIKE = 256
+TINY_SAMPLES = 256
 """Samples of an update of the part `tiny`, for every number of GPUs."""
 PER_GPU = {"wan": 4, "wan14": 2}
 """Samples of an update for each GPU. One GPU has the samples of two GPUs, so that both make the same updates."""
@@ -135,7 +135,7 @@ def rows_of(part: str, gpus: Sequence[int], *, small: bool) -> list[Row]:
 
 def samples_of(part: str, count: int) -> int:
     """Return the samples of an update on `count` GPUs."""
-    return PER_GPU[part] * max(2, count) if part in PER_GPU else ALIKE
+    return PER_GPU[part] * max(2, count) if part in PER_GPU else TINY_SAMPLES
 
 
 def _plain(common: Mapping[str, Any], methods: Sequence[str], counts: Sequence[int]) -> list[Row]:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from benchmarks.dancegrpo_report import missing
 from benchmarks.docs_tables import filled
 from benchmarks.faults_two_gpus import SPREADS, TRAINERS
 from benchmarks.gates import read_result
@@ -105,8 +106,8 @@ def test_gates_need_all_their_runs():
     assert gates["two_gpu_max_abs"]["value"] == pytest.approx(6e-7)
     speed, equal = {"ddp_2gpu_speedup", "ddp_efficiency_2"}, {"two_gpu_max_abs"}
     lacks = {0: speed, 1: speed, 7: speed, len(rows) - 2: equal, len(rows) - 1: equal | {"fsdp2_equal_2"}}
-    for missing, names in lacks.items():
-        fewer = values([row for number, row in enumerate(rows) if number != missing])
+    for left_out, names in lacks.items():
+        fewer = values([row for number, row in enumerate(rows) if number != left_out])
         assert {name for name, value in fewer.items() if value is None} == names | {"ulysses_exact_2"}
     rows[-1] |= {"error": "died", "max_abs": None}
     assert payload(rows)["gates"][0]["value"] is None
@@ -199,6 +200,13 @@ def test_wrong_options_are_told(tmp_path, capsys, words, message):
     assert message in told
     assert told.count("\n") == 1
     assert not (tmp_path / "x.json").exists()
+
+
+def test_the_report_of_the_recipes_says_that_several_gpus_are_not_measured():
+    told = "several GPUs: python -m benchmarks.rl_scale"
+    assert told in missing({}, {}, {})
+    assert told in missing({}, {}, {"ddp_2gpu_speedup": None, "two_gpu_max_abs": 1e-7})
+    assert told not in missing({}, {}, {"ddp_2gpu_speedup": 1.5, "two_gpu_max_abs": 1e-7})
 
 
 def test_files_for_accelerate_name_every_number_of_gpus_of_the_result():
