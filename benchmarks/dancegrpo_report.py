@@ -34,7 +34,7 @@ from benchmarks.dancegrpo_stats import (
 from benchmarks.gates import RESULTS, Gate, gate, largest, read_result, smallest, write_result
 from postgen.errors import UserError
 
-SCALE = "rl_scale"
+SCALE = "scaling"
 """Result of `benchmarks.rl_scale`, which measures several GPUs."""
 MARGIN = 0.03
 """Smallest rise of the mean score of 256 clips that is not chance for one seed."""
@@ -209,7 +209,7 @@ def gates_of(
         arms: the numbers of the arms.
         costs: the result of `costs_of`.
         exact: the file of `dancegrpo_exact`, empty if it is missing.
-        scale: the values of the gates of `rl_scale.json`, empty if it is missing.
+        scale: the values of the gates of `scaling.json`, empty if it is missing.
     """
     whole = {name: arms[name] for name in SHIPPED if name in arms and len(arms[name]["seeds"]) >= len(SEEDS)}
     everyone = len(whole) == len(SHIPPED)
@@ -291,7 +291,7 @@ def missing(arms: Mapping[str, Any], exact: Mapping[str, Any], scale: Mapping[st
             lacks.append(f"{name}: {command} train --arms {name} --seeds {' '.join(map(str, seeds))}")
     if not exact:
         lacks.append(f"resume and two processes: {command} exact")
-    if not scale:
+    if None in (scale.get("ddp_2gpu_speedup"), scale.get("two_gpu_max_abs")):
         lacks.append("several GPUs: python -m benchmarks.rl_scale")
     return lacks
 

@@ -1,4 +1,4 @@
-"""The peak memory of this process."""
+"""The peak memory of this process, on the host and on its GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ import resource
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+
+
+def peak_gpu_gib() -> float | None:
+    """Return the largest memory of torch on the current GPU since `forget_peak`, in GiB; None without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+def forget_peak() -> None:
+    """Begin a new measurement of `peak_gpu_gib`."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_resident_mib() -> float:

@@ -13,6 +13,10 @@ RECIPES = {
     ("wan", "diffusion_nft"): "nft-video",
 }
 """(part, method) -> name of the shipped recipe that the run changes; `wan14` uses those of `wan`."""
+TINY_SAMPLES = 256
+"""Samples of an update of the part `tiny`, for every number of GPUs."""
+PER_GPU = {"wan": 4, "wan14": 2}
+"""Samples of an update for each GPU. One GPU has the samples of two GPUs, so that both make the same updates."""
 METHODS = ("dancegrpo", "diffusion_nft")
 LAUNCHES = {"one": "", "ddp": "ddp", "fully_shard": "ddp", "fsdp2": "fsdp2"}
 """Distribution of the weights -> file of `recipes/accelerate`; an empty name starts no launcher."""
@@ -55,6 +59,11 @@ class Row:
     """Whether the run has tiny models and clips, to test the benchmark."""
 
     @property
+    def least(self) -> float:
+        """Seconds that a call must have left to start the run."""
+        return 0.6 * self.limit
+
+    @property
     def name(self) -> str:
         """Name of the run; it does not depend on the sizes."""
         return "-".join([self.part, self.method, "lora" if self.lora else "full", self.spread, str(self.gpus)])
@@ -92,9 +101,11 @@ class Row:
 
 
 def rows_of(part: str, gpus: Sequence[int], *, small: bool) -> list[Row]:
-    """Return the runs of a part, the most important ones first.
+    """Return the runs of a part, the most important ones first: averaged gradients, then other distributions.
 
-    All runs of a part have the same number of samples in an update, so the ratio of two times is a speed-up.
+    A run is the same whatever the other numbers of GPUs are. One and two GPUs have the same samples per update; from
+    two GPUs on, `wan` and `wan14` have the same samples per GPU, because one GPU would need minutes for the updates of
+    eight.
 
     Args:
         part: `tiny`, `wan`, `wan14`, or `split`: the runs from which the cost of separate GPUs is computed.
@@ -103,28 +114,38 @@ def rows_of(part: str, gpus: Sequence[int], *, small: bool) -> list[Row]:
     """
     if small:
         return list(_small(part, max(gpus)))
-    most = max(2, *gpus)
-    counts = sorted(gpus)
+    counts = sorted(set(gpus))
     if part == "tiny":
-        common: dict[str, Any] = {"part": "tiny", "samples": 256, "group": 16, "updates": 14, "warm": 2, "limit": 90.0}
-        return [*(_row(method, count, common) for method in METHODS for count in counts), *_shards(common, counts)]
+        common: dict[str, Any] = {"part": "tiny", "group": 16, "updates": 14, "warm": 2, "limit": 90.0}
+        return [*_plain(common, METHODS, counts), *_shards(common, METHODS, counts)]
     if part == "wan14":
-        common = {"part": part, "samples": 2 * most, "group": 2, "updates": 2, "lora": True, "limit": 280.0}
-        plain = [_row("dancegrpo", count, common) for count in counts]
-        return plain + [_row("dancegrpo", count, common, "fully_shard") for count in counts if count > 1]
+        common = {"part": part, "group": 2, "updates": 2, "lora": True, "limit": 280.0}
+        first, second = METHODS
+        plain = _plain(common, [first], counts)
+        return [*plain, *_shards(common, [first], counts), *_plain(common, [second], counts)]
     # A prompt of 4 samples for each process; samples of a prompt in one batch share the first steps of a rollout.
-    common = {"part": "wan", "samples": 4 * most, "group": 4, "updates": 3, "limit": 170.0}
-    lora = [_row(method, count, {**common, "lora": True}) for method in METHODS for count in counts]
+    common = {"part": "wan", "group": 4, "updates": 3, "limit": 170.0}
+    adapters = {**common, "lora": True}
+    lora = _plain(adapters, METHODS, counts)
     if part == "split":
         return lora
-    full = [_row(method, count, common) for method in METHODS for count in counts]
-    return [*lora, *full, *_shards(common, counts)]
+    full = [*_plain(common, METHODS, counts), *_shards(common, METHODS, counts)]
+    return [*lora, *full, *_shards(adapters, METHODS, counts)]
 
 
-def _shards(common: Mapping[str, Any], counts: Sequence[int]) -> list[Row]:
+def samples_of(part: str, count: int) -> int:
+    """Return the samples of an update on `count` GPUs."""
+    return PER_GPU[part] * max(2, count) if part in PER_GPU else TINY_SAMPLES
+
+
+def _plain(common: Mapping[str, Any], methods: Sequence[str], counts: Sequence[int]) -> list[Row]:
+    return [_row(method, count, common) for method in methods for count in counts]
+
+
+def _shards(common: Mapping[str, Any], methods: Sequence[str], counts: Sequence[int]) -> list[Row]:
     return [
         _row(method, count, common, spread)
-        for method in METHODS
+        for method in methods
         for spread in ("fully_shard", "fsdp2")
         for count in counts
         if count > 1
@@ -132,7 +153,8 @@ def _shards(common: Mapping[str, Any], counts: Sequence[int]) -> list[Row]:
 
 
 def _row(method: str, count: int, common: Mapping[str, Any], spread: str = "ddp") -> Row:
-    return Row(method=method, gpus=count, spread=spread if count > 1 else "one", **common)
+    own = {"samples": samples_of(common["part"], count), **common}
+    return Row(method=method, gpus=count, spread=spread if count > 1 else "one", **own)
 
 
 def _small(part: str, most: int) -> Iterator[Row]:

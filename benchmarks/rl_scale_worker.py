@@ -2,8 +2,9 @@
 
     [accelerate launch ...] python -m benchmarks.rl_scale_worker JOB.json
 
-JOB.json holds the fields of a `Row`, the device and the folder of the run. Each process writes `rank-R.json` with its
-peak memory, its passes and its error. The log of the trainer has the times of every update.
+JOB.json holds the device and the fields of a `Row` or, in the part `ulysses`, of a `Split`. Each process writes
+`rank-R.json` with its error and its peak memory, and the passes of a training run, or the seconds and errors of a pass
+whose tokens are split. The log of the trainer has the times of every update.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from benchmarks.resident import forget_peak, peak_gpu_gib
 from benchmarks.rl_scale_rows import MODELS, Row
+from benchmarks.rl_scale_ulysses import PART, Split, measured
 from postgen.errors import first_line
 from postgen.files import replacing
 from postgen.training import load_recipe
@@ -51,16 +54,10 @@ class Enough(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise `Finished` once the last update is logged."""
         if state.global_step == self.warm:
-            self.before = peak()
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            self.before = peak_gpu_gib()
+            forget_peak()
         if state.global_step >= args.max_steps:
             raise Finished
-
-
-def peak() -> float | None:
-    """Return the peak memory of this process in GiB; None without a GPU."""
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
 def brightness(completions: Sequence[Tensor], **columns: Any) -> list[float]:
@@ -111,36 +108,54 @@ def trainer_of(row: Row, folder: Path, device: str, enough: Enough) -> Any:
     words = [] if row.part == "tiny" else ["--train_dataset", str(folder / "prompts.jsonl")]
     kind, recipe = load_recipe(row.recipe, [*words, "--output_dir", str(folder / "run")])
     config = kind.config_class.from_dict({**recipe.to_dict(), **row.settings(device)})
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    place = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = place_of(device)
     model = None if row.part == "tiny" else wan(row.part, place, small=row.small)
     made: Any = kind
     return made(model, args=config, callbacks=[enough])
+
+
+def place_of(device: str) -> torch.device:
+    """Return the device of this process; a GPU becomes the current one."""
+    if device != "cuda":
+        return torch.device("cpu")
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(place)
+    return place
 
 
 def trained(row: Row, folder: Path, device: str) -> dict[str, Any]:
     """Train a run; return the peak memory in GiB, the passes and the trained parameters of this process."""
     enough = Enough(row.warm)
     trainer = trainer_of(row, folder, device, enough)
-    if device == "cuda":  # the random weights were drawn in float32
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak()  # the random weights were drawn in float32
     with suppress(Finished):
         trainer.train()
     count = sum(value.numel() for value in trainer.trained().values())
-    memory = {"peak_gb": peak(), "peak_at_start_gb": enough.before}
+    memory = {"peak_gb": peak_gpu_gib(), "peak_at_start_gb": enough.before}
     return {**memory, "trained_parameters": count, "cost": trainer.meter.read()}
 
 
+def passed(row: Split, device: str) -> dict[str, Any]:
+    """Return what this process measured of a pass whose tokens are split over the processes."""
+    place = place_of(device)
+    if row.gpus > 1:
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    found = measured(row, place)
+    if row.gpus > 1:
+        # A process that ends while another still reads from it can abort.
+        torch.distributed.barrier()
+    return found
+
+
 def main(path: str) -> int:
-    """Train the run of a file and write the result of this process."""
+    """Do the run of a file and write the result of this process."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    row, folder = Row(**job["row"]), Path(path).parent
+    folder = Path(path).parent
+    row = Split(**job["row"]) if job["row"]["part"] == PART else Row(**job["row"])
     faulthandler.dump_traceback_later(row.limit, exit=True)
     found: dict[str, Any] = {"error": ""}
     try:
-        found |= trained(row, folder, job["device"])
+        found |= passed(row, job["device"]) if isinstance(row, Split) else trained(row, folder, job["device"])
     except Exception as error:
         traceback.print_exc()
         found["error"] = f"{type(error).__name__}: {first_line(error)}"
