@@ -101,8 +101,8 @@ def _fused_class(parent: Any, forward: Callable[..., Any]) -> Any:
 
     # torch.compile counts recompilations by code object. If all classes shared one, a model with two classes of blocks
     # would reach the limit with half as many variants of each (strides of the first block, exact and FP8 steps).
-    code = fused_or_stock.__code__
-    fused_or_stock.__code__ = code.replace(co_name=f"fused_{parent.__name__}")
+    own: Any = fused_or_stock
+    own.__code__ = own.__code__.replace(co_name=f"fused_{parent.__name__}")
 
     # The class is made at run time and cannot be imported, so pickle stores its parent and forward and makes it again.
     def __reduce__(self: Any) -> tuple[Any, ...]:
