@@ -76,7 +76,7 @@ class Size:
     """Number of bootstrap draws of the Frechet distance."""
 
 
-FULL = Size(teacher={}, student={}, classes=576, per_class=4, draws=200)
+FULL = Size(teacher={}, student={}, classes=48, per_class=48, draws=200)
 SHORT = Size(
     teacher={"max_steps": 100, "warmup_steps": 20, "eval_steps": 100, "eval_pictures": 12, "logging_steps": 10},
     student={"max_steps": 20, "warmup_steps": 5, "logging_steps": 5},
@@ -154,7 +154,8 @@ def _training(name: str, out: Path, size: Size) -> Job:
 
 def _measuring(name: str, out: Path, size: Size, needs: tuple[str, ...]) -> Job:
     words = ("--out", str(out), "--classes", str(size.classes), "--per_class", str(size.per_class))
-    more = ("--draws", str(size.draws), "--size", str(settings_of("teacher.0", out, size)["size"]))
+    stills = settings_of("teacher.0", out, size)
+    more = ("--draws", str(size.draws), "--size", str(stills["size"]), "--bodies", str(stills["bodies"]))
     place = out / ("reference.safetensors" if name == "reference" else f"measured/{name}.json")
     return Job(
         name=name if name == "reference" else f"measure {name}",

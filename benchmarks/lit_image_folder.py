@@ -71,8 +71,9 @@ def check_folder(out: Path, results: Path, names: Iterable[str], size: Size) -> 
 
 def measured_with(size: Size, out: Path) -> dict[str, int]:
     """Return the settings that a measurement of this size contains."""
-    side = recipe_of("teacher.0", out, size)["size"]
-    return {"size": side, "classes": size.classes, "per_class": size.per_class, "draws": size.draws}
+    stills = recipe_of("teacher.0", out, size)
+    of_size = {"classes": size.classes, "per_class": size.per_class, "draws": size.draws}
+    return {"size": stills["size"], "bodies": stills["bodies"], **of_size}
 
 
 def all_measured(out: Path) -> dict[str, dict[str, Any]]:

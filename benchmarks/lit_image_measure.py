@@ -39,32 +39,34 @@ from postgen.sampling.seeds import seed_of
 from postgen.tensor_files import read_tensors
 from postgen.world.check import check_batch
 
-UNSEEN = 576 * 10_000
+UNSEEN = 576 * 10_000  # a multiple of both numbers of classes
 """First number of the stills that no training pool contains: the reference, then the stills of `TRUTH`."""
+SETTINGS = ("size", "bodies", "classes", "per_class", "draws")
+"""Options on which the numbers depend; a measurement names them."""
 ASPECTS = ("all_right", "count", "colour", "shape", "event")
 SHOWN = 12
 """Number of pictures in a strip."""
 _BATCH = 256
 
 
-def classes_of(classes: int, per_class: int) -> list[int]:
+def classes_of(classes: int, per_class: int, bodies: int) -> list[int]:
     """Return the class of each picture: `classes` of all classes, evenly spread, with `per_class` pictures each."""
-    count = len(labels())
+    count = len(labels(bodies))
     return [index * count // classes for index in range(classes) for _ in range(per_class)]
 
 
-def true_stills(first: int, wanted: Sequence[int], per_class: int, size: int, device: torch.device) -> Tensor:
+def true_stills(first: int, wanted: Sequence[int], options: argparse.Namespace, device: torch.device) -> Tensor:
     """Return true stills of the given classes, (N, 3, H, W) in [0, 1], rounded to 8 bits.
 
     Args:
         first: number of the first still; from `UNSEEN` on, no training pool contains the stills.
         wanted: class number of each still.
-        per_class: number of stills per class.
-        size: height and width in pixels.
+        options: command line, with the number of stills per class, the number of bodies and the size in pixels.
         device: device of the renderer.
     """
-    numbers = [first + len(labels()) * (place % per_class) + number for place, number in enumerate(wanted)]
-    return eight_bit((render_stills(numbers, size, device).float() + 1) / 2)
+    count, each = len(labels(options.bodies)), options.per_class
+    numbers = [first + count * (place % each) + number for place, number in enumerate(wanted)]
+    return eight_bit((render_stills(numbers, options.size, device, options.bodies).float() + 1) / 2)
 
 
 def features_of(pictures_N3HW: Tensor, device: torch.device) -> Tensor | None:
@@ -100,10 +102,10 @@ def distances(reference: Tensor, own: Tensor, per_class: int, draws: int) -> tup
     return value, found
 
 
-def judged(pictures_N3HW: Tensor, wanted: Sequence[int], workers: int) -> dict[str, Any]:
+def judged(pictures_N3HW: Tensor, prompts: Sequence[str], workers: int) -> dict[str, Any]:
     """Judge every picture; return for each aspect whether it is right (0 or 1), and the score of each picture."""
     clips = pictures_N3HW[:, None].expand(-1, FRAMES, -1, -1, -1)
-    reports = check_batch(clips, [labels()[number] for number in wanted], workers=workers)
+    reports = check_batch(clips, [*prompts], workers=workers)
     rows: dict[str, Any] = {name: [int(bool(getattr(each, name))) for each in reports] for name in ASPECTS}
     return {**rows, "score": [round(each.score, 4) for each in reports]}
 
@@ -119,10 +121,10 @@ def pictures_of(name: str, options: argparse.Namespace, device: torch.device) ->
     from postgen.families import denoiser_for
     from postgen.lit import conversion_of, load
 
-    wanted = classes_of(options.classes, options.per_class)
+    wanted = _wanted(options)
     if name == TRUTH:
-        first = UNSEEN + 576 * options.per_class
-        return true_stills(first, wanted, options.per_class, options.size, device), {}
+        first = UNSEEN + len(labels(options.bodies)) * options.per_class
+        return true_stills(first, wanted, options, device), {}
     export, student = options.out / "runs" / name / "export", name.split(".")[0] in ARMS
     if not export.is_dir():
         raise UserError(f"there is no {export}: train {name} first with benchmarks.lit_image")
@@ -136,10 +138,14 @@ def pictures_of(name: str, options: argparse.Namespace, device: torch.device) ->
     said = {"parameters": sum(each.numel() for each in network.parameters())}
     said |= {"converted": conversion_of(network).describe()} if student else {}
     seeds = [seed_of(0, "eval", place) for place in range(len(wanted))]
-    prompts = [labels()[number] for number in wanted]
+    prompts = [labels(options.bodies)[number] for number in wanted]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         made = sample_pictures(denoiser_for(pipe), prompts, seeds, steps=steps["num_inference_steps"], batch=_BATCH)
     return eight_bit(made.float()), said
+
+
+def _wanted(options: argparse.Namespace) -> list[int]:
+    return classes_of(options.classes, options.per_class, options.bodies)
 
 
 def strip(pictures_N3HW: Tensor, place: Path) -> None:
@@ -157,8 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help=f"reference, {TRUTH}, or name ARM.SEED of a run in OUT")
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels")
-    parser.add_argument("--classes", type=int, default=576, help="number of classes")
-    parser.add_argument("--per_class", type=int, default=4, help="number of pictures per class")
+    parser.add_argument("--bodies", type=int, default=1, choices=(1, 2), help="number of bodies of a still")
+    parser.add_argument("--classes", type=int, default=48, help="number of classes")
+    parser.add_argument("--per_class", type=int, default=48, help="number of pictures per class")
     parser.add_argument("--draws", type=int, default=200, help="bootstrap draws of the Frechet distance")
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=usual, help="device of the model")
@@ -168,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> int:
     for name, least, most in (
         ("size", 32, 1024),
-        ("classes", 1, len(labels())),
+        ("classes", 1, len(labels(options.bodies))),
         ("per_class", 1, 64),
         ("draws", 1, 10_000),
     ):
@@ -182,7 +189,7 @@ def _measure(options: argparse.Namespace) -> int:
         return 0
     pictures, said = pictures_of(options.name, options, device)
     sampled = time.perf_counter() - began
-    wanted = classes_of(options.classes, options.per_class)
+    wanted = [labels(options.bodies)[number] for number in _wanted(options)]
     rows = judged(pictures, wanted, 2 if device.type == "cuda" else 0)
     features, true = features_of(pictures, device), read_tensors(reference)["features"]
     value, draws = (
@@ -194,7 +201,7 @@ def _measure(options: argparse.Namespace) -> int:
     place = options.out / "measured" / f"{options.name}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     found = {
-        "settings": {name: getattr(options, name) for name in ("size", "classes", "per_class", "draws")},
+        "settings": {name: getattr(options, name) for name in SETTINGS},
         **{"device": hardware(), "versions": versions(), **said},
         "seconds": {"sampled": round(sampled, 1), "all": round(time.perf_counter() - began, 1)},
         **{"fd": value, "fd_draws": draws, "rows": rows},
@@ -207,8 +214,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _reference(place: Path, options: argparse.Namespace, device: torch.device) -> None:
     """Write the features of true stills, with which every run is compared."""
-    wanted = classes_of(options.classes, options.per_class)
-    features = features_of(true_stills(UNSEEN, wanted, options.per_class, options.size, device), device)
+    features = features_of(true_stills(UNSEEN, _wanted(options), options, device), device)
     with replacing(place) as part:
         save_file({"features": torch.empty(0, 320) if features is None else features}, part)
 

@@ -34,7 +34,7 @@ from .variance import variance_bound
 TIMESTEPS = 1000
 """Number of noise levels, as in the paper."""
 CLASSES = 1000
-"""Number of class embeddings. diffusers' pipeline uses class 1000 for "no class". The first 576 classes are used."""
+"""Number of class embeddings. diffusers' pipeline uses class 1000 for "no class". The first 48 or 576 are used."""
 
 
 @dataclass(kw_only=True)
@@ -64,8 +64,11 @@ class ClassToImageConfig(TrainingConfig):
     head_dim: int = 32
     """Width of an attention head."""
 
+    bodies: int = 2
+    """Number of bodies of a still: 1 (48 classes: shape, colour, side) or 2 (576 classes, one body on each side)."""
+
     pool_pictures: int = 36864
-    """Number of stills for training; the default has 64 of each class."""
+    """Number of stills for training; the default has 64 of each class of two bodies, 768 of each class of one."""
 
     pool_dir: str | None = None
     """Folder of the stills; the first run writes it, further runs read it. It has `latents.safetensors` and
@@ -94,6 +97,7 @@ class ClassToImageConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.patch >= 1, "patch", "at least 1")
+        self.require(self.bodies in (1, 2), "bodies", "1 or 2")
         fits = self.size >= 32 and self.size % self.patch == 0
         self.require(fits, "size", "at least 32, a multiple of patch")
         for name in ("num_layers", "num_heads", "pool_pictures"):
@@ -126,12 +130,12 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         if args.cuda_graphs and (self.device.type != "cuda" or self.accelerator.num_processes > 1):
             raise UserError("cuda_graphs needs one GPU and one process here. Leave it out.")
         self.transformer = new_dit(args)
-        self.pipe = make_pipeline(self.transformer)
+        self.pipe = make_pipeline(self.transformer, args.bodies)
         self.pipe.vae.to(self.device)
         self.denoiser = DiTDenoiser(self.pipe)
         self.bars = self.pipe.scheduler.alphas_cumprod.to(self.device)
         folder = None if args.pool_dir is None else Path(args.pool_dir).expanduser()
-        self.latents, self.classes = pool_of(folder, args.pool_pictures, args.size, self.device)
+        self.latents, self.classes = pool_of(folder, args.pool_pictures, args.size, self.device, args.bodies)
         self.predict: Callable[..., Tensor] = self._predict
         if args.cuda_graphs:
             self.predict = GraphedCall(self._predict, {"transformer": self.transformer})
@@ -170,7 +174,8 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
         args, count = self.args, self.args.eval_pictures
         if not count:
             return {}
-        prompts = [labels()[index * len(labels()) // count % len(labels())] for index in range(count)]
+        names = labels(args.bodies)
+        prompts = [names[index * len(names) // count % len(names)] for index in range(count)]
         seeds = [seed_of(0, "eval", index) for index in range(count)]
         steps, guidance = args.eval_num_inference_steps, args.eval_guidance_scale
         with torch.compiler.set_stance("force_eager"), self.accelerator.autocast():
@@ -181,7 +186,7 @@ class ClassToImageTrainer(Trainer[ClassToImageConfig]):
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the trained network as a pipeline folder, with its default settings in `postgen.json`."""
-        pipe = make_pipeline(uncut(self.transformer, weights["transformer"]))
+        pipe = make_pipeline(uncut(self.transformer, weights["transformer"]), self.args.bodies)
         pipe.save_pretrained(folder)
         args = self.args
         defaults = {
@@ -214,11 +219,11 @@ def new_dit(args: ClassToImageConfig) -> Any:
     return model
 
 
-def make_pipeline(transformer: Any) -> Any:
-    """Return a `DiTPipeline` in pixel space with DiT's betas; its labels are the classes of the stills."""
+def make_pipeline(transformer: Any, bodies: int = 2) -> Any:
+    """Return a `DiTPipeline` in pixel space with DiT's betas; its labels are the classes of stills with `bodies`."""
     from diffusers import DDIMScheduler, DiTPipeline
 
-    names = dict(enumerate(labels()))
+    names = dict(enumerate(labels(bodies)))
     scheduler = DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
         beta_start=1e-4,

@@ -108,11 +108,12 @@ def test_distances() -> None:
     assert far == pytest.approx(45, rel=1e-6)
     assert all(b > a for a, b in zip(draws, again, strict=True))
     assert distances(true, true, 4, 6) == (value, draws)
-    assert classes_of(4, 2) == [0, 0, 144, 144, 288, 288, 432, 432]
+    assert classes_of(4, 2, 2) == [0, 0, 144, 144, 288, 288, 432, 432]
+    assert classes_of(4, 2, 1) == [0, 0, 12, 12, 24, 24, 36, 36]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [("lit.7", "lit.7/export: train lit.7 first"), ("truth.0 --classes 577", "--classes must be")]
+    ("words", "said"), [("lit.7", "lit.7/export: train lit.7 first"), ("truth.0 --classes 49", "--classes must be")]
 )
 def test_what_cannot_be_measured(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lit_image_measure.main([*words.split(), "--out", str(tmp_path)]) == 2
@@ -123,7 +124,11 @@ def made(fd: float, right: list[int], **more: Any) -> dict[str, Any]:
     """Return a measurement of 4 pictures in the form that `lit_image_measure` writes."""
     aspects = ("all_right", "count", "colour", "shape", "event", "score")
     return {
-        **{"settings": {"size": 32, "classes": 4, "per_class": 1, "draws": 5}, "device": "x", "versions": {}},
+        **{
+            "settings": {"size": 32, "bodies": 1, "classes": 4, "per_class": 1, "draws": 5},
+            "device": "x",
+            "versions": {},
+        },
         **{"fd": fd, "fd_draws": [fd + 1, fd + 1.1, fd + 0.9], "rows": dict.fromkeys(aspects, right), **more},
     }
 
@@ -166,7 +171,7 @@ def test_a_report_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[s
     apart = [*words, "-o", str(tmp_path / "x.json")]
     place = tmp_path / "measures.json"
     told = {"measured": {"lit.0": made(5, [1, 1, 0, 1])}, "losses": {}, "judged": {}}
-    whole = made(5, [1] * 2304, settings={"size": 64, "classes": 576, "per_class": 4, "draws": 200})
+    whole = made(5, [1] * 2304, settings={"size": 64, "bodies": 1, "classes": 48, "per_class": 48, "draws": 200})
     for given, asked, said in (
         (json.dumps(told), words, "is from a small test (4 classes, pictures of each: 1)"),
         (json.dumps(told), [*apart, "--docs"], "is from a small test"),

@@ -106,6 +106,17 @@ def test_the_judge_knows_true_stills() -> None:
     assert judged(pictures[:2], [labels()[number] for number in other[:2]])["all_right"] == 0
 
 
+def test_stills_of_one_body() -> None:
+    """48 classes, all right for their own class and wrong on the other side."""
+    numbers = [k * 49 for k in range(1, 7)]
+    names = [labels(1)[number % 48] for number in numbers]
+    assert len({*labels(1)}) == len(labels(1)) == 48
+    assert all(reading is not None and reading.places == ("left",) for reading in map(read, names))
+    pictures = render_stills(numbers, 64, "cpu", 1).float() / 2 + 0.5
+    assert judged(pictures, names)["all_right"] == 1
+    assert judged(pictures, [labels(1)[(number + 24) % 48] for number in numbers])["all_right"] == 0
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dit")
