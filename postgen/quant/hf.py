@@ -26,6 +26,7 @@ from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
 from postgen.families.own_format import erase_note
 from postgen.families.quantizer import Quantizer, register_quantizer
+from postgen.quant.guards import guard_quantized_, unguard_
 from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import OWN_TENSORS, QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
@@ -154,6 +155,7 @@ class PostgenQuantizer(Quantizer):
             bins.attach(model)
         note_shared_inputs_(model)
         record_replaced(model, layers, owner=OWNER)
+        guard_quantized_(model)
 
     def owns(self, model: Any, name: str) -> bool:
         """Return whether a tensor belongs to a quantised layer."""
@@ -200,6 +202,7 @@ class PostgenQuantizer(Quantizer):
         for name, layer in [(name, each) for name, each in model.named_modules() if isinstance(each, QLinear)]:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _exact(layer, dtype))
+        unguard_(model)
         forget_replaced(model, owner=OWNER)
         erase_note(model)
 
@@ -264,6 +267,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     inner.hf_quantizer = PostgenQuantizer(config)
     inner.is_quantized, inner.quantization_method = True, config.quant_method
     inner.register_to_config(quantization_config=config)
+    guard_quantized_(inner)
 
 
 def config_of(model: nn.Module) -> PostgenQuantConfig | None:
