@@ -1,4 +1,4 @@
-"""Shapes of packed weights in diffusers' LoRA loader of FLUX, which compares LoRAs with the weights of their layers."""
+"""Shapes of packed weights in diffusers' LoRA loader of FLUX, which compares LoRAs with the weights of layers."""
 
 from __future__ import annotations
 
