@@ -66,7 +66,7 @@ Modulation = Annotated[
     typer.Option(
         "--modulation",
         help="Format of the weights of the layers that compute scales and shifts from the timestep, such as int8; none"
-        " keeps them exact. They are a third of HunyuanVideo, Mochi and FLUX.",
+        " keeps them exact. They are a quarter of HunyuanVideo, Mochi and FLUX.",
     ),
 ]
 Prompts = Annotated[
@@ -237,9 +237,8 @@ def _spec(overrides: Sequence[str], **options: Any) -> QuantSpec:
         if pattern in exceptions or len(said) < len(words):
             raise UserError(f"--override {shown(text)}: a pattern or a key is given twice, give each of them once")
         exceptions[pattern] = {key: _value(key, value) for key, value in said.items()}
-    return QuantSpec(
-        overrides=exceptions, **{key: None if value == "none" else value for key, value in options.items()}
-    )
+    said: dict[str, Any] = {key: None if value == "none" else value for key, value in options.items()}
+    return QuantSpec(overrides=exceptions, **said)
 
 
 def _value(key: str, text: str) -> Any:
