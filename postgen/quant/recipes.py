@@ -176,7 +176,10 @@ def _check_stage(stage: Stage, spec: LayerSpec, recipe: Recipe) -> None:
         check_solver(stage.solver, format, recipe.options, hessian=True)
     if stage.by_channel and (spec.act is None or not isinstance(spec.act.grid, IntGrid)):
         said = "None" if spec.act is None else spec.act.text
-        raise UserError(f"its first pass quantises inputs per channel, so act must be an integer format, not {said}")
+        raise UserError(
+            f"it quantises inputs with a zero point for each channel, so act must be an integer format such as"
+            f" int8:token, not {said}: set act, or use the recipe omniquant"
+        )
     if stage.ranges != "minmax" and format is not None and not stage.exact_weights:
         _check_ranges(stage, format)
 
