@@ -237,8 +237,8 @@ def _spec(overrides: Sequence[str], **options: Any) -> QuantSpec:
         if pattern in exceptions or len(said) < len(words):
             raise UserError(f"--override {shown(text)}: a pattern or a key is given twice, give each of them once")
         exceptions[pattern] = {key: _value(key, value) for key, value in said.items()}
-    said: dict[str, Any] = {key: None if value == "none" else value for key, value in options.items()}
-    return QuantSpec(overrides=exceptions, **said)
+    values: dict[str, Any] = {key: None if value == "none" else value for key, value in options.items()}
+    return QuantSpec(overrides=exceptions, **values)
 
 
 def _value(key: str, text: str) -> Any:
