@@ -69,8 +69,9 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `parameters`, `share` of the parameters that are quantised, `modulation`: that of the modulation in the blocks,
-        `exact` bytes, `formats`: text of the format -> bytes, `smaller`: bytes with the format `TEXT` and modulation
-        in the format `MODULATION`, and `smallest`: bytes where the layers of the text have the format `TEXT` too.
+        `exact` bytes, `formats`: text of the format -> bytes, `text`: bytes where the layers of the text have the
+        format `TEXT` too, `smaller`: bytes with the format `TEXT` and modulation in the format `MODULATION`, and
+        `smallest`: bytes with both.
     """
     model = empty_transformer(config)
     exact, linears = exact_bytes(model), find_linears(model)
@@ -92,6 +93,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "modulation": sum(each.weight.numel() for each in modulation.values()) / count,
         "exact": whole,
         "formats": {text: whole - saved(chosen, text) for text in PACKED},
+        "text": whole - saved(linears, TEXT),
         "smaller": whole - saved(chosen, TEXT) - less,
         "smallest": whole - saved(linears, TEXT) - less,
     }
