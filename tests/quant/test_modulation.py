@@ -78,7 +78,7 @@ def test_wrong_choices_are_refused():
     with pytest.raises(UserError, match="blocks of WanTransformer3DModel have no linear layers of modulation: leave"):
         quantize(wan(), QuantSpec(weight="int8", modulation="int8"))
     model = tiny_model("HunyuanVideo").transformer
-    with pytest.raises(UserError, match="norm1.linear cannot be quantised: int4:g64 groups 64 input channels"):
+    with pytest.raises(UserError, match=r"norm1\.linear cannot be quantised: int4:g64 groups 64 input channels"):
         quantize(model, QuantSpec(weight="int8", modulation="int4:g64"))
     with pytest.raises(UserError, match="int9"):
         QuantSpec(modulation="int9")
