@@ -50,9 +50,10 @@ from pathlib import Path
 from benchmarks import quant_report
 from benchmarks.command import ended
 from benchmarks.job_queue import places_on, run_jobs, told, wanted
-from benchmarks.lit_video_files import pack_files, unpack
+from benchmarks.lit_video_files import pack_files
 from benchmarks.quant_arms import BEGINS, GROUPS, SEEDS, Place, goals_of, table
 from benchmarks.quant_job import FIRST_CALIBRATION, SIZES, add_options, captions
+from benchmarks.quant_options import add_run_options, begin
 from postgen.errors import UserError
 from postgen.files import replacing
 
@@ -109,21 +110,14 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(made)
+    add_run_options(made, each=4, output="quant")
     add = made.add_argument
     add("--group", choices=[*GROUPS], help="arms to run")
     add("--only", nargs="+", default=[], metavar="ARM", help="run only these arms of the group: RECIPE, RECIPE-FORMAT")
     add("--seeds", type=int, nargs="+", default=[*SEEDS], help="seeds of recipes that train (default: 0 1 2)")
-    add("--gpus", nargs="*", default=["0"], help="indices of the GPUs; no index for the CPU")
-    add("--each", type=int, default=4, help="jobs at the same time on a GPU (default: 4)")
-    add("--seconds", type=float, default=0.0, help="end after this number of seconds; 0 for no limit")
     add("--train_prompts", type=int, default=TRAIN_PROMPTS, help=f"prompts of e2e_qp (default: {TRAIN_PROMPTS})")
-    add("--tiny", action="store_true", help="two steps of everything, only to show that the benchmark runs")
-    add("--back", type=Path, metavar="FOLDER", help="save the results so far here, in files of less than 16 MiB")
-    add("--unpack", type=Path, metavar="FOLDER", help="first restore the saved files of this folder to --out")
     add("--table", action="store_true", help="print the table of arms")
-    add("--report", action="store_true", help="write results/quant.json")
     add("--docs", action="store_true", help="with --report: also write docs/quantization_results.md")
-    add("-o", "--output", default="quant", help="with --report: name or path of the result file")
     return made
 
 
@@ -144,12 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(options: argparse.Namespace) -> int:
-    if options.tiny:
-        vars(options).update(TINY)
-    if not options.gpus:
-        options.device, options.each = "cpu", 1
-    if options.unpack is not None and any(options.unpack.glob("part-*.tar.gz")):
-        unpack(options.unpack, options.out)
+    begin(options, TINY)
     if options.table:
         print(table())
     elif options.report:

@@ -28,8 +28,9 @@ from typing import Any
 from benchmarks.command import ended
 from benchmarks.gates import gate, write_result
 from benchmarks.job_queue import Job, places_on, run_jobs, told, wanted
-from benchmarks.lit_video_files import pack_files, unpack
+from benchmarks.lit_video_files import pack_files
 from benchmarks.quant_law_run import GROUPS, SIZES, STEPS, Run, add_options, row_of, runs_of
+from benchmarks.quant_options import add_run_options, begin
 from postgen.errors import UserError
 from postgen.quant.law import LawFit, LawRun, fit_law
 
@@ -125,15 +126,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(made)
-    add = made.add_argument
-    add("--gpus", nargs="*", default=["0"], help="indices of the GPUs; no index for the CPU")
-    add("--each", type=int, default=9, help="jobs at the same time on a GPU (default: 9)")
-    add("--seconds", type=float, default=0.0, help="end after this number of seconds; 0 for no limit")
-    add("--tiny", action="store_true", help="one to three steps of each run, only to show that the benchmark runs")
-    add("--back", type=Path, metavar="FOLDER", help="save the rows so far here, in a small file")
-    add("--unpack", type=Path, metavar="FOLDER", help="first restore the saved rows of this folder to --out")
-    add("--report", action="store_true", help="fit the law and write the result")
-    add("-o", "--output", default="quant_law", help="with --report: name or path of the result file")
+    add_run_options(made, each=9, output="quant_law")
     return made
 
 
@@ -144,12 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(options: argparse.Namespace) -> int:
-    if options.tiny:
-        vars(options).update(TINY)
-    if not options.gpus:
-        options.device, options.each = "cpu", 1
-    if options.unpack is not None and any(options.unpack.glob("part-*.tar.gz")):
-        unpack(options.unpack, options.out)
+    begin(options, TINY)
     if options.report:
         print(write_result(options.output, payload_of(read_runs(options.out))))
         return 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks import quant_modulation
 from benchmarks.cost import MODELS, WAN
 from benchmarks.docs_tables import write
 from benchmarks.gates import read_result
@@ -22,7 +23,7 @@ from benchmarks.quant_page import crossovers
 from postgen.errors import UserError
 from postgen.families.empty import empty_transformer
 from postgen.families.folds_rows import ROWS
-from postgen.families.linear import find_linears
+from postgen.families.linear import find_linears, role_of
 from postgen.quant import FORMATS, LayerSpec, QuantSpec, format_of
 from postgen.quant.grids import FloatGrid
 from postgen.quant.layers import layers_of
@@ -30,7 +31,7 @@ from postgen.quant.sensitivity import stored_bytes
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PACKED = ("fp8", "int4:g64", "nvfp4", "int3:g64:asym", "int2:g64:asym", "bp2:g128")
-TEXT = "int4:g64"
+TEXT, MODULATION = "int4:g64", "int8"
 VIDEO = (
     "THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b", "hunyuanvideo-community/HunyuanVideo", "Lightricks/LTX-Video",
     "genmo/mochi-1-preview", "black-forest-labs/FLUX.1-dev",
@@ -67,37 +68,48 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the config of the transformer.
 
     Returns:
-        `parameters`, `share` of the parameters that are quantised, `exact` bytes, `formats`: text of the format ->
-        bytes, and `text`: bytes where the layers of the text have the format `TEXT` too.
+        `parameters`, `share` of the parameters that are quantised, `modulation`: that of the modulation in the blocks,
+        `exact` bytes, `formats`: text of the format -> bytes, `text`: bytes where the layers of the text have the
+        format `TEXT` too, `smaller`: bytes with the format `TEXT` and modulation in the format `MODULATION`, and
+        `smallest`: bytes with both.
     """
     model = empty_transformer(config)
     exact, linears = exact_bytes(model), find_linears(model)
+    every = find_linears(model, roles=("attention", "feed_forward", "modulation"))
     chosen = layers_of(model, QuantSpec(weight="fp8"))
 
-    def packed(names: Iterable[str], text: str) -> int:
-        """Return the bytes of the model with some layers in a format."""
-        new = sum(stored_bytes(name, linears[name], LayerSpec(weight=format_of(text))) for name in names)
-        return sum(exact.values()) - sum(exact[f"{name}.weight"] for name in names) + new
+    modulation = {name: each for name, each in every.items() if role_of(name) == "modulation"}
 
+    def saved(names: Iterable[str], text: str) -> int:
+        """Return the bytes that some layers in a format save."""
+        spec = LayerSpec(weight=format_of(text))
+        return sum(exact[f"{name}.weight"] - stored_bytes(name, every[name], spec) for name in names)
+
+    whole, less = sum(exact.values()), saved(modulation, MODULATION)
     count = sum(each.numel() for each in model.parameters())
     return {
         "parameters": count,
         "share": sum(linears[name].weight.numel() for name in chosen) / count,
-        "exact": sum(exact.values()),
-        "formats": {text: packed(chosen, text) for text in PACKED},
-        "text": packed(linears, TEXT),
+        "modulation": sum(each.weight.numel() for each in modulation.values()) / count,
+        "exact": whole,
+        "formats": {text: whole - saved(chosen, text) for text in PACKED},
+        "text": whole - saved(linears, TEXT),
+        "smaller": whole - saved(chosen, TEXT) - less,
+        "smallest": whole - saved(linears, TEXT) - less,
     }
 
 
 def memory() -> Iterator[str]:
     """Yield the lines of the table of models."""
-    heads = [*(f"`{text}`" for text in PACKED), f"`{TEXT}`, text too"]
-    yield f"| Transformer | parameters | quantised | bfloat16 | {' | '.join(heads)} |"
-    yield "|---" * (len(heads) + 4) + "|"
+    both = f"`{TEXT}`, modulation `{MODULATION}`"
+    heads = [*(f"`{text}`" for text in PACKED), both, f"{both}, text `{TEXT}`"]
+    yield f"| Transformer | parameters | quantised | modulation | bfloat16 | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 5) + "|"
     for name, config in configs().items():
         found = sizes(config)
-        cells = [f"{found['parameters'] / 1e9:.2f} B", f"{found['share']:.0%}"]
-        cells += [f"{size / 1e9:.2f}" for size in (found["exact"], *found["formats"].values(), found["text"])]
+        cells = [f"{found['parameters'] / 1e9:.2f} B", f"{found['share']:.0%}", f"{found['modulation']:.0%}"]
+        bytes_of = (found["exact"], *found["formats"].values(), found["smaller"], found["smallest"])
+        cells += [f"{size / 1e9:.2f}" for size in bytes_of]
         yield f"| {name} | {' | '.join(cells)} |"
 
 
@@ -142,7 +154,10 @@ def parts(name: str) -> Iterator[str]:
 def pages() -> dict[Path, dict[str, Iterator[str]]]:
     """Return page -> name of a table -> its lines."""
     return {
-        DOCS / "quantization.md": {"memory": memory()},
+        DOCS / "quantization.md": {
+            "memory": memory(),
+            "modulation": quant_modulation.table(read_result("quant_modulation")),
+        },
         DOCS / "quantization_recipes.md": {"folds": folds()},
         DOCS / "quantization_formats.md": {
             "formats": formats(),

@@ -61,6 +61,14 @@ Override = Annotated[
         r" '.*ffn\.net\.2 act=int8:token weight=none' in quotes; can be repeated.",
     ),
 ]
+Modulation = Annotated[
+    str,
+    typer.Option(
+        "--modulation",
+        help="Format of the weights of the layers that compute scales and shifts from the timestep, such as int8; none"
+        " keeps them exact. They are a quarter of HunyuanVideo, Mochi and FLUX.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -167,6 +175,7 @@ def convert_quant(
     rotate: Rotate = 0,
     rank: Rank = 0,
     override: Override = None,
+    modulation: Modulation = "none",
     prompts: Prompts = None,
     prompt: Prompt = None,
     points: Points = None,
@@ -185,7 +194,7 @@ def convert_quant(
     from postgen.compat import quiet_libraries
     from postgen.families.loading import check_device, inspect_model, load_pipeline
 
-    spec = _spec(weight, act, rotate, rank, override or ())
+    spec = _spec(override or (), weight=weight, act=act, modulation=modulation, rotate=rotate, rank=rank)
     given = {
         **{"points": points, "num_inference_steps": steps, "guidance_scale": guidance_scale},
         **{"num_frames": frames, "height": height, "width": width, "train_steps": train_steps, "run": run},
@@ -209,8 +218,8 @@ def convert_quant(
     typer.echo(f"{output}: a quantised model for generate and compare, and as student for the training method quant")
 
 
-def _spec(weight: str, act: str, rotate: int, rank: int, overrides: Sequence[str]) -> QuantSpec:
-    """Return the spec that the options describe.
+def _spec(overrides: Sequence[str], **options: Any) -> QuantSpec:
+    """Return the spec that the options describe, each named like its field.
 
     Raises:
         UserError: a format or value is wrong, or an override is not a pattern with keys.
@@ -228,9 +237,8 @@ def _spec(weight: str, act: str, rotate: int, rank: int, overrides: Sequence[str
         if pattern in exceptions or len(said) < len(words):
             raise UserError(f"--override {shown(text)}: a pattern or a key is given twice, give each of them once")
         exceptions[pattern] = {key: _value(key, value) for key, value in said.items()}
-    return QuantSpec(
-        weight=_value("weight", weight), act=_value("act", act), rotate=rotate, rank=rank, overrides=exceptions
-    )
+    values: dict[str, Any] = {key: None if value == "none" else value for key, value in options.items()}
+    return QuantSpec(overrides=exceptions, **values)
 
 
 def _value(key: str, text: str) -> Any:
@@ -309,7 +317,7 @@ def _check_layers(facts: ModelFacts, job: _Job, place: str, *, simulate: bool) -
     from postgen.families.empty import empty_transformer, transformer_configs
     from postgen.families.linear import find_linears
     from postgen.quant.formats import format_of
-    from postgen.quant.layers import layers_of
+    from postgen.quant.layers import layers_of, modulation_of
     from postgen.quant.products import mode_for
     from postgen.quant.recipes import check_recipe
     from postgen.quant.stages import recipe_of
@@ -324,6 +332,7 @@ def _check_layers(facts: ModelFacts, job: _Job, place: str, *, simulate: bool) -
         empty = empty_transformer(config)
         linears = find_linears(empty)
         layers = layers_of(empty, job.spec)
+        modulation_of(empty, job.spec)
         check_recipe(recipe_of(job.recipe), layers, named=job.recipe)
         for layer, each in layers.items():
             shape = linears[layer].out_features, linears[layer].in_features

@@ -7,13 +7,13 @@ uses only for models of its own, tells which: `add_adapter` of a guarded model w
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from postgen.errors import UserError
+from postgen.families.own_methods import OwnMethod
 
 FIELD = "auto_mapping"
 """The field of `peft.LoraConfig`, an object with the mark."""
@@ -72,24 +72,16 @@ def _write(config: Any, mark: str) -> None:
     setattr(config, FIELD, {_KEY: mark})
 
 
-class _Method:
-    """A method of one model. It does not keep the model alive, and a copy of the model gets its own."""
-
-    def __init__(self, model: nn.Module, change: Change, mark: Mark) -> None:
-        self._model, self.change, self.mark = weakref.ref(model), change, mark
-
+class _Method(OwnMethod):
     @property
-    def model(self) -> Any:
-        found = self._model()
-        assert found is not None, "the model of this method is gone"
+    def change(self) -> Change:
+        found: Change = self.values[0]
         return found
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
-        model = self.model
-        return type(self)(memo.get(id(model), model), self.change, self.mark)
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.model, self.change, self.mark)
+    @property
+    def mark(self) -> Mark:
+        found: Mark = self.values[1]
+        return found
 
 
 class _Load(_Method):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from postgen.families.installed import inner_model
 from postgen.families.linear import forget_replaced, record_replaced
 from postgen.families.own_format import erase_note
 from postgen.families.quantizer import Quantizer, register_quantizer
+from postgen.quant.guards import guard_quantized_, unguard_
 from postgen.quant.layers import note_shared_inputs_, quantized_layers
 from postgen.quant.linear import OWN_TENSORS, QLinear
 from postgen.quant.model import OWNER, bare_linear, quantize_weights
@@ -34,6 +36,9 @@ from postgen.quant.step_bins import StepBins
 from postgen.quant.stored import groups_of, put_layers_
 from postgen.quant.transforms.gains import gained_blocks, is_fold_buffer, prepare_gains_
 from postgen.quant.transforms.lora import guard_folds_
+
+FIELDS = tuple(each.name for each in fields(QuantSpec))
+"""Arguments of a `PostgenQuantConfig` that are those of a `QuantSpec`."""
 
 
 class Method(enum.StrEnum):
@@ -52,6 +57,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         rotate: int = 0,
         rank: int = 0,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        modulation: str | None = None,
         layers: Sequence[Mapping[str, Any]] | None = None,
         gains: Sequence[str] = (),
         step_bins: Sequence[float] | None = None,
@@ -61,8 +67,8 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         """Choose what to quantise.
 
         Args:
-            weight, act, rotate, rank, overrides: as in `QuantSpec`. A model that is not quantised is rounded to
-                nearest, without data.
+            weight, act, rotate, rank, overrides, modulation: as in `QuantSpec`. A model that is not quantised is
+                rounded to nearest, without data.
             layers: the quantised layers of a saved model, see `stored.groups_of`.
             gains: blocks of a saved model that were folded (`transforms`).
             step_bins: edges of the bins of the noise level by which layers of a saved model clip their inputs.
@@ -72,7 +78,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
             UserError: a value is wrong, or an argument is unknown.
         """
         if others:
-            known = ("weight", "act", "rotate", "rank", "overrides")
+            known = FIELDS
             name = next(iter(others))
             raise UserError(
                 f"PostgenQuantConfig has no argument {shown(name)}.{did_you_mean(name, known)} Arguments:"
@@ -83,7 +89,7 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         _check_types(overrides, layers, gains, step_bins)
         self.quant_method = Method.POSTGEN  # type: ignore[assignment]
         self.weight, self.act, self.rotate, self.rank = weight, act, rotate, rank
-        self.overrides = dict(overrides or {})
+        self.overrides, self.modulation = dict(overrides or {}), modulation
         self.layers = None if layers is None else list(layers)
         self.gains = list(gains)
         self.step_bins = None if step_bins is None else list(step_bins)
@@ -97,12 +103,12 @@ class PostgenQuantConfig(QuantizationConfigMixin):
         Raises:
             UserError: a value is wrong.
         """
-        words = {name: getattr(self, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
+        words = {name: getattr(self, name) for name in FIELDS}
         return QuantSpec(**words)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON values."""
-        found = {name: getattr(self, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
+        found = {name: getattr(self, name) for name in FIELDS}
         if self.layers is not None:
             found |= {"layers": self.layers, "gains": self.gains, "step_bins": self.step_bins}
         return {"quant_method": self.quant_method.value, **found}
@@ -154,6 +160,7 @@ class PostgenQuantizer(Quantizer):
             bins.attach(model)
         note_shared_inputs_(model)
         record_replaced(model, layers, owner=OWNER)
+        guard_quantized_(model)
 
     def owns(self, model: Any, name: str) -> bool:
         """Return whether a tensor belongs to a quantised layer."""
@@ -200,6 +207,7 @@ class PostgenQuantizer(Quantizer):
         for name, layer in [(name, each) for name, each in model.named_modules() if isinstance(each, QLinear)]:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _exact(layer, dtype))
+        unguard_(model)
         forget_replaced(model, owner=OWNER)
         erase_note(model)
 
@@ -255,7 +263,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     before = config_of(inner)
     words = {} if spec is None else spec.to_dict()
     if spec is None and before is not None:
-        words = {name: getattr(before, name) for name in ("weight", "act", "rotate", "rank", "overrides")}
+        words = {name: getattr(before, name) for name in FIELDS}
     note_shared_inputs_(inner)
     bins = _attached_bins(inner, layers)
     config = PostgenQuantConfig(
@@ -264,6 +272,7 @@ def mark_quantized(model: nn.Module, spec: QuantSpec | None = None) -> None:
     inner.hf_quantizer = PostgenQuantizer(config)
     inner.is_quantized, inner.quantization_method = True, config.quant_method
     inner.register_to_config(quantization_config=config)
+    guard_quantized_(inner)
 
 
 def config_of(model: nn.Module) -> PostgenQuantConfig | None:

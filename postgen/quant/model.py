@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families.installed import inner_model
 from postgen.families.linear import replace_linears
-from postgen.quant.layers import layers_of, quantized_layers
+from postgen.quant.layers import layers_of, modulation_of, quantized_layers
 from postgen.quant.linear import QLinear
 from postgen.quant.report import LayerReport, QuantReport, tensor_bytes
 from postgen.quant.rotation import rotated
@@ -117,24 +117,28 @@ def replace_with(model: nn.Module, spec: QuantSpec, make: Make, *, progress: boo
     Args:
         model: a transformer, which may be wrapped (peft, compiled).
         spec: what to quantise.
-        make: returns the quantised layer of a linear layer, on the same device.
+        make: returns the quantised layer of a linear layer, on the same device. Layers of modulation are rounded to
+            nearest in its place.
         progress: whether to show a progress bar.
 
     Raises:
         UserError: as in `quantize_weights`.
     """
     check_exact(model)
-    layers, before = layers_of(model, spec), tensor_bytes(model)
+    layers, modulation, before = layers_of(model, spec), modulation_of(model, spec), tensor_bytes(model)
     reports: dict[str, LayerReport] = {}
 
     def replacement(name: str, linear: nn.Linear) -> nn.Module:
-        new = make(name, linear, layers[name])
+        if name in modulation:  # only now, because folds of a recipe have changed these weights
+            new = quantized_layer(name, linear, modulation[name])
+        else:
+            new = make(name, linear, layers[name])
         reports[name] = LayerReport.of(linear, new)
         bar.step()
         return new
 
-    pattern = "|".join(map(re.escape, layers))
-    bar = Progress(step=0, max_steps=len(layers), shown=progress, name="quantise layers")
+    pattern = "|".join(map(re.escape, (*layers, *modulation)))
+    bar = Progress(step=0, max_steps=len(layers) + len(modulation), shown=progress, name="quantise layers")
     try:
         replace_linears(model, replacement, owner=OWNER, pattern=pattern, originals="dropped")
     finally:

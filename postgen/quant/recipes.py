@@ -26,7 +26,7 @@ from postgen.quant.engine import Bins, BlocksResult, BlockwiseRun
 from postgen.quant.fdda import StatPenalty, correct_
 from postgen.quant.formats import Format
 from postgen.quant.grids import IntGrid
-from postgen.quant.layers import layers_of
+from postgen.quant.layers import layers_of, modulation_of
 from postgen.quant.linear import QLinear
 from postgen.quant.model import check_exact, quantize_weights, replace_with
 from postgen.quant.report import QuantReport
@@ -88,6 +88,7 @@ def quantize(
     model, chosen = the_transformer(target), recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
     check_exact(model)
     layers = layers_of(model, spec)
+    modulation_of(model, spec)  # these layers are rounded at the end, and a wrong format is told now
     check_recipe(chosen, layers, named=recipe if isinstance(recipe, str) else "")
     if calibration is not None:
         _check_calibration(calibration, model)
@@ -175,7 +176,10 @@ def _check_stage(stage: Stage, spec: LayerSpec, recipe: Recipe) -> None:
         check_solver(stage.solver, format, recipe.options, hessian=True)
     if stage.by_channel and (spec.act is None or not isinstance(spec.act.grid, IntGrid)):
         said = "None" if spec.act is None else spec.act.text
-        raise UserError(f"its first pass quantises inputs per channel, so act must be an integer format, not {said}")
+        raise UserError(
+            f"it quantises inputs with a zero point for each channel, so act must be an integer format such as"
+            f" int8:token, not {said}: set act, or use the recipe omniquant"
+        )
     if stage.ranges != "minmax" and format is not None and not stage.exact_weights:
         _check_ranges(stage, format)
 

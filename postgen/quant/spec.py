@@ -51,6 +51,10 @@ class QuantSpec:
     expression that matches decides. {"weight": None, "act": None} keeps a layer exact. An expression that matches only
     layers of attention and feed-forward networks that stay exact by default, such as the keys and values of the text,
     quantises them."""
+    modulation: str | None = None
+    """Format of the weights of the layers in the blocks that compute scales, shifts and gates from the timestep, such
+    as int8; None keeps them exact. They are rounded to nearest, and their inputs stay exact. Of `overrides`, only one
+    whose weight is None applies to them."""
 
     def __post_init__(self) -> None:
         self._check({name: getattr(self, name) for name in KEYS}, "")
@@ -74,7 +78,9 @@ class QuantSpec:
                 )
         if self.rank and not any(each is not None for each in (self.weight, *self._other("weight"))):
             raise UserError(f"rank is {self.rank}, but all weights are exact, so no branch has a use: leave rank out")
-        if all(self.layer(name).exact for name in ("", *self.overrides)) and not self.overrides:
+        if self.modulation is not None:
+            format_of(self.modulation)
+        if self.layer("").exact and not self.overrides and self.modulation is None:
             raise UserError("weight and act are both None, so nothing is quantised: set one of them")
 
     def layer(self, name: str) -> LayerSpec:
@@ -86,6 +92,12 @@ class QuantSpec:
                 break
         formats = {key: None if said[key] is None else format_of(said[key]) for key in ("weight", "act")}
         return LayerSpec(**formats, rotate=said["rotate"], rank=said["rank"])
+
+    def modulation_layer(self, name: str) -> LayerSpec:
+        """Return how the layer of modulation with this full name is quantised."""
+        said = next((other for pattern, other in self.overrides.items() if re.fullmatch(pattern, name)), {})
+        exact = self.modulation is None or said.get("weight", "") is None
+        return LayerSpec(weight=None if exact or self.modulation is None else format_of(self.modulation))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from postgen.quant.spec import QuantSpec
@@ -38,6 +38,10 @@ class QuantizationConfig(Part):
     overrides: dict[str, Any] = field(default_factory=dict)
     """Exceptions: a regular expression for the full name of a layer -> other values of the four keys above."""
 
+    modulation: str | None = None
+    """Format of the weights of the layers that compute scales, shifts and gates, such as int8; None keeps them
+    exact."""
+
     solver: Literal["rtn", "ls"] = "rtn"
     """How the codes are computed from the exact weights, without data. rtn: round to nearest; ls: least squares."""
 
@@ -48,9 +52,7 @@ class QuantizationConfig(Part):
         Raises:
             UserError: a value that `QuantSpec` refuses.
         """
-        return QuantSpec(
-            weight=self.weight, act=self.act, rotate=self.rotate, rank=self.rank, overrides=self.overrides
-        )
+        return QuantSpec(**{each.name: getattr(self, each.name) for each in fields(QuantSpec)})
 
 
 @dataclass(kw_only=True)
@@ -95,7 +97,7 @@ class QuantTrainingConfig(DistillationConfig, QuantizationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student:
-            for name in ("weight", "act", "rotate", "rank", "overrides"):
+            for name in (each.name for each in fields(QuantSpec)):
                 self.require(not getattr(self, name), name, "left out with student, which is quantised already")
             self.require(self.solver == "rtn", "solver", "left out with student, which has its codes")
         else:
@@ -117,4 +119,5 @@ class QuantTrainingConfig(DistillationConfig, QuantizationConfig):
         spec = self.spec
         for name in ("", *spec.overrides):
             check_trainable(spec.layer(name).weight, f"overrides[{name!r}]" if name else "the student")
+        check_trainable(spec.modulation_layer("").weight, "modulation")
         self.require(not (self.branch_rank and spec.rank), "branch_rank", "0 with a rank, which is a branch already")

@@ -142,6 +142,7 @@ GENERATE: dict[tuple[str, ...], str] = {
     ): "groups 64 input channels",
     ("convert", "quant", "{wan}", "-o", "out", "--weight", "int4:g8", "--act", "bp2"): "bit planes are for weights",
     ("convert", "quant", "{wan}", "-o", "out", "--recipe", "gtpq"): "Did you mean 'gptq'",
+    ("convert", "quant", "{wan}", "-o", "out", "--weight", "int4:g8", "--modulation", "int8"): "layers of modulation",
     ("convert", "quant", "{wan}", "-o", "out", "--recipe", "gptq"): "--recipe gptq calibrates on prompts",
     ("convert", "quant", "{wan}", "-o", "out", "--weight", "int4:g8", "--prompt", "a"): "--prompt can only be used",
     ("convert", "quant", "{wan}", "-o", "out", "--weight", "int4:g8", "--override", "ffn"): "then keys with values",

@@ -37,6 +37,20 @@ def test_errors_times_the_factor_give_back_the_group(planes):
         last = float(found.errors.square().sum())
 
 
+@pytest.mark.parametrize(("text", "error"), [("bp2:g128", 0.0177069), ("bp3", 0.00269899), ("bp4", 0.000681443)])
+def test_rows_that_no_longer_change_are_left_out_without_loss(text, error):
+    # These are the errors with all rounds for all rows, and the nearest levels by comparison with every level.
+    found = solve(WEIGHT, format_of(text), "bpdq", HESSIAN)
+    assert float(HESSIAN.error(WEIGHT, found.numbers())) == pytest.approx(error, rel=1e-4)
+
+
+def test_rows_do_not_influence_each_other():
+    group, upper = WEIGHT[:, :64], HESSIAN.upper[:64, :64]
+    together, alone = solve_group(group, upper, 2, 10), solve_group(group[3:4], upper, 2, 10)
+    assert torch.equal(together.patterns[3:4], alone.patterns)
+    torch.testing.assert_close(together.errors[3:4], alone.errors)
+
+
 def test_coefficients_are_those_of_least_squares():
     patterns = torch.randint(0, 8, (16, 64), generator=torch.Generator().manual_seed(0)).float()
     columns = design(patterns, 3)

@@ -132,5 +132,5 @@ def test_what_cannot_merge_changes_nothing():
     with pytest.raises(UserError, match=r"the adapter of .* cannot be merged: it has a bias, and the layer has none"):
         merge_lora_(model)
     assert torch.equal(predicted(model), expected)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="a LoRA cannot be added to them"):
         model.fuse_lora()

@@ -51,6 +51,16 @@ class GroupSolution:
     errors: Tensor
     """E (N, G), with E U = W - Q."""
 
+    def rows(self, which: Tensor | slice) -> GroupSolution:
+        """Return a copy of some rows."""
+        found = self.patterns[which], self.coefficients[which], self.errors[which]
+        return GroupSolution(patterns=found[0].clone(), coefficients=found[1].clone(), errors=found[2].clone())
+
+    def put_(self, which: Tensor, other: GroupSolution) -> None:
+        """Replace some rows by those of another solution."""
+        self.patterns[which], self.coefficients[which] = other.patterns, other.coefficients
+        self.errors[which] = other.errors
+
 
 def bpdq(weight: Tensor, format: Format, hessian: Hessian, options: BpdqOptions) -> Quantized:
     """Quantise a weight to bit planes so that the squared error of the layer's output is small.
@@ -89,21 +99,34 @@ def solve_group(exact: Tensor, upper: Tensor, planes: int, steps: int) -> GroupS
     """
     eye = torch.eye(len(upper), dtype=torch.float64, device=upper.device)
     whitener = torch.linalg.solve_triangular(upper.double(), eye, upper=True).float()
-    best = now = _refitted(first_patterns(exact, planes), exact, whitener, planes)
+    now = _refitted(first_patterns(exact, planes), exact, whitener, planes)
+    best, left = now.rows(slice(None)), torch.arange(len(exact), device=exact.device)
     for _ in range(steps):
-        levels = levels_of(now.coefficients)
-        patterns = torch.empty_like(exact)
-
-        def nearest(place: int, columns: Tensor, levels: Tensor = levels, patterns: Tensor = patterns) -> Tensor:
-            index = (columns[:, place, None] - levels).abs().argmin(1, keepdim=True)
-            patterns[:, place] = index[:, 0]
-            return levels.gather(1, index)[:, 0]
-
-        _, errors = sweep(exact, upper, nearest)
-        swept = GroupSolution(patterns=patterns, coefficients=now.coefficients, errors=errors)
-        now = _better(_refitted(patterns, exact, whitener, planes), swept)
-        best = _better(now, best)
+        swept = _swept(now.coefficients, exact, upper)
+        new = _better(_refitted(swept.patterns, exact, whitener, planes), swept)
+        best.put_(left, _better(new, best.rows(left)))
+        # A row that a round does not change stays as it is in all later rounds, because rows do not influence each
+        # other. With groups of 64 channels, this is the case for half of the rows after three rounds.
+        moves = (new.patterns != now.patterns).any(1) | (new.coefficients != now.coefficients).any(1)
+        left, exact, now = left[moves], exact[moves], new.rows(moves)
+        if not len(left):
+            break
     return best
+
+
+def _swept(coefficients: Tensor, exact: Tensor, upper: Tensor) -> GroupSolution:
+    """Return the patterns of the columns in turn, each the nearest level after the compensation of those before."""
+    levels, patterns = levels_of(coefficients).sort(1)
+    ends = (levels[:, 1:] + levels[:, :-1]) / 2
+    found = torch.empty(exact.shape, dtype=torch.long, device=exact.device)
+
+    def nearest(place: int, columns: Tensor) -> Tensor:
+        index = torch.searchsorted(ends, columns[:, place, None].contiguous())
+        found[:, place] = index[:, 0]
+        return levels.gather(1, index)[:, 0]
+
+    _, errors = sweep(exact, upper, nearest)
+    return GroupSolution(patterns=patterns.gather(1, found).to(exact.dtype), coefficients=coefficients, errors=errors)
 
 
 def _refitted(patterns: Tensor, exact: Tensor, whitener: Tensor, planes: int) -> GroupSolution:

@@ -35,12 +35,14 @@ def sweep(exact: Tensor, upper: Tensor, rounded: Rounded) -> tuple[Tensor, Tenso
     Returns:
         The rounded columns Q (N, C) and the errors E (N, C), with E U = exact - Q.
     """
-    now, numbers, errors = exact.clone(), torch.empty_like(exact), torch.empty_like(exact)
-    for place in range(exact.shape[1]):
-        numbers[:, place] = rounded(place, now)
-        errors[:, place] = (now[:, place] - numbers[:, place]) / upper[place, place]
-        now[:, place + 1 :].addr_(errors[:, place], upper[place, place + 1 :], alpha=-1)
-    return numbers, errors
+    # A column is a row of these tensors, so that its numbers lie side by side in memory.
+    now = exact.T.clone(memory_format=torch.contiguous_format)
+    numbers, errors = torch.empty_like(now), torch.empty_like(now)
+    for place in range(len(now)):
+        numbers[place] = rounded(place, now.T)
+        errors[place] = (now[place] - numbers[place]) / upper[place, place]
+        now[place + 1 :].addr_(upper[place, place + 1 :], errors[place], alpha=-1)
+    return numbers.T.contiguous(), errors.T.contiguous()
 
 
 def ordering(hessian: Hessian, order: Order, group: int) -> Tensor:

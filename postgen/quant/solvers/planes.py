@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postgen.kernels.fp8 import SMALLEST_SCALE
 
@@ -13,8 +13,10 @@ RIDGE = 1e-4
 
 def design(values: Tensor, planes: int) -> Tensor:
     """Return the columns 1, B_1, ..., B_k of patterns (..., G) as (..., G, k + 1), float32."""
-    bits: Tensor = (values.long()[..., None] >> torch.arange(planes, device=values.device)) & 1
-    return torch.cat([torch.ones_like(values, dtype=torch.float32)[..., None], bits.float()], -1)
+    every = torch.arange(1 << planes, device=values.device)[:, None]
+    bits = (every >> torch.arange(planes, device=values.device)) & 1
+    rows = torch.cat([torch.ones_like(every), bits], 1).float()
+    return nn.functional.embedding(values.long(), rows)
 
 
 def fitted(columns: Tensor, target: Tensor, ridge: float | Tensor = RIDGE) -> Tensor:
