@@ -176,8 +176,28 @@ def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tm
         unpack(tmp_path, tmp_path / "no")
     (small.parent / "large").mkdir()
     (small.parent / "large" / "model_index.json").write_bytes(b" " * (LARGEST + 1))
-    with pytest.raises(UserError, match="a part can hold only"):
+    with pytest.raises(UserError, match=r"model_index\.json \(15,728,641 bytes\) does not fit into 4 files"):
         pack(small.parent / "large", tmp_path / "no")
+
+
+def test_what_does_not_fit_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is too large does not prevent that all others are saved, and parts of an earlier call go."""
+    out, back = tmp_path / "out", tmp_path / "back"
+    put(out, [row("lit.half.0", "1" * 8)])
+    (out / "jobs" / "lit.half.0.png").write_bytes(bytes(LARGEST + 1))
+    (out / "prompts.jsonl").write_text("{}\n")
+    back.mkdir()
+    (back / "part-1.tar.gz").write_bytes(b"old")
+    assert pack(out, back) == [back / "part-0.tar.gz"] == [*back.iterdir()]
+    assert "not saved: jobs/lit.half.0.png (15,728,641 bytes) does not fit into 4 files" in capsys.readouterr().out
+    unpack(back, tmp_path / "again")
+    assert read_results(tmp_path / "again") == read_results(out)
+    assert not (tmp_path / "again" / "jobs" / "lit.half.0.png").exists()
+    content = (back / "part-0.tar.gz").read_bytes()
+    for damaged in (content[: len(content) // 2], content[:80] + bytes(20) + content[100:], b"no archive"):
+        (back / "part-0.tar.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"part-0\.tar\.gz is damaged"):
+            unpack(back, tmp_path / "no")
 
 
 def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
