@@ -40,6 +40,8 @@ SHARED = "delta_r0_shared"
 DENSEST = 0.35
 """Largest share of all pairs that the shown plan may compute by softmax, including softmax blocks."""
 SEEDS = (0, 1, 2)
+EMBEDDED_MODEL = "embedded"
+"""Name by which jobs get the embedded model as their teacher."""
 MEASURED = 1024
 """Number of prompts of the measurement in the whole experiment."""
 
@@ -309,7 +311,7 @@ def check_settings(out: Path, results: Mapping[str, Mapping[str, Any]], now: Map
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without those that may differ on another machine: the device, and the folder of a teacher."""
     found = {key: value for key, value in settings.items() if key != "device"}
-    if found.get("model", "embedded") != "embedded":
+    if found.get("model", EMBEDDED_MODEL) != EMBEDDED_MODEL:
         found["model"] = "another folder"
     return found
 

@@ -17,7 +17,7 @@ from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, Gate, gate, read_result
 from benchmarks.lit_sections import put_section, section_before
 from benchmarks.lit_tables import table
-from benchmarks.lit_video_arms import ALL_LINEAR, ARMS, MEASURED, TYPES, best_of, read_results
+from benchmarks.lit_video_arms import ALL_LINEAR, ARMS, EMBEDDED_MODEL, MEASURED, TYPES, best_of, read_results
 from benchmarks.lit_video_measure import Measured, compared
 from postgen.errors import UserError
 from postgen.files import replacing
@@ -150,13 +150,19 @@ def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
 
 
 def _check_whole(section: Mapping[str, Any], output: str, *, docs: bool) -> None:
-    arms = {**section["arms"], **section.get("embedded", {}).get("one", {})}
-    least = min(arm["prompts"] for arm in arms.values())
-    if least < MEASURED and (docs or Path(output).suffix != ".json"):
+    if not docs and Path(output).suffix == ".json":
+        return
+    fine, small = section["arms"].values(), section.get("embedded", {}).get("one", {}).values()
+    least = min(arm["prompts"] for arm in (*fine, *small))
+    if least < MEASURED:
         raise UserError(
             f"the results are from a small test ({least:,} prompts, not {MEASURED:,}): write them to a separate file"
             " with -o PATH.json, without --docs"
         )
+    if any(arm["settings"].get("model") == EMBEDDED_MODEL for arm in fine):
+        raise UserError("--out has students of the embedded model: give their folder with --embedded")
+    if any(arm["settings"].get("model", EMBEDDED_MODEL) != EMBEDDED_MODEL for arm in small):
+        raise UserError("--embedded has students of another model: give their folder with --out")
 
 
 def draw(sheets: Mapping[str, Path], folder: Path) -> None:

@@ -98,3 +98,12 @@ def test_reports_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[st
         err = capsys.readouterr().err
         assert said in err
         assert len(err.splitlines()) == 1
+    whole, embedded = tmp_path / "whole", {"model": "embedded"}
+    for each, more, said in (
+        (embedded, ["--out", str(whole)], "--out has students of the embedded model"),
+        (other, ["--out", str(empty), "--embedded", str(whole)], "--embedded has students of another model"),
+    ):
+        put(whole, [row("lit.half.0", "1" * 1024, settings=each)])
+        assert lit_video.main(["--report", "-o", str(tmp_path / "w.json"), "--docs", *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "w.json").exists()
