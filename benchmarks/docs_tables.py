@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ _PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def of_result(result: Mapping[str, Any] | None, makers: Makers) -> dict[str, list[str]]:
     """Return the lines of all tables; without a result (None) each table is the line `NOTHING`."""
     return {name: [NOTHING] if result is None else list(make(result)) for name, make in makers.items()}
+
+
+def lacking(names: Sequence[str]) -> Iterator[str]:
+    """Yield the lines that name what a table lacks, because it has not been measured yet; none if nothing is lacking.
+
+    >>> [*lacking(["lit.1", "lit.2"])], [*lacking([])]
+    (['', 'Not measured yet: `lit.1`, `lit.2`.'], [])
+    """
+    if names:
+        yield from ("", f"{NOTHING[:-1]}: {', '.join(f'`{name}`' for name in names)}.")
 
 
 def filled(text: str, tables: Mapping[str, Iterable[str]]) -> str:

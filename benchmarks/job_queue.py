@@ -15,8 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from postgen.errors import named_error
+from postgen.errors import UserError, check_number, named_error, shown
+from postgen.files import check_place
 from postgen.interrupts import held
+from postgen.locks import FolderLock
 
 _LOOK = 0.2
 """Seconds between two checks of the processes."""
@@ -74,8 +76,30 @@ def wanted(jobs: Mapping[str, Job], goals: Sequence[str]) -> list[Job]:
 
 
 def places_on(gpus: Sequence[str], each: int) -> list[str]:
-    """Return `places` of `run_jobs` for `each` commands at a time on every GPU, or on the CPU if `gpus` is empty."""
+    """Return `places` of `run_jobs` for `each` commands at a time on every GPU, or on the CPU if `gpus` is empty.
+
+    Raises:
+        UserError: `each` is below 1, or `gpus` repeats a number or has one that is not a single number.
+    """
+    check_number("--each", each, 1)
+    if len(set(gpus)) < len(gpus):
+        raise UserError(f"--gpus must not repeat a value, got {' '.join(gpus)}")
+    if odd := [gpu for gpu in gpus if "," in gpu or not gpu.strip()]:
+        raise UserError(
+            f"--gpus got {shown(odd[0])}: separate the numbers by spaces, as in --gpus 0 1, or give none for the CPU"
+        )
     return [gpu for _ in range(each) for gpu in (gpus or [""])]
+
+
+def lock_of(out: Path) -> FolderLock:
+    """Create the folder of an experiment, and return the lock that keeps other commands out of it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    check_place(out, folder=True)
+    out.mkdir(parents=True, exist_ok=True)
+    return FolderLock(out, setting="--out")
 
 
 def run_jobs(

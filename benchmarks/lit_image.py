@@ -27,10 +27,21 @@ from typing import Any
 
 from benchmarks import lit_image_report
 from benchmarks.command import ended
-from benchmarks.job_queue import Job, places_on, run_jobs, wanted
-from benchmarks.lit_image_arms import ARMS, FULL, SHORT, TEACHER, TEACHERS, TINY, TRUTH, YOUNG, all_jobs, names_of
-from benchmarks.lit_image_folder import all_measured, check_folder, lock_of
-from postgen.errors import UserError, check_number, shown
+from benchmarks.job_queue import Job, lock_of, places_on, run_jobs, wanted
+from benchmarks.lit_image_arms import (
+    ALL_ARMS,
+    ARMS,
+    FULL,
+    SEEDS,
+    SHORT,
+    TEACHERS,
+    TINY,
+    TRUTH,
+    all_jobs,
+    names_of,
+)
+from benchmarks.lit_image_folder import all_measured, check_folder
+from postgen.errors import UserError, check_number
 from postgen.files import replacing
 
 
@@ -46,8 +57,7 @@ def train(options: argparse.Namespace) -> dict[str, str]:
     size = TINY if options.tiny else SHORT if options.short else FULL
     if options.no_graphs:
         size = replace(size, teacher={**size.teacher, "cuda_graphs": False})
-    arms = [*(options.arms or [TEACHER, *ARMS, YOUNG])]
-    names = [TRUTH, *names_of(arms, options.seeds)]
+    names = [TRUTH, *names_of(options.arms or ALL_ARMS, options.seeds)]
     jobs = all_jobs(names, options.out, size)
     places = places_on(options.gpus, options.each)
     results = options.results or options.out
@@ -65,17 +75,13 @@ def train(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name, least in (("each", 1), ("threads", 1), ("seconds", 0)):
+    for name, least in (("threads", 1), ("seconds", 0)):
         check_number(f"--{name}", getattr(options, name), least)
     for seed in options.seeds:
         check_number("--seeds", seed, 0, 2**31 - 1)
-    for name in ("gpus", "seeds", "arms"):
+    for name in ("seeds", "arms"):
         if len(set(given := getattr(options, name) or [])) < len(given):
             raise UserError(f"--{name} must not repeat a value, got {' '.join(map(str, given))}")
-    if odd := [gpu for gpu in options.gpus if "," in gpu or not gpu.strip()]:
-        raise UserError(
-            f"--gpus got {shown(odd[0])}: separate the numbers by spaces, as in --gpus 0 1, or give none for the CPU"
-        )
 
 
 def _ordered(jobs: Sequence[Job]) -> list[Job]:
@@ -139,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arms", nargs="+", choices=[*TEACHERS, *ARMS], metavar="ARM", help="arms to run (default: all)"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS], help="seeds of the training")
     parser.add_argument("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
     parser.add_argument("--each", type=int, default=3, help="jobs at the same time on a GPU (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each job (default: 2)")

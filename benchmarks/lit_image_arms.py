@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ SHARE = 5
 """The teacher's number of steps divided by that of a student, and by that of a young teacher."""
 REPEATED = ("lit", "no_conv", "no_distillation", "inherit_none")
 """Students that are trained with every seed, like the teacher. All other runs use only the first seed."""
+SEEDS = (0, 1, 2)
+"""Seeds of the whole experiment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,8 @@ ARMS: dict[str, Arm] = {
 }
 """Students, all trained for the same number of steps."""
 TEACHERS = {TEACHER: "teacher, softmax", YOUNG: "young teacher, a fifth of the steps"}
+ALL_ARMS = (TEACHER, *ARMS, YOUNG)
+"""All arms, in the order in which they are run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +107,7 @@ TINY = Size(
 )
 
 
-def names_of(arms: list[str], seeds: list[int]) -> list[str]:
+def names_of(arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """Return the names ARM.SEED of the runs, those of the first seed first."""
     found = []
     for seed in seeds:

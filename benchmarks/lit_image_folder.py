@@ -12,7 +12,6 @@ from benchmarks.lit_image_arms import ARMS, FULL, TEACHERS, Size, recipe_of
 from postgen.assets import verify
 from postgen.errors import UserError, shown
 from postgen.files import check_place
-from postgen.locks import FolderLock
 from postgen.reading import read_json
 from postgen.tensor_files import opened
 
@@ -24,17 +23,6 @@ _FREE = {
 _MEASURED = {"settings", "device", "versions", "rows", "fd", "fd_draws"}
 """Keys that every measurement has."""
 _OTHER = "choose another --out, or run with the same size as before"
-
-
-def lock_of(out: Path) -> FolderLock:
-    """Create the folder of the experiment, and return the lock that keeps other commands out of it.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    check_place(out, folder=True)
-    out.mkdir(parents=True, exist_ok=True)
-    return FolderLock(out, setting="--out")
 
 
 def check_folder(out: Path, results: Path, names: Iterable[str], size: Size) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import docs_tables
 from benchmarks.gates import RESULTS
-from benchmarks.lit_image_arms import ARMS, TEACHERS
+from benchmarks.lit_image_arms import ALL_ARMS, ARMS, SEEDS, TEACHERS, TRUTH, names_of
 from benchmarks.lit_image_folder import is_whole, read_measures
 from benchmarks.lit_sections import put_section
 from benchmarks.lit_tables import table
@@ -63,6 +63,7 @@ def section_of(measures: Mapping[str, Any]) -> dict[str, Any]:
         "settings": first["settings"],
         "measured_on": {"device": first["device"], "versions": first["versions"]},
         "arms": {name: _arm(name, runs, measures["losses"]) for name, runs in arms.items()},
+        "missing": [name for name in (TRUTH, *names_of(ALL_ARMS, SEEDS)) if name not in measured],
         "while_trained": {
             name: [{"step": row["step"], "all_right": row["eval_all_right"]} for row in rows]
             for name, rows in measures["judged"].items()
@@ -220,6 +221,7 @@ def image_table(result: Mapping[str, Any]) -> Iterator[str]:
         whole = [_cell(arm["fd"], 2), _cell(arm["all_right"], 3), _cell(less, 3, signed=True)]
         rows.append([f"{NAMES[name]} (`{name}`)", str(len(arm["seeds"])), *whole, *shares])
     yield from table(heads, rows)
+    yield from docs_tables.lacking(section["missing"])
     yield from ("", f"![The same classes from the same noise, a row for each arm]({SHEET.relative_to(DOCS)})")
 
 

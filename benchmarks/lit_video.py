@@ -7,7 +7,8 @@
     python -m benchmarks.lit_video --report --embedded runs/lit-embedded --docs
 
 Several jobs (`benchmarks.lit_video_arms`) run at the same time on each GPU; jobs that others need run first. Finished
-jobs are skipped, so a repeated command continues where it stopped. `--seconds` limits the time. `--back FOLDER` saves
+jobs are skipped, so a repeated command continues where it stopped; repeat it until its exit code is 0 (1: a job
+failed, 2: invalid input, 3: jobs are left). `--seconds` limits the time. `--back FOLDER` saves
 the results so far to a few small files, every minute and at the end, and `--unpack FOLDER` restores them. The rules of
 the experiment are in docs/lit_video.md. A small run on a CPU:
 
@@ -24,12 +25,22 @@ from pathlib import Path
 
 from benchmarks import lit_video_report
 from benchmarks.command import ended
-from benchmarks.job_queue import places_on, run_jobs, told
-from benchmarks.lit_video_arms import ARMS, GROUPS, TYPES, jobs_of, read_results, table, winner_of
+from benchmarks.job_queue import lock_of, places_on, run_jobs, told
+from benchmarks.lit_video_arms import (
+    ARMS,
+    GROUPS,
+    TYPES,
+    check_settings,
+    jobs_of,
+    read_jobs,
+    read_results,
+    table,
+    winner_of,
+)
 from benchmarks.lit_video_files import pack, unpack
 from benchmarks.lit_video_job import SIZES, add_options
 from postgen import world
-from postgen.errors import UserError
+from postgen.errors import UserError, check_number
 from postgen.files import replacing
 from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
 
@@ -46,8 +57,14 @@ TINY |= {"size": 32, "frames": 17, "train_prompts": 6}
 
 
 def write_prompts(path: Path, count: int, *, two: bool) -> None:
-    """Write prompts for scenes of the training split, in the plainest wording; an existing file stays."""
+    """Write prompts for scenes of the training split, in the plainest wording; an existing file stays.
+
+    Raises:
+        UserError: the existing file has another number of prompts.
+    """
     if path.is_file():
+        if (there := len(path.read_text(encoding="utf-8").splitlines())) != count:
+            raise UserError(f"{path} has {there:,} prompts, but --train_prompts is {count:,}: choose another --out")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Seeds that the pools of the teacher's training do not use.
@@ -57,18 +74,18 @@ def write_prompts(path: Path, count: int, *, two: bool) -> None:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    """Run the jobs of a group and return the names of the failed ones."""
-    write_prompts(options.out / "prompts.jsonl", options.train_prompts, two=options.two)
-    (options.out / "jobs").mkdir(exist_ok=True)
-    winner = options.winner
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the jobs of a group, and return the exit code.
+
+    Raises:
+        UserError: invalid options, another command that works in the folder, or results with other settings there.
+    """
+    _check_options(options)
+    places = places_on(options.gpus, options.each)
+    winner = "" if options.group in ("teacher", "types") else options.winner
     if winner == "auto":
-        winner = (
-            ""
-            if options.group in ("teacher", "types")
-            else winner_of(read_results(options.winner_from or options.out))
-        )
-        print(f"winner: {winner}", flush=True) if winner else None
+        winner = winner_of(read_results(options.winner_from or options.out), options.types or TYPES)
+        print(f"winner: {winner}", flush=True)
     jobs = jobs_of(options.group, winner, options.out, words)
     if options.types:
         jobs = [job for job in jobs if job.name.count(".") < 2 or {*options.types} & {*job.name.split(".")}]
@@ -77,15 +94,23 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
         if options.back is not None:
             pack(options.out, options.back)
 
-    left = run_jobs(
-        [job.queued() for job in jobs if not job.done],
-        places_on(options.gpus, options.each),
-        seconds=options.seconds,
-        tick=keep,
-        every=EVERY,
-        grace=GRACE,
-    )
-    return told(left)
+    with lock_of(options.out):
+        check_settings(options.out, read_jobs(options.out), vars(options))
+        write_prompts(options.out / "prompts.jsonl", options.train_prompts, two=options.two)
+        (options.out / "jobs").mkdir(exist_ok=True)
+        todo = [job.queued() for job in jobs if not job.done]
+        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
+    return 1 if told(left) else 3 if left else 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    check_number("--seconds", options.seconds, 0)
+    for name in ("max_steps", "batch", "transfer_steps", *SIZES):
+        if getattr(options, name) is not None:
+            check_number(f"--{name}", getattr(options, name), 1)
+    for name in ("prompts", "train_prompts"):
+        check_number(f"--{name}", getattr(options, name), 2)
+    check_number("--transfer_prompts", options.transfer_prompts, 2, options.train_prompts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,7 +149,11 @@ def job_words(options: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run jobs, save or restore results, or write the report."""
+    """Run jobs, save or restore results, or write the report.
+
+    The exit code is 0 if all jobs are finished, 1 if a job failed, 2 after invalid input, and 3 if jobs are left for
+    another call. After a signal it is 130, 143 or 129.
+    """
     options = parser().parse_args(argv)
     return ended("benchmarks.lit_video", lambda: _work(options))
 
@@ -150,7 +179,7 @@ def _work(options: argparse.Namespace) -> int:
             f"nothing to do: give one of --group ({', '.join(GROUPS)}), --report, --table, --pack or --unpack"
         )
     else:
-        return 1 if run(options, job_words(options)) else 0
+        return run(options, job_words(options))
     return 0
 
 

@@ -8,9 +8,8 @@ of students. `s1.TYPE.SEED` trains layers of one type in every block by attentio
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from typing import Any
 from benchmarks import job_queue
 from benchmarks.lit_models import KINDS, THREE_QUARTERS, density
 from benchmarks.lit_models import PLANS as TIMED
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.families import Grid
 from postgen.lit import CostTable, LitConfig, Scores, plan
 from postgen.lit.layers.anchor import Anchor
 from postgen.lit.layers.base import LitLayer
 from postgen.lit.layers.chunk import Chunk
+from postgen.reading import read_json
 
 TYPES = {
     "lit": "lit",
@@ -40,6 +40,10 @@ SHARED = "delta_r0_shared"
 DENSEST = 0.35
 """Largest share of all pairs that the shown plan may compute by softmax, including softmax blocks."""
 SEEDS = (0, 1, 2)
+EMBEDDED_MODEL = "embedded"
+"""Name by which jobs get the embedded model as their teacher."""
+MEASURED = 1024
+"""Number of prompts of the measurement in the whole experiment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,15 +227,12 @@ def timed_plan(kind: str, share: float) -> str | None:
     return next((each.name for each in TIMED if (each.kind, each.where) == (TYPES.get(kind), where)), None)
 
 
-def winner_of(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the layer type for the second group. The rule was written down before any run.
+def best_of(results: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the best of the layer types that have been measured so far; None if none of them may win.
 
-    Candidates are the types whose plan of three quarters computes at most the share `DENSEST` of pairs by softmax. The
-    winner has the most right clips at half of the blocks; if several have the same number, the one with the higher
-    PSNR.
-
-    Raises:
-        UserError: no type was measured at half of the blocks.
+    The rule was written down before any run. Candidates are the types whose plan of three quarters computes at most
+    the share `DENSEST` of pairs by softmax. The best one has the most right clips at half of the blocks; if several
+    have the same number, the one with the higher PSNR.
     """
     found = []
     for row in results:
@@ -239,16 +240,80 @@ def winner_of(results: Sequence[Mapping[str, Any]]) -> str:
         dense = 1 - 0.75 * (1 - row["layer_density"])
         if kind in TYPES and (arm, seed) == ("half", "0") and dense <= DENSEST:
             found.append((row["right"].count("1"), row["psnr"]["value"], kind))
-    if not found:
-        raise UserError("no layer type has been measured at half of the blocks: run --group types first")
-    return max(found)[2]
+    return max(found)[2] if found else None
+
+
+def winner_of(results: Sequence[Mapping[str, Any]], types: Iterable[str] = TYPES) -> str:
+    """Return the layer type for the second group, the best one (`best_of`) of all types.
+
+    Args:
+        results: results of students.
+        types: the types that must have been measured.
+
+    Raises:
+        UserError: a type has not been measured at half of the blocks, or none of them may win.
+    """
+    there = {row["job"] for row in results}
+    if missing := [kind for kind in types if f"{kind}.half.0" not in there]:
+        raise UserError(
+            f"{', '.join(missing)} have not been measured at half of the blocks, so the winner is not known: run"
+            " --group types first, or give --winner TYPE"
+        )
+    if (best := best_of(results)) is None:
+        raise UserError(
+            f"no measured type computes at most {DENSEST} of all pairs at three quarters: measure another type, or"
+            " give --winner TYPE"
+        )
+    return best
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """Return the results of the students in a folder."""
-    files = sorted((out / "jobs").glob("*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.stem.count(".") == 2
-            and not file.stem.startswith("s1.")]  # fmt: skip
+    """Return the results of the students in a folder.
+
+    Raises:
+        UserError: a file is damaged, or the results have different settings.
+    """
+    found = read_jobs(out)
+    for row in [*found.values()][:1]:
+        check_settings(out, found, row["settings"])
+    return [row for name, row in found.items() if Job(name=name, out=out).is_student]
+
+
+def read_jobs(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the results of all jobs in a folder by name.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = {}
+    for file in sorted((out / "jobs").glob("*.json")):
+        row = read_json(file, f"{file} cannot be read: remove it and run the job again")
+        if not isinstance(row, dict) or row.get("job") != file.stem or not isinstance(row.get("settings"), dict):
+            raise UserError(f"{file} is not the result of the job {file.stem}: remove it and run the job again")
+        found[file.stem] = row
+    return found
+
+
+def check_settings(out: Path, results: Mapping[str, Mapping[str, Any]], now: Mapping[str, Any]) -> None:
+    """Check that results have the same settings, so that they can be compared.
+
+    Raises:
+        UserError: a result has another setting.
+    """
+    now = _comparable(now)
+    for name, row in results.items():
+        before = _comparable(row["settings"])
+        if changed := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+            told = ", ".join(f"{key}: {shown(before[key])} and {shown(now[key])}" for key in changed)
+            raise UserError(f"{out} has {name} with other settings ({told}): use a folder for each setting")
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that may differ on another machine: the device, and the folder of a teacher."""
+    found = {key: value for key, value in settings.items() if key != "device"}
+    if found.get("model", EMBEDDED_MODEL) != EMBEDDED_MODEL:
+        found["model"] = "another folder"
+    return found
 
 
 def table() -> str:

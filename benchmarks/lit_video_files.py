@@ -6,9 +6,11 @@ everything is packed except its autoencoder, which is that of the embedded model
 
 from __future__ import annotations
 
+import gzip
 import io
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -45,39 +47,46 @@ def pack(folder: Path, back: Path) -> list[Path]:
         The written parts.
 
     Raises:
-        UserError: there is nothing to pack, or a file is larger than a part.
+        UserError: there is nothing to pack, or a file of an export does not fit.
     """
-    return pack_files(kept_files(folder), folder, back)
+    return pack_files(kept_files(folder), folder, back, complete=(folder / "model_index.json").is_file())
 
 
-def pack_files(files: Iterable[Path], folder: Path, back: Path) -> list[Path]:
-    """Write files to `part-N.tar.gz`. Files that do not fit into the parts are left out.
+def pack_files(files: Iterable[Path], folder: Path, back: Path, *, complete: bool = False) -> list[Path]:
+    """Write files to `part-N.tar.gz`, in place of all parts that are there.
 
     Args:
         files: the files, the most important ones first.
         folder: the folder that holds them; their names in the parts are relative to it.
         back: the folder for the parts.
+        complete: whether a file that does not fit is an error. Otherwise it is left out, and its name is printed, so
+            that all other files are kept.
 
     Returns:
         The written parts.
 
     Raises:
-        UserError: there is nothing to pack, or a file is larger than a part.
+        UserError: there is nothing to pack, or with `complete` a file does not fit.
     """
     parts: list[list[tuple[str, bytes]]] = [[]]
-    room = LARGEST
+    room, left_out = LARGEST, []
     for path in files:
         content = path.read_bytes()
         content = content[-TAIL:] if path.suffix == ".log" else content
-        if len(content) > LARGEST:
-            raise UserError(f"{path} has {len(content):,} bytes, but a part can hold only {LARGEST:,}")
-        if len(content) + 1024 > room:
-            if len(parts) == MOST:
-                continue
+        size = len(content) + 1024
+        if size > LARGEST or (size > room and len(parts) == MOST):
+            left_out.append(f"{path.relative_to(folder)} ({len(content):,} bytes)")
+            continue
+        if size > room:
             parts.append([])
             room = LARGEST
         parts[-1].append((path.relative_to(folder).as_posix(), content))
-        room -= len(content) + 1024
+        room -= size
+    if left_out:
+        told = f"{', '.join(left_out)} does not fit into {MOST} files of {LARGEST:,} bytes"
+        if complete:
+            raise UserError(told)
+        print(f"not saved: {told}", flush=True)
     if not parts[0]:
         raise UserError(f"{folder} has no files to pack: give a folder of jobs, or the export of a teacher")
     back.mkdir(parents=True, exist_ok=True)
@@ -90,6 +99,8 @@ def pack_files(files: Iterable[Path], folder: Path, back: Path) -> list[Path]:
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
         written.append(target)
+    for stale in {*back.glob("part-*.tar.gz")} - {*written}:  # it would replace newer files when it is unpacked
+        stale.unlink()
     return written
 
 
@@ -97,13 +108,16 @@ def unpack(back: Path, folder: Path) -> None:
     """Extract the parts in `back` to `folder`; add the autoencoder of the embedded model to a pipeline.
 
     Raises:
-        UserError: `back` has no parts.
+        UserError: `back` has no parts, or one is damaged.
     """
     parts = sorted(back.glob("part-*.tar.gz"))
     if not parts:
         raise UserError(f"there is no part-*.tar.gz in {back}: give a folder that --back wrote")
     for part in parts:
-        with tarfile.open(part) as archive:
-            archive.extractall(folder, filter="data")
+        try:
+            with tarfile.open(part) as archive:
+                archive.extractall(folder, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{part} is damaged ({error}): copy it again, or remove it to do without it") from error
     if (folder / "model_index.json").is_file() and not (folder / "vae").exists():
         shutil.copytree(embedded_model() / "vae", folder / "vae")

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.command import ended
 from benchmarks.embedded_sampling import Defaults, load
 from benchmarks.gates import device
 from benchmarks.lit_video_arms import (
     ARMS,
+    MEASURED,
     Job,
     chosen_blocks,
     conversion,
@@ -64,7 +66,7 @@ class Work:
 
     def __init__(self, job: Job, options: argparse.Namespace) -> None:
         self.job, self.options = job, options
-        self.folder = model_folder(options.model)
+        self.folder = model_folder(options.model).absolute()
         self.how = Defaults.of(self.folder)
         given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
         self.how = dataclasses.replace(self.how, **given)
@@ -111,9 +113,11 @@ class Work:
     def latents_job(self) -> dict[str, Any]:
         """Sample the latents for the training of all students of the folder."""
         seed, run = int(self.job.name.split(".")[1]), self.job.out / "work" / self.job.name
-        whole(self.training(conversion={"layers": "1:lit"}, max_steps=1, output_dir=str(run), seed=seed))
-        self.job.lasting.parent.mkdir(exist_ok=True)
-        (run / "latents").rename(self.job.lasting)
+        if not self.job.lasting.exists():  # otherwise an earlier call was stopped just before it wrote the result
+            resumed = {"output_dir": str(run), "resume_from_checkpoint": "auto"}
+            whole(self.training(conversion={"layers": "1:lit"}, max_steps=1, seed=seed, **resumed))
+            self.job.lasting.parent.mkdir(exist_ok=True)
+            (run / "latents").rename(self.job.lasting)
         return {"latents": len(self.rows)}
 
     def transfer_job(self) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="runs/tiny-wan-fine/export", help="folder of the teacher, or embedded (the embedded model)")
     add("--out", type=Path, default=Path("runs/lit-video"), help="output folder")
-    add("--prompts", type=int, default=1024, help="number of prompts for the measurement (default: 1024)")
+    add("--prompts", type=int, default=MEASURED, help=f"number of prompts for the measurement (default: {MEASURED})")
     add("--two", action="store_true", help="also measure prompts of two bodies")
     add("--max_steps", type=int, default=400, help="steps of stage 2 (default: 400)")
     add("--batch", type=int, default=32, help="clips per step of stage 2 (default: 32)")
@@ -274,10 +278,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help="name of the job")
     add_options(parser)
     options = parser.parse_args(argv)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    Work(Job(name=options.name, out=options.out), options)()
-    return 0
+
+    def work() -> int:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        # Checkpoints contain this path, and another spelling of it would count as another run.
+        Work(Job(name=options.name, out=options.out.absolute()), options)()
+        return 0
+
+    return ended("benchmarks.lit_video_job", work)
 
 
 if __name__ == "__main__":

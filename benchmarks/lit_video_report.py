@@ -15,9 +15,9 @@ from PIL import Image
 
 from benchmarks import docs_tables
 from benchmarks.gates import RESULTS, Gate, gate, read_result
-from benchmarks.lit_sections import put_section
+from benchmarks.lit_sections import put_section, section_before
 from benchmarks.lit_tables import table
-from benchmarks.lit_video_arms import ARMS, TYPES, read_results, winner_of
+from benchmarks.lit_video_arms import ALL_LINEAR, ARMS, EMBEDDED_MODEL, MEASURED, TYPES, best_of, read_results
 from benchmarks.lit_video_measure import Measured, compared
 from postgen.errors import UserError
 from postgen.files import replacing
@@ -33,6 +33,17 @@ PICTURES = {
 SECTION = "video"
 SHOWN = "three_quarters"
 """Arm whose density and motion the gates use."""
+GATES = (
+    "half_linear_drop",
+    "three_quarters_drop",
+    "motion_ratio",
+    "density_of_shown_plan",
+    "embedded_drop",
+    "adapter_mb",
+)
+"""Names of all gates."""
+EMBEDDED = ("half-new", "half")
+"""Arms of the embedded model's two students."""
 _KEPT = ("layers", "share", "layer_density", "plan_density", "timed_as", "adapter_bytes", "device")
 
 
@@ -46,26 +57,33 @@ def arms_of(rows: Sequence[Mapping[str, Any]], group: str = "one") -> dict[str, 
     for name, parts in seeds.items():
         ours, theirs = ([Measured.from_json(row[who][group]) for row in parts] for who in ("measured", "teacher"))
         numbers = compared(ours, theirs) | {key: parts[0][key] for key in _KEPT}
+        numbers["seed_numbers"] = [int(row["job"].rpartition(".")[2]) for row in parts]
         numbers["layers_by_seed"] = [row["layers"] for row in parts]
         numbers["training_seconds"] = [row["training_seconds"] for row in parts]
         found[name] = numbers | {"settings": parts[0]["settings"]}
     return found
 
 
-def section_of(out: Path, embedded: Path | None) -> dict[str, Any]:
+def section_of(out: Path, embedded: Path | None, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the video part of the result, with everything that has been measured so far.
 
+    Args:
+        out: folder of the fine teacher's students; without results, `before` has their numbers.
+        embedded: folder of the embedded model's students; with None, `before` has their numbers.
+        before: the video part of an earlier report.
+
     Raises:
-        UserError: nothing has been measured.
+        UserError: nothing has been measured, or the results of a folder have different settings.
     """
-    rows = read_results(out)
+    rows, there, before = read_results(out), read_results(embedded) if embedded else [], before or {}
     if not rows and embedded is None:
         raise UserError(f"{out} has no results of students: run --group types first")
-    section: dict[str, Any] = {"arms": arms_of(rows)}
-    if any(row["job"].split(".")[1] == "half" for row in rows):
-        section["winner"] = winner_of(rows)
-    if embedded is not None:
-        there = read_results(embedded)
+    if not there and embedded is not None:
+        raise UserError(f"{embedded} has no results of students: run --group embedded first, or --unpack its results")
+    section: dict[str, Any] = {key: before[key] for key in ("arms", "winner", "embedded") if key in before}
+    if rows or "arms" not in section:
+        section |= {"arms": arms_of(rows), "winner": best_of(rows)}
+    if there:
         section["embedded"] = {"one": arms_of(there), "two": arms_of(there, "two")}
     times = [str(row["plan"]) for row in read_result("lit_speed")["rows"] if row.get("part") == "step"]
     for arm in section["arms"].values():
@@ -108,10 +126,18 @@ def shipped(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
-    """Write the video part of the result, and with `docs` also the tables and pictures of the page."""
-    section = section_of(out, embedded)
+    """Write the video part of the result, and with `docs` also the tables and pictures of the page.
+
+    What is in only one of the folders `out` and `embedded` replaces only its own numbers of an earlier report.
+
+    Raises:
+        UserError: see `section_of`; or the results are those of a small test, which must be written to a separate
+            file.
+    """
+    section = section_of(out, embedded, section_before(SECTION, output))
+    _check_whole(section, output, docs=docs)
     found = gates_of(section)
-    print(put_section(SECTION, section, found, output))
+    print(put_section(SECTION, section, found, output, GATES))
     for row in found:
         print(f"{row['name']:24s} {_number(row)} {row['op']} {row['target']:g} {'ok' if row['ok'] else 'MISSED'}")
     if docs:
@@ -121,6 +147,22 @@ def write(out: Path, embedded: Path | None, output: str, *, docs: bool) -> None:
             name = next((name for name, arm in section["embedded"]["one"].items() if arm is shipped(section)), "")
             draw({"lit_embedded": embedded / "jobs" / f"{name}.0.png"}, IMAGES)
         write_page(read_result(output))
+
+
+def _check_whole(section: Mapping[str, Any], output: str, *, docs: bool) -> None:
+    if not docs and Path(output).suffix == ".json":
+        return
+    fine, small = section["arms"].values(), section.get("embedded", {}).get("one", {}).values()
+    least = min(arm["prompts"] for arm in (*fine, *small))
+    if least < MEASURED:
+        raise UserError(
+            f"the results are from a small test ({least:,} prompts, not {MEASURED:,}): write them to a separate file"
+            " with -o PATH.json, without --docs"
+        )
+    if any(arm["settings"].get("model") == EMBEDDED_MODEL for arm in fine):
+        raise UserError("--out has students of the embedded model: give their folder with --embedded")
+    if any(arm["settings"].get("model", EMBEDDED_MODEL) != EMBEDDED_MODEL for arm in small):
+        raise UserError("--embedded has students of another model: give their folder with --out")
 
 
 def draw(sheets: Mapping[str, Path], folder: Path) -> None:
@@ -160,27 +202,32 @@ HEADS = ("seeds", "teacher right", "student right", "drop", "PSNR, dB", "motion"
 
 def types(section: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of layer types at half of the blocks, and of models whose attention is all linear."""
-    rows = [
-        [f"{TYPES[kind]}, {ARMS[arm].what}", *_cells(section["arms"][f"{kind}.{arm}"])]
-        for arm in ("half", "all")
-        for kind in TYPES
-        if f"{kind}.{arm}" in section["arms"]
-    ]
-    yield from table(["layer type", *HEADS], rows) if rows else [docs_tables.NOTHING]
+    wanted = [(kind, arm) for arm in ("half", "all") for kind in (TYPES if arm == "half" else ALL_LINEAR)]
+    there = {(kind, arm): found for kind, arm in wanted if (found := section["arms"].get(f"{kind}.{arm}"))}
+    if not there:
+        yield docs_tables.NOTHING
+        return
+    rows = [[f"{TYPES[kind]}, {ARMS[arm].what}", *_cells(found)] for (kind, arm), found in there.items()]
+    yield from table(["layer type", *HEADS], rows)
+    yield from docs_tables.lacking([f"{kind}.{arm}" for kind, arm in wanted if (kind, arm) not in there])
 
 
 def fractions(section: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of the winner's arms."""
     winner = section.get("winner")
-    names = [name for name in ARMS if name != "all" and f"{winner}.{name}" in section["arms"]]
-    rows = []
-    for name in names:
-        arm = section["arms"][f"{winner}.{name}"]
-        each = ", ".join(f"{value:.3f}" for value in arm["by_seed"])
-        rows.append([ARMS[name].what, *_cells(arm), each, _timed(arm)])
-    yield from (
-        table([TYPES.get(str(winner), ""), *HEADS, "by seed", "timed as"], rows) if rows else [docs_tables.NOTHING]
-    )
+    if winner is None:
+        yield docs_tables.NOTHING
+        return
+    rows, missing = [], []
+    for name in (name for name in ARMS if name != "all"):
+        arm = section["arms"].get(f"{winner}.{name}")
+        there = [] if arm is None else arm["seed_numbers"]
+        missing += [f"{winner}.{name}.{seed}" for seed in ARMS[name].seeds if seed not in there]
+        if arm is not None:
+            each = ", ".join(f"{value:.3f}" for value in arm["by_seed"])
+            rows.append([ARMS[name].what, *_cells(arm), each, _timed(arm)])
+    yield from table([TYPES[winner], *HEADS, "by seed", "timed as"], rows)
+    yield from docs_tables.lacking(missing)
 
 
 def _timed(arm: Mapping[str, Any]) -> str:
@@ -193,7 +240,7 @@ def blocks(section: Mapping[str, Any]) -> Iterator[str]:
     """Yield the table of chosen blocks, by arm and seed."""
     rows = []
     for name, arm in section["arms"].items():
-        for seed, layers in enumerate(arm["layers_by_seed"]):
+        for seed, layers in zip(arm["seed_numbers"], arm["layers_by_seed"], strict=True):
             numbers = ", ".join(str(place) for place, kind in enumerate(layers) if kind != "softmax")
             rows.append([f"`{name}`", str(seed), numbers])
     yield from table(["arm", "seed", "converted blocks"], rows) if rows else [docs_tables.NOTHING]
@@ -212,7 +259,12 @@ def embedded(section: Mapping[str, Any]) -> Iterator[str]:
         for group in ("one", "two")
         for name, arm in found.get(group, {}).items()
     ]
-    yield from table(["student", "prompts", *HEADS, "adapter, MB"], rows) if rows else [docs_tables.NOTHING]
+    if not rows:
+        yield docs_tables.NOTHING
+        return
+    yield from table(["student", "prompts", *HEADS, "adapter, MB"], rows)
+    there = {name.split(".")[1] for name in found["one"]}
+    yield from docs_tables.lacking([arm for arm in EMBEDDED if arm not in there])
 
 
 def gates(section: Mapping[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.job_queue import Job, places_on, run_jobs, told, wanted
+from postgen.errors import UserError
 
 SAVES = "import signal; signal.signal(15, lambda *_: (open(f + '/kept', 'w').close(), os._exit(143))); "
 DEAF = "import signal; signal.signal(15, signal.SIG_IGN); "
@@ -130,6 +131,13 @@ def test_logs_threads_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert kept.log.read_text().endswith("3 None\n")
     assert places_on(["0", "1"], 2) == ["0", "1", "0", "1"]
     assert places_on([], 2) == ["", ""]
+    for gpus, each, said in (
+        (["0"], 0, "--each must be at least 1"),
+        (["0,1"], 1, "separate the numbers by spaces"),
+        (["1", "1"], 1, "--gpus must not repeat a value, got 1 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            places_on(gpus, each)
     assert run_jobs([anew], []) == {"anew": "not begun"}
 
 

@@ -27,12 +27,16 @@ class Gaussian:
         """Fit a Gaussian to features (N, D), with the unbiased covariance.
 
         Raises:
-            UserError: fewer than 2 rows, or a value that is not finite.
+            UserError: fewer than 2 rows, no features, a value that is not finite, or one so large that its square is
+                not.
         """
-        rows = features_ND.double()
-        if rows.dim() != 2 or len(rows) < 2 or not bool(rows.isfinite().all()):
+        rows = features_ND.detach().double()
+        if rows.dim() != 2 or len(rows) < 2 or not rows.shape[1] or not bool(rows.isfinite().all()):
             raise UserError(f"a Gaussian needs at least 2 rows of finite features (N, D), got {tuple(rows.shape)}")
-        return cls(rows.mean(0), rows.T.cov())
+        covariance = rows.T.cov().reshape(2 * rows.shape[1:])  # for one feature, torch returns a scalar
+        if not bool(covariance.isfinite().all()):
+            raise UserError(f"features up to {float(rows.abs().max()):.3g} are too large for a covariance: scale them")
+        return cls(rows.mean(0), covariance)
 
     def root(self) -> Tensor:
         """Return the symmetric square root of the covariance."""
@@ -49,10 +53,16 @@ def frechet_distance(reference: Gaussian, other: Gaussian, *, root: Tensor | Non
         other: the other Gaussian.
         root: `reference.root()`; pass it to avoid recomputing it when many Gaussians are compared with one reference.
 
+    Raises:
+        UserError: different numbers of features.
+
     >>> a = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
     >>> round(frechet_distance(a, Gaussian(torch.ones(2).double(), 4 * torch.eye(2).double())), 6)
     4.0
     """
+    sizes = len(reference.mean_D), len(other.mean_D)
+    if sizes[0] != sizes[1]:
+        raise UserError(f"a Frechet distance needs equal numbers of features, got {sizes[0]} and {sizes[1]}")
     root = reference.root() if root is None else root
     # The product is symmetric, so its eigenvalues are real even with fewer samples than features.
     values = torch.linalg.eigvalsh(root @ other.covariance_DD @ root).clamp_min(0)

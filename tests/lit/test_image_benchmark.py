@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from benchmarks import lit_image, lit_image_measure
 from benchmarks.docs_tables import filled, of_result
 from benchmarks.gates import gate, read_result
+from benchmarks.job_queue import lock_of
 from benchmarks.lit_image_arms import (
     ARMS,
     FULL,
@@ -28,7 +29,7 @@ from benchmarks.lit_image_arms import (
     prepare,
     settings_of,
 )
-from benchmarks.lit_image_folder import check_folder, lock_of
+from benchmarks.lit_image_folder import check_folder
 from benchmarks.lit_image_measure import classes_of, distances
 from benchmarks.lit_image_report import PAGE, TABLES, section_of
 from benchmarks.lit_sections import put_section
@@ -161,6 +162,8 @@ def test_the_report(tmp_path: Path) -> None:
     page = filled(PAGE.read_text(), of_result(result, TABLES))
     assert "| 1, a convolution is enough | no convolution | +4.00 (" in page
     assert "LiT: 2 heads" in page
+    assert "Not measured yet: `truth.0`, `no_distillation.0`, `inherit_none.0`, " in page
+    assert section["missing"][-2:] == ["no_distillation.2", "inherit_none.2"]
     assert not any(math.isnan(arm["all_right"]["value"]) for arm in section["arms"].values())
     assert lit_image.main(["--report", "--results", str(tmp_path / "none")]) == 2
 

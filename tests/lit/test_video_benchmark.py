@@ -12,11 +12,10 @@ import torch
 
 from benchmarks import docs_tables, lit_video, lit_video_report
 from benchmarks.gates import read_result
-from benchmarks.job_queue import wanted
+from benchmarks.job_queue import lock_of, wanted
 from benchmarks.lit_models import KINDS, PLANS
 from benchmarks.lit_sections import put_section
 from benchmarks.lit_video_arms import (
-    ARMS,
     SHARED,
     TYPES,
     Job,
@@ -32,11 +31,11 @@ from benchmarks.lit_video_arms import (
 from benchmarks.lit_video_files import LARGEST, pack, unpack
 from benchmarks.lit_video_job import Work, whole
 from benchmarks.lit_video_job import main as do
-from benchmarks.lit_video_measure import Measured, compared
 from postgen.errors import UserError
 from postgen.families import Grid
 from postgen.lit import CostTable, Scores, apply_adapter, convert, layers_of
 from tests.families.tiny_models import tiny_model
+from tests.lit.video_rows import put, row
 
 GRID = Grid(frames=9, height=12, width=12)
 
@@ -177,44 +176,28 @@ def test_what_is_kept_fits_into_files_and_comes_back(done: Path, small: Path, tm
         unpack(tmp_path, tmp_path / "no")
     (small.parent / "large").mkdir()
     (small.parent / "large" / "model_index.json").write_bytes(b" " * (LARGEST + 1))
-    with pytest.raises(UserError, match="a part can hold only"):
+    with pytest.raises(UserError, match=r"model_index\.json \(15,728,641 bytes\) does not fit into 4 files"):
         pack(small.parent / "large", tmp_path / "no")
 
 
-def measured(right: str, moved: float = 1.0) -> Measured:
-    count = len(right)
-    values = [float(letter) for letter in right]
-    return Measured(
-        right=[letter == "1" for letter in right], score=values, motion=[moved] * count, psnr=[30.0] * count
-    )
-
-
-def test_numbers_are_paired_and_seeds_are_averaged_by_prompt() -> None:
-    teacher = measured("1110")
-    found = compared([measured("1101", 1.5), measured("1100", 0.5)], [teacher, teacher])
-    assert found["by_seed"] == [0.75, 0.5]
-    assert found["drop"]["value"] == pytest.approx(0.75 - 0.625)
-    assert found["motion_ratio"]["value"] == pytest.approx(1)
-    assert found["psnr"]["value"] == 30
-    assert compared([teacher], [measured("1110", 0.0)])["motion_ratio"] is None
-    assert Measured.from_json(teacher.as_json()) == teacher
-
-
-def row(job: str, right: str, **more: Any) -> dict[str, Any]:
-    """Return the result of a student in the form that a job writes."""
-    ours, theirs = measured(right).as_json(), measured("1" * len(right)).as_json()
-    share = ARMS[job.split(".")[1]].share
-    pairs = {"layer_density": 1 / 9, "plan_density": share / 9 + 1 - share, "psnr": {"value": 30.0}}
-    found = {
-        "job": job,
-        "measured": {"one": ours},
-        "teacher": {"one": theirs},
-        "right": right,
-        "share": share,
-        **pairs,
-    }
-    found |= {"layers": ["softmax", "window_delta"], "timed_as": timed_plan(job.split(".")[0], share)}
-    return found | {"adapter_bytes": 2_000_000, "device": "x", "training_seconds": 1.0, "settings": {}, **more}
+def test_what_does_not_fit_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is too large does not prevent that all others are saved, and parts of an earlier call go."""
+    out, back = tmp_path / "out", tmp_path / "back"
+    put(out, [row("lit.half.0", "1" * 8)])
+    (out / "jobs" / "lit.half.0.png").write_bytes(bytes(LARGEST + 1))
+    (out / "prompts.jsonl").write_text("{}\n")
+    back.mkdir()
+    (back / "part-1.tar.gz").write_bytes(b"old")
+    assert pack(out, back) == [back / "part-0.tar.gz"] == [*back.iterdir()]
+    assert "not saved: jobs/lit.half.0.png (15,728,641 bytes) does not fit into 4 files" in capsys.readouterr().out
+    unpack(back, tmp_path / "again")
+    assert read_results(tmp_path / "again") == read_results(out)
+    assert not (tmp_path / "again" / "jobs" / "lit.half.0.png").exists()
+    content = (back / "part-0.tar.gz").read_bytes()
+    for damaged in (content[: len(content) // 2], content[:80] + bytes(20) + content[100:], b"no archive"):
+        (back / "part-0.tar.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"part-0\.tar\.gz is damaged"):
+            unpack(back, tmp_path / "no")
 
 
 def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
@@ -224,15 +207,12 @@ def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
     out, small_out = tmp_path / "out", tmp_path / "embedded"
     rows = [row("delta_r0.half.0", "1" * 64), row("delta_r1.half.0", "1" * 64, layer_density=25 / 81)]
     rows += [row("lit.half.0", "1" * 63 + "0"), row("lit.all.0", "0" * 64)]
-    for folder in (out, small_out):
-        (folder / "jobs").mkdir(parents=True)
-
-    def put(folder: Path, rows: list[dict[str, Any]]) -> None:
-        for each in rows:
-            (folder / "jobs" / f"{each['job']}.json").write_text(json.dumps(each))
-
     put(out, rows)
-    assert winner_of(read_results(out)) == "delta_r0"
+    assert winner_of(read_results(out), ["delta_r0", "delta_r1", "lit"]) == "delta_r0"
+    with pytest.raises(UserError, match="mhla, linear_r0, chunk, anchor have not been measured at half"):
+        winner_of(read_results(out))
+    with pytest.raises(UserError, match=r"no measured type computes at most 0\.35 of all pairs"):
+        winner_of(rows[1:2], ["delta_r1"])
     section = lit_video_report.section_of(out, None)
     assert lit_video_report.gates_of(section) == []
     put(out, [row(f"delta_r0.{arm}.{seed}", "1" * 64) for arm in ("half", "three_quarters") for seed in range(3)])
@@ -259,12 +239,50 @@ def test_gates_are_there_when_all_seeds_are_and_the_page_is_filled(
     assert "window_delta radius 0, every 4th softmax" in text
     assert "](images/lit_video.webp)" in text
     assert docs_tables.NOTHING not in text.partition("## Layer types")[2].partition("## When")[0]
+    assert "Not measured yet: `mhla.half`, `linear_r0.half`, `chunk.half`, `anchor.half`, `mhla.all`." in text
+    assert "Not measured yet: `delta_r0.quarter.0`" in text
     monkeypatch.undo()
     lit_video_report.write_page(None, page)
     assert page.read_text() == lit_video_report.PAGE.read_text() or (lit_video_report.RESULTS / "lit.json").is_file()
     page.write_text(text.replace("table: gates", "table: doors"))
     with pytest.raises(UserError, match="must have types, fractions"):
         lit_video_report.write_page(found, page)
+
+
+def test_stopped_jobs_go_on(done: Path, small: Path) -> None:
+    """A job that was killed after its work and before its result finishes, and has the same result."""
+    options = lit_video.parser().parse_args(["--model", str(small), "--out", str(done), "--device", "cpu"])
+    vars(options).update(lit_video.TINY)
+    drawn, student = done / "drawn" / "latents.0", done / "jobs" / "delta_r0.half.0.json"
+    for work in (lambda: drawn, lambda: drawn.rename(done / "work" / "latents.0" / "latents")):
+        work()
+        (done / "jobs" / "latents.0.json").unlink()
+        assert do(["latents.0", *lit_video.job_words(options)]) == 0
+        assert any(drawn.iterdir())
+    before = json.loads(student.read_text())
+    student.unlink()
+    assert do(["delta_r0.half.0", *lit_video.job_words(options)]) == 0
+    after = json.loads(student.read_text())
+    assert all(after[key] == before[key] for key in ("measured", "layers", "adapter_bytes"))
+
+
+def test_a_folder_of_other_settings(done: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--group", "types", "--types", "delta_r0", "--model", str(small), "--out", str(done), "--tiny", "--gpus"]
+    for more, said in (
+        (["--two"], "with other settings (two: False and True)"),
+        (["--each", "0"], "--each must be at least 1"),
+        (["--seconds", "-1"], "--seconds must be at least 0"),
+        (["--gpus", "0,1"], "separate the numbers by spaces"),
+        (["--gpus", "1", "1"], "--gpus must not repeat a value, got 1 1"),
+        (["--model", "embedded"], "with other settings (model: 'another folder' and 'embedded')"),
+    ):
+        assert lit_video.main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    with lock_of(done):
+        assert lit_video.main(words) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"prompts\.jsonl has 6 prompts, but --train_prompts is 7"):
+        lit_video.write_prompts(done / "prompts.jsonl", 7, two=False)
 
 
 def test_the_page_has_the_arms_and_wrong_words_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +292,7 @@ def test_the_page_has_the_arms_and_wrong_words_are_told(tmp_path: Path, capsys: 
         (["--pack", str(tmp_path)], "--pack needs --back"),
         (["--pack", str(tmp_path / "no"), "--back", str(tmp_path / "b")], "has no files to pack"),
         (["--report", "--out", str(tmp_path)], "has no results of students"),
-        (["--group", "winner", "--out", str(tmp_path), "--tiny", "--gpus"], "no layer type has been measured at half"),
+        (["--group", "winner", "--out", str(tmp_path), "--tiny", "--gpus"], "have not been measured at half"),
     ):
         assert lit_video.main(words) == 2
         assert text in capsys.readouterr().err

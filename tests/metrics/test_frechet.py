@@ -46,6 +46,12 @@ def test_features_of_a_known_gaussian() -> None:
     few = Gaussian.of(x[:4])
     assert 0 < frechet_distance(made, few) < 20
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
-    for wrong in (x[:1], x[0], x[:4] / 0):
+    one = torch.tensor([[0.0], [2.0], [4.0]])  # a single feature, standard deviations 2 and 4
+    assert frechet_distance(Gaussian.of(one), Gaussian.of(2 * one + 1)) == pytest.approx(3**2 + 2**2)
+    with pytest.raises(UserError, match="equal numbers of features, got 6 and 1"):
+        frechet_distance(made, Gaussian.of(one))
+    with pytest.raises(UserError, match=r"features up to 2e\+200 are too large"):
+        Gaussian.of(torch.tensor([[1e200], [2e200]], dtype=torch.float64))
+    for wrong in (x[:1], x[0], x[:4] / 0, x[:, :0]):
         with pytest.raises(UserError, match="at least 2 rows of finite features"):
             Gaussian.of(wrong)
