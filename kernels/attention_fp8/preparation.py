@@ -32,8 +32,9 @@ from postgen.kernels.fp8 import fp8_scale
 _SMALLEST_SCALE = 2.0**-60
 """The smallest scale of queries and of keys. cuDNN multiplies both scales and the factor of the logits in float32. If
 this product underflows, as it would for tensors of zeros, the outputs of cuDNN are NaN."""
-_FURTHEST = 1e4
-"""The largest factor of a channel in `balance`; the smallest factor is its inverse."""
+_FURTHEST = 1e8
+"""The largest factor of a channel in `balance`; the smallest factor is its inverse. Both are far enough from the ends of
+float32 that their quotients with scales are finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +112,11 @@ class Channels(NamedTuple):
 
     def spread(self, centre: Tensor | None) -> Tensor:
         """Return the mean squared distance from the mean of the channel (`centre`), or from 0 for None."""
-        return self.square if centre is None else (self.square - centre.square()).clamp_min(0)
+        if centre is None:
+            return self.square
+        # The difference loses its digits where the mean is large, so the largest distance bounds it or replaces it.
+        most, found = self.reach(centre).square(), (self.square - centre.square()).clamp_min(0)
+        return torch.where(found == 0, most, torch.minimum(found, most))
 
 
 class Change(NamedTuple):
@@ -214,13 +219,16 @@ def planned(query: Channels, key: Channels, value: Channels, preparation: Prepar
 
 
 def _ratio(query: Tensor, key: Tensor) -> Tensor:
-    """Return the factor of the queries in `balance`: the fourth root of key / query, or 1 where either is 0.
+    """Return the factor of the queries in `balance`: the fourth root of key / query, or 1 where both are 0.
+
+    Where only one is 0, the channel adds nothing to any logit. The factor is then the largest or the smallest one, so
+    that the other tensor's numbers in this channel become small and do not cost the other channels precision.
 
     Both are mean squares of the channels, (B, 1, H, D).
     """
     # Take the roots before the quotient, which could overflow in float32.
     ratio = (key.sqrt().sqrt() / query.sqrt().sqrt()).clamp(1 / _FURTHEST, _FURTHEST)
-    return torch.where((query == 0) | (key == 0), torch.ones_like(ratio), ratio)
+    return torch.where((query == 0) & (key == 0), torch.ones_like(ratio), ratio)
 
 
 def wide(x: Tensor) -> torch.dtype:
