@@ -16,6 +16,7 @@ from postgen.families import video_tokens_of
 from postgen.families.attention.dispatch import divert_dispatched, install_attention_tap
 from postgen.families.installed import processor_stack, transformers_of
 from postgen.families.progress import PipelineProgress
+from postgen.families.timesteps import timestep_of
 from postgen.fused.fp8_attention.apply import fp8_attention_for_call, progress_of
 from postgen.fused.fp8_attention.report import FP8AttentionReport, ReportRow
 from postgen.fused.fp8_attention.sdpa import divert_sdpa
@@ -35,6 +36,7 @@ _QUERIES = 256
 _MOST_STEPS = 1000
 _OWN = {
     "prompt": "use the argument prompts of calibrate_fp8_attention",
+    "prompt_embeds": "use the argument prompts of calibrate_fp8_attention, which are texts",
     "num_inference_steps": "use the argument steps of calibrate_fp8_attention",
     "generator": "use the argument seed of calibrate_fp8_attention",
     "fp8_attention": "calibration runs the pipeline with exact attention",
@@ -220,10 +222,9 @@ def _probing(pipe: Any, found: Measurements, progress: PipelineProgress) -> Iter
             tokens, stack = video_tokens_of(model), processor_stack(model)
             arguments: dict[str, Any] = {}
 
-            # The step is computed from the arguments of the transformer's forward, so a hook keeps the latest ones.
+            # The step is computed from the timestep of the transformer's forward, so a hook keeps the latest one.
             def remember(module: Any, args: Any, kwargs: Any, into: dict[str, Any] = arguments) -> None:
-                into.clear()
-                into.update(kwargs)
+                into["timestep"] = timestep_of(module, args, kwargs)
 
             def step(into: dict[str, Any] = arguments, model: Any = model) -> int:
                 done: int = progress.step(into, model)[0]
