@@ -33,8 +33,8 @@ _SMALLEST_SCALE = 2.0**-60
 """The smallest scale of queries and of keys. cuDNN multiplies both scales and the factor of the logits in float32. If
 this product underflows, as it would for tensors of zeros, the outputs of cuDNN are NaN."""
 _FURTHEST = 1e8
-"""The largest factor of a channel in `balance`; the smallest factor is its inverse. Both are far enough from the ends of
-float32 that their quotients with scales are finite."""
+"""The largest factor of a channel in `balance`; the smallest factor is its inverse. Divided by the
+smallest scale, both are finite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,10 +94,10 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             found[name] = None if text is None else Preparation.parsed(text)
         in_fp8 = [name for name, each in found.items() if each is not None]
         if not in_fp8:
-            by = ", ".join(sorted({changed[name] for name in found if name in changed}))
+            by = [*sorted({changed[name] for name in found if name in changed}), "exact_layers"]
             raise UserError(
-                f"no layer of this {type(model).__name__} is left for FP8 attention: all {len(found)} stay exact because"
-                f" of {f'{by} and ' if by else ''}exact_layers. Leave FP8 attention off, or name fewer exact_layers"
+                f"no layer of this {type(model).__name__} is left for FP8 attention: all {len(found)} stay exact"
+                f" because of {' and '.join(by)}. Leave FP8 attention off, or name fewer exact_layers"
             )
         if not config.simulate:
             device = next(model.parameters()).device
