@@ -94,10 +94,10 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             found[name] = None if text is None else Preparation.parsed(text)
         in_fp8 = [name for name, each in found.items() if each is not None]
         if not in_fp8:
-            by = [*sorted({changed[name] for name in found if name in changed}), "exact_layers"]
+            by = sorted({changed.get(name, "exact_layers") for name in found})
             raise UserError(
                 f"no layer of this {type(model).__name__} is left for FP8 attention: all {len(found)} stay exact"
-                f" because of {' and '.join(by)}. Leave FP8 attention off, or name fewer exact_layers"
+                f" because of {' and '.join(by)}. Leave FP8 attention off, or leave fewer layers exact"
             )
         if not config.simulate:
             device = next(model.parameters()).device
