@@ -111,6 +111,8 @@ def test_damaged_reports(tmp_path: Path) -> None:
         message = damaged(tmp_path, text)
         assert "\n" not in message
         assert len(message) < 500 + len(str(tmp_path))
+    for text in ("{}", "[]", json.dumps({**GOOD, "rows": None})):
+        assert "it must be a JSON object with a list of rows, and with max_error and steps)" in damaged(tmp_path, text)
     (tmp_path / "r.json").write_text("\ufeff" + json.dumps(GOOD))
     assert FP8AttentionReport.load(tmp_path / "r.json").rows == (ROW,)
 
