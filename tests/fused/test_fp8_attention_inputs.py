@@ -186,6 +186,13 @@ def test_calibration_of_a_pipeline_that_counts_its_steps_otherwise() -> None:
     assert report.steps == 1 + max(row.step for row in report.rows) == 1
 
 
+def test_calibration_of_compiled_blocks(pipe: Any) -> None:
+    expected = calibrate_fp8_attention(pipe, "a ball", steps=2, call=SIZE)
+    other = copy.deepcopy(pipe)
+    other.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert calibrate_fp8_attention(other, "a ball", steps=2, call=SIZE) == expected
+
+
 def test_calibration_of_a_pipeline_that_passes_the_timestep_by_place() -> None:
     from diffusers import EasyAnimatePipeline
 

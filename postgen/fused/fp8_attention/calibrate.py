@@ -16,6 +16,7 @@ from postgen.families import video_tokens_of
 from postgen.families.attention.dispatch import divert_dispatched, install_attention_tap
 from postgen.families.installed import processor_stack, transformers_of
 from postgen.families.progress import PipelineProgress
+from postgen.families.recording import eagerly
 from postgen.families.timesteps import timestep_of
 from postgen.fused.fp8_attention.apply import fp8_attention_for_call, progress_of
 from postgen.fused.fp8_attention.report import FP8AttentionReport, ReportRow
@@ -91,9 +92,11 @@ class Measurements:
             functools.partial(attention, *call[:3], **options),
             functools.partial(attention_fp8, *call[:3], **options),
         ]
-        for run in runs:
-            run()  # the first run chooses a kernel and builds its graph
-        exact_ms, fp8_ms = (min(milliseconds(run, call.query.device) for _ in range(3)) for run in runs)
+        # One of the kernels is Flex attention, which must be compiled.
+        with torch.compiler.set_stance("default"):
+            for run in runs:
+                run()  # the first run chooses a kernel and builds its graph
+            exact_ms, fp8_ms = (min(milliseconds(run, call.query.device) for _ in range(3)) for run in runs)
         self.times[layer] = exact_ms, fp8_ms
 
     def report(self, max_error: float, slack: float, steps: int) -> FP8AttentionReport:
@@ -197,7 +200,8 @@ def calibrate_fp8_attention(
     _check_call(pipe, {} if call is None else call, seed)
     found, progress = Measurements(candidates), progress_of(pipe)
     counts = "num_inference_steps" in inspect.signature(pipe.__call__).parameters
-    with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress):
+    # torch.compile cannot trace the measurement, so compiled blocks run eagerly.
+    with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress), eagerly():
         for prompt in texts:
             generator = torch.Generator().manual_seed(seed)
             # Pass the prompt by name: the first argument of a pipeline may be an image.
