@@ -7,6 +7,7 @@ measures nothing. If a result file is missing, its gate has no value and its tab
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ def write_pages(found: Mapping[str, Result], folder: Path = PAGES) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Join the gates and write the tables of the pages."""
-    del argv
+    summary = (__doc__ or "").splitlines()[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.lowp_report", description=summary).parse_args(argv)
     found = results()
     if "lowp_attention" in found:
         amend_result("lowp_attention", {}, {}, joined(found))

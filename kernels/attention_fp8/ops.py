@@ -69,10 +69,11 @@ def attention_fp8(
         (B, H, N), float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: the shapes do not match, or a length on the CPU is out of range.
+        ValueError: the shapes do not match, the preparation is no `Preparation`, or a length on the CPU is out of
+            range.
     """
     query, key, value = as_autocast(query, key, value)
-    _check(query, key, value)
+    _check(query, key, value, preparation)
     if key_lengths is not None:
         check_lengths(key_lengths, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -230,7 +231,7 @@ def _recording(query: Tensor) -> bool:
     return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, preparation: object) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if any(x.dim() != 4 for x in (query, key, value)) or key.shape != value.shape:
         raise ValueError(f"query must be (B, N, H, D), key and value (B, M, H, D), got {shapes}")
@@ -243,3 +244,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError("query, key and value must have the same dtype and the same device")
     if query.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"query must be bfloat16, float16, float32 or float64, got {query.dtype}")
+    if preparation is not None and not isinstance(preparation, Preparation):
+        raise ValueError(
+            f"preparation must be a Preparation, such as Preparation.parsed('plain'), got {preparation!r}"
+        )

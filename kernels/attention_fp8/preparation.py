@@ -32,8 +32,13 @@ from postgen.kernels.fp8 import fp8_scale
 _SMALLEST_SCALE = 2.0**-60
 """The smallest scale of queries and of keys. cuDNN multiplies both scales and the factor of the logits in float32. If
 this product underflows, as it would for tensors of zeros, the outputs of cuDNN are NaN."""
-_FURTHEST = 1e4
-"""The largest factor of a channel in `balance`; the smallest factor is its inverse."""
+_FURTHEST = 1e8
+"""The largest factor of a channel in `balance`, relative to that of the whole tensor; the smallest is its inverse."""
+_FURTHEST_WHOLE = 1e10
+"""The largest factor of the whole tensor in `balance`; the smallest is its inverse. Both limits together, divided by
+the smallest scale, are finite in float32."""
+_SMALLEST_ROOT = torch.finfo(torch.float32).tiny ** 0.25
+"""The root that `balance` uses for tensors of zeros."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +116,11 @@ class Channels(NamedTuple):
 
     def spread(self, centre: Tensor | None) -> Tensor:
         """Return the mean squared distance from the mean of the channel (`centre`), or from 0 for None."""
-        return self.square if centre is None else (self.square - centre.square()).clamp_min(0)
+        if centre is None:
+            return self.square
+        # The difference loses its digits where the mean is large, so the largest distance bounds it or replaces it.
+        most, found = self.reach(centre).square(), (self.square - centre.square()).clamp_min(0)
+        return torch.where(found == 0, most, torch.minimum(found, most))
 
 
 class Change(NamedTuple):
@@ -214,13 +223,20 @@ def planned(query: Channels, key: Channels, value: Channels, preparation: Prepar
 
 
 def _ratio(query: Tensor, key: Tensor) -> Tensor:
-    """Return the factor of the queries in `balance`: the fourth root of key / query, or 1 where either is 0.
+    """Return the factor of the queries in `balance`: the fourth root of key / query.
+
+    Where one of them is 0, the channel adds nothing to any logit. The factor is then the largest or smallest one, so
+    that the other tensor's numbers in this channel become small and do not cost the other channels precision.
 
     Both are mean squares of the channels, (B, 1, H, D).
     """
     # Take the roots before the quotient, which could overflow in float32.
-    ratio = (key.sqrt().sqrt() / query.sqrt().sqrt()).clamp(1 / _FURTHEST, _FURTHEST)
-    return torch.where((query == 0) | (key == 0), torch.ones_like(ratio), ratio)
+    of_query, of_key = (x.sqrt().sqrt() for x in (query, key))
+    # The limits are relative to the largest channels, so that they do not depend on the units of the tensors.
+    tops = [x.amax().clamp_min(_SMALLEST_ROOT) for x in (of_query, of_key)]
+    whole = (tops[1] / tops[0]).clamp(1 / _FURTHEST_WHOLE, _FURTHEST_WHOLE)
+    ratio = (of_key / of_query).clamp(whole / _FURTHEST, whole * _FURTHEST)
+    return torch.where((query == 0) & (key == 0), whole, ratio)
 
 
 def wide(x: Tensor) -> torch.dtype:

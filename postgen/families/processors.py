@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from postgen.compat.attention import hand_settings_over, register_processor_class
+from postgen.compat.attention import hand_settings_over, install_attention_tap, register_processor_class
 from postgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -267,5 +267,7 @@ def _stacked_class(parent: Any) -> Any:
 
 
 def _empty(parent: Any) -> Any:
+    # Wrappers may rely on the tap, and in the process that unpickles a model nobody has installed it yet.
+    install_attention_tap()
     kind = _stacked_class(parent)
     return kind.__new__(kind)

@@ -31,7 +31,7 @@ class FP8LinearConfig:
     last_exact_blocks: int = 0
     """The number of blocks at the end that stay exact."""
     exact: str | None = None
-    """A regular expression. A layer stays exact if the expression matches its full name."""
+    """A regular expression. A layer stays exact if the expression matches its full name. It must match a layer."""
     min_features: int = 2048
     """On a GPU, layers with fewer input or output channels stay exact, because FP8 gains nothing for them (on an H200
     the 1,536 channels of Wan 1.3B took as long as bfloat16, or up to twice as long). Ignored with `simulate`."""

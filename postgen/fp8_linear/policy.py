@@ -62,7 +62,8 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
         least: the smallest number of input or output channels of a layer that computes in FP8.
 
     Raises:
-        UserError: the transformer is unknown, another owner has replaced a selected layer, or no layer is left.
+        UserError: the transformer is unknown, another owner has replaced a selected layer, no layer matches
+            `config.exact`, or no layer is left.
     """
     parts = LinearParts(model)
     exact = None if config.exact is None else re.compile(config.exact)
@@ -80,7 +81,11 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
     for other in replaced_linears(model).values():
         if other.owner != OWNER and (taken := [name for name in other.modules if asked(name)]):
             raise UserError(f"{taken[0]} is already replaced by {other.owner}: remove {other.owner} before {OWNER}")
-    for name, linear in find_linears(model).items():
+    linears = find_linears(model)
+    if exact is not None and not any(map(exact.fullmatch, linears)):
+        some = ", ".join(list(linears)[:3])
+        raise UserError(f"no layer matches the pattern exact={config.exact!r}. Layers of this model: {some}, ...")
+    for name, linear in linears.items():
         if (part := asked(name)) is None:
             continue
         if min(linear.in_features, linear.out_features) < least:
@@ -94,7 +99,7 @@ def plan_for(model: nn.Module, config: FP8LinearConfig, least: int = 0) -> Plan:
         if narrow:
             why = (
                 f"{narrow} layers have fewer than {least} inputs or outputs and would be no faster;"
-                " set min_features=0 to use them"
+                " leave FP8 linear layers out, or set min_features=0 in FP8LinearConfig to use them"
             )
         raise UserError(f"there is no layer for FP8 in this {type(model).__name__}: {why}")
     return Plan(layers=layers, left=left, least=least)

@@ -116,8 +116,7 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
         for name, layer in layers.items():
             if layer.inline != inline:
                 layer.inline = inline
-            there = model.get_submodule(name)
-            layer.refresh(() if there is layer else tuple(getattr(there, "merged_adapters", ())), samples.get(name))
+            layer.refresh(_merged_into(model, name, layer), samples.get(name))
 
     def _leave_narrow(self, model: nn.Module, device: torch.device) -> None:
         """Apply `min_features` to a model that moved to a GPU after its layers were chosen."""
@@ -144,6 +143,15 @@ class FP8Linears(AttachedPlugIn[FP8LinearConfig]):
             name, shape = next(iter(plan.left.items()))
             parts.append(f"{left} layers exact because 16 does not divide their channels ({name}: {shape})")
         return f"{'on' if self.enabled else 'off'}, {', '.join(parts)}"
+
+
+def _merged_into(model: nn.Module, name: str, layer: FP8Linear) -> tuple[str, ...]:
+    """Return the names of the adapters that are fused into the weight of a layer."""
+    try:
+        there = model.get_submodule(name)
+    except AttributeError:  # somebody has taken the block out of the model
+        return ()
+    return () if there is layer else tuple(getattr(there, "merged_adapters", ()))
 
 
 def _least(device: torch.device, config: FP8LinearConfig) -> int:

@@ -117,6 +117,18 @@ def test_saved_and_loaded(wan: TinyModel, tmp_path: Path) -> None:
     assert relative_error(changed, wan()) < 0.1
 
 
+def test_a_block_that_was_taken_out(wan: TinyModel) -> None:
+    """The other blocks compute on, in FP8 and after the weights have changed."""
+    model: Any = wan.transformer
+    postgen.apply_fp8_linears(model, QUIET)
+    before = wan()
+    last = model.blocks[-1]
+    del model.blocks[-1]
+    assert not torch.equal(wan(), before)
+    model.blocks.append(last)
+    assert torch.equal(wan(), before)
+
+
 def test_another_dtype_and_back(wan: TinyModel) -> None:
     stock = wan()
     handle = postgen.apply_fp8_linears(wan.transformer, QUIET)

@@ -104,6 +104,19 @@ def test_settings_spare_layers() -> None:
             plan_for(model, nothing)
 
 
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    """A mistyped pattern would leave layers in FP8 that the user wants to stay exact."""
+    model = tiny_model("Wan").transformer
+    with pytest.raises(
+        UserError, match=r"no layer matches the pattern exact='blocks.0'. Layers .*: blocks.0.attn1.to_q"
+    ):
+        postgen.apply_fp8_linears(model, FP8LinearConfig(exact="blocks.0"))
+    handle = postgen.apply_fp8_linears(model, FP8LinearConfig(exact=r"blocks\.0\..*"))
+    with pytest.raises(UserError, match="no layer matches"):
+        handle.update(exact=r"block\.0\..*")
+    assert handle.stats() == {"": {"attention": 4, "cross_attention": 2, "feed_forward": 1, "feed_forward_out": 1}}
+
+
 def test_odd_channels_are_left_and_told_of() -> None:
     model = tiny_model("Mochi").transformer
     handle = postgen.apply_fp8_linears(model)

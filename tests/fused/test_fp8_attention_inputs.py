@@ -111,6 +111,8 @@ def test_damaged_reports(tmp_path: Path) -> None:
         message = damaged(tmp_path, text)
         assert "\n" not in message
         assert len(message) < 500 + len(str(tmp_path))
+    for text in ("{}", "[]", json.dumps({**GOOD, "rows": None})):
+        assert "it must be a JSON object with a list of rows, and with max_error and steps)" in damaged(tmp_path, text)
     (tmp_path / "r.json").write_text("\ufeff" + json.dumps(GOOD))
     assert FP8AttentionReport.load(tmp_path / "r.json").rows == (ROW,)
 
@@ -182,6 +184,29 @@ def test_calibration_of_a_pipeline_that_counts_its_steps_otherwise() -> None:
     made.set_progress_bar_config(disable=True)
     report = calibrate_fp8_attention(made, [call.pop("prompt")], call=call)
     assert report.steps == 1 + max(row.step for row in report.rows) == 1
+
+
+def test_calibration_of_compiled_blocks(pipe: Any) -> None:
+    expected = calibrate_fp8_attention(pipe, "a ball", steps=2, call=SIZE)
+    other = copy.deepcopy(pipe)
+    other.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert calibrate_fp8_attention(other, "a ball", steps=2, call=SIZE) == expected
+
+
+def test_calibration_of_a_pipeline_that_passes_the_timestep_by_place() -> None:
+    from diffusers import EasyAnimatePipeline
+
+    components, call = TINY["EasyAnimatePipeline"]()
+    made = EasyAnimatePipeline(**components)
+    made.set_progress_bar_config(disable=True)
+    prompt, steps = call.pop("prompt", "a ball"), call.pop("num_inference_steps")
+    with pytest.raises(postgen.UserError, match="call must not contain prompt_embeds: use the argument prompts"):
+        calibrate_fp8_attention(made, prompt or "a ball", steps=steps, call=call)
+    names = "prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask"
+    encoded = tuple(call.pop(name) for name in names)
+    made.encode_prompt = lambda *_, **__: encoded  # the tiny pipeline has no text encoder
+    report = calibrate_fp8_attention(made, "a ball", steps=steps, call=call)
+    assert sorted({row.step for row in report.rows}) == list(range(steps))
 
 
 def test_calibration_where_all_calls_have_a_mask() -> None:
@@ -286,3 +311,29 @@ def test_plans_of_settings_that_are_gone_are_forgotten() -> None:
     assert len({tuple(each.flatten()[:8].tolist()) for each in first.values()}) > _MOST_PLANS
     assert torch.equal(tiny(), usual)
     handle.remove()
+
+
+def test_settings_that_leave_no_layer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from postgen.lit import convert
+
+    tiny = tiny_model("Wan")
+    rows = tuple(
+        ReportRow(layer=f"blocks.{index}.attn1", step=0, error=0.2, worst_head=0.3, preparation=USUAL)
+        for index in range(2)
+    )
+    report = FP8AttentionReport(rows=rows, max_error=0.1, steps=1)
+    message = (
+        "no layer of this WanTransformer3DModel is left for FP8 attention: all 2 stay exact because of exact_layers{}"
+    )
+    with pytest.raises(postgen.UserError, match=message.format(r"\. Leave")):
+        apply_fp8_attention(tiny.transformer, report.config(simulate=True))
+    convert(tiny.transformer)
+    with pytest.raises(postgen.UserError, match=message.format(" and lit")):
+        apply_fp8_attention(tiny.transformer, report.config(simulate=True))
+    assert "fp8_attention" not in installed(tiny.transformer).plug_ins
+    # The GPU must support only the heads of layers in FP8.
+    asked: list[object] = []
+    monkeypatch.setattr("postgen.fused.fp8_attention.state.head_channels", asked.append)
+    monkeypatch.setattr("postgen.fused.fp8_attention.state.check_available", lambda *_: None)
+    apply_fp8_attention(tiny_model("Wan").transformer, FP8AttentionConfig(exact_layers=(r"blocks\.0\.attn1",)))
+    assert len(asked) == 1

@@ -27,7 +27,9 @@ def test_few_tokens_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(wan(), stock)
+    assert "note: 2 layers stayed exact in the last call: fewer than" in str(postgen.summary(wan.transformer))
     handle.update(min_tokens=0)
+    assert "note" not in str(postgen.summary(wan.transformer))
     with pytest.warns(UserWarning, match="attention stays exact, not FP8: cudnn_fp8 needs a CUDA GPU"):
         assert torch.equal(wan(), stock)
 

@@ -75,6 +75,15 @@ def extreme_is_borne(run: Run, name: str, device: str = "cpu") -> None:
     elif name == "constant values":
         value[:] = value[:, :1]
         bound = 0.005
+    elif name == "outliers against zeros":
+        # These channels add nothing to any logit, so they must not cost the others precision.
+        query[..., :3], key[..., :3] = 0, key[..., :3] * 1000
+        key[..., 9], query[..., 9] = 0, query[..., 9] * 1e6
+        query, key = query * 1e-10, key * 1e10
+    elif name == "outliers against a constant":
+        key[..., :3], query[..., :3] = 1000, query[..., :3] * 1000
+    elif name == "small against large":
+        query[..., :3], key[..., :3] = query[..., :3] * 1e-6, key[..., :3] * 1e6
     elif name == "zero query":
         query[:, 7] = 0
     elif name == "one head of zeros":
@@ -95,6 +104,9 @@ EXTREMES = (
     "zero values",
     "zero channel",
     "constant values",
+    "outliers against zeros",
+    "outliers against a constant",
+    "small against large",
     "zero query",
     "one head of zeros",
     "tiny",

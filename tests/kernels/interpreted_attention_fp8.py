@@ -36,3 +36,17 @@ def test_equals_plain_torch(tokens: int, channels: int, dtype: torch.dtype) -> N
     with poisoned_memory():
         undone = triton.changed(expected, Change(None, plan.undo.factor), plus=plan.undo.value_mean, dtype=dtype)
     torch.testing.assert_close(undone, plan.undo.output(expected).to(dtype), rtol=1e-3, atol=1e-3)
+
+
+def test_factors_of_outliers_against_zeros_are_finite() -> None:
+    """The factors of such channels are the largest and the smallest ones."""
+    query, key, value = drawn("normal", 70, 2, 64, dtype=torch.float32)
+    query[..., :3], key[..., :3] = 0, key[..., :3] * 1e6
+    key[..., 9], query[..., 9] = 1000, query[..., 9] * 1e6
+    plan = planned(*(triton.channels_of(x) for x in (query, key, value)), Preparation())
+    for x, change in ((query, plan.query), (key, plan.key)):
+        out = triton.changed(x, change, rotates=True, dtype=torch.float32)
+        expected = change(x, rotation(64, change.times))
+        assert (out - expected).norm() <= 1e-3 * expected.norm()
+        # The other channels use the range of E4M3: 448 is a bound that the norms of rows stay below.
+        assert 10 < out.abs().max() <= 448

@@ -244,3 +244,9 @@ def test_wrong_lengths_are_refused_as_by_attention(lengths: list[float], message
 def test_what_nobody_can_compute(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention_fp8(*change(*drawn("normal", 5, 2, 16)))
+
+
+@pytest.mark.parametrize("simulate", [False, True])
+def test_a_text_is_no_preparation(simulate: bool) -> None:
+    with pytest.raises(ValueError, match=r"preparation must be a Preparation, such as .*, got 'plain'"):
+        attention_fp8(*drawn("normal", 5, 2, 16), preparation="plain", simulate=simulate)  # type: ignore[call-overload]

@@ -53,7 +53,7 @@ def apply_fp8_attention(target: Any, config: FP8AttentionConfig | None = None) -
     Raises:
         UserError: the model is unknown, there is no GPU of compute capability 9.0 or later, `nvidia-cudnn-frontend` is
             not installed, cuDNN does not support the number of channels per head, no layer matches a pattern of the
-            config, or FP8 attention is already on this model.
+            config, all layers stay exact, or FP8 attention is already on this model.
 
     Example:
         report = calibrate_fp8_attention(pipe, ["a ball rolls", "a red cube falls"])

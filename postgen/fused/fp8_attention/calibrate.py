@@ -16,6 +16,8 @@ from postgen.families import video_tokens_of
 from postgen.families.attention.dispatch import divert_dispatched, install_attention_tap
 from postgen.families.installed import processor_stack, transformers_of
 from postgen.families.progress import PipelineProgress
+from postgen.families.recording import eagerly
+from postgen.families.timesteps import timestep_of
 from postgen.fused.fp8_attention.apply import fp8_attention_for_call, progress_of
 from postgen.fused.fp8_attention.report import FP8AttentionReport, ReportRow
 from postgen.fused.fp8_attention.sdpa import divert_sdpa
@@ -35,6 +37,7 @@ _QUERIES = 256
 _MOST_STEPS = 1000
 _OWN = {
     "prompt": "use the argument prompts of calibrate_fp8_attention",
+    "prompt_embeds": "use the argument prompts of calibrate_fp8_attention, which are texts",
     "num_inference_steps": "use the argument steps of calibrate_fp8_attention",
     "generator": "use the argument seed of calibrate_fp8_attention",
     "fp8_attention": "calibration runs the pipeline with exact attention",
@@ -89,9 +92,11 @@ class Measurements:
             functools.partial(attention, *call[:3], **options),
             functools.partial(attention_fp8, *call[:3], **options),
         ]
-        for run in runs:
-            run()  # the first run chooses a kernel and builds its graph
-        exact_ms, fp8_ms = (min(milliseconds(run, call.query.device) for _ in range(3)) for run in runs)
+        # One of the kernels is Flex attention, which must be compiled.
+        with torch.compiler.set_stance("default"):
+            for run in runs:
+                run()  # the first run chooses a kernel and builds its graph
+            exact_ms, fp8_ms = (min(milliseconds(run, call.query.device) for _ in range(3)) for run in runs)
         self.times[layer] = exact_ms, fp8_ms
 
     def report(self, max_error: float, slack: float, steps: int) -> FP8AttentionReport:
@@ -195,7 +200,8 @@ def calibrate_fp8_attention(
     _check_call(pipe, {} if call is None else call, seed)
     found, progress = Measurements(candidates), progress_of(pipe)
     counts = "num_inference_steps" in inspect.signature(pipe.__call__).parameters
-    with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress):
+    # torch.compile cannot trace the measurement, so compiled blocks run eagerly.
+    with fp8_attention_for_call(pipe, False), _probing(pipe, found, progress), eagerly():
         for prompt in texts:
             generator = torch.Generator().manual_seed(seed)
             # Pass the prompt by name: the first argument of a pipeline may be an image.
@@ -220,10 +226,9 @@ def _probing(pipe: Any, found: Measurements, progress: PipelineProgress) -> Iter
             tokens, stack = video_tokens_of(model), processor_stack(model)
             arguments: dict[str, Any] = {}
 
-            # The step is computed from the arguments of the transformer's forward, so a hook keeps the latest ones.
+            # The step is computed from the timestep of the transformer's forward, so a hook keeps the latest one.
             def remember(module: Any, args: Any, kwargs: Any, into: dict[str, Any] = arguments) -> None:
-                into.clear()
-                into.update(kwargs)
+                into["timestep"] = timestep_of(module, args, kwargs)
 
             def step(into: dict[str, Any] = arguments, model: Any = model) -> int:
                 done: int = progress.step(into, model)[0]

@@ -21,9 +21,10 @@ class FP8AttentionConfig:
     """
 
     first_exact_steps: int = 2
-    """The number of denoising steps at the beginning of a pipeline call that stay exact."""
+    """The number of denoising steps at the beginning of the schedule that stay exact. A video-to-video call with
+    `strength` begins later in the schedule, so that fewer or none of them are left."""
     last_exact_steps: int = 1
-    """The number of denoising steps at the end of a pipeline call that stay exact."""
+    """The number of denoising steps at the end of the schedule that stay exact."""
     exact_layers: tuple[str, ...] = ()
     """Layers that stay exact: regular expressions that match full layer names. `FP8AttentionReport.config` sets
     them."""

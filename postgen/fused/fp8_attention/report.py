@@ -108,12 +108,15 @@ class FP8AttentionReport:
             raise UserError(f"{none}: pass the path of a file")
         found = parse_json(read_text(path, f"the report {path} cannot be read"), none)
         try:
+            known = [each.name for each in fields(cls)]
+            if not isinstance(found, dict) or set(known) - found.keys() or not isinstance(found["rows"], list):
+                raise ValueError(f"it must be a JSON object with a list of rows, and with {' and '.join(known[1:])}")
             rows = tuple(_row(each) for each in found["rows"])
             report = cls(rows=rows, max_error=_number(found["max_error"], 0.0), steps=_whole(found["steps"], 1))
             if not rows or not 0 < report.max_error < math.inf:
                 raise ValueError("it has no rows, or its max_error is not a number above 0")
             report.config()  # refuses unknown preparations
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{none} ({first_line(error)}): make one with calibrate_fp8_attention") from error
         return report
 

@@ -79,7 +79,8 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         """Return the preparation of each layer.
 
         Raises:
-            UserError: no layer matches a pattern, or this machine cannot compute FP8 attention for these layers.
+            UserError: no layer matches a pattern, all layers stay exact, or this machine cannot compute FP8 attention
+                for these layers.
         """
         named = config.preparation if isinstance(config.preparation, Mapping) else {}
         for pattern in (*config.exact_layers, *named):
@@ -91,9 +92,16 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
         for name in self.layers:
             text = None if name in changed else config.of_layer(name)
             found[name] = None if text is None else Preparation.parsed(text)
+        in_fp8 = [name for name, each in found.items() if each is not None]
+        if not in_fp8:
+            by = sorted({changed.get(name, "exact_layers") for name in found})
+            raise UserError(
+                f"no layer of this {type(model).__name__} is left for FP8 attention: all {len(found)} stay exact"
+                f" because of {' and '.join(by)}. Leave FP8 attention off, or leave fewer layers exact"
+            )
         if not config.simulate:
             device = next(model.parameters()).device
-            for channels in {head_channels(model.get_submodule(name)) for name in found} or {None}:
+            for channels in {head_channels(model.get_submodule(name)) for name in in_fp8}:
                 check_available(device, channels or 128)
         return Plan(found, 0 if config.simulate else config.fewest_tokens)
 
@@ -120,9 +128,13 @@ class FP8Attention(AttachedPlugIn[FP8AttentionConfig]):
             self._plans[place : place + 1] = [plan.layers]
         plan.number = self._plans.index(plan.layers)
 
+    def note_left(self, name: str, reason: str) -> None:
+        """Record for `describe` why a layer stays exact in the current call."""
+        self._left[name] = reason
+
     def tell_left(self, name: str, reason: str) -> None:
         """Record why a layer stays exact in the current call, and warn once per reason."""
-        self._left[name] = reason
+        self.note_left(name, reason)
         warn_once(f"attention stays exact, not FP8: {reason}")
 
     def _forget(self) -> None:
@@ -237,6 +249,9 @@ class FP8Layer:
         query, key, value = as_autocast(query, key, value)
         now = self._whole.now
         if query.shape[1] < now.prepared.fewest_tokens:
+            # The settings ask for this, so there is no warning.
+            if not torch.compiler.is_compiling():
+                self._whole.note_left(self._name, f"fewer than {now.prepared.fewest_tokens} tokens")
             return None
         if (reason := self._refusal(query, key, value, mask, scale, key_lengths)) is not None:
             if not torch.compiler.is_compiling():
