@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from postgen.errors import UserError
 from postgen.interrupts import stoppable
@@ -32,3 +33,15 @@ def ended(name: str, work: Callable[[], int], stopped: str = "run the same comma
             stop.end()  # a signal, or an error that a library raised because of one
             print(f"{name}: stopped; {stopped}", file=sys.stderr)
             return stop.code
+
+
+def without_options(module: str, doc: str | None, argv: Sequence[str] | None) -> None:
+    """Read the command line of a module that takes no options: `--help` explains it, and anything else is refused.
+
+    Args:
+        module: name of the module, such as "benchmarks.lowp_report".
+        doc: its docstring.
+        argv: the command line; None is that of the process.
+    """
+    shape = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=shape).parse_args(argv)

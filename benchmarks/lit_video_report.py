@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks import docs_tables
+from benchmarks.command import without_options
 from benchmarks.gates import RESULTS, Gate, gate, read_result
 from benchmarks.lit_sections import put_section, section_before
 from benchmarks.lit_tables import table
@@ -300,7 +301,7 @@ def write_page(result: Mapping[str, Any] | None, page: Path = PAGE) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables into the page."""
-    del argv
+    without_options("benchmarks.lit_video_report", __doc__, argv)
     write_page(read_result("lit") if (RESULTS / "lit.json").is_file() else None)
     return 0
 

@@ -7,13 +7,13 @@ measures nothing. If a result file is missing, its gate has no value and its tab
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import docs_tables
+from benchmarks.command import without_options
 from benchmarks.gates import RESULTS, Gate, amend_result, gate, read_result
 from benchmarks.lit_tables import digits, table
 
@@ -158,8 +158,7 @@ def write_pages(found: Mapping[str, Result], folder: Path = PAGES) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Join the gates and write the tables of the pages."""
-    summary = (__doc__ or "").splitlines()[0]
-    argparse.ArgumentParser(prog="python -m benchmarks.lowp_report", description=summary).parse_args(argv)
+    without_options("benchmarks.lowp_report", __doc__, argv)
     found = results()
     if "lowp_attention" in found:
         amend_result("lowp_attention", {}, {}, joined(found))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import quant_page
+from benchmarks.command import without_options
 from benchmarks.gates import RESULTS, Gate, gate, read_result, write_result
 from benchmarks.lit_video_measure import Measured, compared
 from benchmarks.quant_arms import BEGINS, CHECKS, CONTROLS, RECIPES
@@ -283,7 +284,7 @@ def write(out: Path, output: str, *, docs: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page again."""
-    del argv
+    without_options("benchmarks.quant_report", __doc__, argv)
     quant_page.write(other("quant"), other(LAW))
     return 0
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import docs_tables
+from benchmarks.command import without_options
 from benchmarks.gates import RESULTS, read_result
 from benchmarks.lit_tables import table
 
@@ -179,7 +180,7 @@ def filled(text: str, result: Mapping[str, Any] | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables into the page."""
-    del argv
+    without_options("benchmarks.worldweaver_tables", __doc__, argv)
     there = (RESULTS / "worldweaver.json").is_file()
     docs_tables.write(PAGE, docs_tables.of_result(read_result("worldweaver") if there else None, TABLES))
     return 0
