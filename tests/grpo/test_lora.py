@@ -100,6 +100,35 @@ def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), trained.parameters(), strict=True))
 
 
+def test_a_pipeline_with_adapters_is_not_trained_again_before_they_are_unloaded(tiny_wan, tmp_path):
+    from diffusers import WanPipeline
+
+    first = video_run(tiny_wan, tmp_path / "first", max_steps=1)
+    first.train()
+    pipe, export = first.policy.pipe, tmp_path / "first" / "run" / "export"
+    again = ({}, {"use_peft": False}, {"lora_path": str(export)})
+    for number, changes in enumerate(again):
+        run = video_run(tiny_wan, tmp_path / str(number), max_steps=1, **changes)
+        run.source = pipe
+        with pytest.raises(UserError, match="WanTransformer3DModel already has the LoRA default") as told:
+            run.train()
+        assert "\n" not in str(told.value)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for number, changes in enumerate(again):
+        run = video_run(tiny_wan, tmp_path / str(number), max_steps=1, **changes)
+        run.source = pipe
+        run.train()
+        if changes.get("use_peft", True):
+            pipe.unload_lora_weights()
+    pipe = WanPipeline.from_pretrained(tiny_wan)
+    pipe.load_lora_weights(export, adapter_name="style")
+    pipe.delete_adapters("style")
+    run.source = pipe
+    with pytest.raises(UserError, match="already has layers for adapters"):
+        run.build()
+
+
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_grpo_card_of_two_experts_loads_both_in_plain_diffusers(tiny_wan, tmp_path, use_peft):
     """`lora_path` takes the same two sub-folders, here copied from files of other names."""
