@@ -153,7 +153,7 @@ class Trainer(TrainerHooks[C]):
             finally:
                 self.close()
         # Skipped after an error: leaving the group would make the other processes fail, and hide the first error.
-        self.models = dict(self._raw)
+        self.models = {name: module.eval() for name, module in self._raw.items()}  # without dropout, as loaded
         leave_group(self.accelerator)
         return result
 
