@@ -309,6 +309,9 @@ def test_grpo_merges_its_last_checkpoints(tiny_wan, tmp_path):
     measured = {line["step"]: line["eval_reward"] for line in lines(run) if "eval_reward" in line}
     assert list(measured) == [0, 3]  # the first tells that the metric is there
     assert row["merge/last"] == measured[3]
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "- Merge: the weights are the merge of the checkpoints of steps 1, 2, 3 (sma), eval_reward " in card
     pictures = (tmp_path / "run" / "samples" / "step-000003.mp4").read_bytes()
     video_run(tiny_wan, tmp_path / "plain", **settings).train()
+    assert "- Merge" not in (tmp_path / "plain" / "run" / "export" / "README.md").read_text()
     assert (tmp_path / "plain" / "run" / "samples" / "step-000003.mp4").read_bytes() == pictures
