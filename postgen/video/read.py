@@ -29,7 +29,10 @@ _TONES = (
 )
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Suffixes of picture files. If a folder holds PNG files, only the PNG files are frames."""
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
+VIDEOS = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"),
+    *(".ogv", ".flv", ".3gp", ".mts", ".m2ts"),
+)
 """Suffixes of video files."""
 
 # Pixel formats that can hold transparency.
