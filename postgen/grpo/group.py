@@ -89,8 +89,8 @@ class GroupTrainer(Rollouts[G]):
                 check_scenes(self.eval_prompts.rows[: args.eval_prompts])
         elif self.gold is not None or args.evaluates:
             raise UserError(
-                "eval_reward_funcs, eval_steps, eval_motion_exact, eval_on_start and evaluate_only need held-out"
-                " prompts: give eval_dataset"
+                "eval_reward_funcs, eval_steps, eval_motion_exact, merge_metric, eval_on_start and evaluate_only need"
+                " held-out prompts: give eval_dataset"
             )
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)

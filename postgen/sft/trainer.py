@@ -73,8 +73,8 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             raise UserError("there is nothing to train on: give train_dataset, a folder of clips with captions")
         if eval_dataset is None and not args.held_out and (args.evaluates or args.eval_samples):
             raise UserError(
-                "eval_steps, eval_on_start, evaluate_only and eval_samples need held-out clips: give eval_dataset or"
-                " eval_share"
+                "eval_steps, eval_on_start, evaluate_only, merge_metric and eval_samples need held-out clips: give"
+                " eval_dataset or eval_share"
             )
         if eval_dataset is not None and args.eval_share:
             raise UserError(f"eval_share is {args.eval_share:g}, it must be 0 with eval_dataset")
