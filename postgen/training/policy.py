@@ -32,8 +32,8 @@ from .sharding import uncut
 from .swap import WeightsCopy
 
 _OTHER_ADAPTERS = (
-    "Training begins from a model without adapters: unload them (pipe.unload_lora_weights()), make them part of the"
-    " weights first (pipe.fuse_lora()), or unload them and train one of them further with lora_path"
+    "Training begins from a model without adapters: unload them (pipe.unload_lora_weights()), with pipe.fuse_lora()"
+    " before it to make them part of the weights; a method with the setting lora_path trains a LoRA file further"
 )
 
 
