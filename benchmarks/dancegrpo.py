@@ -45,7 +45,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,13 +52,10 @@ from typing import Any
 
 from benchmarks import dancegrpo_exact, dancegrpo_pictures, dancegrpo_report, dancegrpo_tables, job_queue
 from benchmarks.command import ended
-from benchmarks.dancegrpo_arms import OUT, Run, base_job, check_arms, named_arms, table
-from benchmarks.lit_video_files import pack_files, unpack
-from postgen.errors import UserError
+from benchmarks.dancegrpo_arms import OUT, SEEDS, Run, base_job, check_arms, named_arms, table
+from benchmarks.lit_video_files import unpack
+from benchmarks.queued_arms import add_places, add_queue, add_report, check_gpus, keep, run_queue, words_of
 from postgen.training.run_curves import read_metrics
-
-GRACE = 40.0
-"""Seconds between the signal to stop and the end of a run, in which it finishes its update and saves."""
 
 
 def jobs_of(runs: Sequence[Run], words: Sequence[str], *, train: bool, measure: bool) -> list[job_queue.Job]:
@@ -114,82 +110,36 @@ def kept_files(out: Path) -> Iterator[Path]:
     yield from sorted((out / "logs").glob("*.log"))
 
 
-def check_gpus(gpus: Sequence[str]) -> None:
-    """Check that torch finds the GPUs; on the CPU, the sizes of the experiment would take days.
-
-    Raises:
-        UserError: there is no GPU of one of the numbers.
-    """
-    import torch
-
-    count = torch.cuda.device_count()
-    missing = [gpu for gpu in gpus if not (gpu.isdigit() and int(gpu) < count)]
-    if missing and (not count or "CUDA_VISIBLE_DEVICES" not in os.environ):
-        raise UserError(
-            f"--gpus has {missing[0]}, but torch finds {count} CUDA devices: give other numbers, or --gpus without a"
-            " number and --tiny to test the benchmark on a CPU"
-        )
-
-
 def work_on(options: argparse.Namespace) -> int:
     """Train or measure, and return the exit code."""
     names = named_arms(options.arms)
     check_gpus(options.gpus)
     check_arms(names, tiny=options.tiny)
     runs = [Run(arm=arm, seed=seed, out=options.out, tiny=options.tiny) for seed in options.seeds for arm in names]
-    words = ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]
-    words += [] if options.gpus else ["--device", "cpu"]
     training = options.command == "train"
-    jobs = jobs_of(runs, words, train=training, measure=not training or not options.later)
+    jobs = jobs_of(runs, words_of(options), train=training, measure=not training or not options.later)
 
     def tick() -> None:
         for line in progress(runs):
             print(line, flush=True)
-        keep(options)
+        keep(options, kept_files)
 
-    left = job_queue.run_jobs(
-        jobs,
-        job_queue.places_on(options.gpus, options.each),
-        seconds=options.seconds,
-        tick=tick,
-        grace=GRACE,
-    )
-    failed = job_queue.told(left)
-    print(f"{len(jobs) - len(left)} of {len(jobs)} jobs done", flush=True)
-    return 1 if failed else 3 if left else 0
-
-
-def keep(options: argparse.Namespace) -> None:
-    """Bring the measurements back, if `--back` is given and there are any."""
-    files = [*kept_files(options.out)] if options.back is not None else []
-    if files:
-        pack_files(files, options.out, options.back)
+    return run_queue(options, jobs, tick)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = made.add_subparsers(dest="command", required=True)
-    for name in ("train", "measure", "exact", "report", "table"):
-        add = commands.add_parser(name).add_argument
-        if name == "table":
-            continue
-        add("--out", type=Path, default=Path(OUT), help="output folder")
-        add("--back", type=Path, metavar="FOLDER", help="keep the measurements here, in files of less than 16 MiB")
-        add("--unpack", type=Path, metavar="FOLDER", help="first restore what --back has kept in this folder")
-        if name == "report":
-            add("-o", "--output", default="dancegrpo", help="name or path of the result")
-            add("--replace", action="store_true", help="replace a result of an earlier way of measuring")
-            add("--docs", action="store_true", help="write the tables of the pages")
-        elif name != "exact":
-            add("--arms", nargs="+", default=["shipped"], metavar="ARM", help="arms or groups of arms (see table)")
-            add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training")
-            add("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
-            add("--each", type=int, default=4, help="jobs at the same time on a GPU (default: 4)")
-            add("--seconds", type=float, default=0.0, help="save and end after this time; 0: no limit")
-            add("--tiny", action="store_true", help="tiny sizes, only to show that everything runs")
-        if name == "train":
-            add("--later", action="store_true", help="do not measure; 'measure' does it later")
+    for name in ("train", "measure", "exact", "report"):
+        add_places(commands.add_parser(name), OUT)
+    commands.add_parser("table")
+    train, report = commands.choices["train"], commands.choices["report"]
+    for queue in (train, commands.choices["measure"]):
+        add_queue(queue, "shipped", SEEDS)
+    train.add_argument("--later", action="store_true", help="do not measure; 'measure' does it later")
+    add_report(report, "dancegrpo")
+    report.add_argument("--replace", action="store_true", help="replace a result of an earlier way of measuring")
     return made
 
 
@@ -216,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             unpack(options.unpack, options.out)
         if options.command == "exact":
             dancegrpo_exact.exact(options.out)
-            keep(options)
+            keep(options, kept_files)
         elif options.command == "report":
             report(options)
         else:

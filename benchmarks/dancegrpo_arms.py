@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import job_queue
-from benchmarks.arm_runs import ArmRun
-from postgen.errors import UserError, did_you_mean
+from benchmarks.arm_runs import ArmRun, arms_named
+from postgen.errors import UserError
 from postgen.rewards.registry import get_rewards
 from postgen.training import load_recipe
 
@@ -218,15 +218,7 @@ def named_arms(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: an unknown name.
     """
-    found: dict[str, None] = {}
-    for word in words:
-        if word not in ARMS and word not in GROUPS:
-            raise UserError(
-                f"unknown arm {word!r}.{did_you_mean(word, [*GROUPS, *ARMS])} Groups: {', '.join(GROUPS)}; arms:"
-                f" {', '.join(ARMS)}"
-            )
-        found |= dict.fromkeys([word] if word in ARMS else GROUPS[word])
-    return list(found)
+    return arms_named(words, ARMS, GROUPS)
 
 
 def check_arms(names: Sequence[str], *, tiny: bool = False) -> None:

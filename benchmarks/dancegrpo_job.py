@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.arm_runs import add_job_options
-from benchmarks.command import ended
+from benchmarks.arm_runs import run_job
 from benchmarks.dancegrpo_arms import ARMS, OUT, ROOT, Run
 from benchmarks.gates import device
 from postgen.files import replacing
@@ -110,17 +109,11 @@ def train(run: Run, device_name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the run, ARM.SEED")
-    add_job_options(parser, OUT)
-    options = parser.parse_args(argv)
-    run = Run.named(options.name, options.out, tiny=options.tiny)
 
-    def work() -> int:
-        train(run, options.device)
-        return 0
+    def work(options: argparse.Namespace) -> None:
+        train(Run.named(options.name, options.out, tiny=options.tiny), options.device)
 
-    return ended("benchmarks.dancegrpo_job", work)
+    return run_job("benchmarks.dancegrpo_job", __doc__, "name of the run, ARM.SEED", OUT, work, argv)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.arm_runs import add_job_options
-from benchmarks.command import ended
+from benchmarks.arm_runs import run_job, use_fast_matmul
 from benchmarks.dancegrpo_arms import ARMS, OUT, Run
 from benchmarks.dancegrpo_clips import Bench, Rows, Sizes
 from benchmarks.dancegrpo_job import RAW, head_of
@@ -238,14 +236,9 @@ class Measuring:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the run, ARM.SEED, or base")
-    add_job_options(parser, OUT)
-    options = parser.parse_args(argv)
 
-    def work() -> int:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    def work(options: argparse.Namespace) -> None:
+        use_fast_matmul()
         sizes = Sizes.of(tiny=options.tiny)
         settings = settings_of(sizes)
         bench = Bench(sizes, options.device)
@@ -253,9 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             measure_base(bench, options.out, settings)
         else:
             Measuring(bench, Run.named(options.name, options.out, tiny=options.tiny), settings)()
-        return 0
 
-    return ended("benchmarks.dancegrpo_measure", work)
+    return run_job("benchmarks.dancegrpo_measure", __doc__, "name of the run, ARM.SEED, or base", OUT, work, argv)
 
 
 if __name__ == "__main__":

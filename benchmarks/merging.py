@@ -38,11 +38,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import job_queue, merging_hacked, merging_lora, merging_report
+from benchmarks import merging_hacked, merging_lora, merging_report
 from benchmarks.command import ended
-from benchmarks.dancegrpo import GRACE, check_gpus
 from benchmarks.lit_video_files import unpack
-from benchmarks.sft import add_places, add_queue, keep, work_on
+from benchmarks.queued_arms import add_places, add_queue, add_report, check_gpus, keep, run_queue, words_of
+from benchmarks.sft import kept_files, work_on
+from benchmarks.sft_arms import OUT, SEEDS
 from postgen.errors import UserError
 
 
@@ -59,18 +60,8 @@ def measure_hacked(options: argparse.Namespace) -> int:
             f"{options.hacked} has no hacked runs: run `python -m benchmarks.dancegrpo train --arms hack` with --out"
             f" {options.hacked} on this machine first"
         )
-    words = ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]
-    words += [] if options.gpus else ["--device", "cpu"]
-    every = [merging_hacked.job(options.out, options.hacked, name, words) for name in names]
-    jobs = [job for job in every if not job.done]
-    left = job_queue.run_jobs(
-        jobs,
-        job_queue.places_on(options.gpus, options.each),
-        seconds=options.seconds,
-        tick=lambda: keep(options),
-        grace=GRACE,
-    )
-    return 1 if job_queue.told(left) else 3 if left else 0
+    every = [merging_hacked.job(options.out, options.hacked, name, words_of(options)) for name in names]
+    return run_queue(options, [job for job in every if not job.done], lambda: keep(options, kept_files))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,15 +69,14 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = made.add_subparsers(dest="command", required=True)
     for name in ("train", "hacked", "lora", "report"):
-        add_places(commands.add_parser(name))
+        add_places(commands.add_parser(name), OUT)
     for name in ("train", "hacked"):
-        add_queue(commands.choices[name], "merging")
+        add_queue(commands.choices[name], "merging", SEEDS)
     commands.choices["hacked"].add_argument(
         "--hacked", type=Path, default=Path("runs/dancegrpo"), help="output folder of benchmarks.dancegrpo"
     )
     commands.choices["lora"].add_argument("--tiny", action="store_true", help="tiny shapes")
-    commands.choices["report"].add_argument("-o", "--output", default="merging", help="name or path of the result")
-    commands.choices["report"].add_argument("--docs", action="store_true", help="write the tables of the page")
+    add_report(commands.choices["report"], "merging")
     return made
 
 
@@ -103,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return measure_hacked(options)
         if options.command == "lora":
             merging_lora.measure(options.out, tiny=options.tiny)
-            keep(options)
+            keep(options, kept_files)
         else:
             merging_report.write(options.out, options.output, docs=options.docs)
         return 0

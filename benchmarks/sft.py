@@ -46,8 +46,8 @@ from pathlib import Path
 
 from benchmarks import job_queue, sft_exact, sft_report
 from benchmarks.command import ended
-from benchmarks.dancegrpo import GRACE, check_gpus
-from benchmarks.lit_video_files import pack_files, unpack
+from benchmarks.lit_video_files import unpack
+from benchmarks.queued_arms import add_places, add_queue, add_report, check_gpus, keep, run_queue, words_of
 from benchmarks.sft_arms import ARMS, BASE, OUT, SEEDS, Run, data_job, measure_job, named_arms
 
 
@@ -82,44 +82,7 @@ def work_on(options: argparse.Namespace) -> int:
         for seed in options.seeds
         for arm in named_arms(options.arms)
     ]
-    words = ["--out", str(options.out), *(["--tiny"] if options.tiny else [])]
-    words += [] if options.gpus else ["--device", "cpu"]
-    jobs = jobs_of(runs, words)
-    left = job_queue.run_jobs(
-        jobs,
-        job_queue.places_on(options.gpus, options.each),
-        seconds=options.seconds,
-        tick=lambda: keep(options),
-        grace=GRACE,
-    )
-    failed = job_queue.told(left)
-    print(f"{len(jobs) - len(left)} of {len(jobs)} jobs done", flush=True)
-    return 1 if failed else 3 if left else 0
-
-
-def keep(options: argparse.Namespace) -> None:
-    """Bring the measurements back, if `--back` is given and there are any."""
-    files = [*kept_files(options.out)] if options.back is not None else []
-    if files:
-        pack_files(files, options.out, options.back)
-
-
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Add the options about folders."""
-    parser.add_argument("--out", type=Path, default=Path(OUT), help="output folder")
-    parser.add_argument("--back", type=Path, metavar="FOLDER", help="keep the measurements here, in small files")
-    parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="first restore what --back has kept")
-
-
-def add_queue(parser: argparse.ArgumentParser, arms: str) -> None:
-    """Add the options of the queue; `arms` are the default arms."""
-    add = parser.add_argument
-    add("--arms", nargs="+", default=[arms], metavar="ARM", help="arms or groups of arms (see table)")
-    add("--seeds", nargs="+", type=int, default=list(SEEDS), help="seeds of the training")
-    add("--gpus", nargs="*", default=["0"], help="numbers of the GPUs; no number for the CPU")
-    add("--each", type=int, default=4, help="jobs at the same time on a GPU (default: 4)")
-    add("--seconds", type=float, default=0.0, help="save and end after this time; 0: no limit")
-    add("--tiny", action="store_true", help="tiny sizes, only to show that everything runs")
+    return run_queue(options, jobs_of(runs, words_of(options)), lambda: keep(options, kept_files))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,10 +90,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = made.add_subparsers(dest="command", required=True)
     for name in ("train", "exact", "report"):
-        add_places(commands.add_parser(name))
-    add_queue(commands.choices["train"], "tuned")
-    commands.choices["report"].add_argument("-o", "--output", default="sft", help="name or path of the result")
-    commands.choices["report"].add_argument("--docs", action="store_true", help="write the tables of the page")
+        add_places(commands.add_parser(name), OUT)
+    add_queue(commands.choices["train"], "tuned", SEEDS)
+    add_report(commands.choices["report"], "sft")
     commands.add_parser("table")
     return made
 
@@ -150,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "exact":
             options.out.mkdir(parents=True, exist_ok=True)
             print(json.dumps(sft_exact.exact(options.out)))
-            keep(options)
+            keep(options, kept_files)
         else:
             sft_report.write(options.out, options.output, docs=options.docs)
         return 0

@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 
 from benchmarks import job_queue
-from benchmarks.arm_runs import ArmRun
+from benchmarks.arm_runs import ArmRun, arms_named
 from benchmarks.dancegrpo_arms import ROOT, complete
-from postgen.errors import UserError, did_you_mean
 from postgen.files import replacing
 
 RECIPE = ROOT / "recipes" / "sft-tiny.yaml"
@@ -188,12 +187,4 @@ def named_arms(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: an unknown name.
     """
-    found: dict[str, None] = {}
-    for word in words:
-        if word not in ARMS and word not in GROUPS:
-            raise UserError(
-                f"unknown arm {word!r}.{did_you_mean(word, [*GROUPS, *ARMS])} Groups: {', '.join(GROUPS)}; arms:"
-                f" {', '.join(ARMS)}"
-            )
-        found |= dict.fromkeys([word] if word in ARMS else GROUPS[word])
-    return list(found)
+    return arms_named(words, ARMS, GROUPS)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arm_runs import add_job_options
-from benchmarks.command import ended
+from benchmarks.arm_runs import run_job
 from benchmarks.gates import device
 from benchmarks.sft_arms import ARMS, OUT, Run
 from benchmarks.sft_clips import write_folder
@@ -51,20 +50,15 @@ def train(run: Run, device_name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the run, ARM.SEED, or data")
-    add_job_options(parser, OUT)
-    options = parser.parse_args(argv)
 
-    def work() -> int:
+    def work(options: argparse.Namespace) -> None:
         if options.name == "data":
             sizes = TINY_CLIPS if options.tiny else CLIPS
             write_folder(options.out / "data", device=options.device, **sizes)
         else:
             train(Run.named(options.name, options.out, tiny=options.tiny), options.device)
-        return 0
 
-    return ended("benchmarks.sft_job", work)
+    return run_job("benchmarks.sft_job", __doc__, "name of the run, ARM.SEED, or data", OUT, work, argv)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.arm_runs import add_job_options
-from benchmarks.command import ended
+from benchmarks.arm_runs import run_job, use_fast_matmul
 from benchmarks.dancegrpo_clips import Bench, Rows, Sizes
 from benchmarks.dancegrpo_measure import read_file, write_file
 from benchmarks.embedded_sampling import load
@@ -201,18 +200,12 @@ class Measuring:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the run, ARM.SEED, or base")
-    add_job_options(parser, OUT)
-    options = parser.parse_args(argv)
 
-    def work() -> int:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    def work(options: argparse.Namespace) -> None:
+        use_fast_matmul()
         Measuring(SftBench(options.device, tiny=options.tiny), options.name, options.out, tiny=options.tiny)()
-        return 0
 
-    return ended("benchmarks.sft_measure", work)
+    return run_job("benchmarks.sft_measure", __doc__, "name of the run, ARM.SEED, or base", OUT, work, argv)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,6 +68,25 @@ def check_not_quantized(model: nn.Module, cannot: str) -> None:
                 f"this {type(model).__name__} is quantised ({name} is a {type(module).__name__}), so it cannot"
                 f" {cannot}"
             )
+
+
+def check_no_adapters(model: nn.Module, how: str) -> None:
+    """Refuse a model with adapters of peft in its layers.
+
+    Args:
+        model: the model.
+        how: what to do instead, for the message, a sentence without its dot.
+
+    Raises:
+        UserError: the model has such layers; the message names their adapters.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if layers:
+        names = dict.fromkeys(name for layer in layers for name in getattr(layer, "lora_A", ()))
+        what = f"has the LoRA {', '.join(names)}" if names else "has layers for adapters"
+        raise UserError(f"this {type(model).__name__} already {what}. {how}")
 
 
 def lora_problem(wrapper: nn.Module) -> str | None:

@@ -130,6 +130,7 @@ def load_loras(pipe: Any, loras: Sequence[str], *, adapters_only: bool = False) 
     for part in pipe.components.values():
         if names := [name for name in scales if name in (getattr(part, "peft_config", None) or {})]:
             set_weights_and_activate_adapters(part, names, [scales[name] for name in names])
+            part.train(part.training)  # new layers are in training mode, in which a dropout of the file acts
 
 
 def networks_of(pipe: Any) -> list[str]:
@@ -223,7 +224,8 @@ def save_lora(pipe: Any, folder: Any, name: str, module: Any, adapter: str, stat
     part = "unet" if name == "unet" else "transformer"
     layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
     layers = {key: value.detach().cpu().contiguous() for key, value in layers.items()}
-    metadata = module.peft_config[adapter].to_dict()
+    # Dropout belongs to the training, and diffusers leaves the layers of a loaded LoRA in training mode.
+    metadata = {**module.peft_config[adapter].to_dict(), "lora_dropout": 0.0}
     _saver(pipe, part).save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}, safe_serialization=True
     )

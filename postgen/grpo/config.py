@@ -183,7 +183,7 @@ class GroupConfig(
     @property
     def evaluates(self) -> bool:
         """Whether a setting asks for evaluations."""
-        return bool(self.evaluate_only or self.eval_steps or self.eval_on_start or self.eval_motion_exact)
+        return super().evaluates or self.eval_motion_exact
 
     @property
     def rollout_batch(self) -> int:

@@ -20,7 +20,6 @@ from postgen.sampling.meter import Meter
 from postgen.sampling.sampler import Sampler, Sampling
 from postgen.sampling.schedule import chosen_schedule
 from postgen.training import Reason, TrainingConfig, TrainResult, Weights
-from postgen.training.card import Card, write_card
 from postgen.training.memory import bytes_of, memory_numbers, memory_plan, memory_table, trained_in
 from postgen.training.policy import load_policy
 from postgen.training.prompts import Prompts
@@ -90,8 +89,8 @@ class GroupTrainer(Rollouts[G]):
                 check_scenes(self.eval_prompts.rows[: args.eval_prompts])
         elif self.gold is not None or args.evaluates:
             raise UserError(
-                "eval_reward_funcs, eval_steps, eval_motion_exact, eval_on_start and evaluate_only need held-out"
-                " prompts: give eval_dataset"
+                "eval_reward_funcs, eval_steps, eval_motion_exact, merge_metric, eval_on_start and evaluate_only need"
+                " held-out prompts: give eval_dataset"
             )
         check_columns([self.runner], self.prompts)
         check_columns([self.runner, self.gold], self.eval_prompts)
@@ -248,23 +247,11 @@ class GroupTrainer(Rollouts[G]):
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained models, and a model card, into an export folder."""
-        args, policy = self.args, self.policy
-        policy.save(folder, weights)
+        self.policy.save(folder, weights)
         weighted = zip(self.runner.names, self.runner.weights, strict=True)
         rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in weighted)
-        sources = args.train_dataset or "rows given in Python"
-        card = Card(
-            source=self.source,
-            pipeline=type(policy.pipe).__name__,
-            trainer=type(self).__name__,
-            method=args.method,
-            step=self.global_step,
-            lora=policy.adapter is not None,
-            modules=policy.modules,
-            data=[f"Rewards: {rewards}", f"Prompts: {len(self.prompts)} of {sources}"],
-            settings=args.to_dict(),
-        )
-        write_card(card, self.curves, args.folder, folder)
+        sources = self.args.train_dataset or "rows given in Python"
+        self.write_card(folder, self.curves, [f"Rewards: {rewards}", f"Prompts: {len(self.prompts)} of {sources}"])
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass, and add its time to the meter."""

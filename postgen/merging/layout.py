@@ -15,6 +15,7 @@ from postgen.errors import UserError
 from postgen.families.exports import NOTE
 from postgen.reading import read_json
 from postgen.training.averages import REPORT as OWN_MERGE
+from postgen.video import PICTURES, VIDEOS
 
 from .report import NAME as REPORT
 from .sources import OTHER_FORMATS, Source
@@ -74,12 +75,7 @@ def _of_folder(number: int, first: Source, folders: Sequence[Source], dtype_chan
     layout = Layout(shards=shards, like=number)
     for file in sorted(root.rglob("*")):
         place = file.relative_to(root)
-        if (
-            not file.is_file()
-            or str(place) in merged
-            or str(place) in _REPORTS
-            or any(p[0] == "." for p in place.parts)
-        ):
+        if not file.is_file() or str(place) in merged or _is_of_source(place):
             continue
         if file.suffix in OTHER_FORMATS:
             if str(place.parent) not in homes:  # a copy of the merged weights in another format would not be merged
@@ -90,6 +86,12 @@ def _of_folder(number: int, first: Source, folders: Sequence[Source], dtype_chan
         else:
             layout.copies[str(place)] = file
     return layout
+
+
+def _is_of_source(place: Path) -> bool:
+    """Return whether a file is about the first source alone: reports of earlier merges, pictures, hidden files."""
+    seen = place.suffix.lower() in (*PICTURES, *VIDEOS)
+    return str(place) in _REPORTS or seen or any(part[0] == "." for part in place.parts)
 
 
 def _check_equal(place: Path, folders: Sequence[Source]) -> None:

@@ -11,9 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
-from torch import Tensor
-
 from postgen.errors import SettingError, UserError, check_number, did_you_mean, is_number, shown
 from postgen.training.curves import ALPHA, KINDS, check_alpha, normalised, weights_of, weights_of_curve
 
@@ -177,34 +174,6 @@ def source_factors(config: MergeConfig, count: int, steps: Sequence[int | None] 
     else:
         weights = weights_of(method, count, alpha=ALPHA if config.alpha is None else config.alpha)
     return [eta * weight for weight in weights]
-
-
-@torch.no_grad()
-def combined(values: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """Return the sum of tensors times factors, without rounding what is equal in all of them.
-
-    If the factors have the sum 1, the sum is computed as the first tensor plus factors times differences from it.
-    Tensors that are equal in all sources are then unchanged, and close tensors lose no digits.
-
-    Args:
-        values: tensors of one shape and one floating-point dtype, which is that of the calculation.
-        factors: one for each tensor. Tensors with factor 0 are not used.
-
-    Raises:
-        UserError: all factors are 0, so that no tensor is used.
-    """
-    used = [(value, factor) for value, factor in zip(values, factors, strict=True) if factor]
-    if not used:
-        raise UserError("all factors of the merge are 0: nothing would remain")
-    anchor, first = used[0]
-    if len(used) == 1 and first == 1:
-        return anchor
-    affine = abs(math.fsum(factors) - 1) < 1e-9
-    total = anchor.clone() if affine else anchor * first
-    for value, factor in used[1:]:
-        # A product and a sum, each rounded once: the fused operation would depend on the position in a block.
-        total += (value - anchor if affine else value) * factor
-    return total
 
 
 def slerp_factors(t: float, first: float, second: float, dot: float) -> tuple[float, float]:

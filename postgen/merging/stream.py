@@ -14,8 +14,9 @@ from torch import Tensor
 
 from postgen.errors import UserError
 from postgen.tensor_files import FLOATS, TensorRow, raw_bytes
+from postgen.training.weighted import finite_sum, is_finite, working_dtype
 
-from .methods import combined, slerp_factors
+from .methods import slerp_factors
 
 _VALUES = 2**21
 """Number of values in memory at a time, over all sources: 8 MiB in float32."""
@@ -164,18 +165,18 @@ def merged_blocks(
         return
     factors = rule.factors if rule.slerp is None else _slerp(name, readers, rule.slerp, measured)
     result: torch.dtype = getattr(torch, FLOATS[rule.dtype or rows[-1].dtype])
-    wide = torch.float64 if any(row.dtype == "F64" for row in rows) else torch.float32
+    wide = working_dtype([getattr(torch, FLOATS[row.dtype]) for row in rows])
     for start, stop in _spans(rows[0].count, len(readers)):
         raw = [reader.read(name, start, stop) for reader in readers]
         measured.told(key, raw)
         values = [block.to(wide) for block in raw]
-        merged = _finite(name, values, factors, measured.labels)
+        merged = finite_sum(name, values, factors, measured.labels)
         out = merged.to(result)
-        if merged is not values[0] and not _is_finite(out):
+        if merged is not values[0] and not is_finite(out):
             raise UserError(f"{name} overflows {result}: choose another dtype, or smaller weights")
         yield out
         # Infinite values, which are equal in all sources, have no distances.
-        if _is_finite(merged):
+        if is_finite(merged):
             measured.add(key, values, merged)
 
 
@@ -207,18 +208,6 @@ def merge_tensors(
     return merged
 
 
-def _finite(name: str, values: Sequence[Tensor], factors: Sequence[float], labels: Sequence[str]) -> Tensor:
-    """Return the combination of a block, and refuse values that have none."""
-    if all(map(_is_finite, values)):
-        return combined(values, factors)
-    for value, label in zip(values, labels, strict=True):
-        if bool(value.isnan().any()):
-            raise UserError(f"{label} holds NaN in {name}: it is damaged, leave it out")
-    if not all(torch.equal(value, values[0]) for value in values):
-        raise UserError(f"{name} holds infinite values that differ between the sources: they have no mean")
-    return values[0]
-
-
 def _slerp(name: str, readers: Sequence[Tensors], t: float, measured: Measured) -> list[float]:
     """Return the factors of one tensor for slerp of the differences from the base, or of the sources themselves."""
     first = second = dot = 0.0
@@ -248,13 +237,6 @@ def _spans(count: int, readers: int) -> Iterator[tuple[int, int]]:
     """Yield the bounds of the blocks of a tensor."""
     size = max(2**12, _VALUES // (readers + 3))
     return ((start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _is_finite(values: Tensor) -> bool:
-    # A sum is several times faster than `isfinite`, and is not finite if a value is not. It may also overflow.
-    return math.isfinite(values.sum(dtype=torch.float64 if values.itemsize == 8 else torch.float32)) or bool(
-        torch.isfinite(values).all()
-    )
 
 
 def _dot(first: Tensor, second: Tensor) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from postgen.errors import UserError
 from postgen.families.exports import NOTE
 from postgen.tensor_files import FLOATS, TensorBlocks, TensorRow, writing_blocks, written_order
 
+from .card import merged_card
 from .checks import check_configs, check_no_lora, check_rows
 from .layout import Layout, layout_of
 from .methods import DTYPES, MergeConfig, source_factors
@@ -25,9 +24,6 @@ from .power_average import GAMMA, STEP
 from .report import MergeReport, Progress, change_of, emulated, mean_cosine, measured_sources, settings_of
 from .sources import Source, WeightSet
 from .stream import Measured, Rule, merged_blocks
-
-_FRONT = re.compile(r"---\n.*?\n---\n\n?", re.DOTALL)
-"""The YAML block at the beginning of a model card."""
 
 
 @dataclass(kw_only=True)
@@ -188,15 +184,9 @@ def copy_others(layout: Layout, folder: Path, report: MergeReport) -> None:
     for place, text in layout.texts.items():
         (folder / place).write_text(text, encoding="utf-8")
     if (card := folder / "README.md").is_file():
-        titles, *rows = report.rows()
-        lines = [titles, tuple("---" for _ in titles), *rows]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-        settings = json.dumps(dict(report.settings))
-        about = f"## Merge\n\nThese weights are a merge with the settings {settings}:\n\n{table}\n\n"
-        about += "The rest of this card, with its pictures and numbers, is about the first source alone.\n\n"
-        old = card.read_text(encoding="utf-8")
-        head = found[0] if (found := _FRONT.match(old)) else ""
-        card.write_text(f"{head}{about}{old[len(head) :].lstrip()}", encoding="utf-8")
+        # Cards in other encodings keep their bytes.
+        old = card.read_text(encoding="utf-8", errors="surrogateescape")
+        card.write_text(merged_card(old, report), encoding="utf-8", errors="surrogateescape")
 
 
 def _configs(sources: Sequence[Source], base: Source | None) -> list[list[Path]]:

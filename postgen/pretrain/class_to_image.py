@@ -107,8 +107,7 @@ class ClassToImageConfig(TrainingConfig):
         self.require(0 <= self.class_dropout < 1, "class_dropout", "in [0,1)")
         self.require(self.variance_weight >= 0, "variance_weight", "at least 0")
         self.require(self.eval_pictures >= 0, "eval_pictures", "at least 0")
-        evaluates = self.eval_steps or self.eval_on_start or self.evaluate_only
-        self.require(not evaluates or self.eval_pictures > 0, "eval_pictures", "at least 1 to evaluate")
+        self.require(not self.evaluates or self.eval_pictures > 0, "eval_pictures", "at least 1 to evaluate")
         self.require_in((2, TIMESTEPS), "eval_num_inference_steps")
         guided = self.eval_guidance_scale > 1
         self.require(not guided or self.class_dropout > 0, "class_dropout", "above 0 with eval_guidance_scale above 1")

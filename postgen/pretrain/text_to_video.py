@@ -173,6 +173,9 @@ class TextToVideoConfig(TrainingConfig):
         self.require(0 <= self.synonym_share <= 1, "synonym_share", "in [0,1]")
         self.require(0 <= self.unknown_share <= 1, "unknown_share", "in [0,1]")
         self.require(self.whole_words or not self.unknown_share, "unknown_share", "0 without whole_words")
+        self.require(self.eval_prompts >= 0, "eval_prompts", "at least 0")
+        needed = bool(self.merge_metric or self.evaluate_only)  # with eval_steps, 0 switches evaluations off
+        self.require(self.eval_prompts > 0 or not needed, "eval_prompts", "at least 1 to evaluate")
         self.require(1 <= self.text_length <= 511, "text_length", "in 1..511")
         self.require(not self.torch_compile, "torch_compile", "false: the setting of this method is compile")
         if self.cuda_graphs:

@@ -84,11 +84,6 @@ class SftConfig(SftEvaluationConfig, NoiseConfig, SftDataConfig, MemoryConfig, T
         self.require_in(RANGES["fps"], "fps")
 
     @property
-    def evaluates(self) -> bool:
-        """Whether a setting asks for evaluations."""
-        return bool(self.eval_steps or self.eval_on_start or self.evaluate_only)
-
-    @property
     def takes_other_clips(self) -> bool:
         """Whether a checkpoint of other clips may be used: to evaluate it, or because a data setting may change."""
         return self.evaluate_only or any(item.name in self.allow_changed for item in fields(SftDataConfig))

@@ -12,14 +12,12 @@ from postgen.errors import UserError, check_text, shown
 from postgen.prompt_rows import FILES, read_rows
 from postgen.reading import check_name
 from postgen.training.prompts import made_rows
-from postgen.video import PICTURES
+from postgen.video import PICTURES, VIDEOS
 
 from .dataset_rows import holds_dataset, plain_rows, saved_dataset
 from .faults import Fault, check_faults
 from .media_folder import Found, folder_files
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif")
-"""Suffixes of video files."""
 CAPTIONS = ("prompt", "caption", "text")
 """Columns of the caption, in the order in which they are tried."""
 _PATHS = ("/", "./", "../", "~")

@@ -24,7 +24,6 @@ from postgen.rewards.batches import RESERVED
 from postgen.sampling.forward import noised, wanted_of
 from postgen.sampling.seeds import normal, seed_of
 from postgen.training import Reason, TrainingConfig, TrainResult, Weights
-from postgen.training.card import Card, write_card
 from postgen.training.digests import digest
 from postgen.training.memory import memory_numbers, memory_plan, memory_table, trained_in
 from postgen.training.networks import PolicyTrainer, check_half
@@ -74,8 +73,8 @@ class SftTrainer(PolicyTrainer[SftConfig]):
             raise UserError("there is nothing to train on: give train_dataset, a folder of clips with captions")
         if eval_dataset is None and not args.held_out and (args.evaluates or args.eval_samples):
             raise UserError(
-                "eval_steps, eval_on_start, evaluate_only and eval_samples need held-out clips: give eval_dataset or"
-                " eval_share"
+                "eval_steps, eval_on_start, evaluate_only, merge_metric and eval_samples need held-out clips: give"
+                " eval_dataset or eval_share"
             )
         if eval_dataset is not None and args.eval_share:
             raise UserError(f"eval_share is {args.eval_share:g}, it must be 0 with eval_dataset")
@@ -372,24 +371,13 @@ class SftTrainer(PolicyTrainer[SftConfig]):
 
     def export(self, folder: Path, weights: Weights) -> None:
         """Write the LoRA or the trained networks, and a model card, into an export folder."""
-        args, policy, data = self.args, self.policy, self.data
+        policy, data = self.policy, self.data
         # The expert that is not trained is exported too, so that the folder can be loaded like that of both.
         rest = {name: module.state_dict() for name, module in policy.modules.items() if name not in weights}
         policy.save(folder, {**weights, **rest})
-        source = args.train_dataset if self._given[0] is None else "rows given in Python"
+        source = self.args.train_dataset if self._given[0] is None else "rows given in Python"
         clips = f"Clips: {len(data.clips)} of {source}"
-        card = Card(
-            source=self.source,
-            pipeline=type(policy.pipe).__name__,
-            trainer=type(self).__name__,
-            method=args.method,
-            step=self.global_step,
-            lora=policy.adapter is not None,
-            modules=policy.modules,
-            data=[clips, f"Held out: {len(data.held_out) or 'none'}"],
-            settings=args.to_dict(),
-        )
-        write_card(card, self._curves, args.folder, folder)
+        self.write_card(folder, self._curves, [clips, f"Held out: {len(data.held_out) or 'none'}"])
 
 
 def _is_drawn(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Averages of a run's checkpoints: the merge at the end of a run, and greedy soups.
 
-Weights are averaged one tensor at a time in float64. The two matrices of a LoRA adapter are not averaged: the sum of
-their products is computed exactly and cut to the rank of the adapter (`postgen.families.lora_sums`).
+Weights are averaged one tensor at a time, with the arithmetic of `postgen merge` (`postgen.training.weighted`). The
+two matrices of a LoRA adapter are not averaged: the sum of their products is computed exactly and cut to the rank of
+the adapter (`postgen.families.lora_sums`).
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from postgen.errors import UserError, did_you_mean
+from postgen.errors import UserError
 from postgen.families.lora_layers import Layer
 from postgen.families.lora_sums import low_rank_sum, padded, shaped
 from postgen.tensor_files import opened
 
 from . import checkpoint
+from .averages_checks import check_metric, metric_name
 from .checkpoint_head import DamagedCheckpoint, Span, check_contents, in_spans, read_head
 from .config import TrainingConfig
 from .curves import weights_of
 from .logging import say
 from .run_state import RunState
 from .swap import HostCopy
+from .weighted import finite_sum, is_finite, working_dtype
 
 T = TypeVar("T")
 WEIGHTS = "weights.safetensors"
@@ -38,9 +41,6 @@ WEIGHTS = "weights.safetensors"
 REPORT = "merge_last.json"
 """Name of the report in an export."""
 _UP = ".lora_B."
-_INEXACT = ("lora_magnitude_vector", "lora_embedding_", ".aux_up")
-"""Parts of the names of adapters whose average is not that of their effect: DoRA, adapters of embeddings, and branches
-of quantised layers, which have a gain for each component."""
 
 
 class Average(NamedTuple):
@@ -50,59 +50,6 @@ class Average(NamedTuple):
     """The trained parameters by name, on the CPU."""
     retained: float
     """Share of the squared norm of the LoRA changes that their rank holds, in [0, 1]; 1 without LoRA."""
-
-
-def check(args: TrainingConfig, trained: Iterable[str]) -> None:
-    """Check, at the start of a run, that its checkpoints can be averaged if a setting asks for it.
-
-    Args:
-        args: the configuration.
-        trained: names of the trained parameters.
-
-    Raises:
-        UserError: the adapters are DoRA, or adapt embeddings.
-    """
-    setting = "merge_last" if args.merge_last else "rescue_spike" if args.rescue_spike else ""
-    if setting and (bad := next((name for name in trained if any(part in name for part in _INEXACT)), "")):
-        raise UserError(
-            f"{setting} averages checkpoints, but {bad} is part of an adapter (DoRA, of an embedding, or a branch of a"
-            f" quantised layer) whose effect cannot be averaged: leave {setting} out, or train a plain LoRA"
-        )
-
-
-def asks_anew(args: TrainingConfig, step: int, changed: Collection[str]) -> bool:
-    """Return whether a resumed run must check `merge_metric` again before it goes on.
-
-    Args:
-        args: the configuration.
-        step: optimiser steps done.
-        changed: names of the settings that differ from those of the checkpoint.
-    """
-    anew = any(name.startswith(("merge_", "eval_")) for name in changed)
-    return bool(args.merge_metric) and anew and step < args.max_steps
-
-
-def check_metric(args: TrainingConfig, values: Mapping[str, float], remedy: str = "") -> None:
-    """Check that an evaluation has the metric that decides about the merge, if there is one.
-
-    Args:
-        args: the configuration.
-        values: metrics of the evaluation.
-        remedy: what the user can do; by default for the start of a run.
-
-    Raises:
-        UserError: it has not.
-    """
-    if not args.merge_metric or _metric(args) in values:
-        return
-    known = f"it has {', '.join(values)}" if values else "this run has no evaluation: give held-out data"
-    near = did_you_mean(_metric(args), values)
-    remedy = remedy or "Correct merge_metric, or leave it out with merge_keep: always."
-    raise UserError(f"merge_metric is {args.merge_metric!r}, which the evaluation lacks ({known}).{near} {remedy}")
-
-
-def _metric(args: TrainingConfig) -> str:
-    return f"eval_{args.merge_metric.removeprefix('eval_')}"
 
 
 def kept(args: TrainingConfig) -> int | None:
@@ -115,7 +62,13 @@ def kept(args: TrainingConfig) -> int | None:
 
 
 def sound(
-    folder: Path, count: int, before: int | None = None, *, spiked: Sequence[Span] = (), main: bool = True
+    folder: Path,
+    count: int,
+    before: int | None = None,
+    *,
+    trained: Collection[str] = (),
+    spiked: Sequence[Span] = (),
+    main: bool = True,
 ) -> list[Path]:
     """Return the newest undamaged checkpoints of a run, the oldest first.
 
@@ -123,6 +76,7 @@ def sound(
         folder: folder of the run.
         count: largest number of checkpoints.
         before: only checkpoints of earlier steps than this one; None takes all.
+        trained: names of the trained parameters, which must be finite.
         spiked: spans of steps whose checkpoints are left out.
         main: whether this process prints a warning for each damaged checkpoint.
     """
@@ -134,7 +88,7 @@ def sound(
             head = read_head(path)
             if (before is None or head.step < before) and not in_spans(head.step, spiked):
                 check_contents(path, head)
-                _check_values(path)
+                _check_values(path, trained)
                 found.insert(0, path)
         except DamagedCheckpoint as error:
             if main:
@@ -142,12 +96,17 @@ def sound(
     return found
 
 
-def _check_values(folder: Path) -> None:
-    """Check that the weights of a checkpoint can be read and hold no NaN: a step may break them with a finite loss."""
+def _check_values(folder: Path, trained: Collection[str]) -> None:
+    """Check that the weights of a checkpoint can be read and are finite: a step may break them with a finite loss.
+
+    Buffers may hold infinite values, such as masks.
+    """
     try:
         with opened(folder / WEIGHTS) as file:
             for name in file.keys():  # noqa: SIM118
-                _read(folder, file, name)
+                value = _read(folder, file, name)
+                if name in trained and value.is_floating_point() and not is_finite(value):
+                    raise DamagedCheckpoint(f"{folder} is damaged: {name} in {WEIGHTS} holds infinite values")
     except DamagedCheckpoint:
         raise
     except UserError as error:
@@ -177,7 +136,7 @@ def average(folders: Sequence[Path], weights: Sequence[float], names: Iterable[s
         places = list(zip(folders, files, strict=True))
         for name in names:
             if list(weights) == [1] or name not in {*pairs, *pairs.values()}:
-                tensors[name] = _sum(_each(places, name), weights)
+                tensors[name] = _sum(name, _each(places, name), weights, [folder.name for folder in folders])
             elif name in pairs:
                 up, down, energy = _product(_each(places, pairs[name]), _each(places, name), weights)
                 tensors |= {pairs[name]: up, name: down}
@@ -200,13 +159,12 @@ def _read(folder: Path, file: Any, name: str) -> Tensor:
     return tensor
 
 
-def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    if not tensors[0].is_floating_point() or list(weights) == [1]:
-        return tensors[-1]
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor.double(), alpha=weight)
-    return total.to(tensors[0].dtype)
+def _sum(name: str, tensors: Sequence[Tensor], weights: Sequence[float], labels: Sequence[str]) -> Tensor:
+    last = tensors[-1]
+    if not last.is_floating_point():
+        return last
+    wide = working_dtype([last.dtype])
+    return finite_sum(name, [tensor.to(wide) for tensor in tensors], weights, labels).to(last.dtype)
 
 
 def _product(
@@ -289,7 +247,13 @@ class LastCheckpoints:
             UserError: the evaluation does not have the metric.
         """
         args, parts = self.args, self.parts
-        folders = sound(args.folder, args.merge_last, spiked=self.spiked, main=self.accelerator.is_main_process)
+        folders = sound(
+            args.folder,
+            args.merge_last,
+            trained=parts.named,
+            spiked=self.spiked,
+            main=self.accelerator.is_main_process,
+        )
         if len(folders) < 2:
             self._say(f"merge_last: {args.folder} holds {len(folders)} checkpoint: nothing is merged")
             return {}
@@ -334,7 +298,7 @@ class LastCheckpoints:
         values = self.evaluate()
         remedy = "The last checkpoint is complete: correct merge_metric or set merge_last 0, and use --resume."
         check_metric(self.args, values, remedy)
-        return values[_metric(self.args)]
+        return values[metric_name(self.args)]
 
     def _better(self, after: float, before: float) -> bool:
         if math.isnan(after):

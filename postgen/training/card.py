@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Card:
     """Lines about what the model learned from: rewards, prompts, clips."""
     settings: Mapping[str, Any]
     """The configuration as plain values."""
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    """Report of the merge of checkpoints at the end of the run (`merge_last.json`); empty without one."""
 
 
 def write_card(card: Card, curves: Curves, run: Path, folder: Path) -> None:
@@ -83,6 +85,7 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         f"- Trained: {'LoRA' if card.lora else 'all weights'} of {', '.join(card.modules)}",
         *(f"- {line}" for line in card.data),
         f"- Averaged weights: {'decay ' + format(average, 'g') if average else 'no'}",
+        *_merge(card.merge),
         f"- Command: `{_command()}`",
         "- Versions: " + ", ".join(f"{name} {version_of(name)}" for name in ("torch", "diffusers", "peft")),
         "",
@@ -101,6 +104,19 @@ def _text(card: Card, folder: Path, curves: list[str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _merge(report: Mapping[str, Any]) -> list[str]:
+    """Return the line about a merge of checkpoints, whose weights no curve and no sample of the run shows."""
+    if report.get("exported") != "merged":
+        return []
+    steps = ", ".join(map(str, report["steps"]))
+    metric, last, merged = (report.get(name) for name in ("metric", "last", "merged"))
+    judged = f", {metric} {merged:.6g} (last weights: {last:.6g})" if None not in (metric, last, merged) else ""
+    return [
+        f"- Merge: the weights are the merge of the checkpoints of steps {steps} ({report['kind']}){judged}; curves"
+        " and samples are those of the run before the merge"
+    ]
 
 
 def _command() -> str:

@@ -115,6 +115,11 @@ class TrainingConfig(MergeConfig, RescueConfig, UpdatesConfig):
                 raise UserError(f"report_to: unknown tracker {name!r}. Known: {', '.join(TRACKERS)}, or none.")
 
     @property
+    def evaluates(self) -> bool:
+        """Whether a setting asks for evaluations."""
+        return bool(self.evaluate_only or self.eval_steps or self.eval_on_start or self.merge_metric)
+
+    @property
     def folder(self) -> Path:
         """`output_dir` as a path."""
         return Path(self.output_dir)

@@ -114,8 +114,10 @@ class DistillationTrainer(Trainer[C]):
             raise UserError("there are no prompts to train on: give train_dataset")
         self.rows = Prompts(given, "train_dataset", seed=args.seed, shuffle=False).rows
         given = args.eval_dataset if eval_dataset is None else eval_dataset
-        if given is None and (args.eval_steps or args.eval_on_start or args.evaluate_only):
-            raise UserError("eval_steps, eval_on_start and evaluate_only need held-out prompts: give eval_dataset")
+        if given is None and args.evaluates:
+            raise UserError(
+                "eval_steps, merge_metric, eval_on_start and evaluate_only need held-out prompts: give eval_dataset"
+            )
         self.eval_rows = [] if given is None else Prompts(given, "eval_dataset", seed=args.seed, shuffle=False).rows
         self._order = Shuffled(len(self.rows), args.seed)
         self._micro = 0

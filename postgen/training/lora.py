@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from postgen.errors import UserError
+from postgen.errors import UserError, shown
 from postgen.families import Denoiser
 from postgen.families.lora import check_lora, load_loras, parse_lora
 from postgen.families.lora_file import CHANGES_MODEL
@@ -64,15 +64,12 @@ def add_adapters(pipe: Any, denoiser: Denoiser, config: AdapterConfig, peft_conf
 
     Raises:
         UserError: both `lora_path` and `peft_config` are given, the LoRA file does not fit, a target layer does not
-            exist, or the initialisation of the adapters changes other weights.
+            exist, or `peft_config` is no `LoraConfig`, or trains or changes other weights.
     """
     if config.lora_path and peft_config is not None:
         raise UserError("peft_config with lora_path: the LoRA has its own rank and layers, remove one of the two")
-    if CHANGES_MODEL.fullmatch(began := str(getattr(peft_config, "init_lora_weights", None))):
-        raise UserError(
-            f"peft_config has init_lora_weights {began}, which also changes the model's weights, and exports do not"
-            ' contain these: use True or "gaussian"'
-        )
+    if peft_config is not None:
+        _check_peft(peft_config)
     networks: dict[str, Any] = dict(denoiser.transformers)
     if config.lora_path:
         _go_on_from(pipe, config.lora_path, networks)
@@ -122,6 +119,36 @@ def _peft_config(config: AdapterConfig, denoiser: Denoiser) -> Any:
         init_lora_weights="gaussian",
         target_modules=list(config.lora_target_modules or denoiser.lora_targets),
     )
+
+
+def _check_peft(config: Any) -> None:
+    """Refuse a configuration of peft whose adapters the export could not hold, before anything is trained.
+
+    Raises:
+        UserError: it is no `LoraConfig`, or trains or changes other weights than those of LoRA.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise UserError(
+            f"peft_config is a {type(config).__name__}, it must be a peft.LoraConfig, because diffusers loads no other"
+            " adapters"
+        )
+    if CHANGES_MODEL.fullmatch(began := str(config.init_lora_weights)):
+        raise UserError(
+            f"peft_config has init_lora_weights {began}, which also changes the model's weights, and exports do not"
+            ' contain these: use True or "gaussian"'
+        )
+    if config.bias != "none":
+        raise UserError(
+            f"peft_config has bias {config.bias!r}, which trains biases of the model, and a LoRA file cannot hold"
+            ' them: use bias="none"; lora_bias=True adds biases to the LoRA'
+        )
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if value := getattr(config, name, None):
+            raise UserError(
+                f"peft_config has {name} {shown(value)}, which is not part of a LoRA file of diffusers: leave it out"
+            )
 
 
 def _check_takes_adapters(module: nn.Module) -> None:

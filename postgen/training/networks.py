@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from postgen.errors import UserError
 
+from .card import Card, write_card
 from .config import TrainingConfig
 from .policy import Policy
 from .processes import average_gradients
+from .run_curves import Curves
 from .trainer import Trainer
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -24,6 +27,8 @@ class PolicyTrainer(Trainer[C]):
 
     policy: Policy
     """The trained model."""
+    source: Any
+    """The base model: a folder, a hub id, a pipeline, or None for the embedded model."""
 
     @property
     def averages(self) -> bool:
@@ -38,6 +43,29 @@ class PolicyTrainer(Trainer[C]):
         """Average the gradients of an update over processes, if the prepared models do not."""
         if self.averages:
             average_gradients(self.trained().values(), self.accelerator)
+
+    def write_card(self, folder: Path, curves: Curves, data: Sequence[str]) -> None:
+        """Write the model card and its pictures into an export.
+
+        Args:
+            folder: folder of the export.
+            curves: metrics of the run.
+            data: lines about what the model learned from.
+        """
+        args, policy = self.args, self.policy
+        card = Card(
+            source=self.source,
+            pipeline=type(policy.pipe).__name__,
+            trainer=type(self).__name__,
+            method=args.method,
+            step=self.global_step,
+            lora=policy.adapter is not None,
+            modules=policy.modules,
+            data=data,
+            settings=args.to_dict(),
+            merge=self._parts.merge_report,
+        )
+        write_card(card, curves, args.folder, folder)
 
     @contextmanager
     def _networks(self, *, wrapped: bool) -> Iterator[None]:

@@ -15,7 +15,7 @@ from postgen.compat import quiet_libraries
 from postgen.errors import UserError
 from postgen.families import Denoiser, denoiser_for
 from postgen.families.exports import write_note
-from postgen.families.linear_checks import check_not_quantized
+from postgen.families.linear_checks import check_no_adapters, check_not_quantized
 from postgen.families.loaded import defaults_of
 from postgen.families.loading import inspect_model, load_pipeline
 from postgen.families.lora import save_lora
@@ -30,6 +30,11 @@ from .policy_config import ModelConfig
 from .run_state import Weights
 from .sharding import uncut
 from .swap import WeightsCopy
+
+_OTHER_ADAPTERS = (
+    "Training begins from a model without adapters: unload them (pipe.unload_lora_weights()), with pipe.fuse_lora()"
+    " before it to make them part of the weights; a method with the setting lora_path trains a LoRA file further"
+)
 
 
 class Policy:
@@ -223,9 +228,12 @@ def frozen(pipe: Any, model: ModelConfig) -> Denoiser:
     """Freeze all weights of a pipeline, put it into eval mode, and return its denoiser with the configured settings.
 
     Raises:
-        UserError: there is no denoiser for the pipeline.
+        UserError: there is no denoiser for the pipeline, or a network has adapters, as after an earlier training.
     """
     denoiser = denoiser_for(pipe)
+    for module in denoiser.transformers.values():
+        # New adapters would silence the others, and the export of all weights would have the names of peft's layers.
+        check_no_adapters(module, _OTHER_ADAPTERS)
     if model.flow_shift is not None:
         pipe.scheduler = shifted(pipe.scheduler, model.flow_shift)
     if model.max_sequence_length is not None:

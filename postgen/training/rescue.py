@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Spikes:
         what = f"the loss has spiked since step {first}" if due else f"the weights of step {step} are not finite"
         # The loss of the first spike is that of the weights of the step before it, so they are the last choice.
         for before in (first - 1, first):
-            if folders := self._sound(before):
+            if folders := self._sound(before, parts.named):
                 break
         if not folders or self.rescues >= self._args.rescue_limit:
             reason = f"rescue_limit is {self.rescues}" if folders else "there is no earlier checkpoint"
@@ -100,9 +100,9 @@ class Spikes:
         self._say(f"step {step}: {what}: the run goes on from the mean of {names} with new moments of the optimiser")
         return {"rescue/first_spike": first, "rescue/count": self.rescues}
 
-    def _sound(self, before: int) -> list[Path]:
+    def _sound(self, before: int, trained: Collection[str]) -> list[Path]:
         args = self._args
-        return sound(args.folder, args.rescue_last, before, spiked=self.spiked, main=self._main)
+        return sound(args.folder, args.rescue_last, before, trained=trained, spiked=self.spiked, main=self._main)
 
     def _is_due(self) -> bool:
         """Take in the mean loss of the step, over processes and micro-batches; return whether to rescue the run."""

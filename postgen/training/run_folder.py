@@ -18,6 +18,8 @@ from .checkpoint import to_resume
 from .config import TrainingConfig
 from .logging import say
 
+_FOLDERS = ("export", "samples", "evaluation")
+"""Folders that trainers write long after the start of a run."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors that affect all files (full or read-only disk), so they are reported even for files outside the folder."""
 
@@ -68,7 +70,8 @@ def own_folder(args: TrainingConfig, first_error: Callable[[str], str], *, main:
         main: whether this process creates the folder.
 
     Raises:
-        UserError: the folder cannot be created, another run uses it, or there is nothing to resume.
+        UserError: the folder cannot be created, another run uses it, `check_places` refuses it, or there is nothing to
+            resume.
     """
     lock, problem = RunLock(args.folder), ""
     try:
@@ -76,6 +79,7 @@ def own_folder(args: TrainingConfig, first_error: Callable[[str], str], *, main:
             if not args.folder.exists():  # check first: an impossible resume must not create a folder
                 to_resume(args.folder, args.resume_from_checkpoint)
             args.folder.mkdir(parents=True, exist_ok=True)
+            check_places(args)
             lock.acquire()
     except OSError as error:
         problem = f"output_dir {args.folder} cannot be created: {no_folder(args.folder, error)}."
@@ -87,6 +91,31 @@ def own_folder(args: TrainingConfig, first_error: Callable[[str], str], *, main:
         yield
     finally:
         lock.release()
+
+
+def check_places(args: TrainingConfig) -> None:
+    """Check, before a run begins, that nothing is in the way of the folders that it writes later.
+
+    Args:
+        args: the configuration of the run. With `evaluate_only` it writes no export.
+
+    Raises:
+        UserError: a file has the name of one of them, or `export` holds files that no run wrote, which a run would
+            replace.
+    """
+    folder = args.folder
+    for place in (folder / name for name in _FOLDERS):
+        if place.exists() and not place.is_dir():
+            raise UserError(
+                f"{place} is a file, but the run writes a folder there: move it, or give another output_dir"
+            )
+    export = folder / "export"
+    ours = any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl"))  # a run writes both at its start
+    if not (ours or args.evaluate_only) and export.is_dir() and any(export.iterdir()):
+        raise UserError(
+            f"{export} holds files that the run would replace, but {folder} is not the folder of a run: move them, or"
+            " give another output_dir"
+        )
 
 
 def no_folder(folder: Path, error: OSError) -> str:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, get_scheduler
 from postgen.errors import UserError, shown
 from postgen.files import replacing
 
-from . import averages, checkpoint, resume, rng, weights
+from . import averages, averages_checks, checkpoint, resume, rng, weights
 from .callbacks import Callbacks
 from .checkpoint_head import DamagedCheckpoint
 from .compiling import compile_blocks, compiled
@@ -96,8 +96,7 @@ class Trainer(TrainerHooks[C]):
         self._trained: dict[str, nn.Parameter] = {}
         self.log = RunLog(args, self.accelerator)
         self._spikes = Spikes(args, self.accelerator)
-        self._saved_step = -1
-        self._checked = False
+        self._saved_step, self._checked = -1, False
         self._changed: dict[str, str] = {}
 
     @classmethod
@@ -154,7 +153,7 @@ class Trainer(TrainerHooks[C]):
             finally:
                 self.close()
         # Skipped after an error: leaving the group would make the other processes fail, and hide the first error.
-        self.models = dict(self._raw)
+        self.models = {name: module.eval() for name, module in self._raw.items()}  # without dropout, as loaded
         leave_group(self.accelerator)
         return result
 
@@ -169,6 +168,7 @@ class Trainer(TrainerHooks[C]):
     def _setup(self) -> None:
         sources = checkpoint.to_resume(self.args.folder, self.args.resume_from_checkpoint)
         resume.check_first(sources, self.args, self.accelerator.num_processes)
+        averages_checks.check_count(self.args, sources, more=bool(self.callbacks.callbacks))
         if self.args.resume_from_checkpoint == "auto" and not sources and self.accelerator.is_main_process:
             say(f"{self.args.folder} holds no checkpoint: a new run begins")
         # The same seed in every process gives the same initial weights. Each process gets its own streams below.
@@ -185,7 +185,7 @@ class Trainer(TrainerHooks[C]):
             blocks = partial(self.shard_blocks, name)
             self.models[name] = prepare(module.train(), self.accelerator, fully=self.args.fully_shard, blocks=blocks)
         self._trained = trained_parameters(self._raw)
-        averages.check(self.args, self._trained)
+        averages_checks.check_adapters(self.args, self._trained)
         self.on_models_ready()
         self._parts = self._build_parts()
         # Separate random streams per process from here on, or those of the checkpoint.
@@ -221,9 +221,9 @@ class Trainer(TrainerHooks[C]):
             return TrainResult(global_step=self.global_step, reason=Reason.DONE, metrics=self.log.newest)
         self._event("on_train_begin")
         if self.global_step == 0 and (args.eval_on_start or args.merge_metric):
-            averages.check_metric(args, self._evaluate())
-        elif averages.asks_anew(args, self.global_step, self._changed):
-            averages.check_metric(args, self._measured(trial=True))
+            averages_checks.check_metric(args, self._evaluate())
+        elif averages_checks.asks_anew(args, self.global_step, self._changed):
+            averages_checks.check_metric(args, self._measured(trial=True))
         reason, began_at = Reason.DONE, self.global_step
         while self.global_step < args.max_steps:
             self._event("on_step_begin")

@@ -8,7 +8,7 @@ from postgen.video.compose import contact_sheet, side_by_side
 from postgen.video.ffmpeg import NoFFmpegError, VideoError
 from postgen.video.footage import Footage, TooLongError
 from postgen.video.growing import GROWING, GrowingVideo, check_mark, copy_video
-from postgen.video.read import PICTURES, VideoInfo, iter_video, probe, read_comment, read_video
+from postgen.video.read import PICTURES, VIDEOS, VideoInfo, iter_video, probe, read_comment, read_video
 from postgen.video.stills import check_picture, read_picture, rgb_picture
 from postgen.video.write import FORMATS, check_target, checked_rate, holds_comment, write_video
 
@@ -16,6 +16,7 @@ __all__ = [
     "FORMATS",
     "GROWING",
     "PICTURES",
+    "VIDEOS",
     "Footage",
     "GrowingVideo",
     "NoFFmpegError",

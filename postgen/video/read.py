@@ -29,6 +29,11 @@ _TONES = (
 )
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 """Suffixes of picture files. If a folder holds PNG files, only the PNG files are frames."""
+VIDEOS = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"),
+    *(".ogv", ".flv", ".3gp", ".mts", ".m2ts"),
+)
+"""Suffixes of video files."""
 
 # Pixel formats that can hold transparency.
 _ALPHA = re.compile(r" (yuva|rgba|bgra|argb|abgr|ya8|ya16|gbrap|pal8|ayuv|vuya|uyva)")

@@ -63,14 +63,13 @@ class WorldWeaverConfig(TrainingConfig, WindowConfig, ClipsConfig, AdapterConfig
         self.require(not self.fully_shard, "fully_shard", "false: the adapter is written from whole weights")
         self.require(not self.init_from, "init_from", "omitted: an adapter is trained from its base model")
         self.require(self.lora_path is None, "lora_path", "omitted: merge the LoRA into the model before training")
-        evaluates = self.eval_steps or self.eval_on_start or self.evaluate_only
         self.require("flow" not in self.aux or self.num_frames > 1, "num_frames", "at least 2 with flow in aux")
         self.require(bool(self.aux) or self.depth_model is None, "depth_model", "omitted with aux: []")
         if self.train_dataset is None:
-            self.require(not evaluates or self.eval_clips > 0, "eval_clips", "at least 1 to evaluate")
+            self.require(not self.evaluates or self.eval_clips > 0, "eval_clips", "at least 1 to evaluate")
             self.require(self.eval_dataset is None, "eval_dataset", "omitted without train_dataset: give eval_clips")
         else:
-            self.require(not evaluates or bool(self.eval_dataset), "eval_dataset", "given to evaluate")
+            self.require(not self.evaluates or bool(self.eval_dataset), "eval_dataset", "given to evaluate")
             self.require(self.eval_clips == 0, "eval_clips", "0 with train_dataset: give eval_dataset")
             self.require(
                 self.memory_policy != "camera", "memory_policy", "another policy than camera: videos have none"

@@ -97,7 +97,9 @@ def test_exact_motion_is_refused_without_scenes_and_for_pictures(tmp_path):
     exact = {"num_frames": 4, "eval_motion_exact": True}
     with pytest.raises(UserError, match="must be false for these held-out prompts: the prompt names no scene"):
         grpo(tmp_path, eval_dataset=cats, **exact)
-    with pytest.raises(UserError, match="eval_motion_exact, eval_on_start and evaluate_only need held-out prompts"):
+    with pytest.raises(
+        UserError, match="eval_motion_exact, merge_metric, eval_on_start and evaluate_only need held-out"
+    ):
         grpo(tmp_path, **exact)
     scene = [{"prompt": PROMPTS[0]}]
     with pytest.raises(UserError, match="eval_motion_exact must be false for images"):

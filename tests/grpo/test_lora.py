@@ -100,6 +100,93 @@ def test_grpo_full_fine_tuning_writes_a_model(tiny_wan, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pipe.transformer.parameters(), trained.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "LoraConfig",
+            {"bias": "all"},
+            "bias 'all', which trains biases of the model, and a LoRA file cannot hold them",
+        ),
+        (
+            "LoraConfig",
+            {"modules_to_save": ["proj_out"]},
+            r"modules_to_save \['proj_out'\], which is not part of a LoRA",
+        ),
+        ("LoraConfig", {"target_parameters": ["x"]}, "target_parameters"),
+        ("LoraConfig", {"init_lora_weights": "pissa"}, "init_lora_weights pissa, which also changes"),
+        ("LoHaConfig", {}, "peft_config is a LoHaConfig, it must be a peft.LoraConfig"),
+    ],
+)
+def test_adapters_that_the_export_could_not_hold_are_refused_before_training(
+    tiny_wan, tmp_path, kind, settings, message
+):
+    import peft
+
+    run = video_run(tiny_wan, tmp_path)
+    run._peft_config = getattr(peft, kind)(r=2, target_modules=["to_q"], **settings)
+    with pytest.raises(UserError, match=message) as caught:
+        run.train()
+    assert "\n" not in str(caught.value)
+    assert run.global_step == 0
+
+
+def test_dropout_of_adapters_ends_with_the_training(tiny_wan, tmp_path):
+    from diffusers import WanPipeline
+    from peft import LoraConfig
+
+    from postgen.families.lora import load_loras
+
+    run = video_run(tiny_wan, tmp_path, max_steps=1, check_on_policy_ratio="off")
+    run._peft_config = LoraConfig(r=2, target_modules=["to_q", "to_v"], lora_dropout=0.5)
+    run.train()
+    export = tmp_path / "run" / "export"
+    again = video_run(tiny_wan, tmp_path / "again", max_steps=1, check_on_policy_ratio="off", lora_path=str(export))
+    again.train()
+    pipes = [WanPipeline.from_pretrained(tiny_wan) for _ in range(2)]
+    pipes[0].load_lora_weights(export)
+    load_loras(pipes[1], [str(export)])
+    assert not any(
+        module.training for module in [*pipes[1].transformer.modules(), *again.policy.pipe.transformer.modules()]
+    )
+    call = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"max_sequence_length": 16}
+    found = [
+        pipe("a ball", generator=torch.Generator().manual_seed(0), **call).frames for pipe in (run.policy.pipe, *pipes)
+    ]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+def test_a_pipeline_with_adapters_is_not_trained_again_before_they_are_unloaded(tiny_wan, tmp_path):
+    from diffusers import WanPipeline
+
+    first = video_run(tiny_wan, tmp_path / "first", max_steps=1)
+    first.train()
+    pipe, export = first.policy.pipe, tmp_path / "first" / "run" / "export"
+    again = ({}, {"use_peft": False}, {"lora_path": str(export)})
+    for number, changes in enumerate(again):
+        run = video_run(tiny_wan, tmp_path / str(number), max_steps=1, **changes)
+        run.source = pipe
+        with pytest.raises(UserError, match="WanTransformer3DModel already has the LoRA default") as told:
+            run.train()
+        assert "\n" not in str(told.value)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for number, changes in enumerate(again):
+        run = video_run(tiny_wan, tmp_path / str(number), max_steps=1, **changes)
+        run.source = pipe
+        run.train()
+        if changes.get("use_peft", True):
+            pipe.unload_lora_weights()
+    pipe = WanPipeline.from_pretrained(tiny_wan)
+    pipe.load_lora_weights(export, adapter_name="style")
+    pipe.delete_adapters("style")
+    run.source = pipe
+    with pytest.raises(UserError, match="already has layers for adapters"):
+        run.build()
+
+
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_grpo_card_of_two_experts_loads_both_in_plain_diffusers(tiny_wan, tmp_path, use_peft):
     """`lora_path` takes the same two sub-folders, here copied from files of other names."""
@@ -222,6 +309,9 @@ def test_grpo_merges_its_last_checkpoints(tiny_wan, tmp_path):
     measured = {line["step"]: line["eval_reward"] for line in lines(run) if "eval_reward" in line}
     assert list(measured) == [0, 3]  # the first tells that the metric is there
     assert row["merge/last"] == measured[3]
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "- Merge: the weights are the merge of the checkpoints of steps 1, 2, 3 (sma), eval_reward " in card
     pictures = (tmp_path / "run" / "samples" / "step-000003.mp4").read_bytes()
     video_run(tiny_wan, tmp_path / "plain", **settings).train()
+    assert "- Merge" not in (tmp_path / "plain" / "run" / "export" / "README.md").read_text()
     assert (tmp_path / "plain" / "run" / "samples" / "step-000003.mp4").read_bytes() == pictures

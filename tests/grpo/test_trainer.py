@@ -168,11 +168,11 @@ def test_grpo_rewards_that_cannot_score_are_found_before_the_first_update(tmp_pa
 
     with pytest.raises(UserError, match="the reward gold needs the column 'target', the data has number"):
         grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=gold)
-    with pytest.raises(UserError, match="eval_on_start and evaluate_only need held-out prompts"):
-        grpo(tmp_path, eval_reward_funcs=near)
-    name = f"clip_score(model={tmp_path / 'nowhere'})"
+    for asked in ({"eval_reward_funcs": near}, {"merge_last": 2, "merge_metric": "reward", "save_steps": 1}):
+        with pytest.raises(UserError, match="eval_on_start and evaluate_only need held-out prompts"):
+            grpo(tmp_path, **asked)
     with pytest.raises(UserError, match="nowhere"):
-        grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=name, max_steps=1).train()
+        grpo(tmp_path, eval_dataset=ROWS, eval_reward_funcs=f"clip_score(model={tmp_path / 'nowhere'})").train()
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -73,6 +73,26 @@ def test_the_last_checkpoints_of_a_run_become_a_model(
     again.train()
 
 
+@pytest.mark.parametrize("settings", [{"use_peft": False}, {"lora_r": 4, "lora_alpha": 4}, {"lora_r": 4}])
+def test_a_merge_of_files_is_the_merge_at_the_end_of_the_run(
+    settings: dict[str, Any], tiny_wan: Path, tmp_path: Path, cli: Any
+) -> None:
+    run = _run(tiny_wan, tmp_path, merge_last=3, merge_kind="wma", merge_keep="always", **settings)
+    rank = [] if "use_peft" in settings else ["--rank", "4"]
+    done = cli("merge", run, "--last", "3", "-o", tmp_path / "out", "--method", "wma", *rank)
+    assert done.code == 0, done.err
+    if not rank:
+        found, wanted = (weights_in(folder / "transformer") for folder in (tmp_path / "out", run / "export"))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+        return
+    found, wanted = change(tmp_path / "out"), change(run / "export")
+    if "lora_alpha" in settings:  # the scale of the run is 1, as that of every merged file
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert found.keys() == wanted.keys()
+    assert all((value - wanted[name]).norm() <= 1e-6 * wanted[name].norm() for name, value in found.items())
+
+
 def test_checkpoints_between_a_base_and_their_mean(full_run: Path, tiny_wan: Path, tmp_path: Path, cli: Any) -> None:
     words = ["--base", tiny_wan / "transformer", "--eta", "0.5", "--dtype", "bfloat16"]
     done = cli("merge", full_run, "-o", tmp_path / "out", *words)

@@ -11,8 +11,9 @@ import torch
 from postgen.errors import UserError
 from postgen.merging import METHODS, MergeConfig, Rule, merge_tensors
 from postgen.merging.lora import MERGERS
-from postgen.merging.methods import LORA_ONLY, combined, slerp_factors, source_factors
+from postgen.merging.methods import LORA_ONLY, slerp_factors, source_factors
 from postgen.training.curves import KINDS, weights_of
+from postgen.training.weighted import combined
 from tests.merging.models import tensors
 
 

@@ -105,15 +105,21 @@ def test_a_network_may_have_a_part_of_its_own_name(tmp_path: Path) -> None:
 
 def test_a_merged_pipeline_generates(tmp_path: Path, tiny_wan: Path, cli: Any) -> None:
     first, second = (moved(tiny_wan, tmp_path / name, seed) for seed, name in enumerate(("a", "b")))
-    (first / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
+    pictures = "![after](after.png) <img src='curve.png'> ![far](https://a.b/c.png)"
+    (first / "README.md").write_bytes(f"---\nlicense: mit\n---\n\n# A model\n{pictures}\n".encode() + b"caf\xe9")
+    for name in ("after.png", "curve.png", "clip.MP4"):
+        (first / name).write_bytes(b"0")
     (first / "merge_last.json").write_text("{}")
     report = merge([first, second], tmp_path / "out", MergeConfig(method="soup", weights=(3.0, 1.0)))
     assert [source.weight for source in report.sources] == [0.75, 0.25]
     assert 0 < (report.relative_change or 0) < 0.1
     assert all(name.startswith("transformer/") for name in report.largest_changes)
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_bytes().decode("latin-1")
     assert card.startswith("---\nlicense: mit\n---\n\n## Merge\n")
     assert card.index("first source") < card.index("# A model")
+    assert "(picture of the first source, left out: after)* *(picture of the first source, left out)* ![far]" in card
+    assert card.endswith("caf\xe9")
+    assert not {"after.png", "curve.png", "clip.MP4"} & {file.name for file in (tmp_path / "out").iterdir()}
     assert not (tmp_path / "out" / "merge_last.json").exists()
     words = ["--size", "32x16", "--frames", "5", "--steps", "1", "-o", tmp_path / "x.gif"]
     assert cli("generate", "a", "--model", tmp_path / "out", *words).code == 0

@@ -249,6 +249,7 @@ def test_recipes_and_refusals(tmp_path: Path) -> None:
         ({"class_dropout": 0.0, "eval_guidance_scale": 2.0}, "class_dropout is 0.0, it must be above 0 with"),
         ({"eval_num_inference_steps": 1001}, "at most 1,000"),
         ({"eval_pictures": 0, "eval_steps": 5}, "at least 1 to evaluate"),
+        ({"eval_pictures": 0, "merge_last": 2, "merge_metric": "eval_right"}, "at least 1 to evaluate"),
         ({"eval_pictures": 0, "evaluate_only": True}, "at least 1 to evaluate"),
         ({"pool_dir": ""}, "the name of a folder"),
         ({"cuda_graphs": True, "gradient_accumulation_steps": 2}, "1 with cuda_graphs"),

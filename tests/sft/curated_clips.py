@@ -66,7 +66,7 @@ def make_folder(folder: Path, scenes: Sequence[Tensor]) -> Path:
     put(folder, "good.mp4", a, "a first ball rolls to the left")
     put(folder, "barred.mp4", barred(b, 16), "a cube between bars slides")
     put(folder, "two_shots.mp4", torch.cat((c, d)), "a cylinder, and then another one")
-    put(folder, "dark.mp4", e * 0.04, "a night without light")
+    put(folder, "dark.mp4", e * 0.03, "a night without light")
     put(folder, "flat.mp4", (e - 0.5) * 0.05 + 0.5, "a grey fog hides everything")
     put(folder, "soft.mp4", blurred(e), "an unsharp scene")
     put(folder, "still.mp4", e[:1].repeat(17, 1, 1, 1), "nothing moves here at all")

@@ -52,6 +52,23 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_lit_thing_on_black_is_kept_and_underexposed_clips_are_not(tmp_path):
+    """As a night view of the Earth: mean luma 0.03, but contrast."""
+    rows_, columns = torch.meshgrid(torch.linspace(-1, 1, 96), torch.linspace(-1, 1, 96), indexing="ij")
+    frames = [
+        ((rows_**2 + (columns - 0.02 * k) ** 2 < 0.1) * (0.4 + 0.2 * torch.sin(40 * columns))).expand(3, -1, -1)
+        for k in range(17)
+    ]
+    clips = {"earth": torch.stack(frames), "underexposed": (scene(MOVING[0]) ** 2.2 * 2.0**-8) ** (1 / 2.2)}
+    (tmp_path / "data").mkdir()
+    for name, clip in clips.items():
+        write_video(tmp_path / "data" / f"{name}.mp4", clip, fps=8, quality=10)
+        (tmp_path / "data" / f"{name}.txt").write_text(name)
+    funnel = curate(read_items(str(tmp_path / "data")), tmp_path / "out.jsonl")
+    assert [one.item.key for one in funnel.kept] == ["earth.mp4"]
+    assert 0.02 < funnel.kept[0].shot.values["brightness"] < 0.06
+
+
 def test_each_filter_removes_the_clip_made_for_it(place):
     told = json.loads((place / "out-report" / "funnel.json").read_text())
     assert {one["key"]: one["removed_by"] for one in told["removed"]} == REMOVED

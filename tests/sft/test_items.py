@@ -30,6 +30,7 @@ def test_folder_with_captions_beside_the_files(tmp_path: Path) -> None:
     captioned(empty(tmp_path / "b.mp4"), "a ball\n")
     captioned(empty(tmp_path / "a.PNG"), "a cube")
     captioned(empty(tmp_path / "more" / "c.webm"), "two balls")
+    captioned(empty(tmp_path / "more" / "d.OGV"), "a puck")
     empty(tmp_path / ".hidden.mp4")
     (tmp_path / "notes.txt").write_text("not a caption")
     assert (
@@ -39,6 +40,7 @@ def test_folder_with_captions_beside_the_files(tmp_path: Path) -> None:
             ("a.PNG", "image", "a cube"),
             ("b.mp4", "video", "a ball"),
             ("more/c.webm", "video", "two balls"),
+            ("more/d.OGV", "video", "a puck"),
         ]
     )
 

@@ -220,6 +220,10 @@ def test_a_change_has_the_error_of_pairs() -> None:
     [
         ({"train_dataset": None}, "there is nothing to train on: give train_dataset"),
         ({"eval_steps": 1}, "need held-out clips: give eval_dataset or eval_share"),
+        (
+            {"merge_last": 2, "merge_metric": "eval_loss", "save_steps": 1},
+            "need held-out clips: give eval_dataset or eval_share",
+        ),
         ({"eval_samples": 1}, "need held-out clips: give eval_dataset or eval_share"),
         ({"eval_samples": 1, "eval_share": 0.5}, "eval_samples are drawn in evaluations: set eval_steps"),
         ({"eval_reward_funcs": ["sharpness"]}, "eval_samples is 0, it must be at least 1 with eval_reward_funcs"),

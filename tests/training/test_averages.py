@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from postgen.errors import UserError
 from postgen.train import main
 from postgen.training import Reason
-from postgen.training.averages import average, check, greedy, kept, sound
+from postgen.training.averages import average, greedy, kept, sound
+from postgen.training.averages_checks import check_adapters
 from postgen.training.averages_config import MergeConfig
 from postgen.training.checkpoint_head import DamagedCheckpoint
 from postgen.training.curves import KINDS, weights_of
@@ -150,8 +151,36 @@ def test_an_interrupted_run_exports_its_last_weights(trainer):
     assert all(torch.equal(value, stored(run, 10)[f"net.{name}"]) for name, value in exported(run).items())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (MERGE, "merge_last 3 needs two checkpoints or more, but save_steps 100 and max_steps 12 give one"),
+        (
+            {"rescue_spike": 9.0},
+            "save_steps 100 and max_steps 12 give none before the last step: set save_steps below",
+        ),
+    ],
+)
+def test_settings_with_too_few_checkpoints_are_refused_before_the_model_is_built(trainer, settings, message):
+    class Unbuilt(MeasuredTrainer):
+        def build(self):
+            raise AssertionError
+
+    with pytest.raises(UserError, match=message) as caught:
+        trainer(kind=Unbuilt, **settings, save_steps=100).train()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"max_steps 1 .*train more steps, or leave"):
+        trainer(kind=Unbuilt, **settings, save_steps=1, max_steps=1).train()
+    # Checkpoints of the folder count, and callbacks or save_seconds may save more.
+    trainer("cut", max_steps=4, save_steps=4).train()
+    allowed = [name for name in settings if name == "rescue_spike"]
+    trainer("cut", **settings, save_steps=100, resume_from_checkpoint="latest", allow_changed=allowed).train()
+    for name, more in {"steps": {"save_steps": 11}, "seconds": {"save_seconds": 99.0}}.items():
+        trainer(name, **{**settings, "save_steps": 100, **more}).train()
+
+
 def test_one_checkpoint_is_no_merge(trainer, capsys):
-    run = trainer(**MERGE, save_steps=100)
+    run = trainer(**MERGE, save_steps=0, save_seconds=99.0)
     run.train()
     assert "holds 1 checkpoint: nothing is merged" in capsys.readouterr().err
     assert not (run.args.folder / "export" / "merge_last.json").exists()
@@ -257,9 +286,9 @@ def test_dora_is_refused_before_the_first_step(trainer):
 
 def test_branches_of_quantised_layers_are_refused(tmp_path):
     config = MeasuredConfig(output_dir=str(tmp_path), device="cpu", **MERGE)
-    check(config, ["net.0.weight", "net.0.lora_A.default.weight"])
+    check_adapters(config, ["net.0.weight", "net.0.lora_A.default.weight"])
     with pytest.raises(UserError, match=r"merge_last averages checkpoints, but net\.0\.aux_up is part of"):
-        check(config, ["net.0.weight", "net.0.aux_up"])
+        check_adapters(config, ["net.0.weight", "net.0.aux_up"])
 
 
 def test_nan_in_a_checkpoint_is_damage(trainer, capsys):
@@ -273,6 +302,18 @@ def test_nan_in_a_checkpoint_is_damage(trainer, capsys):
         average([folder], [1.0], run.trained())
     assert [path.name for path in sound(run.args.folder, 1)] == ["checkpoint-9"]
     assert "checkpoint-12 is damaged" in capsys.readouterr().err
+
+
+def test_infinite_weights_are_damage_and_infinite_buffers_are_not(trainer, capsys):
+    run = trainer()
+    run.train()
+    tensors = stored(run, 12)
+    tensors["net.0.weight"][0, 0] = math.inf
+    save_file(tensors, run.args.folder / "checkpoint-12" / "weights.safetensors")
+    names = run.trained()
+    assert [path.name for path in sound(run.args.folder, 1)] == ["checkpoint-12"]  # could be a buffer
+    assert [path.name for path in sound(run.args.folder, 1, trained=names)] == ["checkpoint-9"]
+    assert "net.0.weight in weights.safetensors holds infinite values" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rises", [False, True])

@@ -85,9 +85,9 @@ def test_weights_that_are_not_finite_are_rescued_before_they_are_saved(tmp_path,
     again = make(tmp_path / "every", **broken, save_steps=1)
     again.train()
     check_mean(again, [stored(tmp_path / "every", step) for step in (7, 8)])
-    for name, settings in (("none", {"save_steps": 50}), ("off", OFF)):
-        with pytest.raises(FloatingPointError, match="the trained weights are not finite, so nothing is saved"):
-            make(tmp_path / name, **broken, **settings).train()
+    for name, settings in (("none", {"save_steps": 12, "max_steps": 13}), ("off", OFF)):
+        with pytest.raises(FloatingPointError, match=r"the (trained weights are|loss of step 10 is) not finite"):
+            make(tmp_path / name, **{**broken, **settings}).train()
     assert "there is no earlier checkpoint" in capsys.readouterr().err
 
 
@@ -128,7 +128,7 @@ def test_the_number_of_rescues_is_limited(tmp_path, capsys):
 
 
 def test_without_an_earlier_checkpoint_the_run_goes_on(tmp_path, capsys):
-    make(tmp_path, save_steps=50).train()
+    make(tmp_path, save_steps=12).train()
     assert "there is no earlier checkpoint, so the run goes on" in capsys.readouterr().err
 
 

@@ -293,3 +293,29 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", none)
     make(tmp_path, max_steps=1).train()
     assert "does not support locks (No locks available), so a second run is not detected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["export", "samples", "evaluation"])
+def test_a_file_in_the_place_of_a_later_folder_is_told_before_the_first_step(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    trainer = make(tmp_path / "run")
+    with pytest.raises(UserError, match=f"{name} is a file, but the run writes a folder there") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert trainer.global_step == 0
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_an_export_that_no_run_wrote_is_not_replaced(tmp_path):
+    mine = tmp_path / "run" / "export" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that the run would replace, but .* is not"):
+        make(tmp_path / "run").train()
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    make(tmp_path / "run").train()  # an empty folder may be replaced
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    make(tmp_path / "run").train()  # and the export of an earlier run without checkpoints

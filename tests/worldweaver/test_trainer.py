@@ -345,6 +345,10 @@ def test_self_depth(flowing: WorldWeaverTrainer, monkeypatch: pytest.MonkeyPatch
         ({"init_from": "x"}, "an adapter is trained from its base"),
         ({"lora_path": "x"}, "merge the LoRA into the model before training"),
         ({"eval_steps": 1}, "eval_clips is 0, it must be at least 1 to evaluate"),
+        (
+            {"merge_last": 2, "merge_metric": "eval_loss", "save_steps": 1},
+            "eval_clips is 0, it must be at least 1 to evaluate",
+        ),
         ({"pool_dir": ""}, "the name of a folder, or left out"),
         ({"depth_model": "x"}, "the world has exact depth"),
         ({"train_dataset": "x", "memory_policy": "camera"}, "another policy than camera"),

@@ -59,8 +59,8 @@ class CurationConfig:
     """Length of a shot in seconds; not for images, nor for folders of frames without a rate."""
     fps: Band = (7.5, None)
     """Frames per second; not for images, nor for folders of frames without a rate."""
-    brightness: Band = (0.06, 0.94)
-    """Mean luma, in [0, 1]."""
+    brightness: Band = (0.02, 0.94)
+    """Mean luma, in [0, 1]. Underexposed clips are found by `contrast`; a bright thing on black is sound."""
     contrast: Band = (0.03, None)
     """Standard deviation of luma within a frame, mean over the frames."""
     sharpness: Band = (1e-4, None)
