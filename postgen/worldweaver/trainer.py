@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from postgen.errors import UserError
 from postgen.families import Condition, Denoiser
 from postgen.families.exports import write_note
+from postgen.families.linear_checks import check_not_quantized
 from postgen.sampling.schedule import chosen_schedule
 from postgen.sampling.seeds import seed_of
 from postgen.training import Trainer, TrainingConfig, Weights
@@ -122,6 +123,7 @@ class WorldWeaverTrainer(Trainer[WorldWeaverConfig]):
         wide: Widened = widened(self.pipe, args.modalities)
         add_adapters(self.pipe, self.denoiser, args)
         if not args.use_peft:
+            check_not_quantized(model, "be trained as a whole: train a LoRA, or load the exact model")
             model.requires_grad_(True).float()
         for name in (wide.widths.first, wide.widths.last):
             model.get_submodule(name).requires_grad_(True).float()

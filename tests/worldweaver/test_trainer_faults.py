@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from postgen.errors import UserError
 from postgen.families import denoiser_for
+from postgen.quant import QuantSpec, quantize_weights
 from postgen.video import write_video
 from postgen.worldweaver.depth_sources import TransformersDepth
 from postgen.worldweaver.embedding import LevelEmbedder
@@ -45,6 +46,12 @@ def half_precision() -> Any:
     return pipe
 
 
+def quantised() -> Any:
+    pipe = MAKERS["Wan"]()
+    quantize_weights(pipe.transformer, QuantSpec(weight="int8"))
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "said"),
     [
@@ -52,6 +59,7 @@ def half_precision() -> Any:
         (MAKERS["Wan"], {"num_frames": 30}, r"must be 4n\+1, got 30"),
         (MAKERS["LTX"], {"num_frames": 33, "height": 32, "width": 32}, "give flow_shift"),
         (MAKERS["Wan image-to-video"], {}, "is an image-to-video model, but windows have no image condition"),
+        (quantised, {"use_peft": False}, "cannot be trained as a whole: train a LoRA, or load the exact model"),
         (half_precision, {"bf16": True}, r"are torch\.float16, but trained weights are float32: set dtype: float32"),
     ],
 )
