@@ -322,7 +322,7 @@ def test_training_measuring_and_reporting(tmp_path, monkeypatch):
     bench = Bench(sizes, "cpu")
     with pytest.raises(UserError, match="measure base first"):
         dancegrpo_measure.Measuring(bench, run, settings)
-    dancegrpo_measure.measure_base(bench, tmp_path, settings)
+    check_measuring_the_base_model_goes_on(bench, tmp_path, settings, monkeypatch)
     monkeypatch.setitem(dancegrpo_arms.ARMS, "nft", Arm(what="`nft-tiny`", recipe="nft-tiny", parted=True))
     monkeypatch.setattr(dancegrpo_measure, "SHARES", (0.5,))
     dancegrpo_measure.Measuring(bench, run, settings)()
@@ -347,6 +347,31 @@ def test_training_measuring_and_reporting(tmp_path, monkeypatch):
     assert [*dancegrpo.progress([run])] == ["  nft.0: trained, 2 of 2 checkpoints measured"]
     # Half of its measurements would be mixed with those of another training.
     assert "nft.0.json" not in [path.name for path in dancegrpo.kept_files(tmp_path)]
+
+
+def check_measuring_the_base_model_goes_on(bench, out, settings, monkeypatch):
+    """A call that is interrupted continues after the groups that are in the file."""
+    drawn = []
+
+    def cut_after_two(name, group=bench.group):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(name)
+        return group(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "group", cut_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            dancegrpo_measure.measure_base(bench, out, settings)
+    place = out / "measured" / "base.json"
+    first = json.loads(place.read_text())
+    assert not first["complete"]
+    assert [*first["points"]["base"]] == ["test", "valid"]
+    dancegrpo_measure.measure_base(bench, out, settings)
+    whole = json.loads(place.read_text())
+    assert whole["complete"]
+    assert whole["points"]["base"]["test"] == first["points"]["base"]["test"]
+    assert {*whole["points"]["base"]} == {"test", "valid", "many", "guided", "clean", "best"}
 
 
 def check_another_machine(run, place):
