@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from benchmarks import merging_hacked, merging_lora, merging_report, prompt, prompt_report, sft_measure, sft_report
+from benchmarks import (
+    merging_hacked,
+    merging_lora,
+    merging_report,
+    prompt,
+    prompt_report,
+    sft_clips,
+    sft_measure,
+    sft_report,
+)
 from benchmarks.docs_tables import of_result
 from benchmarks.lit_video_files import pack_files, unpack
 from benchmarks.prompt_inputs import FORMS, hard_prompts, long_prompts, short_prompts
@@ -103,6 +112,13 @@ def test_written_clips_are_judged_right(tmp_path):
     assert all("lime" in scene.prompt or "emerald" in scene.prompt for scene in wanted)
     assert not {scene.spec for scene in wanted} & {scene.spec for scene in scenes("test", 6, 17, new=True)}
     assert rendered(wanted[:2], 32, 5).shape == (2, 5, 3, 32, 32)
+
+
+def test_clips_are_rendered_in_parts(monkeypatch):
+    wanted = scenes("test", 3, 5, new=True)
+    whole = rendered(wanted, 16, 5)
+    monkeypatch.setattr(sft_clips, "_AT_ONCE", 2)
+    assert torch.equal(rendered(wanted, 16, 5), whole)
 
 
 def test_recovered_share_of_a_hacked_run():
