@@ -9,8 +9,9 @@
 `train` runs the arms (`benchmarks.dancegrpo_arms`) several at a time on each GPU, and measures each run as soon as it
 is trained (`--later` leaves that to `measure`). After `--seconds` the runs save a checkpoint. The exit code is 0 if
 all is done, 1 if a job failed, and 3 if the command has to be repeated; it then continues. `--back FOLDER` keeps the
-measurements in a few small files, and `--unpack FOLDER` restores them on another machine. With `--tiny --gpus` (no
-number) everything runs on a CPU, to show that it runs: give such runs an `--out` of their own.
+complete measurements in a few small files, and `--unpack FOLDER` restores them on another machine, which trains only
+the runs that are not measured (with `--later` all runs, as their weights stay on their machine). With `--tiny --gpus`
+(no number) everything runs on a CPU, to show that it runs: give such runs an `--out` of their own.
 
 Rules, fixed before the runs:
 
@@ -52,7 +53,7 @@ from typing import Any
 
 from benchmarks import dancegrpo_exact, dancegrpo_pictures, dancegrpo_report, dancegrpo_tables, job_queue
 from benchmarks.command import ended
-from benchmarks.dancegrpo_arms import OUT, SEEDS, Run, base_job, check_arms, named_arms, table
+from benchmarks.dancegrpo_arms import OUT, SEEDS, Run, base_job, check_arms, measurements, named_arms, table
 from benchmarks.lit_video_files import unpack
 from benchmarks.queued_arms import add_places, add_queue, add_report, check_gpus, keep, run_queue, words_of
 from postgen.training.run_curves import read_metrics
@@ -60,6 +61,8 @@ from postgen.training.run_curves import read_metrics
 
 def jobs_of(runs: Sequence[Run], words: Sequence[str], *, train: bool, measure: bool) -> list[job_queue.Job]:
     """Return the unfinished jobs of some runs; a run is measured as soon as it is trained.
+
+    A run whose measurements are complete is not trained again only to have its weights, which stay on their machine.
 
     Args:
         runs: the runs in their order.
@@ -71,7 +74,7 @@ def jobs_of(runs: Sequence[Run], words: Sequence[str], *, train: bool, measure: 
     found = [base] if measure else []
     for run in runs:
         jobs = run.jobs(words)
-        found += [jobs["train"]] if train else []
+        found += [jobs["train"]] if train and not (measure and jobs["measure"].done) else []
         found += [jobs["measure"]] if measure and (train or jobs["train"].done) else []
     return [job for job in found if not job.done]
 
@@ -101,9 +104,11 @@ def progress(runs: Sequence[Run]) -> Iterator[str]:
 
 def kept_files(out: Path) -> Iterator[Path]:
     """Yield the files of a folder to bring back, the most important ones first."""
-    yield from sorted((out / "measured").glob("*.json"))
-    yield from sorted(out.glob(dancegrpo_exact.FILE))
-    for path in sorted((out / "measured").glob("*.*.json")):
+    found = measurements(out)
+    yield from found
+    yield from out.glob(dancegrpo_exact.FILE)
+    yield from (out / "measured").glob("base-clips.safetensors")  # for the contact sheets of later runs
+    for path in found:
         said = read_json(path)
         for name in dict.fromkeys(said[which] for which in ("chosen", "last") if which in said):
             yield from (out / "measured").glob(f"{path.stem}.{name}.png")

@@ -212,6 +212,14 @@ def complete(path: Path) -> bool:
     return path.is_file() and '"complete": true' in path.read_text(encoding="utf-8")[:200]
 
 
+def measurements(out: Path) -> list[Path]:
+    """Return the complete files of measurements in an output folder, for `--back`.
+
+    An incomplete file belongs to trained weights of this machine. Another machine trains the run again.
+    """
+    return [path for path in sorted((out / "measured").glob("*.json")) if complete(path)]
+
+
 def named_arms(words: Sequence[str]) -> list[str]:
     """Return the arms for names of arms and groups, each once, in the order of the words.
 

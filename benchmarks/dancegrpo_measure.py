@@ -134,23 +134,31 @@ def log_means(rows: Sequence[Mapping[str, Any]], parts: int = PARTS) -> dict[str
 
 
 def measure_base(bench: Bench, out: Path, settings: Mapping[str, Any]) -> None:
-    """Measure the base model and the exact clips, and keep the first clips for the contact sheets."""
+    """Measure the base model and the exact clips, and keep the first clips for the contact sheets.
+
+    The file is written after each part, and an interrupted call continues.
+    """
     place = out / "measured" / f"{BASE}.json"
     found = read_file(place, settings)
+    point: Rows = found["points"].setdefault(BASE, {})
     bench.use(None)
-    point: Rows = {}
     for name in ("test", "valid", "many", "guided"):
-        point[name], clips = bench.group(name)
-        if name == "test":
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(out / "measured" / "base-clips.safetensors") as part:
-                save_file({"clips": bytes_of(clips[:SHOWN])}, part)
-        print(f"base model, {name}: {_said(point[name])}", flush=True)
-    point["clean"] = bench.flow_matching()
-    point["best"] = bench.best()
+        if name not in point:
+            point[name], clips = bench.group(name)
+            if name == "test":
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(out / "measured" / "base-clips.safetensors") as part:
+                    save_file({"clips": bytes_of(clips[:SHOWN])}, part)
+            print(f"base model, {name}: {_said(point[name])}", flush=True)
+            write_file(place, found)
+    if "clean" not in point:
+        point["clean"] = bench.flow_matching()
+    if "best" not in point:
+        point["best"] = bench.best()
+        write_file(place, found)
     exact = {name: bench.exact(name) for name in ("test", "valid")}
     print(f"exact clips: {_said(exact['test'])}", flush=True)
-    found |= {"complete": True, "points": {BASE: point}, "exact": exact, "device": device(), "versions": versions()}
+    found |= {"complete": True, "exact": exact, "device": device(), "versions": versions()}
     write_file(place, found)
 
 

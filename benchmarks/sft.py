@@ -7,8 +7,9 @@
 
 `train` writes a folder of clips and captions, measures the base model, trains the arms of `benchmarks.sft_arms`
 several at a time and measures each run. After `--seconds` the runs save a checkpoint; the exit code is 0 if all is
-done, 1 if a job failed, and 3 if the command has to be repeated. `--back FOLDER` keeps the measurements in a few small
-files, `--unpack FOLDER` restores them. With `--tiny --gpus` (no number) everything runs on a CPU, to show that it
+done, 1 if a job failed, and 3 if the command has to be repeated. `--back FOLDER` keeps the complete measurements in a
+few small files. `--unpack FOLDER` restores them on another machine, which trains only the runs that are not measured.
+With `--tiny --gpus` (no number) everything runs on a CPU, to show that it
 runs: give such runs an `--out` of their own.
 
 Rules, fixed before the runs:
@@ -46,30 +47,36 @@ from pathlib import Path
 
 from benchmarks import job_queue, sft_exact, sft_report
 from benchmarks.command import ended
+from benchmarks.dancegrpo_arms import measurements
 from benchmarks.lit_video_files import unpack
 from benchmarks.queued_arms import add_places, add_queue, add_report, check_gpus, keep, run_queue, words_of
 from benchmarks.sft_arms import ARMS, BASE, OUT, SEEDS, Run, data_job, measure_job, named_arms
 
 
 def jobs_of(runs: Sequence[Run], words: Sequence[str]) -> list[job_queue.Job]:
-    """Return the unfinished jobs of some runs, with those that they need."""
+    """Return the unfinished measurements of some runs and of the base model, with the jobs that they need.
+
+    A run whose measurements are complete is not trained again only to have its weights, which stay on their machine.
+    """
     out = runs[0].out
-    jobs = [data_job(out, words), measure_job(out, BASE, words, ("data",))]
-    for run in runs:
-        jobs += [run.job(words), run.measure_job(words)]
+    goals = [measure_job(out, BASE, words, ("data",)), *(run.measure_job(words) for run in runs)]
+    jobs = [data_job(out, words), goals[0]]
+    for run, goal in zip(runs, goals[1:], strict=True):
+        jobs += [run.job(words), goal]
     every = {job.name: job for job in jobs}
     # Runs that fork need their first run even if only the fork is asked for.
     for run in runs:
         if forks := ARMS[run.arm].forks:
             first = Run(arm=forks, seed=run.seed, out=out, tiny=run.tiny)
             every.setdefault(first.name, first.job(words))
-    return job_queue.wanted(every, list(every))
+    return job_queue.wanted(every, [goal.name for goal in goals])
 
 
 def kept_files(out: Path) -> Iterator[Path]:
     """Yield the files of a folder to bring back, the most important ones first."""
-    yield from sorted((out / "measured").glob("*.json"))
+    yield from measurements(out)
     yield from sorted(out.glob("*.json"))
+    yield from sorted((out / "measured").glob("base-*.safetensors"))  # for the contact sheets of later runs
     yield from sorted((out / "measured").glob("*.0.*.png"))
     yield from sorted((out / "logs").glob("*.log"))
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from postgen import world
@@ -75,10 +76,15 @@ def scenes(group: str, count: int, frames: int, *, new: bool) -> list[Scene]:
 
 
 def rendered(wanted: list[Scene], size: int, frames: int, device: str = "cpu") -> Tensor:
-    """Return the exact clips (B,F,3,H,W) of scenes of one world."""
-    clips = world.render(
-        [scene.spec for scene in wanted], num_frames=frames, size=size, geometry=False, device=device
-    ).rgb_BF3HW
+    """Return the exact clips (B,F,3,H,W) of scenes of one world, on a device."""
+    specs = [scene.spec for scene in wanted]
+    parts = [
+        world.render(
+            specs[low : low + _AT_ONCE], num_frames=frames, size=size, geometry=False, device=device
+        ).rgb_BF3HW
+        for low in range(0, len(specs), _AT_ONCE)
+    ]
+    clips = torch.cat(parts)
     return PALETTE.paint(clips) if wanted[0].new else clips
 
 

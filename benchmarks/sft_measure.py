@@ -77,7 +77,11 @@ class SftBench(Bench):
 
     def rendered(self, prompts: Sequence[str]) -> Tensor:
         """Return the exact clips of the `valid` scenes, which the loss reads."""
-        return rendered(self.scenes["valid"][: len(prompts)], self.sizes.size, self.sizes.frames, self.device.type)
+        return self.rendered_of("valid")[: len(prompts)]
+
+    def rendered_of(self, name: str) -> Tensor:
+        """Return the exact clips of the scenes of a group, on the device: the judge is slow on a CPU."""
+        return rendered(self.scenes[name], self.sizes.size, self.sizes.frames, self.device.type)
 
     def put(self, weights: dict[str, Tensor]) -> None:
         """Set the weights of the transformer; names without `transformer.`"""
@@ -147,8 +151,7 @@ class Measuring:
                 self.found["points"][label] = self._point(label, groups)
                 write_file(self.place, self.found)
         if self.run is None:
-            exact = rendered(self.bench.scenes["new"], self.bench.sizes.size, self.bench.sizes.frames)
-            self.found["exact"] = self.bench.judged(exact, self.bench.scenes["new"])
+            self.found["exact"] = self.bench.judged(self.bench.rendered_of("new"), self.bench.scenes["new"])
         else:
             self.found["training"] = json.loads(self.run.done.read_text(encoding="utf-8"))
             rows = read_metrics(self.run.folder / "metrics.jsonl")

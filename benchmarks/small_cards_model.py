@@ -100,6 +100,8 @@ def _drawn(kind: Any, config: Any, device: torch.device) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = kind(**config) if isinstance(config, dict) else kind(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # `to_empty` parts the two names of the embedding, and the file would have it twice
     for tensor in model.parameters():
         nn.init.normal_(tensor, std=0.02)
     return model.to("cpu")

@@ -6,10 +6,20 @@ import math
 import pytest
 import torch
 
-from benchmarks import merging_hacked, merging_lora, merging_report, prompt, prompt_report, sft_measure, sft_report
+from benchmarks import (
+    merging_hacked,
+    merging_lora,
+    merging_report,
+    prompt,
+    prompt_report,
+    sft_clips,
+    sft_measure,
+    sft_report,
+)
 from benchmarks.docs_tables import of_result
+from benchmarks.lit_video_files import pack_files, unpack
 from benchmarks.prompt_inputs import FORMS, hard_prompts, long_prompts, short_prompts
-from benchmarks.sft import jobs_of
+from benchmarks.sft import jobs_of, kept_files
 from benchmarks.sft_arms import MERGED, Run, named_arms
 from benchmarks.sft_clips import PALETTE, rendered, scenes, write_folder
 from benchmarks.sft_job import TINY_CLIPS, train
@@ -41,6 +51,21 @@ def test_runs_and_measurements_are_done(out):
     assert jobs_of(runs, []) == []
     annealed = (out / "runs" / "annealed.0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(annealed[-1])["step"] == 3
+
+
+def test_another_machine_goes_on_with_what_is_kept(out, tmp_path):
+    kept = [path.relative_to(out).as_posix() for path in kept_files(out)]
+    assert {"measured/base-new.safetensors", "measured/base-old.safetensors"} < {*kept}
+    pack_files([out / name for name in kept], out, tmp_path / "back")
+    unpack(tmp_path / "back", tmp_path / "other")
+    done, new = (Run(arm=arm, seed=0, out=tmp_path / "other", tiny=True) for arm in ("lora_replay", "full"))
+    assert jobs_of([done], []) == []
+    # The weights of a measured run stay on its machine; the training clips are written again.
+    assert [job.name for job in jobs_of([done, new], [])] == ["data", "full.0", "measure.full.0"]
+    # Half of its measurements would be mixed with those of another training.
+    done.measured.write_text(done.measured.read_text().replace('"complete": true', '"complete": false'))
+    assert done.measured not in [*kept_files(done.out)]
+    assert [job.name for job in jobs_of([done], [])] == ["data", "lora_replay.0", "measure.lora_replay.0"]
 
 
 def test_report_of_fine_tuning(out):
@@ -87,6 +112,13 @@ def test_written_clips_are_judged_right(tmp_path):
     assert all("lime" in scene.prompt or "emerald" in scene.prompt for scene in wanted)
     assert not {scene.spec for scene in wanted} & {scene.spec for scene in scenes("test", 6, 17, new=True)}
     assert rendered(wanted[:2], 32, 5).shape == (2, 5, 3, 32, 32)
+
+
+def test_clips_are_rendered_in_parts(monkeypatch):
+    wanted = scenes("test", 3, 5, new=True)
+    whole = rendered(wanted, 16, 5)
+    monkeypatch.setattr(sft_clips, "_AT_ONCE", 2)
+    assert torch.equal(rendered(wanted, 16, 5), whole)
 
 
 def test_recovered_share_of_a_hacked_run():

@@ -21,6 +21,7 @@ from benchmarks.dancegrpo_arms import Arm, Run, check_arms, named_arms
 from benchmarks.dancegrpo_clips import Bench, Sizes, within
 from benchmarks.dancegrpo_measure import chosen, log_means, motion_ratio
 from benchmarks.dancegrpo_stats import Bootstrap, change, cost_to, fired, floor_ratio, gap_closed, ratio
+from benchmarks.lit_video_files import pack_files, unpack
 from postgen.errors import UserError
 from postgen.training import load_recipe
 
@@ -321,7 +322,7 @@ def test_training_measuring_and_reporting(tmp_path, monkeypatch):
     bench = Bench(sizes, "cpu")
     with pytest.raises(UserError, match="measure base first"):
         dancegrpo_measure.Measuring(bench, run, settings)
-    dancegrpo_measure.measure_base(bench, tmp_path, settings)
+    check_measuring_the_base_model_goes_on(bench, tmp_path, settings, monkeypatch)
     monkeypatch.setitem(dancegrpo_arms.ARMS, "nft", Arm(what="`nft-tiny`", recipe="nft-tiny", parted=True))
     monkeypatch.setattr(dancegrpo_measure, "SHARES", (0.5,))
     dancegrpo_measure.Measuring(bench, run, settings)()
@@ -341,8 +342,47 @@ def test_training_measuring_and_reporting(tmp_path, monkeypatch):
     assert len(result["arms"]["nft"]["curve"]) == 3
     assert (tmp_path / "out_nft-tiny_after.png").is_file()
     assert [*dancegrpo.progress([run])] == []
+    check_another_machine(run, tmp_path)
     run.measured.write_text(run.measured.read_text().replace('"complete": true', '"complete": false'))
     assert [*dancegrpo.progress([run])] == ["  nft.0: trained, 2 of 2 checkpoints measured"]
-    kept = [path.name for path in dancegrpo.kept_files(tmp_path)]
-    assert kept[:2] == ["base.json", "nft.0.json"]
-    assert "nft.0.02.png" in kept
+    # Half of its measurements would be mixed with those of another training.
+    assert "nft.0.json" not in [path.name for path in dancegrpo.kept_files(tmp_path)]
+
+
+def check_measuring_the_base_model_goes_on(bench, out, settings, monkeypatch):
+    """A call that is interrupted continues after the groups that are in the file."""
+    drawn = []
+
+    def cut_after_two(name, group=bench.group):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(name)
+        return group(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "group", cut_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            dancegrpo_measure.measure_base(bench, out, settings)
+    place = out / "measured" / "base.json"
+    first = json.loads(place.read_text())
+    assert not first["complete"]
+    assert [*first["points"]["base"]] == ["test", "valid"]
+    dancegrpo_measure.measure_base(bench, out, settings)
+    whole = json.loads(place.read_text())
+    assert whole["complete"]
+    assert whole["points"]["base"]["test"] == first["points"]["base"]["test"]
+    assert {*whole["points"]["base"]} == {"test", "valid", "many", "guided", "clean", "best"}
+
+
+def check_another_machine(run, place):
+    """What --back keeps is enough: a measured run is not trained again, and the next run has its contact sheet."""
+    kept = [path.relative_to(run.out).as_posix() for path in dancegrpo.kept_files(run.out)]
+    assert kept[:3] == ["measured/base.json", "measured/nft.0.json", "measured/base-clips.safetensors"]
+    assert "measured/nft.0.02.png" in kept
+    pack_files([run.out / name for name in kept], run.out, place / "back")
+    unpack(place / "back", place / "other")
+    runs = [Run(arm=arm, seed=0, out=place / "other", tiny=True) for arm in ("nft", "fast")]
+    whole = dancegrpo.jobs_of(runs, [], train=True, measure=True)
+    assert [job.name for job in whole] == ["fast.0", "measure.fast.0"]
+    # --later asks for the weights, which stayed on the first machine.
+    assert [job.name for job in dancegrpo.jobs_of(runs, [], train=True, measure=False)] == ["nft.0", "fast.0"]

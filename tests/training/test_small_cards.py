@@ -1,7 +1,11 @@
 """The benchmark of small cards at the size of its `--tiny`: a row, its gates, and the rows that a machine skips."""
 
-import torch
+import json
 
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import small_cards
 from benchmarks.small_cards import ROWS, line, named, one
 from benchmarks.small_cards_model import write_model
 
@@ -22,3 +26,37 @@ def test_a_row_trains_with_its_settings_and_has_the_estimate(tmp_path):
 def test_every_row_has_valid_settings():
     assert named(ROWS["+ half of the blocks"], 30)["offload_blocks"] == 15
     assert all(settings.get("gradient_checkpointing") for name, settings in ROWS.items() if name != "no saving")
+
+
+def test_the_text_encoder_has_its_embedding_once(tmp_path):
+    model = write_model(tmp_path / "model", torch.device("cpu"), tiny=True)
+    tensors = load_file(model / "text_encoder" / "model.safetensors")
+    assert [name for name, value in tensors.items() if len(value) == 512] == ["shared.weight"]
+
+
+def test_a_call_goes_on_with_the_rows_of_the_file(tmp_path, monkeypatch, capsys):
+    rows = {"first": {}, "wrong": {"optim": "adafactor", "lora_r": -1}, "+ nf4 base": ROWS["+ nf4 base"]}
+    monkeypatch.setattr(small_cards, "ROWS", rows)
+    words = ["--tiny", "--output", str(tmp_path / "cards.json")]
+
+    def found():
+        return json.loads((tmp_path / "cards.json").read_text())
+
+    assert small_cards.main([*words, "--seconds", "1"]) == 3
+    assert "left out, the time is over: first, wrong" in capsys.readouterr().out
+    # A row that fails does not take the others with it, and is measured again.
+    assert small_cards.main(words) == 1
+    first, wrong = found()["rows"]
+    assert first["seconds_per_step"] > 0
+    assert "lora_r" in wrong["problem"]
+    assert "+ nf4 base" in found()["skipped"]
+    assert found()["gates"][1]["value"] is None
+    rows["wrong"] = {"optim": "adafactor"}
+    assert small_cards.main(words) == 0
+    assert found()["rows"][0] == first
+    assert "problem" not in found()["rows"][1]
+    # Rows of other sizes, devices or versions do not count.
+    text = (tmp_path / "cards.json").read_text()
+    (tmp_path / "cards.json").write_text(text.replace('"tiny": true', '"tiny": false'))
+    assert small_cards.main([*words, "--seconds", "1"]) == 3
+    assert found()["rows"] == []
