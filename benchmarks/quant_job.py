@@ -22,6 +22,7 @@ from benchmarks.lit_video_measure import measure_student, measure_teacher
 from benchmarks.quant_advice import advice_of
 from benchmarks.quant_arms import FORMATS, Arm, Place
 from benchmarks.quant_checks import checks
+from benchmarks.quant_files import weights_of, write_own
 from benchmarks.quant_measure import Calls, sizes_of, small_picture, velocity_error, write_row
 from postgen import world
 from postgen.assets import model_folder
@@ -40,6 +41,8 @@ from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quant-tiny.yaml"
 SIZES = ("steps", "size", "frames")
 """Options that change the generation of clips."""
+SHARED = ("prompts", "calibration", "points", "block_steps", "rates", "e2e_steps", "batch")
+"""Other options of the experiment."""
 FIRST_SEED = 40_000
 """Number of the first scene, and seed of its noise: below the seeds of training; no other benchmark uses it."""
 FIRST_CALIBRATION = FIRST_TRAINING_SEED + 95_000_000
@@ -59,14 +62,25 @@ def captions(first: int, count: int, frames: int) -> list[str]:
     return [world.simple_caption(scene.spec) for scene in scenes]
 
 
+def how_of(options: argparse.Namespace) -> Defaults:
+    """Return how clips are generated: the values of the model's folder, and those of `SIZES` that are given."""
+    given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
+    return dataclasses.replace(Defaults.of(model_folder(options.model)), **given)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that all rows of a folder share."""
+    settings = {name: getattr(options, name) for name in (*SHARED, "device")}
+    return {**settings, "model": str(options.model), **dataclasses.asdict(how_of(options))}
+
+
 class Work:
     """The jobs of a folder."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.place = options, Place(out=options.out)
         self.folder = model_folder(options.model)
-        given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
-        self.how = dataclasses.replace(Defaults.of(self.folder), **given)
+        self.how = how_of(options)
         self.size = {"num_frames": self.how.frames, "height": self.how.size, "width": self.how.size}
         self.call = {"num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance}
 
@@ -84,9 +98,7 @@ class Work:
 
     def row(self, name: str, values: dict[str, Any]) -> None:
         """Write the numbers of a job."""
-        settings = {key: value for key, value in vars(self.options).items() if key not in ("job", "name", "out")}
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-        note = {"device": device(), "settings": {**settings, **dataclasses.asdict(self.how)}, "versions": versions()}
+        note = {"device": device(), "settings": settings_of(self.options), "versions": versions()}
         write_row(self.place.row(name), {"name": name, **values, **note})
 
     def exact(self) -> None:
@@ -118,6 +130,7 @@ class Work:
             said = self.quantized(arm, part) if arm.begins is None else self.trained(arm, arm.begins, part)
             seconds = None if resumed else round(time.monotonic() - began, 1)
             write_row(part / "made.json", {"seconds": seconds, **said})
+            write_own(part, weights_of(self.folder))
         shutil.rmtree(work, ignore_errors=True)
 
     def quantized(self, arm: Arm, part: Path) -> dict[str, Any]:

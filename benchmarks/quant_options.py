@@ -9,6 +9,11 @@ from typing import Any
 
 from benchmarks.lit_video_files import unpack
 
+EVERY = 60.0
+"""Seconds between two saves of `--back`."""
+GRACE = 30.0
+"""Seconds for running jobs to end after `--seconds`: trainers finish their step and save."""
+
 
 def add_run_options(parser: argparse.ArgumentParser, *, each: int, output: str) -> None:
     """Add the options.
