@@ -225,7 +225,10 @@ class Work:
         found: dict[str, Any] = {"measured": {}, "teacher": {}}
         for name in self.groups():
             picture = self.job.result.with_suffix(".png") if name == "one" else None
-            ours = measure_student(pipe, self.group(name), self.how, teacher.lasting / name, picture, self.job.name)
+            work = self.job.lasting / "measured" / name
+            ours = measure_student(
+                pipe, self.group(name), self.how, teacher.lasting / name, picture, self.job.name, work=work
+            )
             found["measured"][name], found["teacher"][name] = ours.as_json(), theirs[name]
             numbers = compared([ours], [Measured.from_json(theirs[name])])
             found[name] = numbers

@@ -81,8 +81,8 @@ class Work:
         self.options, self.place = options, Place(out=options.out)
         self.folder = model_folder(options.model)
         self.how = how_of(options)
-        self.size = {"num_frames": self.how.frames, "height": self.how.size, "width": self.how.size}
-        self.call = {"num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance}
+        self.size: dict[str, Any] = {"num_frames": self.how.frames, "height": self.how.size, "width": self.how.size}
+        self.call: dict[str, Any] = {"num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance}
 
     def pipe(self) -> Any:
         """Load the exact model."""
@@ -184,7 +184,7 @@ class Work:
     def measure(self, arm: Arm) -> None:
         """Generate, judge and compare the clips of a quantised model, and write its row."""
         pipe, folder = self.pipe(), self.place.model(arm)
-        stock = pipe.transformer
+        stock, work = pipe.transformer, self.place.out / "work" / f"measure-{arm.name}"
         # The import of postgen above registers the quantised layers with diffusers.
         pipe.transformer = type(stock).from_pretrained(folder / PART).to(self.options.device)
         measured, picture = {}, self.place.sheet(arm).with_suffix(".png")
@@ -193,7 +193,8 @@ class Work:
             shown = picture if name == GROUPS[-1] and not arm.seed else None
             group = self.group(name, self.options.prompts)
             place = self.place.exact / name
-            found = measure_student(pipe, group, self.how, place, shown, arm.name, autocast=False)
+            kept = work / name
+            found = measure_student(pipe, group, self.how, place, shown, arm.name, work=kept, autocast=False)
             measured[name] = found.as_json()
         if picture.is_file():
             small_picture(picture, self.place.sheet(arm))
@@ -201,6 +202,7 @@ class Work:
         row |= velocity_error(pipe.transformer, self.place.exact / "calls.safetensors", self.options.device)
         made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
         self.row(arm.name, {**row, **made, "measured": measured, "exact_bytes": sizes_of(stock)["bytes"]})
+        shutil.rmtree(work, ignore_errors=True)
 
     def checks(self) -> None:
         """Measure exact properties: reference numbers, folds, and the round trip through files."""

@@ -1,10 +1,10 @@
 """Quantised linear layers and steps of real models: ours, torchao, bitsandbytes, quanto and GGUF, in one run.
 
 `python -m benchmarks.quant_speed` needs a GPU with FP8 and writes `results/quant_speed.json` after each row.
-`--seconds` limits the time: what is left out then has a row that says so. `--only` measures the models whose names begin with a
-given text, and keeps the rows of the other models in the file. `--tiny` runs everything once on any device
-with tiny models and writes nothing (its times have no meaning). Other libraries are optional: without one, its rows
-say "not installed". Shapes are the published ones, and weights are random, because time does not depend on them.
+`--seconds` limits the time: what is left out then has a row that says so. `--only` measures the models whose names
+begin with a given text, and keeps the rows of the other models in the file. `--tiny` runs everything once on any
+device with tiny models and writes nothing (its times have no meaning). Other libraries are optional: without one, its
+rows say "not installed". Shapes are the published ones, and weights are random, because time does not depend on them.
 
 Layers: milliseconds with the rounding of the input and the expansion of the weight, bytes of the layer, and the error
 against float64 for normal inputs and weights. Methods whose documentation asks for torch.compile are timed without and
