@@ -54,6 +54,8 @@ VELOCITIES = 32
 GROUPS = ("one", "two")
 """Measured groups of prompts: scenes with one body and with two, half of the prompts each."""
 PART = "transformer"
+NAMED = ("make", "measure", "latents")
+"""Jobs that have a name."""
 
 
 def captions(first: int, count: int, frames: int) -> list[str]:
@@ -152,22 +154,31 @@ class Work:
 
     def training(self, arm: Arm, begins: Arm) -> QuantTrainingConfig:
         """Return the settings of E2E-QP: those of `RECIPE` without branches."""
+        return self.configured(self.place.work(arm), arm.seed, student=str(self.place.model(begins)))
+
+    def configured(self, run: Path, seed: int, **more: Any) -> QuantTrainingConfig:
+        """Return the settings of a training in the folder `run`."""
         values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         for name in ("quantization", "branch_rank", "branch_decay_steps", "branch_learning_rate", "eval_dataset"):
             values.pop(name, None)
         cuda = self.options.device == "cuda"
-        values |= {"output_dir": str(self.place.work(arm)), "model": str(self.folder), **self.size, **self.call}
-        values |= {
-            "train_dataset": str(self.place.prompts),
-            "student": str(self.place.model(begins)),
-            "seed": arm.seed,
-        }
+        values |= {"output_dir": str(run), "model": str(self.folder), **self.size, **self.call}
+        values |= {"train_dataset": str(self.place.prompts), "seed": seed}
         values |= {"eval_steps": 0, "eval_on_start": False, "save_steps": 100, "report_to": "none"}
         values |= {"max_steps": self.options.e2e_steps, "per_device_train_batch_size": self.options.batch}
         values |= {"warmup_steps": self.options.e2e_steps // 33}
         values |= {"disable_tqdm": True, "device": self.options.device, "bf16": cuda}
         values |= {"resume_from_checkpoint": "auto"}
-        return QuantTrainingConfig.from_dict(values)
+        return QuantTrainingConfig.from_dict({**values, **more})
+
+    def latents(self, seed: int) -> None:
+        """Sample the latents for all trainings of scales with a seed, in a training of one step."""
+        run, place = self.place.out / "work" / f"latents.{seed}", self.place.latents(seed)
+        if not place.is_dir():
+            trained_whole(self.configured(run, seed, max_steps=1, warmup_steps=0, quantization={"weight": "int8"}))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (run / "latents").rename(place)
+        shutil.rmtree(run, ignore_errors=True)
 
     def trained(self, arm: Arm, begins: Arm, part: Path) -> dict[str, Any]:
         """Train the scales of the arm that this one begins with.
@@ -175,9 +186,11 @@ class Work:
         Raises:
             SystemExit: the training was interrupted.
         """
-        config = self.training(arm, begins)
-        if QuantTrainer(config).train().reason is not Reason.DONE:
-            raise SystemExit("the training was interrupted before its last step: run the command again")
+        config, link = self.training(arm, begins), self.place.work(arm) / "latents"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.place.latents(arm.seed).resolve())  # so the run does not sample the latents again
+        trained_whole(config)
         shutil.copytree(Path(config.output_dir) / "export" / PART, part / PART)
         return {"steps": [config.max_steps]}
 
@@ -215,8 +228,21 @@ class Work:
 
     def __call__(self) -> None:
         """Run the job."""
-        job = getattr(self, self.options.job)
-        job(Arm.named(self.options.name)) if self.options.name else job()
+        job, name = getattr(self, self.options.job), self.options.name
+        if not name:
+            job()
+        else:
+            job(int(name) if self.options.job == "latents" else Arm.named(name))
+
+
+def trained_whole(config: QuantTrainingConfig) -> None:
+    """Train to the last step.
+
+    Raises:
+        SystemExit: the training was interrupted, and has saved its state.
+    """
+    if QuantTrainer(config).train().reason is not Reason.DONE:
+        raise SystemExit("the training was interrupted before its last step: run the command again")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -240,12 +266,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["exact", "make", "measure", "checks", "advice"], help="kind of the job")
-    parser.add_argument("name", nargs="?", default="", help="name of the arm, for make and measure")
+    parser.add_argument("job", choices=[*NAMED, "exact", "checks", "advice"], help="kind of the job")
+    parser.add_argument("name", nargs="?", default="", help="name of the arm for make and measure, seed for latents")
     add_options(parser)
     options = parser.parse_args(argv)
-    if (options.job in ("make", "measure")) != bool(options.name):
-        parser.error("make and measure need the name of an arm, the other jobs have none")
+    if (options.job in NAMED) != bool(options.name):
+        parser.error("make and measure need the name of an arm, and latents a seed; the other jobs have none")
     Work(options)()
     return 0
 

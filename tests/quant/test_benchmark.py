@@ -71,7 +71,7 @@ def test_every_arm_has_a_name_and_its_jobs_come_after_those_it_needs(tmp_path: P
 def test_a_measured_arm_is_not_made_again_and_e2e_makes_what_it_begins_with(tmp_path: Path) -> None:
     place = Place(out=tmp_path)
     arms, goals = goals_of("e2e", [0], ["e2e_qp-w2"])
-    names = ["exact", "make block_ap-w2.0", "make e2e_qp-w2.0", "measure e2e_qp-w2.0"]
+    names = ["exact", "make block_ap-w2.0", "latents 0", "make e2e_qp-w2.0", "measure e2e_qp-w2.0"]
     assert [job.name for job in wanted(place.jobs(arms), goals)] == names
     begins = Arm(recipe="block_ap", format="w2")
     for name in MODEL_FILES:
