@@ -35,7 +35,7 @@ from benchmarks.job_queue import Job, exit_code, lock_of, places_on, run_jobs, w
 from benchmarks.lit_video_arms import check_settings
 from benchmarks.lit_video_files import pack_files
 from benchmarks.quant_law_run import GROUPS, SIZES, STEPS, Run, add_options, row_of, runs_of, settings_of
-from benchmarks.quant_options import EVERY, GRACE, add_run_options, begin
+from benchmarks.quant_options import EVERY, GRACE, add_run_options, begin, check_small
 from postgen.errors import UserError
 from postgen.quant.law import LawFit, LawRun, fit_law
 
@@ -150,7 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(options: argparse.Namespace) -> int:
     begin(options, TINY)
     if options.report:
-        print(write_result(options.output, payload_of(read_runs(options.out))))
+        rows = read_runs(options.out)
+        if (steps := rows[0]["settings"]["max_steps"]) is not None:
+            check_small(f"--max_steps {steps}", options.output)
+        print(write_result(options.output, payload_of(rows)))
         return 0
     words = ["--out", str(options.out), "--device", options.device, "--batch", str(options.batch)]
     words += ["--clips", str(options.clips)]

@@ -195,6 +195,9 @@ def test_rows_of_two_settings_and_a_folder_without_rows_are_refused(tmp_path: Pa
     with pytest.raises(UserError, match="run --group plain first"):
         quant_report.read_rows(tmp_path)
     write_rows(tmp_path)
+    for output, docs in (("quant", False), (str(tmp_path / "quant.json"), True)):
+        with pytest.raises(UserError, match="from a small test \\(12 prompts, not 512\\)"):
+            quant_report.write(tmp_path, output, docs=docs)
     path = tmp_path / "rows" / "rtn-w3.0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings": {"prompts": 4, "device": "cpu"}}))
     with pytest.raises(UserError, match=r"rtn-w3\.0\.json has other settings than exact\.json \(prompts\)"):
