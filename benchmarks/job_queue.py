@@ -163,6 +163,11 @@ def told(left: Mapping[str, str]) -> list[str]:
     return [name for name, why in left.items() if why == "failed"]
 
 
+def exit_code(left: Mapping[str, str]) -> int:
+    """Print as `told`; return 1 if a job failed, 3 if jobs are left for another call, and 0 if all are finished."""
+    return 1 if told(left) else 3 if left else 0
+
+
 def _next(waiting: list[Job], running: Sequence[Running], left: dict[str, str]) -> Job | None:
     """Remove the first job that can start from `waiting` and return it; drop jobs whose requirements have failed."""
     while lost := [(job, name) for job in waiting for name in job.needs if name in left]:

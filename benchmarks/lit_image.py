@@ -7,9 +7,11 @@ The teacher is a small DiT on pixels (`recipes/tiny-dit.yaml`), trained on still
 with linear attention is trained for a fifth of the teacher's steps (`recipes/lit-tiny-dit.yaml`). Several runs are
 trained at the same time on each GPU. The command skips finished runs and continues interrupted ones, so repeat it
 until its exit code is 0. Every half minute it writes the results so far to the folder RESULTS: `measures.json`,
-`sheet.webp` and `progress.json`. `--report` converts `measures.json` to the part `image` of `results/lit.json`;
-`--docs` also writes the tables of docs/lit_results.md. `--tiny` only tests on a CPU that everything runs. `--table`
-prints the arms.
+`sheet.webp`, `progress.json`, and `part-0.tar.gz`, from which `--unpack RESULTS` restores the measurements to continue
+on another machine. Trained weights are not kept, so the teachers of the students that are left are trained again; to
+avoid this, run all arms of a seed on one machine (`--seeds`). `--report` converts `measures.json` to the part `image`
+of `results/lit.json`; `--docs` also writes the tables of docs/lit_results.md. `--tiny` only tests on a CPU that
+everything runs. `--table` prints the arms.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from benchmarks.lit_image_arms import (
     all_jobs,
     names_of,
 )
-from benchmarks.lit_image_folder import all_measured, check_folder
+from benchmarks.lit_image_folder import all_measured, check_folder, kept_files
+from benchmarks.lit_video_files import pack_files, unpack
 from postgen.errors import UserError, check_number
 from postgen.files import replacing
 
@@ -61,6 +64,8 @@ def train(options: argparse.Namespace) -> dict[str, str]:
     jobs = all_jobs(names, options.out, size)
     places = places_on(options.gpus, options.each)
     results = options.results or options.out
+    if options.unpack is not None:
+        unpack(options.unpack, options.out)
 
     def tick() -> None:
         collect(options.out, results, jobs)
@@ -112,6 +117,8 @@ def collect(out: Path, results: Path, jobs: dict[str, Job]) -> None:
             part.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     if measured:
         lit_image_report.sheet(out / "strips", list(measured), results / "sheet.webp")
+    if files := [*kept_files(out)]:
+        pack_files(files, out, results)
 
 
 def _metrics(place: Path) -> list[dict[str, Any]]:
@@ -142,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/lit-image"), help="folder of the experiment")
     parser.add_argument("--results", type=Path, help="folder for the results to keep (default: OUT)")
+    parser.add_argument("--unpack", type=Path, metavar="RESULTS", help="first restore what another machine measured")
     parser.add_argument(
         "--arms", nargs="+", choices=[*TEACHERS, *ARMS], metavar="ARM", help="arms to run (default: all)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,12 @@ def all_measured(out: Path) -> dict[str, dict[str, Any]]:
         if not each.keys() >= _MEASURED:
             raise UserError(f"{out / 'measured' / name}.json is not a measurement: remove it and run again")
     return found
+
+
+def kept_files(out: Path) -> Iterator[Path]:
+    """Yield the files that continue the experiment on another machine: all but trained weights and the pool."""
+    for pattern in ("measured/[!.]*.json", "reference.safetensors", "runs/*/metrics.jsonl", "strips/*.webp"):
+        yield from sorted(out.glob(pattern))
 
 
 def read_measures(place: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import lit_video_report
 from benchmarks.command import ended
-from benchmarks.job_queue import lock_of, places_on, run_jobs, told
+from benchmarks.job_queue import exit_code, lock_of, places_on, run_jobs
 from benchmarks.lit_video_arms import (
     ARMS,
     GROUPS,
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         (options.out / "jobs").mkdir(exist_ok=True)
         todo = [job.queued() for job in jobs if not job.done]
         left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
-    return 1 if told(left) else 3 if left else 0
+    return exit_code(left)
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import io
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from postgen.assets import embedded_model
@@ -52,11 +52,14 @@ def pack(folder: Path, back: Path) -> list[Path]:
     return pack_files(kept_files(folder), folder, back, complete=(folder / "model_index.json").is_file())
 
 
-def pack_files(files: Iterable[Path], folder: Path, back: Path, *, complete: bool = False) -> list[Path]:
+def pack_files(
+    files: Iterable[Path | Sequence[Path]], folder: Path, back: Path, *, complete: bool = False
+) -> list[Path]:
     """Write files to `part-N.tar.gz`, in place of all parts that are there.
 
     Args:
-        files: the files, the most important ones first.
+        files: the files, the most important ones first. Files in a sequence are written together or not at all; if a
+            running job has removed one of them since, the others are left out without a word.
         folder: the folder that holds them; their names in the parts are relative to it.
         back: the folder for the parts.
         complete: whether a file that does not fit is an error. Otherwise it is left out, and its name is printed, so
@@ -68,30 +71,29 @@ def pack_files(files: Iterable[Path], folder: Path, back: Path, *, complete: boo
     Raises:
         UserError: there is nothing to pack, or with `complete` a file does not fit.
     """
-    parts: list[list[tuple[str, bytes]]] = [[]]
-    room, left_out = LARGEST, []
-    for path in files:
-        content = path.read_bytes()
-        content = content[-TAIL:] if path.suffix == ".log" else content
-        size = len(content) + 1024
-        if size > LARGEST or (size > room and len(parts) == MOST):
-            left_out.append(f"{path.relative_to(folder)} ({len(content):,} bytes)")
+    parts, left_out = _Parts(), []
+    for each in files:
+        paths = [each] if isinstance(each, Path) else each
+        try:
+            contents = [(path.relative_to(folder).as_posix(), _content(path)) for path in paths]
+        except FileNotFoundError:
+            if isinstance(each, Path):
+                raise
             continue
-        if size > room:
-            parts.append([])
-            room = LARGEST
-        parts[-1].append((path.relative_to(folder).as_posix(), content))
-        room -= size
+        if not parts.add(contents):
+            size = sum(len(content) for _, content in contents)
+            more = f" and {len(contents) - 1} more" if len(contents) > 1 else ""
+            left_out.append(f"{contents[0][0]}{more} ({size:,} bytes)")
     if left_out:
         told = f"{', '.join(left_out)} does not fit into {MOST} files of {LARGEST:,} bytes"
         if complete:
             raise UserError(told)
         print(f"not saved: {told}", flush=True)
-    if not parts[0]:
+    if not parts.contents[0]:
         raise UserError(f"{folder} has no files to pack: give a folder of jobs, or the export of a teacher")
     back.mkdir(parents=True, exist_ok=True)
     written = []
-    for number, contents in enumerate(parts):
+    for number, contents in enumerate(parts.contents):
         target = back / f"part-{number}.tar.gz"
         with replacing(target) as part, tarfile.open(part, "w:gz") as archive:
             for name, content in contents:
@@ -102,6 +104,38 @@ def pack_files(files: Iterable[Path], folder: Path, back: Path, *, complete: boo
     for stale in {*back.glob("part-*.tar.gz")} - {*written}:  # it would replace newer files when it is unpacked
         stale.unlink()
     return written
+
+
+class _Parts:
+    """The contents of the parts, each a list of names and contents of files."""
+
+    def __init__(self) -> None:
+        self.contents: list[list[tuple[str, bytes]]] = [[]]
+        self._room = LARGEST
+
+    def add(self, files: Sequence[tuple[str, bytes]]) -> bool:
+        """Add files if all of them fit; return whether they do."""
+        new: list[list[tuple[str, bytes]]] = [[]]
+        room = self._room
+        for name, content in files:
+            size = len(content) + 1024
+            if size > room:
+                new.append([])
+                room = LARGEST
+            if size > room or len(self.contents) + len(new) - 1 > MOST:
+                return False
+            new[-1].append((name, content))
+            room -= size
+        self.contents[-1] += new[0]
+        self.contents += new[1:]
+        self._room = room
+        return True
+
+
+def _content(path: Path) -> bytes:
+    """Return the bytes of a file to pack: of a log only the end."""
+    content = path.read_bytes()
+    return content[-TAIL:] if path.suffix == ".log" else content
 
 
 def unpack(back: Path, folder: Path) -> None:

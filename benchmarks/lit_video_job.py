@@ -94,6 +94,7 @@ class Work:
         values = {name: value for name, value in values.items() if not name.startswith("transfer_")}
         values |= {"output_dir": str(self.job.lasting), "model": str(self.folder), **self.size, "eval_steps": 0}
         values |= {"train_dataset": str(self.job.out / "prompts.jsonl"), "eval_on_start": False, "save_steps": 0}
+        values |= {"save_seconds": 60.0}  # so that a killed job loses little
         values |= {"num_inference_steps": self.how.steps}
         values |= {"guidance_scale": self.how.guidance, "report_to": "none", "disable_tqdm": True}
         values |= {"per_device_train_batch_size": self.options.batch, "max_steps": self.options.max_steps}
@@ -225,7 +226,10 @@ class Work:
         found: dict[str, Any] = {"measured": {}, "teacher": {}}
         for name in self.groups():
             picture = self.job.result.with_suffix(".png") if name == "one" else None
-            ours = measure_student(pipe, self.group(name), self.how, teacher.lasting / name, picture, self.job.name)
+            work = self.job.lasting / "measured" / name
+            ours = measure_student(
+                pipe, self.group(name), self.how, teacher.lasting / name, picture, self.job.name, work=work
+            )
             found["measured"][name], found["teacher"][name] = ours.as_json(), theirs[name]
             numbers = compared([ours], [Measured.from_json(theirs[name])])
             found[name] = numbers

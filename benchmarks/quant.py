@@ -7,10 +7,11 @@
     python -m benchmarks.quant --report --docs
 
 Several jobs (`benchmarks.quant_arms`) run at the same time on each GPU. Finished jobs are skipped and an interrupted
-training continues, so a repeated command continues where it stopped. `--seconds` limits the time. `--back FOLDER`
-saves the results so far to a few small files, every minute and at the end, and `--unpack FOLDER` restores them;
-quantised models come back only as far as they fit, and missing ones are made again if another job needs them. A small
-run on a CPU: `--group plain --gpus --tiny --only rtn-w4a8 --out runs/try`.
+training continues, so a repeated command continues where it stopped; repeat it until its exit code is 0 (1: a job
+failed, 2: invalid input, 3: jobs are left). `--seconds` limits the time. `--back FOLDER` saves the results so far to a
+few small files, every minute and at the end, and `--unpack FOLDER` restores them. Models that other jobs need and
+interrupted trainings come back only as far as they fit, and missing ones are made again. A small run on a CPU:
+`--group plain --gpus --tiny --only rtn-w4a8 --out runs/try`.
 
 The rules of the experiment, written before any run:
 
@@ -44,26 +45,34 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import quant_report
 from benchmarks.command import ended
-from benchmarks.job_queue import places_on, run_jobs, told, wanted
+from benchmarks.job_queue import exit_code, lock_of, places_on, run_jobs, wanted
+from benchmarks.lit_video_arms import check_settings
 from benchmarks.lit_video_files import pack_files
-from benchmarks.quant_arms import BEGINS, GROUPS, SEEDS, Place, goals_of, table
-from benchmarks.quant_job import FIRST_CALIBRATION, SIZES, add_options, captions
-from benchmarks.quant_options import add_run_options, begin
+from benchmarks.quant_arms import GROUPS, SEEDS, Place, goals_of, table
+from benchmarks.quant_files import kept_files, restore, weights_of
+from benchmarks.quant_job import FIRST_CALIBRATION, SHARED, SIZES, add_options, captions, settings_of
+from benchmarks.quant_options import EVERY, GRACE, add_run_options, begin
+from postgen.assets import model_folder
 from postgen.errors import UserError
 from postgen.files import replacing
 
 TRAIN_PROMPTS = 512
 """Number of prompts for the training of scales."""
-EVERY = 60.0
-"""Seconds between two saves of `--back`."""
-GRACE = 30.0
-"""Seconds for running jobs to end after `--seconds`: trainers finish their step and save."""
-TINY = {"prompts": 4, "calibration": 3, "points": 4, "block_steps": 2, "e2e_steps": 2, "batch": 2, "steps": 2}
+TINY: dict[str, Any] = {
+    "prompts": 4,
+    "calibration": 3,
+    "points": 4,
+    "block_steps": 2,
+    "e2e_steps": 2,
+    "batch": 2,
+    "steps": 2,
+}
 TINY |= {"size": 32, "frames": 17, "train_prompts": 4, "seeds": [0]}
 
 
@@ -77,17 +86,12 @@ def write_prompts(path: Path, count: int) -> None:
         part.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def kept_files(place: Place) -> Iterator[Path]:
-    """Yield the files of the experiment to bring back, the most important ones first."""
-    for pattern in ("rows/*.json", "prompts.jsonl", "logs/*.log", "sheets/*.webp", "law/*.json", "law/logs/*.log"):
-        yield from sorted(place.out.glob(pattern))
-    for format, recipe in BEGINS.items():
-        yield from sorted(path for path in place.out.glob(f"models/{recipe}-{format}.*/**/*") if path.is_file())
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the jobs of a group, and return the exit code.
 
-
-def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    """Run the jobs of a group and return the names of the failed ones."""
-    write_prompts(options.out / "prompts.jsonl", options.train_prompts)
+    Raises:
+        UserError: invalid options, another command that works in the folder, or results with other settings there.
+    """
     place = Place(out=options.out, words=tuple(words))
     arms, goals = goals_of(options.group, options.seeds, options.only)
 
@@ -95,15 +99,18 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> list[str]:
         if options.back is not None:
             pack_files(kept_files(place), place.out, options.back)
 
-    left = run_jobs(
-        wanted(place.jobs(arms), goals),
-        places_on(options.gpus, options.each),
-        seconds=options.seconds,
-        tick=keep,
-        every=EVERY,
-        grace=GRACE,
-    )
-    return told(left)
+    places = places_on(options.gpus, options.each)
+    with lock_of(options.out):
+        check_settings(options.out, read_rows(options.out), settings_of(options))
+        write_prompts(place.prompts, options.train_prompts)
+        todo = wanted(place.jobs(arms), goals)
+        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
+    return exit_code(left)
+
+
+def read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of the finished jobs in a folder by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("rows/*.json"))}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
 def job_words(options: argparse.Namespace) -> list[str]:
     """Return the command-line options that every job receives."""
     words = ["--model", str(options.model), "--device", options.device]
-    for name in ("prompts", "calibration", "points", "block_steps", "rates", "e2e_steps", "batch"):
+    for name in SHARED:
         words += [f"--{name}", str(getattr(options, name))]
     for name in SIZES:
         words += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
@@ -132,19 +139,25 @@ def job_words(options: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run jobs, restore results, or write the report."""
+    """Run jobs, restore results, or write the report.
+
+    The exit code is 0 if all jobs are finished, 1 if a job failed, 2 after invalid input, and 3 if jobs are left for
+    another call. After a signal it is 130, 143 or 129.
+    """
     options = parser().parse_args(argv)
     return ended("benchmarks.quant", lambda: _work(options))
 
 
 def _work(options: argparse.Namespace) -> int:
     begin(options, TINY)
+    if options.unpack is not None:
+        restore(options.out, weights_of(model_folder(options.model)))
     if options.table:
         print(table())
     elif options.report:
         quant_report.write(options.out, options.output, docs=options.docs)
     elif options.group is not None:
-        return 1 if run(options, job_words(options)) else 0
+        return run(options, job_words(options))
     elif options.unpack is None:
         raise UserError(f"nothing to do: give one of --group ({', '.join(GROUPS)}), --report, --table or --unpack")
     return 0

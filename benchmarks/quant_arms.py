@@ -151,6 +151,10 @@ class Place:
         """Picture of the first clips, each below the exact clip."""
         return self.out / "sheets" / f"{arm.name}.webp"
 
+    def latents(self, seed: int) -> Path:
+        """Folder with the latents on which all scales of a seed are trained."""
+        return self.out / "drawn" / f"latents.{seed}"
+
     @property
     def exact(self) -> Path:
         """Folder with the clips and the calls of the exact model."""
@@ -167,10 +171,12 @@ class Place:
         found = {"exact": self._job("exact", lambda: complete() and self.row("exact").is_file())}
         found |= {name: self._job(name, self.row(name).is_file) for name in CHECKS}
         for arm in arms:
-            begins = arm.begins
+            begins, needs = arm.begins, tuple[str, ...]()
             if begins is not None:
                 self._make(found, begins, ())
-            self._make(found, arm, () if begins is None else (f"make {begins.name}",))
+                needs = f"make {begins.name}", f"latents {arm.seed}"
+                found.setdefault(needs[1], self._job(needs[1], self.latents(arm.seed).is_dir))
+            self._make(found, arm, needs)
             name = f"measure {arm.name}"
             found[name] = self._job(name, self.row(arm.name).is_file, ("exact", f"make {arm.name}"))
         return found

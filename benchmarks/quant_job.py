@@ -22,6 +22,7 @@ from benchmarks.lit_video_measure import measure_student, measure_teacher
 from benchmarks.quant_advice import advice_of
 from benchmarks.quant_arms import FORMATS, Arm, Place
 from benchmarks.quant_checks import checks
+from benchmarks.quant_files import weights_of, write_own
 from benchmarks.quant_measure import Calls, sizes_of, small_picture, velocity_error, write_row
 from postgen import world
 from postgen.assets import model_folder
@@ -40,6 +41,8 @@ from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "quant-tiny.yaml"
 SIZES = ("steps", "size", "frames")
 """Options that change the generation of clips."""
+SHARED = ("prompts", "calibration", "points", "block_steps", "rates", "e2e_steps", "batch")
+"""Other options of the experiment."""
 FIRST_SEED = 40_000
 """Number of the first scene, and seed of its noise: below the seeds of training; no other benchmark uses it."""
 FIRST_CALIBRATION = FIRST_TRAINING_SEED + 95_000_000
@@ -51,6 +54,8 @@ VELOCITIES = 32
 GROUPS = ("one", "two")
 """Measured groups of prompts: scenes with one body and with two, half of the prompts each."""
 PART = "transformer"
+NAMED = ("make", "measure", "latents")
+"""Jobs that have a name."""
 
 
 def captions(first: int, count: int, frames: int) -> list[str]:
@@ -59,16 +64,27 @@ def captions(first: int, count: int, frames: int) -> list[str]:
     return [world.simple_caption(scene.spec) for scene in scenes]
 
 
+def how_of(options: argparse.Namespace) -> Defaults:
+    """Return how clips are generated: the values of the model's folder, and those of `SIZES` that are given."""
+    given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
+    return dataclasses.replace(Defaults.of(model_folder(options.model)), **given)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that all rows of a folder share."""
+    settings = {name: getattr(options, name) for name in (*SHARED, "device")}
+    return {**settings, "model": str(options.model), **dataclasses.asdict(how_of(options))}
+
+
 class Work:
     """The jobs of a folder."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.place = options, Place(out=options.out)
         self.folder = model_folder(options.model)
-        given = {name: getattr(options, name) for name in SIZES if getattr(options, name)}
-        self.how = dataclasses.replace(Defaults.of(self.folder), **given)
-        self.size = {"num_frames": self.how.frames, "height": self.how.size, "width": self.how.size}
-        self.call = {"num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance}
+        self.how = how_of(options)
+        self.size: dict[str, Any] = {"num_frames": self.how.frames, "height": self.how.size, "width": self.how.size}
+        self.call: dict[str, Any] = {"num_inference_steps": self.how.steps, "guidance_scale": self.how.guidance}
 
     def pipe(self) -> Any:
         """Load the exact model."""
@@ -84,9 +100,7 @@ class Work:
 
     def row(self, name: str, values: dict[str, Any]) -> None:
         """Write the numbers of a job."""
-        settings = {key: value for key, value in vars(self.options).items() if key not in ("job", "name", "out")}
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-        note = {"device": device(), "settings": {**settings, **dataclasses.asdict(self.how)}, "versions": versions()}
+        note = {"device": device(), "settings": settings_of(self.options), "versions": versions()}
         write_row(self.place.row(name), {"name": name, **values, **note})
 
     def exact(self) -> None:
@@ -118,6 +132,7 @@ class Work:
             said = self.quantized(arm, part) if arm.begins is None else self.trained(arm, arm.begins, part)
             seconds = None if resumed else round(time.monotonic() - began, 1)
             write_row(part / "made.json", {"seconds": seconds, **said})
+            write_own(part, weights_of(self.folder))
         shutil.rmtree(work, ignore_errors=True)
 
     def quantized(self, arm: Arm, part: Path) -> dict[str, Any]:
@@ -139,22 +154,31 @@ class Work:
 
     def training(self, arm: Arm, begins: Arm) -> QuantTrainingConfig:
         """Return the settings of E2E-QP: those of `RECIPE` without branches."""
+        return self.configured(self.place.work(arm), arm.seed, student=str(self.place.model(begins)))
+
+    def configured(self, run: Path, seed: int, **more: Any) -> QuantTrainingConfig:
+        """Return the settings of a training in the folder `run`."""
         values = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         for name in ("quantization", "branch_rank", "branch_decay_steps", "branch_learning_rate", "eval_dataset"):
             values.pop(name, None)
         cuda = self.options.device == "cuda"
-        values |= {"output_dir": str(self.place.work(arm)), "model": str(self.folder), **self.size, **self.call}
-        values |= {
-            "train_dataset": str(self.place.prompts),
-            "student": str(self.place.model(begins)),
-            "seed": arm.seed,
-        }
+        values |= {"output_dir": str(run), "model": str(self.folder), **self.size, **self.call}
+        values |= {"train_dataset": str(self.place.prompts), "seed": seed}
         values |= {"eval_steps": 0, "eval_on_start": False, "save_steps": 100, "report_to": "none"}
         values |= {"max_steps": self.options.e2e_steps, "per_device_train_batch_size": self.options.batch}
         values |= {"warmup_steps": self.options.e2e_steps // 33}
         values |= {"disable_tqdm": True, "device": self.options.device, "bf16": cuda}
         values |= {"resume_from_checkpoint": "auto"}
-        return QuantTrainingConfig.from_dict(values)
+        return QuantTrainingConfig.from_dict({**values, **more})
+
+    def latents(self, seed: int) -> None:
+        """Sample the latents for all trainings of scales with a seed, in a training of one step."""
+        run, place = self.place.out / "work" / f"latents.{seed}", self.place.latents(seed)
+        if not place.is_dir():
+            trained_whole(self.configured(run, seed, max_steps=1, warmup_steps=0, quantization={"weight": "int8"}))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (run / "latents").rename(place)
+        shutil.rmtree(run, ignore_errors=True)
 
     def trained(self, arm: Arm, begins: Arm, part: Path) -> dict[str, Any]:
         """Train the scales of the arm that this one begins with.
@@ -162,16 +186,18 @@ class Work:
         Raises:
             SystemExit: the training was interrupted.
         """
-        config = self.training(arm, begins)
-        if QuantTrainer(config).train().reason is not Reason.DONE:
-            raise SystemExit("the training was interrupted before its last step: run the command again")
+        config, link = self.training(arm, begins), self.place.work(arm) / "latents"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.place.latents(arm.seed).resolve())  # so the run does not sample the latents again
+        trained_whole(config)
         shutil.copytree(Path(config.output_dir) / "export" / PART, part / PART)
         return {"steps": [config.max_steps]}
 
     def measure(self, arm: Arm) -> None:
         """Generate, judge and compare the clips of a quantised model, and write its row."""
         pipe, folder = self.pipe(), self.place.model(arm)
-        stock = pipe.transformer
+        stock, work = pipe.transformer, self.place.out / "work" / f"measure-{arm.name}"
         # The import of postgen above registers the quantised layers with diffusers.
         pipe.transformer = type(stock).from_pretrained(folder / PART).to(self.options.device)
         measured, picture = {}, self.place.sheet(arm).with_suffix(".png")
@@ -180,7 +206,8 @@ class Work:
             shown = picture if name == GROUPS[-1] and not arm.seed else None
             group = self.group(name, self.options.prompts)
             place = self.place.exact / name
-            found = measure_student(pipe, group, self.how, place, shown, arm.name, autocast=False)
+            kept = work / name
+            found = measure_student(pipe, group, self.how, place, shown, arm.name, work=kept, autocast=False)
             measured[name] = found.as_json()
         if picture.is_file():
             small_picture(picture, self.place.sheet(arm))
@@ -188,6 +215,7 @@ class Work:
         row |= velocity_error(pipe.transformer, self.place.exact / "calls.safetensors", self.options.device)
         made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
         self.row(arm.name, {**row, **made, "measured": measured, "exact_bytes": sizes_of(stock)["bytes"]})
+        shutil.rmtree(work, ignore_errors=True)
 
     def checks(self) -> None:
         """Measure exact properties: reference numbers, folds, and the round trip through files."""
@@ -200,8 +228,21 @@ class Work:
 
     def __call__(self) -> None:
         """Run the job."""
-        job = getattr(self, self.options.job)
-        job(Arm.named(self.options.name)) if self.options.name else job()
+        job, name = getattr(self, self.options.job), self.options.name
+        if not name:
+            job()
+        else:
+            job(int(name) if self.options.job == "latents" else Arm.named(name))
+
+
+def trained_whole(config: QuantTrainingConfig) -> None:
+    """Train to the last step.
+
+    Raises:
+        SystemExit: the training was interrupted, and has saved its state.
+    """
+    if QuantTrainer(config).train().reason is not Reason.DONE:
+        raise SystemExit("the training was interrupted before its last step: run the command again")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -225,12 +266,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=["exact", "make", "measure", "checks", "advice"], help="kind of the job")
-    parser.add_argument("name", nargs="?", default="", help="name of the arm, for make and measure")
+    parser.add_argument("job", choices=[*NAMED, "exact", "checks", "advice"], help="kind of the job")
+    parser.add_argument("name", nargs="?", default="", help="name of the arm for make and measure, seed for latents")
     add_options(parser)
     options = parser.parse_args(argv)
-    if (options.job in ("make", "measure")) != bool(options.name):
-        parser.error("make and measure need the name of an arm, the other jobs have none")
+    if (options.job in NAMED) != bool(options.name):
+        parser.error("make and measure need the name of an arm, and latents a seed; the other jobs have none")
     Work(options)()
     return 0
 

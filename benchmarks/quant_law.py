@@ -1,6 +1,6 @@
 """Scaling law of quantisation-aware training of small video networks: runs, fit, and error of held-out runs.
 
-    python -m benchmarks.quant_law --gpus 0 [--seconds 480]     # 27 quantised runs and 9 exact ones
+    python -m benchmarks.quant_law --gpus 0 1 --each 5 [--seconds 480]     # 27 quantised runs and 9 exact ones
     python -m benchmarks.quant_law --report                     # results/quant_law.json
 
 Networks of Wan's architecture are trained from scratch by flow matching on latents of clips of the synthetic world,
@@ -9,10 +9,14 @@ of the blocks' linear layers in 4-bit integers, and an exact twin for each size 
 with the same weights for their size and see the same clips, noise and noise levels in the same order. The loss is
 measured on a fixed list of validation clips, noise and noise levels; its difference to the twin's loss is delta.
 
+Finished runs are skipped and an interrupted run continues, so a repeated command continues where it stopped; repeat it
+until its exit code is 0 (1: a job failed, 2: invalid input, 3: jobs are left). `--back` and `--unpack` as for
+`benchmarks.quant`: they keep the numbers of finished runs, and the data and unfinished runs are made again.
+
 Rules, written before any run: the law of `postgen.quant.law` is fitted to 19 of the 27 runs. The 8 others are held
 out: those whose indices of size, budget and group sum to a multiple of 3, except the first; so each size, budget and
 group is held out two or three times. The gate `law_heldout_error` is the mean of |predicted / measured - 1| over them;
-it is missed if one of them has no delta above 0. Finished runs are skipped, so a repeated command continues.
+it is missed if one of them has no delta above 0.
 """
 
 from __future__ import annotations
@@ -27,10 +31,11 @@ from typing import Any
 
 from benchmarks.command import ended
 from benchmarks.gates import gate, write_result
-from benchmarks.job_queue import Job, places_on, run_jobs, told, wanted
+from benchmarks.job_queue import Job, exit_code, lock_of, places_on, run_jobs, wanted
+from benchmarks.lit_video_arms import check_settings
 from benchmarks.lit_video_files import pack_files
-from benchmarks.quant_law_run import GROUPS, SIZES, STEPS, Run, add_options, row_of, runs_of
-from benchmarks.quant_options import add_run_options, begin
+from benchmarks.quant_law_run import GROUPS, SIZES, STEPS, Run, add_options, row_of, runs_of, settings_of
+from benchmarks.quant_options import EVERY, GRACE, add_run_options, begin, check_small
 from postgen.errors import UserError
 from postgen.quant.law import LawFit, LawRun, fit_law
 
@@ -55,14 +60,20 @@ def jobs_of(out: Path, words: Sequence[str]) -> dict[str, Job]:
     return found
 
 
+def rows_in(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of the finished runs in a folder by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
+
+
 def read_runs(out: Path) -> list[dict[str, Any]]:
     """Return the quantised runs with their losses above the exact twins.
 
     Raises:
-        UserError: a run is missing.
+        UserError: a run is missing, or runs have different settings.
     """
-    rows = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*.json")}
-    found = []
+    rows, found = rows_in(out), []
+    for row in [*rows.values()][:1]:
+        check_settings(out, rows, row["settings"])
     for size in range(len(SIZES)):
         for budget in range(len(STEPS)):
             exact, *quantised = runs_of(size, budget)
@@ -139,21 +150,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(options: argparse.Namespace) -> int:
     begin(options, TINY)
     if options.report:
-        print(write_result(options.output, payload_of(read_runs(options.out))))
+        rows = read_runs(options.out)
+        if (steps := rows[0]["settings"]["max_steps"]) is not None:
+            check_small(f"--max_steps {steps}", options.output)
+        print(write_result(options.output, payload_of(rows)))
         return 0
     words = ["--out", str(options.out), "--device", options.device, "--batch", str(options.batch)]
     words += ["--clips", str(options.clips)]
     words += [] if options.max_steps is None else ["--max_steps", str(options.max_steps)]
+    return run(options, words)
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the jobs that are left, and return the exit code.
+
+    Raises:
+        UserError: invalid options, another command that works in the folder, or runs with other settings there.
+    """
     jobs, out = jobs_of(options.out, words), options.out
+    places = places_on(options.gpus, options.each)
 
     def keep() -> None:
         files = [*sorted(out.glob("*.json")), *sorted(out.glob("logs/*.log"))]
         if options.back is not None and files:
             pack_files(files, out, options.back)
 
-    todo = wanted(jobs, [name for name in jobs if name != "data"])
-    left = run_jobs(todo, places_on(options.gpus, options.each), seconds=options.seconds, tick=keep)
-    return 1 if told(left) else 0
+    with lock_of(out):
+        check_settings(out, rows_in(out), settings_of(options))
+        todo = wanted(jobs, [name for name in jobs if name != "data"])
+        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
+    return exit_code(left)
 
 
 if __name__ == "__main__":

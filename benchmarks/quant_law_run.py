@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from postgen.quant import QuantSpec
 from postgen.quant.fake import FakeQuantLinear
 from postgen.quant.layers import layers_of
 from postgen.tensor_files import read_tensors
+from postgen.training import checkpoint, rng
+from postgen.training.checkpoint_head import DamagedCheckpoint
+from postgen.training.logging import Averages
+from postgen.training.run_state import RunState
+from postgen.training.stop import Signals
 from postgen.world.scenes import FIRST_TRAINING_SEED, draw_scenes
 
 SIZES = ((128, 2), (256, 3), (384, 4))
@@ -48,6 +54,8 @@ FIRST = FIRST_TRAINING_SEED + 97_000_000
 RATE, LAST, WARM, CLIP = 1e-3, 0.1, 0.05, 1.0
 """Peak learning rate, its last share of the peak, the share of steps of the warm-up, and the largest gradient norm."""
 SEED = 0
+SAVE_SECONDS = 30.0
+"""Seconds between two checkpoints of a run, so that a killed call loses little."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,8 +161,8 @@ def draws_of(count: int, shape: Sequence[int], batch: int) -> Iterator[tuple[Ten
         yield rows, torch.randn(batch, *shape, generator=draws), torch.rand(batch, generator=draws)
 
 
-def train(model: Any, latents: Tensor, text: Tensor, steps: int, batch: int) -> None:
-    """Train a network by flow matching."""
+def parts_of(model: nn.Module, steps: int) -> RunState:
+    """Return a network with its optimiser and the schedule of its learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     warm = max(1, round(WARM * steps))
 
@@ -163,19 +171,76 @@ def train(model: Any, latents: Tensor, text: Tensor, steps: int, batch: int) -> 
         return (step + 1) / warm if step < warm else LAST + (1 - LAST) * (1 + math.cos(math.pi * along)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    draws = draws_of(len(latents), latents.shape[1:], batch)
-    for _ in range(steps):
-        rows, noise, sigma = (each.to(latents.device, non_blocking=True) for each in next(draws))
-        loss_of(model, latents[rows], text[rows], noise, sigma).mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+    return RunState(modules={"network": model}, optimizer=optimizer, scheduler=schedule, ema=None)
+
+
+def train(model: Any, latents: Tensor, text: Tensor, steps: int, batch: int, place: Path) -> float:
+    """Train a network by flow matching.
+
+    Args:
+        model: the network.
+        latents: (N, C, T, H, W) clips.
+        text: (N, L, D) their texts.
+        steps: optimiser steps of the whole run.
+        batch: clips per step.
+        place: folder for checkpoints: one is written every `SAVE_SECONDS`, and when a signal ends the run.
+
+    Returns:
+        The seconds of all calls that trained the run.
+
+    Raises:
+        SystemExit: a signal ended the run.
+    """
+    parts, rounds = parts_of(model, steps), draws_of(len(latents), latents.shape[1:], batch)
+    config = {"steps": steps, "batch": batch}
+    begun, earlier = _resumed(parts, place, config)
+    for _ in range(begun):  # the draws of the first call
+        next(rounds)
+    start = saved = time.monotonic()
+    with Signals() as stop:
+        for step in range(begun + 1, steps + 1):
+            rows, noise, sigma = (each.to(latents.device, non_blocking=True) for each in next(rounds))
+            loss_of(model, latents[rows], text[rows], noise, sigma).mean().backward()
+            nn.utils.clip_grad_norm_(parts.parameters, CLIP)
+            parts.optimizer.step()
+            parts.optimizer.zero_grad(set_to_none=True)
+            parts.scheduler.step()
+            if step < steps and (stop.received or time.monotonic() - saved > SAVE_SECONDS):
+                saved = time.monotonic()
+                meta = {"config": config, "seconds": earlier + saved - start}
+                checkpoint.write(place, parts.snapshot(step, [_own_state(latents.device)], meta, keep=True))
+                checkpoint.prune(place, 1)
+            if step < steps and stop.received:
+                raise SystemExit(f"{place.name} was interrupted: run the command again to continue")
+    return earlier + time.monotonic() - start
+
+
+def _own_state(device: torch.device) -> dict[str, Any]:
+    """Return what checkpoints hold of each process. The draws of a run are made again, not restored."""
+    states = rng.capture(torch.Generator(device))
+    return {"averages": Averages().state(), **{f"rng.{name}": value for name, value in states.items()}}
+
+
+def _resumed(parts: RunState, place: Path, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Restore the newest intact checkpoint with these settings; return its step and seconds, 0 and 0 without one."""
+    checkpoint.sweep(place)
+    for folder in checkpoint.named(place)[::-1]:
+        try:
+            found = checkpoint.read(folder)
+            if found.meta["config"] != config:
+                continue
+            parts.restore(found, str(folder))
+        except DamagedCheckpoint as error:
+            print(error, flush=True)
+            continue
+        print(f"{place.name}: continues at step {found.step}", flush=True)
+        return found.step, float(found.meta["seconds"])
+    return 0, 0.0
 
 
 def do(run: Run, out: Path, options: argparse.Namespace) -> None:
     """Train and validate one run, and write its row."""
-    began, where = time.monotonic(), options.device
+    where = options.device
     data = {name: value.to(where) for name, value in read_tensors(out / "data.safetensors").items()}
     held = max(1, min(VALID, len(data["latents"]) // 2))
     model = network(run.size)
@@ -184,14 +249,21 @@ def do(run: Run, out: Path, options: argparse.Namespace) -> None:
         quantize_(model, run.group)
     model.to(where).train()
     steps = STEPS[run.budget] if options.max_steps is None else (run.budget + 1) * options.max_steps
-    train(model, data["latents"][:-held], data["text"][:-held], steps, options.batch)
+    place = out / "work" / run.name
+    seconds = train(model, data["latents"][:-held], data["text"][:-held], steps, options.batch, place)
     loss = validation(model.eval(), data["latents"][-held:], data["text"][-held:])
     tokens = steps * options.batch * (data["latents"][0, 0].numel() // 4)
     row = {"name": run.name, "size": run.size, "budget": run.budget, "group": run.group, "steps": steps}
-    row |= {"parameters": parameters, "tokens": tokens, "loss": loss, "seconds": round(time.monotonic() - began, 1)}
-    row |= {"device": device(), "versions": versions(), "settings": {"batch": options.batch, "clips": options.clips}}
+    row |= {"parameters": parameters, "tokens": tokens, "loss": loss, "seconds": round(seconds, 1)}
+    row |= {"device": device(), "versions": versions(), "settings": settings_of(options)}
     write_row(row_of(out, run), row)
-    print(f"{run.name}: loss {loss:.5f} in {row['seconds']} s", flush=True)
+    shutil.rmtree(place, ignore_errors=True)
+    print(f"{run.name}: loss {loss:.5f} in {seconds:.1f} s", flush=True)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that all runs of a folder share."""
+    return {name: getattr(options, name) for name in ("batch", "clips", "max_steps")}
 
 
 def row_of(out: Path, run: Run) -> Path:

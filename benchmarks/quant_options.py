@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lit_video_files import unpack
+from postgen.errors import UserError
+
+EVERY = 60.0
+"""Seconds between two saves of `--back`."""
+GRACE = 30.0
+"""Seconds for running jobs to end after `--seconds`: trainers finish their step and save."""
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, each: int, output: str) -> None:
@@ -27,6 +33,24 @@ def add_run_options(parser: argparse.ArgumentParser, *, each: int, output: str) 
     add("--unpack", type=Path, metavar="FOLDER", help="first restore the saved files of this folder to --out")
     add("--report", action="store_true", help="write the result")
     add("-o", "--output", default=output, help="with --report: name or path of the result file")
+
+
+def check_small(test: str, output: str, *, docs: bool = False) -> None:
+    """Check that results of a small test do not replace measured ones.
+
+    Args:
+        test: what is smaller than in the experiment.
+        output: name or path of the result file.
+        docs: whether a page of the docs is written too.
+
+    Raises:
+        UserError: they would.
+    """
+    if docs or not output.endswith(".json"):
+        raise UserError(
+            f"the results are from a small test ({test}): write them to a separate file with -o PATH.json, without"
+            " --docs"
+        )
 
 
 def begin(options: argparse.Namespace, tiny: Mapping[str, Any]) -> None:

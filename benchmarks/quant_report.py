@@ -21,6 +21,7 @@ from benchmarks.command import without_options
 from benchmarks.gates import RESULTS, Gate, gate, read_result, write_result
 from benchmarks.lit_video_measure import Measured, compared
 from benchmarks.quant_arms import BEGINS, CHECKS, CONTROLS, RECIPES
+from benchmarks.quant_options import check_small
 from postgen.errors import UserError
 from postgen.metrics.bootstrap import bootstrap
 
@@ -28,6 +29,8 @@ SPEED, LAW = "quant_speed", "quant_law"
 """Other results whose gates belong to this one."""
 _ABOVE_ZERO = 1e-9
 """Target of a gate that asks for more than 0."""
+PROMPTS = 512
+"""Prompts of the measurement, of which the rules of the experiment speak."""
 _FREE = ("device",)
 """Settings in which rows may differ."""
 Rows = dict[str, list[dict[str, Any]]]
@@ -267,9 +270,11 @@ def write(out: Path, output: str, *, docs: bool) -> None:
     """Write the result, and with `docs` also the page.
 
     Raises:
-        UserError: see `read_rows`.
+        UserError: see `read_rows`; or the results are from a small test, which must not replace those of the page.
     """
     rows = read_rows(out)
+    if (prompts := rows["exact"]["settings"]["prompts"]) < PROMPTS:
+        check_small(f"{prompts} prompts, not {PROMPTS}", output, docs=docs)
     arms = arms_of(rows)
     section = section_of(rows, arms)
     found = gates_of(section, arms)

@@ -1,10 +1,10 @@
 """Quantised linear layers and steps of real models: ours, torchao, bitsandbytes, quanto and GGUF, in one run.
 
-`python -m benchmarks.quant_speed` needs a GPU with FP8 and writes `results/quant_speed.json` after each shape and each
-model; it takes about 300 seconds on one H200. `--seconds` sets another limit: what is left out then has a row that
-says so. `--only` measures the models whose names begin with a given text. `--tiny` runs everything once on any device
-with tiny models and writes nothing (its times have no meaning). Other libraries are optional: without one, its rows
-say "not installed". Shapes are the published ones, and weights are random, because time does not depend on them.
+`python -m benchmarks.quant_speed` needs a GPU with FP8 and writes `results/quant_speed.json` after each row.
+`--seconds` limits the time: what is left out then has a row that says so. `--only` measures the models whose names
+begin with a given text, and keeps the rows of the other models in the file. `--tiny` runs everything once on any
+device with tiny models and writes nothing (its times have no meaning). Other libraries are optional: without one, its
+rows say "not installed". Shapes are the published ones, and weights are random, because time does not depend on them.
 
 Layers: milliseconds with the rounding of the input and the expansion of the weight, bytes of the layer, and the error
 against float64 for normal inputs and weights. Methods whose documentation asks for torch.compile are timed without and
@@ -24,9 +24,10 @@ at about 650 TFLOP/s: 2.3 seconds in bfloat16 become 1.9.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from benchmarks.fused_step import free
 from benchmarks.gates import RESULTS, Gate, gate, read_result, write_result
 from benchmarks.lowp_linears import SHAPES, Shape, shapes_of
 from benchmarks.lowp_steps import tiny
-from benchmarks.quant_speed_layers import Row, floor_ms, layer_rows
+from benchmarks.quant_speed_layers import Row, compare, floor_ms, layer_rows
 from benchmarks.quant_speed_methods import METHODS, OURS, PEERS
 from benchmarks.quant_speed_steps import CASES, COMPILED, step_rows
 from benchmarks.quant_tables import configs, sizes
@@ -69,7 +70,7 @@ def gates(layers: Sequence[Mapping[str, Any]]) -> list[Gate]:
     The bytes are counted on the published config, with the layers of the text, which are exact by default, in 4 bits.
     """
     fp8, four, plain = (total_ms(layers, name) for name in ("fp8", "int4 in fp8", "bf16"))
-    counted = sizes(configs()[WAN_14B])
+    counted = wan_14b_bytes()
     return [
         gate("fp8_linear_speedup", plain / fp8 if plain and fp8 else None, ">=", 1.6),
         gate("w4_fp8_linear_vs_fp8", fp8 / four if fp8 and four else None, ">=", 0.9),
@@ -77,11 +78,18 @@ def gates(layers: Sequence[Mapping[str, Any]]) -> list[Gate]:
     ]
 
 
+@functools.cache
+def wan_14b_bytes() -> dict[str, Any]:
+    """Return the bytes of Wan 14B in several formats."""
+    return sizes(configs()[WAN_14B])
+
+
 def total_ms(layers: Sequence[Mapping[str, Any]], method: str) -> float | None:
     """Return the milliseconds of all layers of a block of Wan 14B with a method, or None if one was not measured."""
     rows = [row for row in layers if row["model"] == FIRST and row["method"] == method]
-    times = [row["ms"] for row in rows if "ms" in row]
-    return sum(times) if times and len(times) == len(rows) else None
+    times = {row["layers"]: row["ms"] for row in rows if "ms" in row}
+    wanted = {shape.layers for shape in MEASURED if shape.model == FIRST}
+    return sum(times.values()) if times.keys() == wanted else None
 
 
 def floors(shape: Shape) -> dict[str, float]:
@@ -112,22 +120,31 @@ class Run:
         for shape in shapes:
             compiles = self.device == "cuda" and shape.model == FIRST and shape.layers != "attention out"
             rows = layer_rows(shape, METHODS, self.device, compiles, self.late(SHARE))
-            self.layers += [{**row, "floor_ms": floors(shape)} for row in rows]
-            free(self.device)
-            self.write()
+            self.keep(self.layers, ({**row, "floor_ms": floors(shape)} for row in rows))
         for case in cases:
-            names = IN_STEPS if case.name in (FIRST, "tiny") else IN_OTHER_STEPS
-            methods = [each for each in METHODS if each.name in names]
-            compiled = COMPILED if case.name == FIRST else ()
-            self.steps += step_rows(case, methods, self.device, self.late(), compiled=compiled)
-            free(self.device)
+            self.measure_step(case, IN_STEPS if case.name in (FIRST, "tiny") else IN_OTHER_STEPS)
+        for case in cases:  # compilation takes a minute, so the other models come first
+            if case.name == FIRST:
+                self.measure_step(case, COMPILED, compiles=True)
+
+    def measure_step(self, case: Any, names: Collection[str], *, compiles: bool = False) -> None:
+        """Measure a step of a model with the methods of these names."""
+        methods = [each for each in METHODS if each.name in names]
+        self.keep(self.steps, step_rows(case, methods, self.device, self.late(), compiles=compiles))
+
+    def keep(self, kept: list[Row], rows: Iterable[Row]) -> None:
+        """Compare each new row with that of bfloat16, the first of its shape or model, and write the result file."""
+        for row in rows:
+            kept.append(row)
+            compare([each for each in kept if all(each[key] == row[key] for key in ("model", "layers") if key in row)])
             self.write()
+        free(self.device)
 
     def write(self) -> None:
         """Write the result file, if there is one."""
         if self.output is not None:
             told = {"seconds": time.monotonic() - self.start, "layers": self.layers, "steps": self.steps}
-            print(write_result(self.output, {**told, "gates": gates(self.layers)}))
+            write_result(self.output, {**told, "gates": gates(self.layers)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,12 +173,16 @@ def main(argv: list[str] | None = None) -> int:
     before = _before(options.output) if options.only else {}
     keep = {part: [row for row in before.get(part, ()) if not wanted(row["model"])] for part in ("layers", "steps")}
     Run(device, options.seconds, options.output).measure(shapes, cases, keep)
+    print(_place(options.output))
     return 0
 
 
 def _before(output: str) -> dict[str, Any]:
-    there = (Path(output) if output.endswith(".json") else RESULTS / f"{output}.json").is_file()
-    return read_result(output) if there else {}
+    return read_result(output) if _place(output).is_file() else {}
+
+
+def _place(output: str) -> Path:
+    return Path(output) if output.endswith(".json") else RESULTS / f"{output}.json"
 
 
 if __name__ == "__main__":

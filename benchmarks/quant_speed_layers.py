@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,8 +54,8 @@ def floor_ms(shape: Shape, eight_bits: bool, weight_bits: float = 16) -> float:
 @torch.no_grad()
 def layer_rows(
     shape: Shape, methods: Sequence[Method], device: str, compiles: bool, late: Callable[[], bool]
-) -> list[Row]:
-    """Measure layers of one shape in every way.
+) -> Iterator[Row]:
+    """Measure layers of one shape in every way, and yield each row as soon as it is measured.
 
     Args:
         shape: the layers; `count` layers with the same weight run one after the other.
@@ -70,19 +70,9 @@ def layer_rows(
     linear.weight.copy_(torch.randn_like(linear.weight) / shape.inputs**0.5)
     some = x[:, :CHECKED]
     exact = functional.linear(some.double(), linear.weight.double(), linear.bias.double())
-    rows = [
-        row_of(
-            {**vars(shape), "method": method.name},
-            method,
-            late,
-            partial(_measured, method, linear, x, exact, compiles),
-        )
-        for method in methods
-    ]
-    for row in rows:
-        row.update({name: shape.count * row[name] for name in ("ms", "compiled_ms") if name in row})
-    compare(rows)
-    return rows
+    for method in methods:
+        measure = partial(_measured, method, linear, x, exact, compiles, shape.count)
+        yield row_of({**vars(shape), "method": method.name}, method, late, measure)
 
 
 def row_of(row: Row, method: Method, late: Callable[[], bool], measure: Callable[[], Row]) -> Row:
@@ -112,7 +102,7 @@ def compare(rows: Sequence[Row]) -> None:
             row["vs_bf16"] = base / min(row["ms"], row.get("compiled_ms", row["ms"]))
 
 
-def _measured(method: Method, linear: nn.Linear, x: Tensor, exact: Tensor, compiles: bool) -> Row:
+def _measured(method: Method, linear: nn.Linear, x: Tensor, exact: Tensor, compiles: bool, count: int) -> Row:
     device = x.device.type
     before = allocated(device)
     module = method.make(linear)
@@ -120,12 +110,12 @@ def _measured(method: Method, linear: nn.Linear, x: Tensor, exact: Tensor, compi
         found = module(x[:, : exact.shape[1]])
         row: Row = {"error": float((found.double() - exact).norm() / exact.norm())}
         row["bytes"] = linear.weight.nbytes if method is BF16 else allocated(device) - before
-        row["ms"] = call_ms(lambda: module(x), device)
+        row["ms"] = count * call_ms(lambda: module(x), device)
         if compiles and method.compiles:
             torch.compiler.reset()
             fast = torch.compile(module)
             fast(x)
-            row["compiled_ms"] = call_ms(lambda: fast(x), device)
+            row["compiled_ms"] = count * call_ms(lambda: fast(x), device)
     return row
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.fused_step import Case, built, free
 from benchmarks.lowp_steps import hunyuan_video, timed, wan
-from benchmarks.quant_speed_layers import Row, allocated, compare, row_of
+from benchmarks.quant_speed_layers import Row, allocated, row_of
 from benchmarks.quant_speed_methods import BF16, Method
 from postgen.families import layout_of
 from postgen.families.linear import replace_linears
@@ -40,7 +40,7 @@ CASES = (
 )
 """The model whose gates are read comes first."""
 COMPILED = ("bf16", "fp8", "torchao fp8 row", "torchao int8")
-"""The methods that are also timed with compiled blocks, for the first model and if time is left."""
+"""The methods that are also timed with compiled blocks, for the first model, at the end and if time is left."""
 
 
 @torch.no_grad()
@@ -51,19 +51,19 @@ def step_rows(
     late: Callable[[], bool],
     *,
     repeats: int = 3,
-    compiled: Sequence[str] = (),
-) -> list[Row]:
-    """Measure a whole step of a model with random weights in every way.
+    compiles: bool = False,
+) -> Iterator[Row]:
+    """Measure a whole step of a model with random weights in every way, and yield each row as soon as it is measured.
 
     Args:
         case: the model and its inputs.
-        methods: the ways; the first is bfloat16.
+        methods: the ways.
         device: "cuda" or "cpu".
         late: returns whether the time is over; the methods that are left get a row that says so.
         repeats: timed calls of a step; long ones are timed twice.
-        compiled: names of methods that are also timed with compiled blocks, after all others.
+        compiles: whether to compile the blocks.
 
-    Returns:
+    Yields:
         Rows with milliseconds, the bytes of the model, the most bytes that a step needs beside them, and the
         difference from the step in bfloat16, whose size says nothing about quality because the weights are random.
     """
@@ -73,17 +73,11 @@ def step_rows(
     with torch.device(device):
         model = built(getattr(diffusers, case.kind), case.config)
         arguments = case.arguments()
-    rows: list[Row] = []
     stock = model(**arguments, return_dict=False)[0].double()
-    for compiles in (False, True):
-        for method in methods:
-            if compiles and method.name not in compiled:
-                continue
-            row: Row = {"model": case.name, "method": method.name, "compiled": compiles}
-            rows.append(row_of(row, method, late, partial(_step, model, arguments, stock, method, repeats, compiles)))
-            free(device)
-    compare(rows)
-    return rows
+    for method in methods:
+        row: Row = {"model": case.name, "method": method.name, "compiled": compiles}
+        yield row_of(row, method, late, partial(_step, model, arguments, stock, method, repeats, compiles))
+        free(device)
 
 
 def _step(

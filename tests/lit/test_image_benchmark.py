@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from benchmarks import lit_image, lit_image_measure
 from benchmarks.docs_tables import filled, of_result
 from benchmarks.gates import gate, read_result
-from benchmarks.job_queue import lock_of
+from benchmarks.job_queue import lock_of, wanted
 from benchmarks.lit_image_arms import (
     ARMS,
     FULL,
@@ -29,10 +29,11 @@ from benchmarks.lit_image_arms import (
     prepare,
     settings_of,
 )
-from benchmarks.lit_image_folder import check_folder
+from benchmarks.lit_image_folder import all_measured, check_folder
 from benchmarks.lit_image_measure import classes_of, distances
 from benchmarks.lit_image_report import PAGE, TABLES, section_of
 from benchmarks.lit_sections import put_section
+from benchmarks.lit_video_files import unpack
 from postgen.errors import UserError
 from postgen.lit import LitConfig, conversion_of, load
 from postgen.lit.train_config import LitTrainingConfig
@@ -97,6 +98,21 @@ def test_what_is_measured(out: Path) -> None:
     teacher = read_tensors(out / "runs" / "teacher.0" / "export" / "transformer" / WEIGHTS)[key]
     start, end = load(out / "starts" / "inherit_none.0").state_dict()[key], student.state_dict()[key]
     assert 0 < (end - start).abs().max() < 0.01 < (end - teacher).abs().max()
+
+
+def test_another_machine_continues_from_the_results(out: Path, tmp_path: Path) -> None:
+    """Restored measurements are not made again, and a run that is left has its teacher trained again."""
+    lit_image.collect(out, tmp_path / "kept", {})
+    there = tmp_path / "there"
+    unpack(tmp_path / "kept", there)
+    assert all_measured(there) == all_measured(out)
+    lit_image.collect(there, tmp_path / "again", {})
+    for name in ("measures.json", "sheet.webp"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
+    jobs = all_jobs(["inherit_none.0", "heads_1.0"], there, TINY)
+    check_folder(there, tmp_path / "again", jobs, TINY)
+    left = [job.name for job in wanted(jobs, ["measure inherit_none.0", "measure heads_1.0"])]
+    assert left == ["teacher.0", "heads_1.0", "measure heads_1.0"]
 
 
 def test_distances() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import save_file
 
-from benchmarks import quant, quant_law, quant_page, quant_report
+from benchmarks import quant, quant_law, quant_law_run, quant_page, quant_report
 from benchmarks.job_queue import wanted
+from benchmarks.lit_video_files import pack_files, unpack
 from benchmarks.quant_arms import (
     CHECKS,
     CONTROLS,
@@ -29,6 +32,7 @@ from benchmarks.quant_arms import (
     table,
 )
 from benchmarks.quant_figure import curves, draw
+from benchmarks.quant_files import OWN, kept_files, restore, weights_of, write_own
 from benchmarks.quant_law_run import GROUPS as GROUP_SIZES
 from benchmarks.quant_law_run import SIZES, STEPS, Run, do, row_of, runs_of
 from benchmarks.quant_measure import Calls, recorded, sizes_of, velocity_error
@@ -39,6 +43,7 @@ from postgen.quant.model import quantize_weights
 from postgen.quant.solvers import check_solver
 from postgen.quant.stages import recipe_of
 from postgen.quant.trained_scales import check_trainable
+from postgen.tensor_files import read_tensors
 from tests.tiny_wan import wan_components
 
 PROMPTS = 6
@@ -66,7 +71,7 @@ def test_every_arm_has_a_name_and_its_jobs_come_after_those_it_needs(tmp_path: P
 def test_a_measured_arm_is_not_made_again_and_e2e_makes_what_it_begins_with(tmp_path: Path) -> None:
     place = Place(out=tmp_path)
     arms, goals = goals_of("e2e", [0], ["e2e_qp-w2"])
-    names = ["exact", "make block_ap-w2.0", "make e2e_qp-w2.0", "measure e2e_qp-w2.0"]
+    names = ["exact", "make block_ap-w2.0", "latents 0", "make e2e_qp-w2.0", "measure e2e_qp-w2.0"]
     assert [job.name for job in wanted(place.jobs(arms), goals)] == names
     begins = Arm(recipe="block_ap", format="w2")
     for name in MODEL_FILES:
@@ -190,21 +195,59 @@ def test_rows_of_two_settings_and_a_folder_without_rows_are_refused(tmp_path: Pa
     with pytest.raises(UserError, match="run --group plain first"):
         quant_report.read_rows(tmp_path)
     write_rows(tmp_path)
+    for output, docs in (("quant", False), (str(tmp_path / "quant.json"), True)):
+        with pytest.raises(UserError, match="from a small test \\(12 prompts, not 512\\)"):
+            quant_report.write(tmp_path, output, docs=docs)
     path = tmp_path / "rows" / "rtn-w3.0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings": {"prompts": 4, "device": "cpu"}}))
     with pytest.raises(UserError, match=r"rtn-w3\.0\.json has other settings than exact\.json \(prompts\)"):
         quant_report.read_rows(tmp_path)
 
 
-def test_only_what_fits_comes_back(tmp_path: Path) -> None:
+def test_models_and_trainings_come_back_whole(tmp_path: Path) -> None:
+    """Of a model that is needed again only its own tensors come back, and the restored file has the same tensors."""
+    out, exact = tmp_path / "out", WanPipeline(**wan_components(head_dim=16)).transformer
+    exact.to(torch.float16).save_pretrained(tmp_path / "exact" / "transformer")
+    base = weights_of(tmp_path / "exact")
+    exact.float()
+    quantize_weights(exact, QuantSpec(weight="int2"))
+    for name in ("block_ap-w2.0", "rtn-w2.0", "rtn-w3.0"):
+        exact.save_pretrained(out / "models" / name / "transformer")
+        (out / "models" / name / "made.json").write_text("{}")
+        write_own(out / "models" / name, base)
+    write_rows(out)
+    (out / "rows" / "rtn-w3.0.json").unlink()  # made, but not measured
+    begun = out / "work" / "sos-w4a4.0" / "blocks"
+    for name in ("0/finished/student.safetensors", "1/checkpoint-9/state.json", "2/.run.lock", "3/latents/train"):
+        (begun / name).parent.mkdir(parents=True)
+        (begun / name).write_text("x")
+    pack_files(kept_files(Place(out=out)), out, tmp_path / "back")
+    unpack(tmp_path / "back", tmp_path / "there")
+    restore(tmp_path / "there", base)
+    there = Place(out=tmp_path / "there")
+    assert {path.parent.name for path in there.out.glob("models/*/made.json")} == {"block_ap-w2.0", "rtn-w3.0"}
+    assert there.has_model(Arm(recipe="block_ap", format="w2"))
+    ours, theirs = (read_tensors(weights_of(each / "models" / "block_ap-w2.0")) for each in (out, there.out))
+    assert ours.keys() == theirs.keys()
+    assert all(value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]) for name, value in ours.items())
+    own = out / "models" / "block_ap-w2.0" / OWN
+    assert own.stat().st_size < weights_of(own.parent).stat().st_size / 2
+    kept = {path.relative_to(there.out).as_posix() for path in there.out.rglob("work/**/*") if path.is_file()}
+    assert kept == {f"work/sos-w4a4.0/blocks/{name}" for name in ("0/finished/student.safetensors",
+                                                                 "1/checkpoint-9/state.json")}  # fmt: skip
+
+
+def test_results_with_other_settings_are_refused_before_any_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_rows(tmp_path)
-    kept = tmp_path / "models" / "block_ap-w2.0" / "transformer" / "config.json"
-    for path in (kept, tmp_path / "models" / "rtn-w2.0" / "transformer" / "config.json"):
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-    files = [*quant.kept_files(Place(out=tmp_path))]
-    assert files[-1] == kept
-    assert files[0].parent.name == "rows"
+    assert quant.main(["--group", "plain", "--only", "rtn-w3", "--gpus", "--out", str(tmp_path)]) == 2
+    assert "with other settings (prompts: 12 and 512)" in capsys.readouterr().err
+    assert not (tmp_path / "prompts.jsonl").exists()
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "256x3.0.16.json").write_text(json.dumps({"settings": {"batch": 2, "max_steps": None}}))
+    assert quant_law.main(["--gpus", "--out", str(tmp_path / "law")]) == 2
+    assert "256x3.0.16 with other settings (batch: 2 and 64)" in capsys.readouterr().err
 
 
 def test_wrong_commands_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -236,7 +279,9 @@ def test_eight_runs_of_the_law_are_held_out_and_the_fit_predicts_them(tmp_path: 
     assert quant_law.heldout_error(fit, rows) is None
 
 
-def test_a_run_of_the_law_trains_its_network(tmp_path: Path) -> None:
+def test_a_run_of_the_law_trains_its_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     draws = torch.Generator().manual_seed(0)
     data = {"latents": torch.randn(6, 16, 2, 4, 4, generator=draws), "text": torch.randn(6, 3, 192, generator=draws)}
     save_file(data, tmp_path / "data.safetensors")
@@ -251,3 +296,20 @@ def test_a_run_of_the_law_trains_its_network(tmp_path: Path) -> None:
     assert losses[0] != losses[GROUP_SIZES[0]]
     with pytest.raises(UserError, match=r"has no run 128x2\.0\.32"):
         quant_law.read_runs(tmp_path)
+    # A run that a signal ends after its first step goes on later, to the same loss.
+    row_of(tmp_path, run).unlink()
+    usual = quant_law_run.loss_of
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*given)
+
+    monkeypatch.setattr(quant_law_run, "loss_of", interrupted)
+    with pytest.raises(SystemExit, match=r"128x2\.0\.16 was interrupted"):
+        do(run, tmp_path, options)
+    assert [path.name for path in (tmp_path / "work" / run.name).iterdir()] == ["checkpoint-1"]
+    monkeypatch.setattr(quant_law_run, "loss_of", usual)
+    do(run, tmp_path, options)
+    assert "128x2.0.16: continues at step 1" in capsys.readouterr().out
+    assert json.loads(row_of(tmp_path, run).read_text())["loss"] == losses[GROUP_SIZES[0]]
+    assert not (tmp_path / "work" / run.name).exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ def never() -> bool:
 
 
 def test_layers() -> None:
-    rows = quant_speed_layers.layer_rows(TINY[0], (BF16, *OURS), "cpu", False, never)
+    rows = [*quant_speed_layers.layer_rows(TINY[0], (BF16, *OURS), "cpu", False, never)]
+    quant_speed_layers.compare(rows)
     assert all(row["ms"] > 0 and row["vs_bf16"] > 0 for row in rows)
     found = {row["method"]: row["error"] for row in rows}
     assert found["bf16"] < 0.003
@@ -43,7 +46,7 @@ def test_a_method_that_is_missing_or_fails_ends_nothing() -> None:
 
 def test_steps() -> None:
     methods = [each for each in METHODS if each.name in ("bf16", "int8", "int4 in fp8")]
-    rows = step_rows(tiny(), methods, "cpu", never, repeats=1)
+    rows = [*step_rows(tiny(), methods, "cpu", never, repeats=1)]
     assert [row["method"] for row in rows] == ["bf16", "int8", "int4 in fp8"]
     assert rows[0]["difference"] == 0
     assert 0 < rows[1]["difference"] < rows[2]["difference"] < 0.05
@@ -55,6 +58,27 @@ def test_nothing_begins_after_the_limit(tmp_path: Any, monkeypatch: pytest.Monke
     run.measure(TINY[:1], [tiny()], {"layers": [], "steps": []})
     assert {row["why"] for row in (*run.layers, *run.steps)} == {"the time was over", "not installed"}
     assert (tmp_path / "found.json").is_file()
+
+
+def test_rows_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is cut in the middle of a shape or of a model keeps the rows before, with their comparison."""
+    ways = [each for each in METHODS if each.name in ("bf16", "int8", "int4 in fp8")]
+
+    def cut(linear: Any) -> Any:
+        raise KeyboardInterrupt
+
+    broken = Method(name="int4", make=cut)
+    monkeypatch.setattr(quant_speed, "METHODS", [*ways, broken])
+    run = Run("cpu", 300.0, str(tmp_path / "found.json"))
+    with pytest.raises(KeyboardInterrupt):
+        run.measure(TINY[:1], [], {"layers": [], "steps": []})
+    with pytest.raises(KeyboardInterrupt):
+        run.measure([], [tiny()], {"layers": run.layers, "steps": []})
+    found = json.loads((tmp_path / "found.json").read_text())
+    for part in ("layers", "steps"):
+        assert [row["method"] for row in found[part]] == ["bf16", "int8", "int4 in fp8"]
+        assert found[part][0]["vs_bf16"] == 1
+        assert all(row["vs_bf16"] > 0 for row in found[part])
 
 
 def test_shapes_and_floors() -> None:
@@ -73,15 +97,19 @@ def test_shapes_and_floors() -> None:
 
 def test_gates() -> None:
     times = {"bf16": 4.0, "fp8": 2.0, "int4 in fp8": 2.1}
-    layers = [{"model": FIRST, "method": name, "ms": ms} for name, ms in times.items() for _ in range(2)]
+    names = [shape.layers for shape in MEASURED if shape.model == FIRST]
+    layers = [
+        {"model": FIRST, "layers": name, "method": method, "ms": ms} for method, ms in times.items() for name in names
+    ]
     found = {each["name"]: (round(each["value"], 3), each["ok"]) for each in gates(layers)}
     assert found == {
         "fp8_linear_speedup": (2.0, True),
         "w4_fp8_linear_vs_fp8": (0.952, True),
         "wan14b_memory_ratio_w4": (0.295, True),
     }
-    layers[3] = {"model": FIRST, "method": "fp8", "why": "the time was over"}
+    layers[5] = {"model": FIRST, "layers": names[1], "method": "fp8", "why": "the time was over"}
     assert gates(layers)[0]["value"] is None
+    assert gates(layers[:5] + layers[6:])[0]["value"] is None  # a run that was cut
     assert [each["ok"] for each in gates([])] == [False, False, True]
 
 
