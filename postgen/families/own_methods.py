@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import nn
 
 
-class OwnMethod:
+class OwnMethod(ABC):
     """A method of one model. It does not keep the model alive, and a copy of the model gets its own."""
 
     def __init__(self, model: nn.Module, *values: Any) -> None:
@@ -27,9 +28,9 @@ class OwnMethod:
         assert found is not None, "the model of this method is gone"
         return found
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method."""
-        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnMethod:
         model = self.model
