@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -43,22 +44,26 @@ class _SaveLora(OwnMethod):
             model.is_quantized = True
 
 
-METHODS = {"fuse_lora": _FuseLora, "fuse_qkv_projections": _FuseProjections, "save_lora_adapter": _SaveLora}
+METHODS: dict[str, Callable[[nn.Module], OwnMethod]] = {
+    "fuse_lora": _FuseLora,
+    "fuse_qkv_projections": _FuseProjections,
+    "save_lora_adapter": _SaveLora,
+}
 """Name of a method of diffusers models -> what quantised models have in its place."""
 
 
 def guard_quantized_(model: nn.Module) -> None:
     """Give a quantised diffusers model its own versions of `METHODS`, as far as its class has them."""
-    for name, kind in METHODS.items():
+    for name, make in METHODS.items():
         if hasattr(type(model), name):
-            setattr(model, name, kind(model))
+            setattr(model, name, make(model))
     tell_weight_shapes(model, _packed_shape)
 
 
 def unguard_(model: nn.Module) -> None:
     """Give a model that is no longer quantised the methods of its class again."""
-    for name, kind in METHODS.items():
-        if isinstance(vars(model).get(name), kind):
+    for name in METHODS:
+        if isinstance(vars(model).get(name), (_FuseLora, _FuseProjections, _SaveLora)):
             delattr(model, name)
 
 
