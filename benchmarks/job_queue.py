@@ -25,6 +25,9 @@ _LOOK = 0.2
 _GRACE = 45.0
 TICK = 30.0
 """Seconds between two calls of `tick`."""
+SAVE_EVERY, SAVE_GRACE = 60.0, 30.0
+"""For jobs whose results are packed: seconds between two calls of `tick`, and for running jobs to end after `seconds`,
+in which trainers finish their step and save."""
 _THREADS = "2"
 """The value of OMP_NUM_THREADS for each command if the environment does not set it."""
 Running = tuple["Job", str, subprocess.Popen[bytes]]

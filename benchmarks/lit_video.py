@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import lit_video_report
 from benchmarks.command import ended
-from benchmarks.job_queue import exit_code, lock_of, places_on, run_jobs
+from benchmarks.job_queue import SAVE_EVERY, SAVE_GRACE, exit_code, lock_of, places_on, run_jobs
 from benchmarks.lit_video_arms import (
     ARMS,
     GROUPS,
@@ -48,10 +48,6 @@ PROMPTS = 2048
 """Number of prompts for the training of students."""
 BODIES = {False: (0.75, 0.25, 0.0), True: (0.4, 0.5, 0.1)}
 """Shares of scenes with one, two and three bodies, by whether two bodies are measured."""
-EVERY = 60.0
-"""Seconds between two saves of `--back`."""
-GRACE = 30.0
-"""Seconds for running jobs to end after `--seconds`: trainers finish their step and save."""
 TINY = {"prompts": 3, "max_steps": 2, "batch": 2, "transfer_steps": 2, "transfer_prompts": 4, "steps": 2}
 TINY |= {"size": 32, "frames": 17, "train_prompts": 6}
 
@@ -99,7 +95,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         write_prompts(options.out / "prompts.jsonl", options.train_prompts, two=options.two)
         (options.out / "jobs").mkdir(exist_ok=True)
         todo = [job.queued() for job in jobs if not job.done]
-        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
+        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=SAVE_EVERY, grace=SAVE_GRACE)
     return exit_code(left)
 
 

@@ -51,13 +51,13 @@ from typing import Any
 
 from benchmarks import quant_report
 from benchmarks.command import ended
-from benchmarks.job_queue import exit_code, lock_of, places_on, run_jobs, wanted
+from benchmarks.job_queue import SAVE_EVERY, SAVE_GRACE, exit_code, lock_of, places_on, run_jobs, wanted
 from benchmarks.lit_video_arms import check_settings
 from benchmarks.lit_video_files import pack_files
 from benchmarks.quant_arms import GROUPS, SEEDS, Place, goals_of, table
 from benchmarks.quant_files import kept_files, restore, weights_of
 from benchmarks.quant_job import FIRST_CALIBRATION, SHARED, SIZES, add_options, captions, settings_of
-from benchmarks.quant_options import EVERY, GRACE, add_run_options, begin
+from benchmarks.quant_options import add_run_options, begin
 from postgen.assets import model_folder
 from postgen.errors import UserError
 from postgen.files import replacing
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
         check_settings(options.out, read_rows(options.out), settings_of(options))
         write_prompts(place.prompts, options.train_prompts)
         todo = wanted(place.jobs(arms), goals)
-        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
+        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=SAVE_EVERY, grace=SAVE_GRACE)
     return exit_code(left)
 
 

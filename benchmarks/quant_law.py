@@ -31,11 +31,11 @@ from typing import Any
 
 from benchmarks.command import ended
 from benchmarks.gates import gate, write_result
-from benchmarks.job_queue import Job, exit_code, lock_of, places_on, run_jobs, wanted
+from benchmarks.job_queue import SAVE_EVERY, SAVE_GRACE, Job, exit_code, lock_of, places_on, run_jobs, wanted
 from benchmarks.lit_video_arms import check_settings
 from benchmarks.lit_video_files import pack_files
 from benchmarks.quant_law_run import GROUPS, SIZES, STEPS, Run, add_options, row_of, runs_of, settings_of
-from benchmarks.quant_options import EVERY, GRACE, add_run_options, begin, check_small
+from benchmarks.quant_options import add_run_options, begin, check_small
 from postgen.errors import UserError
 from postgen.quant.law import LawFit, LawRun, fit_law
 
@@ -178,7 +178,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     with lock_of(out):
         check_settings(out, rows_in(out), settings_of(options))
         todo = wanted(jobs, [name for name in jobs if name != "data"])
-        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=EVERY, grace=GRACE)
+        left = run_jobs(todo, places, seconds=options.seconds, tick=keep, every=SAVE_EVERY, grace=SAVE_GRACE)
     return exit_code(left)
 
 

@@ -10,11 +10,6 @@ from typing import Any
 from benchmarks.lit_video_files import unpack
 from postgen.errors import UserError
 
-EVERY = 60.0
-"""Seconds between two saves of `--back`."""
-GRACE = 30.0
-"""Seconds for running jobs to end after `--seconds`: trainers finish their step and save."""
-
 
 def add_run_options(parser: argparse.ArgumentParser, *, each: int, output: str) -> None:
     """Add the options.

@@ -21,7 +21,8 @@ WORTH_TIMING = 1e9
 """Calls with fewer multiplications than this are not timed: their time is that of the launch with every kernel."""
 WORTH_READING = 1e12
 """Calls with at least so many multiplications per sample read key lengths from the GPU. They take 4 ms and more; the
-wait costs less than kernels with key lengths do: on an H200 without FlashAttention-4 these take a third longer."""
+wait should cost less than kernels with key lengths do. From the time of a step of HunyuanVideo we estimate that these
+take a third longer on an H200 without FlashAttention-4."""
 
 _BY_NAME = {backend.name: backend for backend in (*TIMED, *LAST_RESORTS, *ASKED_FOR)}
 
