@@ -1,4 +1,4 @@
-"""Lock of a folder that only one process at a time may use. Light to import."""
+"""Locks for folders and files that several processes use. Light to import."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from postgen.errors import UserError
 
@@ -23,6 +24,52 @@ _EVERY = 0.5
 
 _TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 """Errors of `flock` if another process holds the lock."""
+
+
+@contextmanager
+def alone(file: IO[bytes]) -> Iterator[None]:
+    """Context manager that waits until no other process is in such a block with the same file.
+
+    The operating system ends the lock of a killed process. Without locks (Windows, some network file systems) the
+    block runs at once.
+
+    Args:
+        file: the open file; its content and position do not change.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file that several processes may write. Its folder is created if it is missing.
+
+    A line that a killed process has left incomplete stays a line of its own, so a kill loses at most one line.
+
+    Args:
+        path: the file.
+        line: text of the line, without its end.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file, alone(file):
+        # Without the lock, a part of another process's line could be seen here, because the system lets a file grow
+        # page by page.
+        whole = not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
+        data = f"{'' if whole else chr(10)}{line}\n".encode()
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 class FolderLock:

@@ -7,10 +7,12 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from postgen.errors import UserError
+from postgen.locks import alone, append_line
 
 NAME = "prompts.jsonl"
 """Name of the file in the cache folder."""
@@ -43,8 +45,8 @@ def key_of(settings: Mapping[str, Any]) -> str:
 class PromptCache:
     """Texts by key in a JSON Lines file.
 
-    Each entry is one line that is written at once, so several processes can use a file, and a killed process damages
-    at most the line that it writes. Damaged lines are skipped with one warning.
+    Each entry is one line. Several processes can use a file, and a killed process damages at most the line that it
+    writes. Damaged lines are skipped with one warning.
 
     Args:
         path: the file; it is created with its folder on the first entry. None: the entries stay in memory.
@@ -80,15 +82,8 @@ class PromptCache:
         self._texts[key] = text
         if self.path is None:
             return
-        line = json.dumps({"key": key, "text": text, **notes}, ensure_ascii=False) + "\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
-                if file.seek(0, os.SEEK_END):
-                    file.seek(-1, os.SEEK_END)
-                    # A process that was killed while it wrote has left a line without its end.
-                    line = line if file.read(1) == b"\n" else f"\n{line}"
-                file.write(line.encode())
+            append_line(self.path, json.dumps({"key": key, "text": text, **notes}, ensure_ascii=False))
         except OSError as error:
             raise UserError(
                 f"the cache of prompts {self.path} cannot be written: {error.strerror or error}"
@@ -97,7 +92,12 @@ class PromptCache:
     def _read(self, path: Path) -> None:
         from postgen.reading import read_bytes
 
-        data = read_bytes(path, f"the cache of prompts {path} cannot be read", most=2**30)
+        what = f"the cache of prompts {path} cannot be read"
+        data = read_bytes(path, what, most=2**30)
+        if data and not data.endswith(b"\n"):
+            # Another process may be writing this line; if a killed process has left it, nothing changes.
+            with suppress(OSError), open(path, "rb") as file, alone(file):
+                data = read_bytes(path, what, most=2**30)
         damaged = 0
         for line in data.split(b"\n"):
             if not line.strip():

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from postgen.errors import UserError
+from postgen.locks import append_line
 from postgen.training.digests import digest
 
 from .config import CurationConfig
@@ -17,8 +18,8 @@ from .measured import Measured
 class MeasureStore:
     """Measurements of earlier calls, by file and settings.
 
-    A line is written with one call of the system, and an incomplete last line is ignored, so a kill loses at most the
-    file that was being measured. Files that cannot be read are not stored: they are tried again.
+    An incomplete line is ignored, so a kill loses at most the file that was being measured. Several processes may
+    write the file. Files that cannot be read are not stored: they are tried again.
 
     Args:
         path: the JSONL file.
@@ -31,7 +32,6 @@ class MeasureStore:
     def __init__(self, path: Path, config: CurationConfig) -> None:
         self.path, self._settings = path, config.measured()
         self._known: dict[str, Measured] = {}
-        self._whole = True
         self._load()
 
     def __len__(self) -> int:
@@ -44,7 +44,6 @@ class MeasureStore:
             return
         except OSError as error:
             raise UserError(f"cannot read the measurements {self.path}: {error.strerror or error}") from error
-        self._whole = data.endswith(b"\n") or not data
         lines = data.split(b"\n")
         for line in lines:
             with suppress(ValueError, TypeError, KeyError, AttributeError):  # incomplete, or of another version
@@ -74,15 +73,8 @@ class MeasureStore:
         Raises:
             UserError: the file cannot be written.
         """
-        line = json.dumps({"key": key, "measured": measured.to_dict()}) + "\n"
-        # An incomplete line of a killed process must not join this one.
-        data = (line if self._whole else "\n" + line).encode()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                if file.write(data) != len(data):
-                    raise OSError(0, "the disk is full")
+            append_line(self.path, json.dumps({"key": key, "measured": measured.to_dict()}))
         except OSError as error:
             raise UserError(f"cannot write the measurements {self.path}: {error.strerror or error}") from error
-        self._whole = True
         self._known[key] = measured
