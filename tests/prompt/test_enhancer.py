@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,10 +207,15 @@ def test_damaged_lines_of_the_cache_are_skipped(tmp_path: Path) -> None:
         PromptCache(file / "prompts.jsonl").put("a", "one")
 
 
+_LONG = "text" * 5000
+"""A text of several pages: the file grows page by page while a line is written."""
+
+
 def _fill(path: Path, name: str) -> None:
     cache = PromptCache(path)
-    for number in range(100_000):
-        cache.put(f"{name}{number}", "text" * 20)
+    for number in range(1_000_000):
+        cache.put(f"{name}{number}", _LONG)
+        time.sleep(random.random() / 1000)
 
 
 def test_processes_share_a_cache_and_may_be_killed(tmp_path: Path) -> None:
@@ -219,8 +226,8 @@ def test_processes_share_a_cache_and_may_be_killed(tmp_path: Path) -> None:
         child.start()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # A line that is being written is not damaged.
-        while not path.exists() or path.stat().st_size < 200_000:
-            PromptCache(path)
+        while len(cache := PromptCache(path)) < 500 or None in (cache.get("a0"), cache.get("b0")):
+            assert all(child.is_alive() for child in children)
     for child in children:
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
@@ -232,7 +239,7 @@ def test_processes_share_a_cache_and_may_be_killed(tmp_path: Path) -> None:
     lines = written.count(b"\n")
     assert b"\n\n" not in written
     assert lines - 1 <= len(cache) <= lines + 1
-    assert {cache.get("a0"), cache.get("b0")} == {"text" * 20}
+    assert {cache.get("a0"), cache.get("b0")} == {_LONG}
 
 
 def test_a_chat_model_is_asked_and_guarded(tmp_path: Path) -> None:
