@@ -36,8 +36,8 @@ REMOVED = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with the source, and what the first curation of it wrote: out.jsonl."""
+def curated(tmp_path_factory):
+    """A folder with the source and what the first curation of it wrote, and a copy of all that it wrote."""
     folder = tmp_path_factory.mktemp("curation")
     make_folder(folder / "data", [scene(seed) for seed in MOVING])
     (folder / "rl.txt").write_text("a red ball rolls to the right\nsomething else\n")
@@ -45,7 +45,19 @@ def place(tmp_path_factory):
     items = read_items(str(folder / "data"), faults=faults)
     prompts = ["a red ball rolls to the right", "something else"]
     curate(items, folder / "out.jsonl", faults=faults, apart_from=prompts, workers=2)
-    return folder
+    kept = tmp_path_factory.mktemp("kept")
+    shutil.copytree(folder, kept, ignore=shutil.ignore_patterns("data"), dirs_exist_ok=True)
+    return folder, kept
+
+
+@pytest.fixture
+def place(curated):
+    """The folder with the source and what the first curation of it wrote, for tests that may change it."""
+    folder, kept = curated
+    yield folder
+    for path in folder.glob("out*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
 
 
 def rows(path):
