@@ -64,10 +64,13 @@ def append_line(path: Path, line: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as file, alone(file):
-        # Without the lock, a part of another process's line could be seen here, because the system lets a file grow
-        # page by page.
-        whole = not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
-        data = f"{'' if whole else chr(10)}{line}\n".encode()
+        # The system lets a file grow page by page, so without the lock this could be the middle of a line that another
+        # process is writing.
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+        whole = not end or file.read(1) == b"\n"
+        data = f"{line}\n".encode() if whole else f"\n{line}\n".encode()
         if file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
