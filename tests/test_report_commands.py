@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import docs_tables
 
-NAMES = ("quant_report", "worldweaver_tables", "lit_video_report", "lowp_report")
+NAMES = ("quant_report", "worldweaver_tables", "lit_video_report", "lowp_report", "small_cards_report")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,8 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import small_cards
+from benchmarks import small_cards, small_cards_report
+from benchmarks.gates import gate
 from benchmarks.small_cards import ROWS, line, named, one
 from benchmarks.small_cards_model import write_model
 
@@ -60,3 +61,27 @@ def test_a_call_goes_on_with_the_rows_of_the_file(tmp_path, monkeypatch, capsys)
     (tmp_path / "cards.json").write_text(text.replace('"tiny": true', '"tiny": false'))
     assert small_cards.main([*words, "--seconds", "1"]) == 3
     assert found()["rows"] == []
+
+
+def test_the_page_has_the_tables_of_a_result(tmp_path):
+    row = {"estimated_gb": 12.5, "measured_gb": 12.25, "whole_run_gb": 13.125, "seconds_per_step": 1.5}
+    result = {
+        "rows": [{"name": "no saving", **row}, {"name": "+ int8 base", "problem": "OutOfMemoryError"}],
+        "skipped": {"+ nf4 base": "needs bitsandbytes"},
+        "cards": [
+            {"card_gb": 8, "settings": None, "trained": False},
+            {"card_gb": 16, "settings": "no saving", "trained": True, "measured_gb": 12.25, "seconds_per_step": 1.5},
+        ],
+        "gates": [gate("sft_wan_1p3b_peak_gb", 13.125, "<=", 16)],
+    }
+    page = tmp_path / "page.md"
+    page.write_text(small_cards_report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "cards.json").write_text(json.dumps(result))
+    small_cards_report.write_page(page, str(tmp_path / "cards.json"))
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert "| no saving | 12.5 | 12.2 | 13.1 | 1.50 |" in lines
+    assert "| + int8 base |  | OutOfMemoryError |  |  |" in lines
+    assert "Not measured: `+ nf4 base` (needs bitsandbytes)." in lines
+    assert "| 8 GB | none fits | no |  |  |" in lines
+    assert "| 16 GB | no saving | yes | 12.2 | 1.50 |" in lines
+    assert "| `sft_wan_1p3b_peak_gb` | 13.12 | <= 16 | met |" in lines
