@@ -1,7 +1,9 @@
 """Clips, captions and prompts of `python -m benchmarks.sft`: a world in new colours, and the old world.
 
-The base model has never seen the new colours (`postgen.world.Palette`): their names are synonyms of `green` in its
-captions. `train` and `held-out` clips, and the prompts of the evaluation, come from separate ranges of seeds.
+The base model has never seen the new colours (`postgen.world.Palette`). Their names are words of its floors, `sage`
+and `slate`, which it has never read before a body. Its text encoder, which is frozen, tells them apart from all
+colours; `lime` and `emerald`, the default names of the palette, have nearly the encoding of `green`. `train` and
+`held-out` clips, and the prompts of the evaluation, come from separate ranges of seeds.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from postgen.files import replacing
 from postgen.video import write_video
 from postgen.world.spec import FPS, Spec
 
-PALETTE = world.Palette()
+PALETTE = world.Palette(names={"yellow": "sage", "green": "slate"})
 FIRST = {
     "train": 930_000,
     "held-out": 950_000,

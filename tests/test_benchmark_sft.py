@@ -109,7 +109,7 @@ def test_written_clips_are_judged_right(tmp_path):
     clips = torch.stack([read_video(tmp_path / "new" / f"{number:05d}.mp4") for number in range(3)])
     reports = check_batch(PALETTE.unpaint(clips.float()), [scene.plain for scene in wanted])
     assert sum(report.all_right for report in reports) == 3
-    assert all("lime" in scene.prompt or "emerald" in scene.prompt for scene in wanted)
+    assert all("sage" in scene.prompt or "slate" in scene.prompt for scene in wanted)
     assert not {scene.spec for scene in wanted} & {scene.spec for scene in scenes("test", 6, 17, new=True)}
     assert rendered(wanted[:2], 32, 5).shape == (2, 5, 3, 32, 32)
 
