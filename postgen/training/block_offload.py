@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ class BlockOffload:
         for index, home in enumerate(self._homes):
             hook = home.block.register_forward_pre_hook(partial(self._enter, index))
             self._undo.append(hook.remove)
-        _OFFLOADS[model] = self
+        _OFFLOADS[model] = ref(self)
         self._undo.append(partial(_OFFLOADS.pop, model, None))
 
     @property
@@ -212,12 +212,13 @@ class BlockOffload:
         return next((number for number in choices if self._held[number] is None), choices[0])
 
 
-_OFFLOADS: WeakKeyDictionary[nn.Module, BlockOffload] = WeakKeyDictionary()
+_OFFLOADS: WeakKeyDictionary[nn.Module, ref[BlockOffload]] = WeakKeyDictionary()
+"""Network -> its offload, which the hooks of the blocks hold. A reference from here would hold the network, too."""
 
 
 def offload_in(module: nn.Module) -> BlockOffload | None:
     """Return the offload of a network inside a module, or of the module itself; None if no blocks are offloaded."""
-    return next((_OFFLOADS[part] for part in module.modules() if part in _OFFLOADS), None)
+    return next((_OFFLOADS[part]() for part in module.modules() if part in _OFFLOADS), None)
 
 
 def spread(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Parking:
             for name in _METHODS:
                 if callable(getattr(part, name, None)):
                     self._wrap(part, name)
-            _PARKINGS[part] = self
+            _PARKINGS[part] = ref(self)
         for network in networks:
             self._undo.append(network.register_forward_pre_hook(lambda *_: self.park()).remove)
 
@@ -116,10 +116,12 @@ class Parking:
         self._undo.append(undo)
 
 
-_PARKINGS: WeakKeyDictionary[nn.Module, Parking] = WeakKeyDictionary()
-"""Component -> what keeps it in main memory."""
+_PARKINGS: WeakKeyDictionary[nn.Module, ref[Parking]] = WeakKeyDictionary()
+"""Component -> what keeps it in main memory. The methods of the component hold that; a reference from here would hold
+the components, too."""
 
 
 def parking_of(part: nn.Module) -> Parking | None:
     """Return what keeps a component in main memory, or None."""
-    return _PARKINGS.get(part)
+    found = _PARKINGS.get(part)
+    return None if found is None else found()

@@ -1,6 +1,8 @@
 """Blocks whose frozen weights are in main memory give the same outputs and gradients, bit by bit."""
 
+import gc
 from itertools import pairwise
+from weakref import ref
 
 import pytest
 import torch
@@ -153,3 +155,15 @@ def test_what_cannot_be_offloaded_is_refused():
     linear.weight = Coded(linear.weight.data, requires_grad=False)
     with pytest.raises(UserError, match="cannot move weight of a Linear, which is a Coded: use base_quant int4"):
         BlockOffload(model, blocks(model), CPU)
+
+
+def test_a_dropped_model_frees_its_memory():
+    model = made()
+    BlockOffload(model, blocks(model), CPU)
+    gradients(model)
+    weight, network = ref(blocks(model)[0].ffn.net[0].proj.weight), ref(model)
+    assert offload_in(model) is not None
+    del model
+    gc.collect()
+    assert network() is None
+    assert weight() is None

@@ -1,6 +1,8 @@
 """Offloaded and quantised frozen weights in runs: equal results, one-line refusals, files that load."""
 
 import dataclasses
+import gc
+from weakref import ref
 
 import pytest
 import torch
@@ -231,3 +233,18 @@ def quantisable_wan(tmp_path_factory):
     config = {**parts["transformer"].config, "attention_head_dim": 32, "ffn_dim": 64}
     WanPipeline(**{**parts, "transformer": WanTransformer3DModel.from_config(config)}).save_pretrained(folder)
     return folder
+
+
+def test_dropped_components_free_their_memory():
+    part, network = nn.Linear(4, 4), nn.Linear(4, 4)
+    Parking([part], [network], CPU)
+    part(torch.ones(1, 4))
+    assert parking_of(part) is not None
+    component, weight = ref(part), ref(part.weight)
+    del part
+    network_alone = ref(network)
+    del network
+    gc.collect()
+    assert component() is None
+    assert weight() is None
+    assert network_alone() is None
