@@ -104,6 +104,7 @@ def row_of(found: Mapping[str, Any]) -> dict[str, Any]:
     lost, gained = base - worst, trained[1] - trained[0]
     return {
         "run": f"{found['arm']}.{found['seed']}",
+        "device": found.get("device"),
         "judge": judge,
         "eta": float(eta),
         "exact": {"base": base, "hacked": worst, "interpolated": ours},

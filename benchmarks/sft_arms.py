@@ -1,7 +1,7 @@
 """Arms of `python -m benchmarks.sft` and `python -m benchmarks.merging`: settings on top of `recipes/sft-tiny.yaml`.
 
-All runs have a fixed number of steps and batches of 32 clips. `new` are clips of the new colours only; `mixed` has as
-many clips of the old world (replay).
+All runs have a fixed number of steps and batches of 32 clips. `new` are clips of the new world only, `old` of the
+old world only; `mixed` has as many of both (replay).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Arm:
     what: str
     """Description for tables."""
     clips: str
-    """`new` or `mixed`."""
+    """`new`, `old` or `mixed`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings on top of the recipe."""
     forks: str = ""
@@ -54,6 +54,7 @@ TUNED = {
     "lora_replay": Arm(what="LoRA of rank 32, half of the clips of the old world", clips="mixed", settings=_LORA),
     "full": Arm(what="all weights, new clips only", clips="new", settings=_FULL),
     "full_replay": Arm(what="all weights, half of the clips of the old world", clips="mixed", settings=_FULL),
+    "full_old": Arm(what="control: all weights, clips of the old world only", clips="old", settings=_FULL),
 }
 MERGED = {
     "constant": Arm(

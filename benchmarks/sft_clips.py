@@ -1,9 +1,10 @@
-"""Clips, captions and prompts of `python -m benchmarks.sft`: a world in new colours, and the old world.
+"""Clips, captions and prompts of `python -m benchmarks.sft`: a world with new words, and the old world.
 
-The base model has never seen the new colours (`postgen.world.Palette`). Their names are words of its floors, `sage`
-and `slate`, which it has never read before a body. Its text encoder, which is frozen, tells them apart from all
-colours; `lime` and `emerald`, the default names of the palette, have nearly the encoding of `green`. `train` and
-`held-out` clips, and the prompts of the evaluation, come from separate ranges of seeds.
+In the new world yellow is called sage and green is called slate: words that the base model knows as colours of floors,
+but has never read before a body. Its text encoder, which is frozen, tells them apart from all colours; synonyms of
+colours have nearly the encoding of their colour. The colours are those of the old world, because the autoencoder shows
+no others (`check_autoencoder`). `train` and `held-out` clips, and the prompts of the evaluation, come from separate
+ranges of seeds.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor
 
 from postgen import world
+from postgen.errors import UserError
+from postgen.families import Denoiser
 from postgen.files import replacing
 from postgen.video import write_video
+from postgen.world.check import check_batch
 from postgen.world.spec import FPS, Spec
 
-PALETTE = world.Palette(names={"yellow": "sage", "green": "slate"})
+PALETTE = world.Palette(names={"yellow": "sage", "green": "slate"}, turn=0.0, strength=1.0)
 FIRST = {
     "train": 930_000,
     "held-out": 950_000,
@@ -94,8 +98,8 @@ def write_folder(folder: Path, *, count: int, held_out: int, size: int, frames: 
     """Write the training clips of both worlds as video files, and lists of rows for each mixture.
 
     Args:
-        folder: gets `new/NNNNN.mp4`, `old/NNNNN.mp4`, `held-out/NNNNN.mp4` and `NAME.jsonl` for `new`, `mixed` and
-            `held-out`. `ready.json` is written last.
+        folder: gets `new/NNNNN.mp4`, `old/NNNNN.mp4`, `held-out/NNNNN.mp4` and `NAME.jsonl` for `new`, `old`,
+            `mixed` and `held-out`. `ready.json` is written last.
         count: number of training clips of each world.
         held_out: number of held-out clips of the new world.
         size: height and width in pixels.
@@ -108,7 +112,7 @@ def write_folder(folder: Path, *, count: int, held_out: int, size: int, frames: 
         "held-out": scenes("held-out", held_out, frames, new=True),
     }
     rows = {name: list(_written(folder / name, wanted, size, frames, device)) for name, wanted in groups.items()}
-    for name, content in (("new", rows["new"]), ("mixed", rows["new"] + rows["old"]), ("held-out", rows["held-out"])):
+    for name, content in {**rows, "mixed": rows["new"] + rows["old"]}.items():
         text = "".join(json.dumps({"video": f"{file}", "prompt": prompt}) + "\n" for file, prompt in content)
         with replacing(folder / f"{name}.jsonl") as part:
             part.write_text(text, encoding="utf-8")
@@ -127,6 +131,33 @@ def _written(folder: Path, wanted: list[Scene], size: int, frames: int, device: 
             yield from zip(
                 (f"{file.parent.name}/{file.name}" for file in files), (s.prompt for s in part), strict=True
             )
+
+
+def check_autoencoder(
+    denoiser: Denoiser, *, count: int = 16, size: int = 96, frames: int = 17, device: str = "cpu"
+) -> None:
+    """Check that the autoencoder of a model can show the new world, before anything is trained.
+
+    Args:
+        denoiser: the base model.
+        count: number of exact clips that are encoded and decoded.
+        size: height and width in pixels.
+        frames: frames of a clip.
+        device: the device of the model.
+
+    Raises:
+        UserError: less than half of the clips are wholly right afterwards.
+    """
+    wanted = scenes("valid", count, frames, new=True)
+    with torch.no_grad():
+        shown = denoiser.decode(denoiser.encode_video(rendered(wanted, size, frames, device)))
+    reports = check_batch(PALETTE.unpaint(shown.float().clamp(0, 1)), [scene.plain for scene in wanted])
+    right = sum(report.all_right for report in reports)
+    if right < count / 2:
+        raise UserError(
+            f"the autoencoder of the base model shows {right} of {count} exact clips of the new world wholly right:"
+            " a fine-tuned model cannot be better: give PALETTE other colours"
+        )
 
 
 def digest(folder: Path) -> str:

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks.arm_runs import run_job
+from benchmarks.embedded_sampling import load
 from benchmarks.gates import device
 from benchmarks.sft_arms import ARMS, OUT, Run
-from benchmarks.sft_clips import write_folder
+from benchmarks.sft_clips import check_autoencoder, write_folder
+from postgen.assets import embedded_model
+from postgen.families import denoiser_for
 from postgen.files import replacing
 from postgen.info import versions
 from postgen.training import Reason, load_recipe
@@ -54,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(options: argparse.Namespace) -> None:
         if options.name == "data":
             sizes = TINY_CLIPS if options.tiny else CLIPS
+            if not options.tiny:
+                check_autoencoder(denoiser_for(load(embedded_model(), options.device)), device=options.device)
             write_folder(options.out / "data", device=options.device, **sizes)
         else:
             train(Run.named(options.name, options.out, tiny=options.tiny), options.device)

@@ -34,7 +34,7 @@ from postgen.merging import MergeConfig, merge
 from postgen.tensor_files import read_tensors
 from postgen.training.run_curves import read_metrics
 
-PROTOCOL = 1
+PROTOCOL = 2
 COUNTS = {"new": 128, "old": 512, "valid": 64}
 """Number of prompts of each group. `valid` chooses among checkpoints; its scenes are those of the loss, too."""
 TINY_COUNTS = {"new": 2, "old": 2, "valid": 2}
@@ -82,6 +82,12 @@ class SftBench(Bench):
     def rendered_of(self, name: str) -> Tensor:
         """Return the exact clips of the scenes of a group, on the device: the judge is slow on a CPU."""
         return rendered(self.scenes[name], self.sizes.size, self.sizes.frames, self.device.type)
+
+    @torch.no_grad()
+    def autoencoded(self, clips: Tensor) -> Tensor:
+        """Return clips as the autoencoder shows them: no weights of the transformer can do better."""
+        parts = [self.decode(self.denoiser.encode_video(part)) for part in clips.split(self.sizes.clean)]
+        return torch.cat(parts)
 
     def put(self, weights: dict[str, Tensor]) -> None:
         """Set the weights of the transformer; names without `transformer.`"""
@@ -151,7 +157,9 @@ class Measuring:
                 self.found["points"][label] = self._point(label, groups)
                 write_file(self.place, self.found)
         if self.run is None:
-            self.found["exact"] = self.bench.judged(self.bench.rendered_of("new"), self.bench.scenes["new"])
+            clips, wanted = self.bench.rendered_of("new"), self.bench.scenes["new"]
+            self.found["exact"] = self.bench.judged(clips, wanted)
+            self.found["autoencoded"] = self.bench.judged(self.bench.autoencoded(clips), wanted)
         else:
             self.found["training"] = json.loads(self.run.done.read_text(encoding="utf-8"))
             rows = read_metrics(self.run.folder / "metrics.jsonl")

@@ -87,7 +87,8 @@ def payload(out: Path) -> dict[str, Any]:
         )
         found["base"] = {name: sum(values) / len(values) for name, values in rights.items()}
         found["base"]["loss"] = sum(point["clean"]["loss"]) / len(point["clean"]["loss"])
-        found["ceiling"] = base["exact"]["right"].count("1") / len(base["exact"]["right"])
+        exactly, shown = (base[name]["right"] for name in ("exact", "autoencoded"))
+        found["exact_right"], found["ceiling"] = (each.count("1") / len(each) for each in (exactly, shown))
         found["rows"] = {arm: row_of(arm, files, base) for arm, files in runs.items()}
         found["measured"] = list(runs)
     if exact.is_file():
@@ -151,6 +152,8 @@ def _worlds(result: Mapping[str, Any]) -> Iterable[str]:
     yield "|---|---|---|---|---|---|---|"
     if "base" in result:
         base = result["base"]
+        yield f"| exact clips | {result['exact_right']:.3f} | | | | | |"
+        yield f"| exact clips through the autoencoder | {result['ceiling']:.3f} | | | | | |"
         yield f"| base model | {base['new']:.3f} | {base['old']:.3f} | | 1 | 1 | {base['loss']:.4f} |"
     for name, arm in TUNED.items():
         row = result["rows"].get(name)

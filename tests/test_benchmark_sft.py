@@ -17,15 +17,19 @@ from benchmarks import (
     sft_report,
 )
 from benchmarks.docs_tables import of_result
+from benchmarks.embedded_sampling import load
 from benchmarks.lit_video_files import pack_files, unpack
 from benchmarks.prompt_inputs import FORMS, hard_prompts, long_prompts, short_prompts
 from benchmarks.sft import jobs_of, kept_files
 from benchmarks.sft_arms import MERGED, Run, named_arms
-from benchmarks.sft_clips import PALETTE, rendered, scenes, write_folder
+from benchmarks.sft_clips import PALETTE, check_autoencoder, rendered, scenes, write_folder
 from benchmarks.sft_job import TINY_CLIPS, train
 from benchmarks.sft_measure import Measuring, SftBench
+from postgen.assets import embedded_model
 from postgen.errors import UserError
+from postgen.families import denoiser_for
 from postgen.video import read_video
+from postgen.world import Palette
 from postgen.world.check import check_batch
 
 
@@ -72,7 +76,8 @@ def test_report_of_fine_tuning(out):
     found = sft_report.payload(out)
     row = found["rows"]["lora_replay"]
     assert row["old"]["drop"]["value"] == pytest.approx(found["base"]["old"] - row["old"]["right"]["value"])
-    assert found["ceiling"] <= 1
+    assert 0 <= found["ceiling"] <= 1
+    assert found["exact_right"] <= 1
     # The arm of the gates is not measured: it says so and misses them.
     values = {gate["name"]: gate["value"] for gate in found["gates"]}
     assert values["sft_new_world_right"] is None
@@ -112,6 +117,15 @@ def test_written_clips_are_judged_right(tmp_path):
     assert all("sage" in scene.prompt or "slate" in scene.prompt for scene in wanted)
     assert not {scene.spec for scene in wanted} & {scene.spec for scene in scenes("test", 6, 17, new=True)}
     assert rendered(wanted[:2], 32, 5).shape == (2, 5, 3, 32, 32)
+
+
+def test_a_world_that_the_autoencoder_cannot_show_is_refused(monkeypatch):
+    model = denoiser_for(load(embedded_model(), "cpu"))
+    check_autoencoder(model, count=2)
+    # New hues come out as those of the old world.
+    monkeypatch.setattr(sft_clips, "PALETTE", Palette())
+    with pytest.raises(UserError, match="shows 0 of 2 exact clips of the new world wholly right"):
+        check_autoencoder(model, count=2)
 
 
 def test_clips_are_rendered_in_parts(monkeypatch):
