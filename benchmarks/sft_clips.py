@@ -155,8 +155,8 @@ def check_autoencoder(
     right = sum(report.all_right for report in reports)
     if right < count / 2:
         raise UserError(
-            f"the autoencoder of the base model shows {right} of {count} exact clips of the new world wholly right:"
-            " a fine-tuned model cannot be better: give PALETTE other colours"
+            f"the autoencoder of the base model shows {right} of {count} exact clips of the new world wholly right,"
+            " and a fine-tuned model cannot be better: give PALETTE other colours"
         )
 
 

@@ -27,12 +27,14 @@ def read_runs(out: Path, arms: Iterable[str]) -> tuple[dict[str, Any] | None, di
     """Return the file of the base model (None if it is not measured), and the complete files by arm and seed.
 
     Raises:
-        UserError: files were measured with different settings.
+        UserError: files were measured with different settings, or in an earlier way.
     """
     place = out / "measured" / f"{BASE}.json"
     if not complete(place):
         return None, {}
     base: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    if "autoencoded" not in base:
+        raise UserError(f"{place} was measured in an earlier way: run 'train' with another --out")
     found: dict[str, dict[int, Files]] = {}
     for arm in arms:
         for seed in SEEDS:

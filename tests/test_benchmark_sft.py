@@ -72,6 +72,15 @@ def test_another_machine_goes_on_with_what_is_kept(out, tmp_path):
     assert [job.name for job in jobs_of([done], [])] == ["data", "lora_replay.0", "measure.lora_replay.0"]
 
 
+def test_an_earlier_way_of_measuring_is_refused(out, tmp_path):
+    base = json.loads((out / "measured" / "base.json").read_text())
+    del base["autoencoded"]
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "base.json").write_text(json.dumps(base))
+    with pytest.raises(UserError, match="was measured in an earlier way: run 'train' with another --out"):
+        sft_report.payload(tmp_path)
+
+
 def test_report_of_fine_tuning(out):
     found = sft_report.payload(out)
     row = found["rows"]["lora_replay"]
