@@ -54,8 +54,11 @@ MAKERS: docs_tables.Makers = {"cards_rows": rows, "cards_sizes": cards, "cards_g
 
 def write_page(page: Path = PAGE, result: str = RESULT) -> None:
     """Write the tables of the page; without a result they say that nothing is measured."""
-    there = (RESULTS / f"{result}.json").is_file() or result.endswith(".json")
-    docs_tables.write(page, docs_tables.of_result(read_result(result) if there else None, MAKERS))
+    try:
+        found = read_result(result)
+    except FileNotFoundError:
+        found = None
+    docs_tables.write(page, docs_tables.of_result(found, MAKERS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
